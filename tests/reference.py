@@ -1,0 +1,58 @@
+"""PACE in float64 NumPy, straight from the paper's formulas; shares nothing with the package."""
+
+import numpy as np
+
+
+class Reference:
+    """The rule for one array: theta (live), ema, m, v, t; `g` gradients come to `step`."""
+
+    def __init__(
+        self,
+        theta,
+        *,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.01,
+        pullback,
+        ema_power=0.5,
+        ema_beta=None,
+        ema_rate=1.0,
+        ema_start=0,
+        ema_every=1,
+        clip=True,
+        store=lambda x: x,
+    ):
+        self.theta = np.array(theta, dtype=np.float64)
+        self.ema = self.theta.copy()
+        self.m = np.zeros_like(self.theta)
+        self.v = np.zeros_like(self.theta)
+        self.t = 0
+        self.betas, self.eps, self.wd, self.c = betas, eps, weight_decay, pullback
+        self.kappa, self.beta = ema_power, ema_beta
+        self.gamma, self.rho, self.uf, self.clip = ema_rate, ema_start, ema_every, clip
+        self.store = store  # how the live weights are rounded when stored
+
+    def step(self, g, lr):
+        g = np.asarray(g, dtype=np.float64)
+        self.t += 1
+        t, (b1, b2) = self.t, self.betas
+        self.m = b1 * self.m + (1 - b1) * g
+        self.v = b2 * self.v + (1 - b2) * g**2
+        m_hat = self.m / (1 - b1**t)
+        v_hat = self.v / (1 - b2**t)
+        root = np.sqrt(v_hat) + self.eps
+
+        if self.beta is None:
+            averaging = max((1 + self.gamma * max(0, t - self.rho)) ** (-self.kappa), 1e-4)
+            gain = lr * self.c * averaging / root
+        else:
+            averaging = self.beta
+            gain = lr * self.c / root
+        if self.clip:
+            gain = np.minimum(1.0, gain)
+
+        adamw = (1 - lr * self.wd) * self.theta - lr * m_hat / root
+        self.theta = self.store(adamw + gain * (self.ema - self.theta))
+        if t % self.uf == 0:
+            self.ema = (1 - averaging) * self.ema + averaging * self.theta
+        return gain

@@ -1,0 +1,505 @@
+"""PACE as an optimizer: state, swapping, exports, checkpoints, errors."""
+
+import copy
+import io
+import math
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from paceline import PACE
+
+
+def problem(dtype=torch.float32, seed=0):
+    """A small net that takes a `loss()`; the same data at each call of one instance."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 2))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    return model.to(dtype), generator
+
+
+def advance(model, opt, generator, steps):
+    for _ in range(steps):
+        x = torch.randn(16, 6, generator=generator).to(next(model.parameters()).dtype)
+        opt.zero_grad()
+        (model(x) - x[:, :2]).square().mean().backward()
+        opt.step()
+
+
+def snapshot(model, opt):
+    params = [p.detach().clone() for p in model.parameters()]
+    states = [{k: v.clone() for k, v in opt.state[p].items()} for p in model.parameters()]
+    return params, states
+
+
+def assert_same(a, b):
+    for p, q in zip(a[0], b[0], strict=True):
+        assert torch.equal(p, q)
+    for s, t in zip(a[1], b[1], strict=True):
+        assert s.keys() == t.keys()
+        for key in s:
+            assert s[key].dtype == t[key].dtype
+            assert torch.equal(s[key], t[key]), key
+
+
+# ---- state -----------------------------------------------------------------------------------
+
+
+def test_state_comes_with_the_first_gradient_of_each_parameter():
+    model, generator = problem()
+    frozen, late = model[1].weight, model[3].bias
+    frozen.requires_grad_(False)
+    opt = PACE(model.parameters(), pullback=0.1)
+    assert not opt.state
+    late.requires_grad_(False)
+    advance(model, opt, generator, 3)
+    late.requires_grad_(True)
+    advance(model, opt, generator, 2)
+    assert frozen not in opt.state
+    assert opt.state[late]["step"] == 2
+    assert opt.state[model[0].weight]["step"] == 5
+    assert set(opt.state[late]) == {"step", "exp_avg", "exp_avg_sq", "average"}
+
+
+def test_parameters_without_gradients_are_left_alone():
+    used, unused = Parameter(torch.ones(3)), Parameter(torch.ones(3))
+    opt = PACE([used, unused], pullback=0.5, weight_decay=0.1)
+    used.grad = torch.ones(3)
+    opt.step()
+    assert torch.equal(unused, torch.ones(3))
+    assert unused not in opt.state
+    assert not torch.equal(used, torch.ones(3))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0)])
+def test_scalars_and_empty_parameters_step_and_swap(shape):
+    p = Parameter(torch.ones(shape))
+    opt = PACE([p], pullback=0.5, track_stats=True)
+    p.grad = torch.ones(shape)
+    opt.step()
+    with opt.averaged():
+        pass
+    assert p.shape == shape
+    assert math.isfinite(opt.stats()["gain_mean"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_non_contiguous_parameters(dtype):
+    torch.manual_seed(0)
+    start = torch.randn(4, 3).to(dtype)
+    dense, strided = Parameter(start.clone()), Parameter(start.t().contiguous().t())
+    assert not strided.is_contiguous()
+    for p in (dense, strided):
+        opt = PACE([p], lr=0.1, pullback=1.0)
+        for seed in range(5):
+            p.grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            opt.step()
+        opt.eval()
+    assert torch.equal(dense, strided)
+
+
+def test_groups_have_options_of_their_own():
+    a, b, c = (Parameter(torch.ones(4)) for _ in range(3))
+    opt = PACE(
+        [
+            {"params": [a], "average": False, "pullback": 0},
+            {"params": [b], "ema_beta": 0.2},
+            {"params": [c], "ema_power": 0.3},
+        ],
+        pullback=0.3,
+        ema_beta=0.1,
+    )
+    assert [g["ema_beta"] for g in opt.param_groups] == [0.1, 0.2, None]
+    for p in (a, b, c):
+        p.grad = torch.ones(4)
+    opt.step()
+    assert "average" not in opt.state[a]
+    # after one step ema = 1 + weight·(θ - 1)
+    for p, weight in ((b, 0.2), (c, 2**-0.3)):
+        expected = 1 + weight * (p.detach() - 1)
+        torch.testing.assert_close(opt.state[p]["average"], expected)
+
+
+def test_added_group_joins_mid_run():
+    model, generator = problem()
+    head = model[3]
+    opt = PACE([*model[0].parameters(), *model[1].parameters()], pullback=0.2)
+    advance(model, opt, generator, 3)
+    opt.add_param_group({"params": list(head.parameters()), "lr": 0.5})
+    advance(model, opt, generator, 2)
+    assert opt.state[head.weight]["step"] == 2
+    assert opt.state[model[0].weight]["step"] == 5
+
+
+# ---- swapping --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_swap_is_an_idempotent_exchange_in_place(dtype):
+    model, generator = problem(dtype)
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.1)
+    opt.eval()
+    opt.train()  # nothing to swap yet
+    advance(model, opt, generator, 10)
+    before = snapshot(model, opt)
+    pointers = [t.data_ptr() for p in model.parameters() for t in (p, opt.state[p]["average"])]
+    for _ in range(3):
+        opt.eval()
+        opt.eval()
+        for p, state in zip(model.parameters(), before[1], strict=True):
+            rounding = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0
+            torch.testing.assert_close(
+                p.to(state["average"].dtype), state["average"], rtol=rounding, atol=0
+            )
+            assert len(opt.state[p]) == 4  # no third copy
+        opt.train()
+        opt.train()
+        assert_same(snapshot(model, opt), before)
+    assert pointers == [
+        t.data_ptr() for p in model.parameters() for t in (p, opt.state[p]["average"])
+    ]
+
+
+def test_averaged_restores_what_it_found_whatever_happens_inside():
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.1)
+    advance(model, opt, generator, 5)
+    before = snapshot(model, opt)
+    with pytest.raises(KeyError), opt.averaged():
+        raise KeyError
+    assert_same(snapshot(model, opt), before)
+    with opt.averaged():
+        with opt.averaged():
+            inner = snapshot(model, opt)
+        assert_same(snapshot(model, opt), inner)  # the inner one leaves the outer's average
+        opt.train()
+    assert_same(snapshot(model, opt), before)
+    opt.eval()
+    with opt.averaged():
+        pass
+    assert_same(snapshot(model, opt), inner)
+
+
+def test_step_while_swapped_raises_and_changes_nothing():
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.1)
+    advance(model, opt, generator, 5)
+    opt.eval()
+    before = snapshot(model, opt)
+    with pytest.raises(RuntimeError, match=r"call train\(\) first"):
+        opt.step()
+    assert_same(snapshot(model, opt), before)
+    opt.train()
+    opt.step()
+
+
+def test_without_an_average_the_returned_model_is_the_live_one():
+    model, generator = problem()
+    opt = PACE(model.parameters(), pullback=0, average=False)
+    advance(model, opt, generator, 3)
+    before = snapshot(model, opt)
+    with opt.averaged():
+        assert_same(snapshot(model, opt), before)
+    for name, value in opt.averaged_state_dict(model).items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+class Tied(nn.Module):
+    """Tied weights, a frozen parameter, a buffer and a tensor subclass-free extra."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.frozen = Parameter(torch.randn(4), requires_grad=False)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.norm(self.embedding(x) * self.frozen))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averaged_state_dict(dtype):
+    torch.manual_seed(0)
+    model = Tied().to(dtype)
+    opt = PACE([p for p in model.parameters() if p.requires_grad], lr=0.05, pullback=0.1)
+    for _ in range(8):
+        opt.zero_grad()
+        model(torch.arange(7)).float().square().mean().backward()
+        opt.step()
+    before = copy.deepcopy(model.state_dict())
+    returned = opt.averaged_state_dict(model)
+    assert {k: v.dtype for k, v in returned.items()} == {k: v.dtype for k, v in before.items()}
+    assert returned["head.weight"] is returned["embedding.weight"]
+    average = opt.state[model.head.weight]["average"]
+    assert torch.equal(returned["head.weight"], average.to(dtype))
+    assert not torch.equal(returned["head.weight"], before["head.weight"])
+    for name in ("frozen", "norm.running_mean", "norm.num_batches_tracked"):
+        assert torch.equal(returned[name], before[name])
+    for name, value in model.state_dict().items():  # the live weights are untouched
+        assert torch.equal(value, before[name])
+    with opt.averaged():
+        swapped = opt.averaged_state_dict(model)
+    for name, value in returned.items():
+        torch.testing.assert_close(swapped[name], value, rtol=torch.finfo(dtype).eps, atol=0)
+    kept = copy.deepcopy(returned)
+    model(torch.arange(7)).float().square().mean().backward()
+    opt.step()
+    for name, value in returned.items():  # a snapshot: later steps do not reach it
+        assert torch.equal(value, kept[name])
+    fresh = Tied().to(dtype)
+    fresh.load_state_dict(returned)
+    assert fresh.head.weight is fresh.embedding.weight
+
+
+def test_averaged_state_dict_of_a_model_that_is_not_ours():
+    model, generator = problem()
+    opt = PACE(model.parameters(), pullback=0.1)
+    advance(model, opt, generator, 1)
+    with pytest.raises(ValueError, match="model must hold parameters of this optimizer"):
+        opt.averaged_state_dict(nn.Linear(2, 2))
+
+
+# ---- stats -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_stats_say_what_the_step_did(foreach):
+    torch.manual_seed(0)
+    p, q, idle = Parameter(torch.randn(40)), Parameter(torch.randn(3, 5)), Parameter(torch.ones(2))
+    groups = [{"params": [p, q]}, {"params": [idle]}]
+    opt = PACE(groups, lr=0.2, pullback=8.0, weight_decay=0.1, foreach=foreach)
+    with pytest.raises(RuntimeError, match="track_stats=True"):
+        opt.stats()
+    for group in opt.param_groups:
+        group["track_stats"] = True
+    for _ in range(5):
+        before = torch.cat([p.detach().flatten(), q.detach().flatten()])
+        average = torch.cat([opt.state[x].get("average", x).flatten() for x in (p, q)]).detach()
+        p.grad, q.grad = torch.randn(40), torch.randn(3, 5)
+        opt.step()
+    after = torch.cat([p.detach().flatten(), q.detach().flatten()])
+    new_average = torch.cat([opt.state[x]["average"].flatten() for x in (p, q)])
+    m = torch.cat([opt.state[x]["exp_avg"].flatten() for x in (p, q)]) / (1 - 0.9**5)
+    v = torch.cat([opt.state[x]["exp_avg_sq"].flatten() for x in (p, q)]) / (1 - 0.999**5)
+    gain = (0.2 * 8 * 6**-0.5 / (v.sqrt() + 1e-8)).clamp(max=1)
+    pull = gain * (average - before)
+    adamw = -0.2 * 0.1 * before - 0.2 * m / (v.sqrt() + 1e-8)
+    expected = {
+        "gain_mean": gain.mean(),
+        "gain_min": gain.min(),
+        "gain_max": gain.max(),
+        "clipped": (gain == 1).float().mean(),
+        "adamw_norm": adamw.norm(),
+        "pull_norm": pull.norm(),
+        "update_norm": (after - before).norm(),
+        "distance": (after - new_average).norm(),
+    }
+    stats = opt.stats()
+    groups = stats.pop("groups")
+    assert stats == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-4)
+    assert 0 < stats["clipped"] < 1  # the case shows both sides of the clip
+    assert groups == [stats, None]
+
+
+# ---- checkpoints -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_is_bit_for_bit(dtype, swapped):
+    model, generator = problem(dtype)
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3)
+    advance(model, opt, generator, 7)
+    if swapped:
+        opt.eval()
+    file = io.BytesIO()
+    torch.save(
+        {"model": model.state_dict(), "opt": opt.state_dict(), "rng": generator.get_state()}, file
+    )
+    opt.train()
+    advance(model, opt, generator, 7)
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    model2, generator2 = problem(dtype, seed=9)
+    opt2 = PACE(model2.parameters(), lr=1.0, pullback=9.0)
+    model2.load_state_dict(saved["model"])
+    opt2.load_state_dict(saved["opt"])
+    generator2.set_state(saved["rng"])
+    assert opt2.param_groups[0]["pullback"] == 0.3
+    if swapped:
+        with pytest.raises(RuntimeError, match="averaged"):
+            opt2.step()
+    opt2.train()
+    advance(model2, opt2, generator2, 7)
+    assert_same(snapshot(model2, opt2), snapshot(model, opt))
+    assert opt2.state[model2[0].weight]["average"].dtype == torch.float32
+
+
+def test_loading_sees_what_the_users_hooks_made_of_it():
+    model, generator = problem(torch.bfloat16)
+    opt = PACE(model.parameters(), pullback=0.1)
+    advance(model, opt, generator, 2)
+
+    def zero_averages(_, state_dict):
+        states = {
+            i: {**s, "average": torch.full_like(s["average"], 1 + 2**-20)}
+            for i, s in state_dict["state"].items()
+        }
+        return {**state_dict, "state": states}
+
+    opt.register_load_state_dict_pre_hook(zero_averages)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert (opt.state[model[0].weight]["average"] == 1 + 2**-20).all()
+
+
+def test_pickling_and_deepcopy():
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3, track_stats=True)
+    advance(model, opt, generator, 3)
+    for other_model, other in (
+        copy.deepcopy((model, opt)),
+        pickle.loads(pickle.dumps((model, opt))),
+    ):
+        again = torch.Generator()
+        again.set_state(generator.get_state())
+        assert_same(snapshot(other_model, other), snapshot(model, opt))
+        advance(other_model, other, again, 2)
+        assert other.stats()["gain_mean"] > 0
+    assert_same(snapshot(model, opt), snapshot(model, opt))
+
+
+def test_schedulers_hooks_and_closures():
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.1, pullback=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=20)
+    calls = []
+    opt.register_step_pre_hook(lambda *_: calls.append("pre"))
+    opt.register_step_post_hook(lambda *_: calls.append("post"))
+    x = torch.randn(8, 6, generator=generator)
+
+    def closure():
+        opt.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    first = opt.step(closure)
+    rates = set()
+    for _ in range(19):
+        loss = opt.step(closure)
+        schedule.step()
+        rates.add((opt.param_groups[0]["lr"], opt.param_groups[0]["betas"]))
+    assert loss < first
+    assert len(rates) > 10
+    assert calls == ["pre", "post"] * 20
+
+
+def test_learning_rate_as_a_tensor():
+    rates = (0.05, torch.tensor(0.05))
+    ends = []
+    for lr in rates:
+        model, generator = problem()
+        advance(model, PACE(model.parameters(), lr=lr, pullback=0.3), generator, 3)
+        ends.append(model[0].weight)
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-7)
+
+
+# ---- errors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": -1.0},
+        {"lr": math.nan},
+        {"lr": "fast"},
+        {"eps": -1e-8},
+        {"weight_decay": -0.1},
+        {"betas": (0.9, 1.0)},
+        {"betas": 0.9},
+        {"betas": (0.9,)},
+        {"pullback": -0.1},
+        {"pullback": math.inf},
+        {"pullback": None},
+        {"ema_power": 1.5},
+        {"ema_power": -0.1},
+        {"ema_beta": 0.0},
+        {"ema_beta": 1.1},
+        {"ema_rate": 0.0},
+        {"ema_start": -1},
+        {"ema_every": 0},
+        {"ema_every": 1.5},
+        {"clip": 3},
+        {"average": "no"},
+        {"foreach": "yes"},
+        {"maximize": None},
+        {"track_stats": 2},
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named_with_their_value(options):
+    (name, value), p = next(iter(options.items())), Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=rf"^{name} must be .*got ") as error:
+        PACE([p], **{"pullback": 0.1, **options})
+    assert repr(value) in str(error.value)
+    good = PACE([p], pullback=0.1)
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        good.add_param_group({"params": [Parameter(torch.ones(1))], **options})
+    assert len(good.param_groups) == 1
+
+
+def test_contradictions():
+    p = [Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match=r"average=False needs pullback=0, got pullback=0\.1"):
+        PACE(p, pullback=0.1, average=False)
+    with pytest.raises(ValueError, match="ema_beta must be"):
+        PACE(p, pullback=0.1, ema_power=None)
+    with pytest.raises(TypeError, match="pullback"):
+        PACE(p)
+
+
+def test_integer_parameters_are_refused():
+    with pytest.raises(ValueError, match=r"floating-point tensors, got torch.int64"):
+        PACE([torch.ones(3, dtype=torch.int64)], pullback=0.1)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_unsupported_gradients_change_nothing(kind):
+    good = Parameter(torch.ones(3))
+    bad = Parameter(torch.ones(4, 2, dtype=torch.complex64 if kind == "complex" else None))
+    opt = PACE([("good", good), ("tokens", bad)], pullback=0.1)
+    good.grad = torch.ones(3)
+    bad.grad = torch.ones_like(bad).to_sparse() if kind == "sparse" else torch.ones_like(bad)
+    with pytest.raises(RuntimeError, match=rf"{kind} gradients.*'tokens' of shape \(4, 2\)"):
+        opt.step()
+    assert not opt.state
+    assert torch.equal(good, torch.ones(3))
+
+
+def test_core_imports_with_torch_alone():
+    """All that the extras bring is blocked once torch has loaded; PACE imports and steps."""
+    code = """
+import sys, torch, torch._dynamo
+for name in ("transformers", "datasets", "accelerate", "tokenizers", "schedulefree", "matplotlib",
+             "tensorboard", "rich", "tyro", "pydantic", "numpy", "jinja2"):
+    for loaded in [m for m in sys.modules if m.partition(".")[0] == name]:
+        del sys.modules[loaded]
+    sys.modules[name] = None
+from paceline import PACE
+p = torch.nn.Parameter(torch.ones(2))
+opt = PACE([p], pullback=0.1)
+p.grad = torch.ones(2)
+opt.step()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
