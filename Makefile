@@ -1,0 +1,32 @@
+# `make demo` and `make test` do all the set-up themselves; nothing but Python 3.11 and make needed.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= runs/demo-$(shell date +%Y-%m-%d_%H%M%S)
+
+.PHONY: demo test test-slow lint types clean
+
+# Rebuilt when what it is made from changes.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,test,dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/paceline compare --minutes 3 --out $(DEMO)
+
+test: $(VENV)/installed
+	$(BIN)/pytest -q -m 'not slow'
+
+test-slow: $(VENV)/installed
+	$(BIN)/pytest -q -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,213 @@
+"""Text in, blocks of tokens out: documents, splits and a tokenizer, cached by content."""
+
+import hashlib
+import importlib.util
+import os
+import random
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import tokenizers
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from . import InputError
+
+END_OF_TEXT = "<|endoftext|>"
+VALIDATION_SHARE = 0.1  # of the characters, in whole documents
+
+
+class Corpus(NamedTuple):
+    """Documents of one kind of text, in two disjoint parts."""
+
+    train: list[str]
+    validation: list[str]
+
+    def digest(self) -> str:
+        """SHA-256 of both parts, in hexadecimal."""
+        sha = hashlib.sha256()
+        for part in self:
+            for document in part:
+                sha.update(document.encode())
+                sha.update(b"\0")
+            sha.update(b"\1")
+        return sha.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where tokenizers, tokens and pretrained starts are kept between runs.
+
+    `$PACELINE_CACHE`, or else `paceline` in `$XDG_CACHE_HOME` (by default `~/.cache`).
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("PACELINE_CACHE") or Path(base) / "paceline")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def standard_library_files() -> list[Path]:
+    """The standard library's own sources, without its tests: about 12 MB."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    return [p for p in sorted(root.rglob("*.py")) if skip.isdisjoint(p.relative_to(root).parts)]
+
+
+def torch_files() -> list[Path]:
+    """The Python sources of the installed torch package: about 46 MB."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return sorted(Path(spec.submodule_search_locations[0]).rglob("*.py"))
+
+
+def files_below(paths: Iterable[Path]) -> list[Path]:
+    """The given files, and for each folder all files below it that are not hidden.
+
+    Raises:
+        InputError: a path does not exist.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += [
+                p
+                for p in sorted(path.rglob("*"))
+                if p.is_file() and not any(x.startswith(".") for x in p.relative_to(path).parts)
+            ]
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise InputError(f"no such file or folder: {path}")
+    return files
+
+
+def read_corpus(files: Iterable[Path], max_bytes: int) -> Corpus:
+    """Read files as UTF-8 documents and split them, whole documents at a time.
+
+    Files that are not text are passed over, and so are exact copies. Of more than `max_bytes` a
+    random part is taken. Documents longer than a twentieth of the whole are cut at line ends, so
+    that a single file has a validation part too. The split is always the same for the same text.
+
+    Raises:
+        InputError: there is no text.
+    """
+    documents = list(dict.fromkeys(filter(None, map(_read, files))))
+    random.Random(0).shuffle(documents)
+    kept: list[str] = []
+    size = 0
+    for document in documents:
+        if kept and size + len(document) > max_bytes:
+            continue
+        kept.append(document)
+        size += len(document)
+    if not size:
+        raise InputError("the text is empty: no file holds any UTF-8 text")
+    pieces = [piece for document in kept for piece in _cut(document, max(1, size // 20))]
+    random.Random(1).shuffle(pieces)
+    validation: list[str] = []
+    while pieces and sum(map(len, validation)) < VALIDATION_SHARE * size:
+        validation.append(pieces.pop())
+    return Corpus(pieces, validation)
+
+
+def _read(file: Path) -> str:
+    try:
+        text = file.read_bytes().decode()
+    except UnicodeDecodeError:
+        return ""
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    return "" if "\0" in text else text.strip()
+
+
+def _cut(document: str, length: int) -> list[str]:
+    """Pieces of about `length` characters, cut at line ends, or anywhere in longer lines."""
+    if len(document) <= length:
+        return [document]
+    pieces, piece = [], ""
+    for line in document.splitlines(keepends=True):
+        for start in range(0, len(line), length):
+            piece += line[start : start + length]
+            if len(piece) >= length:
+                pieces.append(piece)
+                piece = ""
+    return [*pieces, piece] if piece else pieces
+
+
+def make_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the documents, from the cache where it is there already.
+
+    Args:
+        documents: the text to learn merges from; takes seconds for 10 MB.
+        vocabulary: entries, at least 257: every byte, the end of text, and merges.
+    """
+    key = content_key(Corpus(documents, []).digest(), vocabulary, tokenizers.__version__)
+    path = cache_folder() / f"tokenizer-{key}.json"
+    if not path.exists():
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        bpe.train_from_iterator(documents, trainer)
+        partial = path.with_suffix(f".{os.getpid()}")
+        bpe.save(str(partial))
+        partial.replace(path)
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(path), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
+    )
+
+
+def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A safetensors file in the cache with the tokens of `train` and `validation`.
+
+    Each is a 1-D int32 tensor; every document ends in the end of text.
+    """
+    backend = tokenizer.backend_tokenizer
+    key = content_key(corpus.digest(), backend.to_str(), tokenizers.__version__)
+    path = cache_folder() / f"tokens-{key}.safetensors"
+    if not path.exists():
+        end = [tokenizer.eos_token_id]
+        tokens = {
+            name: torch.tensor(
+                [i for e in backend.encode_batch_fast(part) for i in (*e.ids, *end)],
+                dtype=torch.int32,
+            )
+            for name, part in corpus._asdict().items()
+        }
+        partial = path.with_suffix(f".{os.getpid()}")
+        save_file(tokens, partial)
+        partial.replace(path)
+    return path
+
+
+def blocks(tokens: Tensor, context: int) -> Tensor:
+    """Consecutive blocks of `context` tokens, (n, context) int64; the rest is dropped."""
+    count = len(tokens) // context
+    return tokens[: count * context].view(count, context).long()
+
+
+def collate(batch: list[tuple[Tensor]]) -> dict[str, Tensor]:
+    """Blocks as a causal language model takes them: it shifts the labels itself.
+
+    Nothing predicts a block's first token. It is masked, for the Trainer divides the loss by the
+    number of labels that are not.
+    """
+    ids = torch.stack([block for (block,) in batch])
+    labels = ids.clone()
+    labels[:, 0] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def content_key(*parts: object) -> str:
+    """A short name for what was made from these parts, for files in the cache."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

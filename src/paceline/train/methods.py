@@ -1,0 +1,122 @@
+"""The methods and learning-rate schedules that can be compared, by name and options."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args
+
+import schedulefree
+import torch
+from pydantic import Field
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from .. import PACE, averaging_weight
+from . import InputError, Options
+
+Name = Literal["adamw", "ema", "schedule-free", "pace"]
+Schedule = Literal["constant", "cosine", "wsd", "power", "twin"]
+OPTIONS = ("lr", "c", "kappa", "g")
+WSD_DECAY_SHARE = 0.2  # of the steps, linearly to zero
+
+
+class Method(Options):
+    """One way to train, and so one model to return.
+
+    Written `name[:schedule][:option=value]...`, as in `pace:c=10:kappa=0.3` or `ema:twin:lr=3e-3`.
+    """
+
+    name: Name
+    schedule: Schedule = "constant"
+    lr: Annotated[float, Field(gt=0)]  # peak learning rate η
+    c: Annotated[float, Field(ge=0)]  # strength of PACE's pull
+    kappa: Annotated[float, Field(ge=0, le=1)]  # κ of the average, and of power and twin
+    g: Annotated[float, Field(gt=0, le=1)]  # gain whose schedule `twin` is
+
+    @property
+    def label(self) -> str:
+        """Name and the options that matter to it, but for the learning rate."""
+        parts: list[str] = [self.name]
+        if self.schedule != "constant":
+            parts.append(self.schedule)
+        if self.name == "pace":
+            parts.append(f"c={self.c:g}")
+        if self.schedule == "twin":
+            parts.append(f"g={self.g:g}")
+        if self.name in ("ema", "pace") or self.schedule in ("power", "twin"):
+            parts.append(f"κ={self.kappa:g}")
+        return " ".join(parts)
+
+
+def parse_method(text: str, defaults: dict[str, Any]) -> Method:
+    """A method from its written form; `defaults` has what the text leaves open.
+
+    Raises:
+        InputError: an unknown name, schedule or option, or a value out of its range.
+    """
+    name, *parts = text.strip().split(":")
+    if name not in get_args(Name):
+        raise InputError(f"unknown method {name!r}; known: {', '.join(get_args(Name))}")
+    values = dict(defaults)
+    for part in parts:
+        option, equals, value = part.partition("=")
+        if not equals and option in get_args(Schedule):
+            values["schedule"] = option
+        elif equals and option in OPTIONS:
+            values[option] = value
+        else:
+            raise InputError(
+                f"unknown part {part!r} in method {text!r}; known are the schedules "
+                f"{', '.join(get_args(Schedule))} and {', '.join(f'{o}=…' for o in OPTIONS)}"
+            )
+    if name == "schedule-free" and values.get("schedule", "constant") != "constant":
+        raise InputError(f"schedule-free takes no schedule, got {values['schedule']!r}")
+    try:
+        return Method(**{**values, "name": name})
+    except InputError as error:
+        raise InputError(f"method {text!r}: {error}") from error
+
+
+def optimizer_and_options(
+    method: Method, warmup: int
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The optimizer's class and its options, without the parameters."""
+    if method.name == "adamw":
+        return torch.optim.AdamW, {"lr": method.lr}
+    if method.name == "schedule-free":
+        return schedulefree.AdamWScheduleFree, {"lr": method.lr, "warmup_steps": warmup}
+    options = {"lr": method.lr, "ema_power": method.kappa}
+    if method.name == "ema":
+        return PACE, {**options, "pullback": 0.0}
+    return PACE, {**options, "pullback": method.c, "track_stats": True}
+
+
+def scheduler(
+    method: Method, optimizer: torch.optim.Optimizer, warmup: int, steps: int
+) -> LambdaLR:
+    """The method's learning-rate schedule, after a linear warm-up.
+
+    `constant`; `cosine` to zero; `wsd` constant, then linear to zero over the last fifth; `power`
+    lr·β_t and `twin` lr·β_t/(β_t + g), with β_t = (1 + t)^-κ: what a pull amounts to as its gain
+    saturates, and at a gain of g.
+    """
+    if method.name == "schedule-free":  # warms up by itself
+        return get_scheduler("constant", optimizer)
+    if method.schedule in ("power", "twin"):
+        return LambdaLR(optimizer, _implicit(method, warmup))
+    names = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
+    decay = {"num_decay_steps": round(WSD_DECAY_SHARE * steps), "decay_type": "linear"}
+    return get_scheduler(
+        names.get(method.schedule, method.schedule),
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=steps,
+        scheduler_specific_kwargs=decay if method.schedule == "wsd" else None,
+    )
+
+
+def _implicit(method: Method, warmup: int) -> Callable[[int], float]:
+    def factor(done: int) -> float:
+        beta = averaging_weight(done + 1, power=method.kappa)
+        ramp = done / warmup if done < warmup else 1.0
+        return ramp * (beta if method.schedule == "power" else beta / (beta + method.g))
+
+    return factor
