@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paceline import PACE, averaging_weight
+from paceline import PACE
 from paceline.cli import main
 from paceline.study.compare import Comparison
 from paceline.study.report import Results, verdict
@@ -34,6 +34,7 @@ from paceline.train.data import (
 from paceline.train.methods import optimizer_and_options, parse_method, scheduler
 from paceline.train.model import make_gpt2
 from paceline.train.trainer import train
+from paceline.update import averaging_weight
 
 DEFAULTS = {"lr": 1e-2, "c": 3.0, "kappa": 0.3, "g": 0.5}
 TEXT = "\n".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs" for i in range(400))
@@ -377,6 +378,7 @@ def test_ctrl_c_reports_what_is_finished(text, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # even under nohup
     )
     metrics = out / "metrics.jsonl"
     deadline = time.monotonic() + 120

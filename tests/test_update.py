@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from reference import Reference
 from torch.nn import Parameter
 
-from paceline import PACE, averaging_weight
-from paceline.update import exchange_, exchange_back_
+from paceline import PACE
+from paceline.update import averaging_weight
 
 # Largest float32 deviation from the float64 reference that we allow, relative to the largest
 # weight. 500 steps accumulate rounding of about sqrt(500)·6e-8 = 1.3e-6 of a weight.
@@ -44,31 +44,42 @@ RULES = {
 def test_every_step_equals_the_reference(rule, foreach):
     """500 steps on mixed shapes, groups with options of their own, and a schedule."""
     rng = np.random.default_rng(0)
-    shapes = [(4, 3), (7,), (), (2, 3, 2)]
-    options = [{}, {}, {"weight_decay": 0.0, "betas": (0.8, 0.95)}, {"eps": 1e-3, "pullback": 0.1}]
-    starts = [np.float32(rng.normal(size=shape)) for shape in shapes]
-    params = [Parameter(torch.tensor(start)) for start in starts]
-    opt = PACE(
-        [{"params": [p], **extra} for p, extra in zip(params, options, strict=True)],
-        lr=3e-2,
-        foreach=foreach,
-        **RULES[rule],
-    )
+    shapes = [[(4, 3), (7,), ()], [(2, 3, 2), (5,)], [(3,)], [(6,), (1, 2)]]
+    groups = [
+        {},
+        {"weight_decay": 0.0, "betas": (0.8, 0.95), "ema_every": 2, "maximize": True},
+        {"eps": 1e-3, "pullback": 0.1, "lr": 1e-2, "clip": False},
+        {"ema_start": 7, "ema_rate": 0.5, "ema_power": 0.6},
+    ]
+    params, refs, signs = [], [], []
+    for group, its_shapes in zip(groups, shapes, strict=True):
+        starts = [np.float32(rng.normal(size=shape)) for shape in its_shapes]
+        group["params"] = [Parameter(torch.tensor(start)) for start in starts]
+        params += group["params"]
+        own = {k: v for k, v in group.items() if k not in ("params", "lr", "maximize")}
+        rule_here = {**RULES[rule], **({"ema_beta": None} if "ema_power" in own else {}), **own}
+        refs += [Reference(start, **rule_here) for start in starts]
+        signs += [-1 if group.get("maximize") else 1 for _ in starts]
+    opt = PACE(groups, lr=3e-2, foreach=foreach, **RULES[rule])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 500)
-    refs = [Reference(s, **{**RULES[rule], **o}) for s, o in zip(starts, options, strict=True)]
-    targets = [np.float32(rng.normal(size=shape)) for shape in shapes]
+    targets = [np.float32(rng.normal(size=p.shape)) for p in params]
+    late = 4  # the index of a parameter that gets its first gradient at step 11
 
-    for _ in range(500):
-        lr = opt.param_groups[0]["lr"]
-        for p, ref, target in zip(params, refs, targets, strict=True):
+    for t in range(1, 501):
+        rates = [group["lr"] for group in opt.param_groups for _ in group["params"]]
+        for i, (p, ref, target) in enumerate(zip(params, refs, targets, strict=True)):
+            if i == late and t <= 10:
+                continue
             # A noisy quadratic, its gradient taken at the reference's weights for both.
             g = np.float32(ref.theta - target + rng.normal(size=np.shape(target)))
-            p.grad = torch.tensor(g)
-            ref.step(g, lr)
+            p.grad = torch.tensor(signs[i] * g)
+            ref.step(g, rates[i])
         opt.step()
         schedule.step()
-        states = [opt.state[p] for p in params]
         assert relative(params, [ref.theta for ref in refs]) < TOLERANCE
+        if t <= 10:
+            continue
+        states = [opt.state[p] for p in params]
         assert relative([s["average"] for s in states], [ref.ema for ref in refs]) < TOLERANCE
         assert relative([s["exp_avg"] for s in states], [ref.m for ref in refs]) < TOLERANCE
         assert relative([s["exp_avg_sq"] for s in states], [ref.v for ref in refs]) < TOLERANCE
@@ -129,9 +140,6 @@ def test_averaging_weight():
     assert weight(100, power=0) == 1
 
 
-finite = st.floats(-2, 2, width=32)
-
-
 @st.composite
 def states(draw):
     """A parameter some random steps into training, with its optimizer's options."""
@@ -144,7 +152,7 @@ def states(draw):
         "ema_power": draw(st.floats(0, 1)),
         "ema_every": draw(st.integers(1, 4)),
         "ema_start": draw(st.integers(0, 4)),
-        "clip": True,
+        "clip": draw(st.booleans()),
     }
     if draw(st.booleans()):
         options |= {"ema_power": None, "ema_beta": draw(st.floats(0.01, 1.0))}
@@ -175,9 +183,10 @@ def test_pull_points_to_the_average_and_never_past_it(case):
     opt.step()
     without.step()
     pull = p.detach() - watching.detach()
-    slack = 1e-12  # of numbers of order 1 in float64
+    slack = 1e-12 * max(1, p.detach().abs().max())  # rounding in float64
     assert (pull * gap.sign() >= -slack).all()
-    assert (pull.abs() <= gap.abs() + slack).all()
+    if case[2]["clip"]:
+        assert (pull.abs() <= gap.abs() + slack).all()
 
 
 @given(states())
@@ -253,33 +262,3 @@ def test_float32_average_moves_where_a_bfloat16_one_would_stall():
         opt.step()
     # 1 + (1 - 0.999^2000) = 1.8648
     assert opt.state[p]["average"].item() == pytest.approx(2 - 0.999**2000, abs=1e-4)
-
-
-@given(
-    st.lists(st.tuples(finite, finite), min_size=1, max_size=8),
-    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
-)
-def test_exchange_loses_nothing(pairs, dtype):
-    lives, means = zip(*pairs, strict=True)
-    param = torch.tensor(lives).to(dtype)
-    average = torch.tensor(means).to(torch.promote_types(dtype, torch.float32))
-    live, mean = param.clone(), average.clone()
-    exchange_(param, average)
-    assert (param - mean).abs().max() <= 2 * torch.finfo(dtype).eps  # rounded, at most a unit
-    exchange_back_(param, average)
-    assert torch.equal(param, live)
-    exact = mean.abs() >= (2**-17 if dtype == torch.float16 else 0)
-    assert torch.equal(average[exact], mean[exact])
-    assert ((average - mean).abs() <= 2**-25).all()
-
-
-def test_exchange_keeps_every_bfloat16_bit_pattern():
-    live = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    torch.manual_seed(0)
-    mean = torch.randint(-(2**31), 2**31, (2**16,)).to(torch.int32)
-    mean[::5] = (mean[::5] & ~0xFFFF) | 0x8000  # ties
-    param, average = live.clone(), mean.clone().view(torch.float32)
-    exchange_(param, average)
-    exchange_back_(param, average)
-    assert torch.equal(param.view(torch.int16), live.view(torch.int16))
-    assert torch.equal(average.view(torch.int32), mean)

@@ -3,16 +3,20 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from numbers import Real
 from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .update import exchange_, exchange_back_, scalars, step_
+from .swap import swap_back, swap_in
+from .update import scalars, step_
 
 Group: TypeAlias = dict[str, Any]
+
+PARAMETER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class PACE(Optimizer):
@@ -40,7 +44,8 @@ class PACE(Optimizer):
 
     State for each parameter, created at its first step: `step` (0-dim float32), `exp_avg` (m),
     `exp_avg_sq` (v) and `average`, all of the parameter's shape and in float32 (float64 for a
-    float64 parameter): 12 bytes a parameter, 8 with `average=False`.
+    float64 parameter): 12 bytes a parameter, 8 with `average=False`. While the average is swapped
+    in, `average` keeps the live weights, for 16-bit parameters in packed form.
 
     Every option below but `params` can be set for each parameter group.
 
@@ -64,8 +69,8 @@ class PACE(Optimizer):
         foreach: step all tensors of one device and dtype together (True) or one by one (False).
             None chooses: together on accelerators, one by one on the CPU.
         maximize: ascend instead of descend.
-        track_stats: measure each step for `stats()`; costs time and two copies of the largest
-            batch of parameters that are stepped together.
+        track_stats: measure each step for `stats()`; costs time, and scratch memory of some four
+            times the parameters that are stepped together.
 
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
@@ -129,16 +134,24 @@ class PACE(Optimizer):
         super().add_param_group(param_group)
         try:
             _check_options(param_group)
-            for index, param in enumerate(param_group["params"]):
-                if not (param.is_floating_point() or param.is_complex()):
-                    raise ValueError(
-                        f"params must be floating-point tensors, got {param.dtype} in "
-                        f"{_describe(self.param_groups, len(self.param_groups) - 1, index)}"
-                    )
+            self._check_params(len(self.param_groups) - 1)
         except ValueError:
             self.param_groups.pop()
             raise
-        param_group["swapped"] = any(group.get("swapped") for group in self.param_groups)
+        # While swapped: the parameters' dtypes when the averages came in. Kept here, for groups go
+        # into checkpoints; the optimizer's attributes do not.
+        param_group["swapped"] = _dtypes(param_group) if self._swapped else None
+
+    def _check_params(self, group: int) -> None:
+        params = self.param_groups[group]["params"]
+        if len(set(params)) < len(params):
+            raise ValueError(f"params must be given once each, got one twice in group {group}")
+        for index, param in enumerate(params):
+            if param.dtype not in PARAMETER_DTYPES and not param.is_complex():
+                raise ValueError(
+                    f"params must be 16-, 32- or 64-bit floating-point tensors, got {param.dtype} "
+                    f"in {_describe(self.param_groups, group, index)}"
+                )
 
     # ---- stepping -----------------------------------------------------------------------------
 
@@ -160,7 +173,11 @@ class PACE(Optimizer):
             RuntimeError: the averaged weights are swapped in, or a gradient is sparse or complex.
                 Nothing has changed then.
         """
-        self._require_live("step()")
+        if self._swapped:
+            raise RuntimeError(
+                "step() was called while the averaged weights are in the model; call train() "
+                "first. Nothing was changed"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -195,7 +212,7 @@ class PACE(Optimizer):
 
     def _initialize(self, param: Tensor, group: Group) -> None:
         state = self.state[param]
-        dtype = torch.promote_types(param.dtype, torch.float32)
+        dtype = _state_dtype(param)
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
@@ -232,47 +249,70 @@ class PACE(Optimizer):
 
     @property
     def _swapped(self) -> bool:
-        return any(group["swapped"] for group in self.param_groups)
+        return any(group.get("swapped") for group in self.param_groups)
 
-    def _require_live(self, what: str) -> None:
-        if self._swapped:
-            raise RuntimeError(
-                f"{what} was called while the averaged weights are in the model; "
-                "call train() first. Nothing was changed"
-            )
-
-    def eval(self) -> None:
-        """Put the average into the parameters; the live weights wait in `state[p]["average"]`.
-
-        In place, without a third copy (see `paceline.update.exchange_`). Free if already done, and
-        for parameters that keep no average or have not stepped.
-        """
-        self._swap(True)
-
-    def train(self) -> None:
-        """Put the live weights back into the parameters. Free if they are there already."""
-        self._swap(False)
+    def _averages(self) -> dict[Tensor, Tensor]:
+        """Parameter -> average, for those that keep one and have stepped."""
+        return {
+            p: self.state[p]["average"]
+            for group in self.param_groups
+            if group["average"]
+            for p in group["params"]
+            if "average" in self.state.get(p, {})
+        }
 
     @torch.no_grad()
-    def _swap(self, to_average: bool) -> None:
-        if self._swapped == to_average:
+    def eval(self) -> None:
+        """Put the average into the parameters; the live weights wait where the average was.
+
+        In place, without a third copy (`paceline.swap`). Free if it is there already; parameters
+        that keep no average or have not stepped stay as they are.
+
+        Raises:
+            RuntimeError: the model's dtype was changed after the first step. Nothing has changed.
+        """
+        if self._swapped:
             return
-        exchange = exchange_ if to_average else exchange_back_
+        averages = self._averages()
+        for p, average in averages.items():
+            if average.dtype != _state_dtype(p):
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(p.shape)} is {p.dtype} now, which does not go "
+                    f"with its {average.dtype} average; convert models before the first step"
+                )
+        swap_in(averages.items())
         for group in self.param_groups:
-            for p in group["params"]:
-                if "average" in self.state.get(p, {}):
-                    exchange(p, self.state[p]["average"])
-            group["swapped"] = to_average
+            group["swapped"] = _dtypes(group)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Put the live weights back into the parameters. Free if they are there already.
+
+        Raises:
+            RuntimeError: the model's dtype is not that of the moment when the average came in, or
+                a checkpoint's of that moment. Nothing has changed.
+        """
+        if not self._swapped:
+            return
+        for group in self.param_groups:
+            if group["swapped"] != _dtypes(group):
+                raise RuntimeError(
+                    f"the averages were swapped into parameters of {set(group['swapped'])}, which "
+                    f"are {set(_dtypes(group))} now; convert them back, then call train()"
+                )
+        swap_back(self._averages().items())
+        for group in self.param_groups:
+            group["swapped"] = None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Hold the average in the parameters inside a `with`; go back whatever happens there."""
-        was_swapped = self._swapped
+        restore = self.eval if self._swapped else self.train
         self.eval()
         try:
             yield
         finally:
-            self._swap(was_swapped)
+            restore()
 
     @torch.no_grad()
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
@@ -286,25 +326,29 @@ class PACE(Optimizer):
             model: the module whose parameters this optimizer steps, itself or wrapped.
 
         Raises:
-            ValueError: the optimizer keeps averages, but none for a parameter of this model.
+            ValueError: the optimizer keeps averages, but none for a parameter of this model, or one
+                of them does not show as itself in the model's `state_dict(keep_vars=True)`.
         """
+        averages = self._averages()
+        ours = [name for name, p in model.named_parameters() if p in averages]
+        if averages and not ours:
+            raise ValueError(
+                f"model must hold parameters of this optimizer, got {type(model).__name__} "
+                "with none of them"
+            )
         returned = model.state_dict(keep_vars=True)
         snapshots: dict[Tensor, Tensor] = {}
-        found = False
         for name, value in returned.items():
-            if not isinstance(value, Tensor):
-                continue
-            if value not in snapshots:
-                average = self.state.get(value, {}).get("average")
-                found |= average is not None
-                source = value if average is None or self._swapped else average
-                snapshots[value] = source.detach().to(value.dtype, copy=True)
-            returned[name] = snapshots[value]
-        if not found and any("average" in state for state in self.state.values()):
-            raise ValueError(
-                f"model must hold parameters of this optimizer, but none of its "
-                f"{len(snapshots)} tensors is one; got {type(model).__name__}"
-            )
+            if isinstance(value, Tensor):
+                if value not in snapshots:
+                    source = value if self._swapped else averages.get(value, value)
+                    snapshots[value] = source.detach().to(value.dtype, copy=True)
+                returned[name] = snapshots[value]
+        for name in ours:
+            if model.get_parameter(name) not in snapshots:
+                raise ValueError(
+                    f"model must show its parameters in state_dict(), got another tensor for {name}"
+                )
         return returned
 
     # ---- reports and checkpoints --------------------------------------------------------------
@@ -334,64 +378,89 @@ class PACE(Optimizer):
         the same time: `train()` then brings back the live weights.
         """
         loaded: dict[str, Any] = {}
-        # Runs after the user's own hooks, so that it sees what is really loaded.
-        hook = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
+
+        def restore(_: Optimizer) -> None:
+            # torch has cast float state to the parameter's dtype: take ours from the source again.
+            # A copy, for two optimizers that share tensors would swap each other's averages.
+            ids = [i for group in loaded["param_groups"] for i in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            for i, p in zip(ids, params, strict=True):
+                for key, value in loaded["state"].get(i, {}).items():
+                    if isinstance(value, Tensor) and key == "step":
+                        self.state[p][key] = value.clone()
+                    elif isinstance(value, Tensor) and value.is_floating_point():
+                        self.state[p][key] = value.to(p.device, _state_dtype(p), copy=True)
+            for group in self.param_groups:
+                for key, value in {**self.defaults, "swapped": None}.items():
+                    group.setdefault(key, value)
+
+        # The first sees what the user's own hooks made of the state, the second runs before theirs.
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final)),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
-            hook.remove()
-        # torch casts float state to the parameter's dtype: take ours from the source again.
-        ids = [i for group in loaded["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params, strict=True):
-            for key, value in loaded["state"].get(i, {}).items():
-                if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
-                    self.state[p][key] = value.to(
-                        p.device, torch.promote_types(p.dtype, torch.float32)
-                    )
-        for group in self.param_groups:
-            for key, value in {**self.defaults, "swapped": False}.items():
-                group.setdefault(key, value)
+            for hook in hooks:
+                hook.remove()
         self._stats = None
 
 
+def _state_dtype(param: Tensor) -> torch.dtype:
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def _dtypes(group: Group) -> list[str]:
+    return [str(p.dtype) for p in group["params"]]
+
+
 def _check_options(options: Group) -> None:
-    """Raise a ValueError that names the first option out of its range, and its value."""
+    """Make the options plain numbers, so that checkpoints load with `weights_only=True`.
+
+    Raises:
+        ValueError: names the first option out of its range, and its value.
+    """
 
     def require(name: str, ok: bool, range_: str) -> None:
         if not ok:
             raise ValueError(f"{name} must be {range_}, got {options[name]!r}")
 
     def number(value: object) -> float:
-        """The value, or NaN, which no range contains, for what is no finite number."""
-        if isinstance(value, Tensor) and value.numel() == 1:
-            return number(value.item())
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            return float(value)
+        """The value as a float, or NaN, which no range contains, for what is no real number."""
+        if isinstance(value, Real) and not isinstance(value, bool):
+            with suppress(OverflowError):
+                return float(value)
         return math.nan
 
-    for name in ("lr", "eps", "weight_decay", "pullback"):
-        require(name, number(options[name]) >= 0, "a finite number >= 0")
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        finite = lr.ndim == 0 and bool(lr.isfinite())
+        require("lr", finite and bool(lr >= 0), "a finite number >= 0, or a 0-dim tensor of one")
+    for name in ("eps", "weight_decay", "pullback") + (() if isinstance(lr, Tensor) else ("lr",)):
+        require(name, 0 <= number(options[name]) < math.inf, "a finite number >= 0")
+        options[name] = float(options[name])
     betas = options["betas"]
-    require(
-        "betas",
-        isinstance(betas, (tuple, list))
-        and len(betas) == 2
-        and all(0 <= number(beta) < 1 for beta in betas),
-        "two numbers in [0, 1)",
-    )
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    require("betas", pair and all(0 <= number(b) < 1 for b in betas), "two numbers in [0, 1)")
+    options["betas"] = (float(betas[0]), float(betas[1]))
     power, beta = options["ema_power"], options["ema_beta"]
     require("ema_power", power is None or 0 <= number(power) <= 1, "None or in [0, 1]")
     require("ema_beta", beta is None or 0 < number(beta) <= 1, "None or in (0, 1]")
     if power is None and beta is None:
         raise ValueError("ema_beta must be in (0, 1] where ema_power is None, got None for both")
-    require("ema_rate", number(options["ema_rate"]) > 0, "a finite number > 0")
-    require("ema_start", number(options["ema_start"]) >= 0, "a finite number of steps >= 0")
+    options["ema_power"] = None if power is None else float(power)
+    options["ema_beta"] = None if beta is None else float(beta)
+    require("ema_rate", 0 < number(options["ema_rate"]) < math.inf, "a finite number > 0")
+    require("ema_start", 0 <= number(options["ema_start"]) < math.inf, "a number of steps >= 0")
+    options["ema_rate"] = float(options["ema_rate"])
     every = options["ema_every"]
-    require("ema_every", isinstance(every, int) and every >= 1, "a whole number of steps >= 1")
+    whole = isinstance(every, int) and not isinstance(every, bool)
+    require("ema_every", whole and every >= 1, "a whole number of steps >= 1")
     for name in ("clip", "average", "maximize", "track_stats"):
         require(name, isinstance(options[name], bool), "True or False")
-    require("foreach", options["foreach"] in (None, True, False), "None, True or False")
+    foreach = options["foreach"]
+    require("foreach", foreach is None or isinstance(foreach, bool), "None, True or False")
     if not options["average"] and options["pullback"] != 0:
         raise ValueError(
             f"average=False needs pullback=0, got pullback={options['pullback']!r}: "

@@ -25,7 +25,12 @@ MIN_AVERAGING_WEIGHT = 1e-4
 
 
 def averaging_weight(
-    step: int, *, power: float, rate: float = 1.0, start: float = 0, beta: float | None = None
+    step: int,
+    *,
+    power: float | None = None,
+    rate: float = 1.0,
+    start: float = 0,
+    beta: float | None = None,
 ) -> float:
     """Weight β_t in (0, 1] that the average gives to the newest weights at a step.
 
@@ -35,7 +40,7 @@ def averaging_weight(
 
     Args:
         step: t, counted from 1.
-        power: κ in [0, 1]. 1 is nearly a uniform average, 0 no average at all.
+        power: κ in [0, 1]. 1 is nearly a uniform average, 0 no average at all. Not read with beta.
         rate: γ > 0, steps⁻¹.
         start: ρ >= 0, steps.
         beta: a constant weight in (0, 1] instead of the power.
@@ -44,6 +49,7 @@ def averaging_weight(
     """
     if beta is not None:
         return beta
+    assert power is not None
     return max(float((1.0 + rate * max(0.0, step - start)) ** -power), MIN_AVERAGING_WEIGHT)
 
 
@@ -53,9 +59,9 @@ class Scalars(NamedTuple):
     beta1: float  # decay of the first moment
     beta2: float  # decay of the second moment
     eps: float  # ε
-    bias: float  # sqrt(1 - beta2^t): sqrt(v) / bias = sqrt(v̂)
+    root_bias2: float  # sqrt(1 - beta2^t): sqrt(v) / root_bias2 = sqrt(v̂)
     step_size: float  # η / (1 - beta1^t): step_size·m = η·m̂
-    keep: float  # 1 - η·wd
+    shrink: float  # 1 - η·wd
     gain: float  # numerator of λ: η·c·β_t, or η·c with a constant averaging weight; 0 = no pull
     clip: bool  # gain at most 1
     weight: float  # β_t; 0 = the average stays as it is at this step
@@ -73,15 +79,15 @@ def scalars(step: int, group: dict[str, Any]) -> Scalars:
         start=group["ema_start"],
         beta=group["ema_beta"],
     )
-    decay = weight if group["ema_beta"] is None else 1.0
+    falloff = weight if group["ema_beta"] is None else 1.0
     return Scalars(
         beta1=beta1,
         beta2=beta2,
         eps=group["eps"],
-        bias=math.sqrt(1.0 - beta2**step),
+        root_bias2=math.sqrt(1.0 - beta2**step),
         step_size=lr / (1.0 - beta1**step),
-        keep=1.0 - lr * group["weight_decay"],
-        gain=lr * group["pullback"] * decay,
+        shrink=1.0 - lr * group["weight_decay"],
+        gain=lr * group["pullback"] * falloff,
         clip=group["clip"],
         weight=weight if step % group["ema_every"] == 0 else 0.0,
         ascend=group["maximize"],
@@ -111,7 +117,8 @@ def step_(
         exp_avg_sqs: v, updated.
         averages: ema_{t-1}, becomes ema_t; None where no average is kept (then `s.gain` is 0).
         s: the step's scalars.
-        measure: return what `measurements` documents; costs two copies of the parameters.
+        measure: return what `measurements` documents; costs time, and scratch of some four times
+            the state's `exp_avg` of these tensors.
 
     Returns:
         Measurements of the step as 0-dim tensors; empty unless asked for.
@@ -121,20 +128,22 @@ def step_(
     if s.ascend:
         grads = list(torch._foreach_neg(grads))
     before = [x.clone() for x in theta] if measure else []
+    assert averages is not None or not s.gain
 
     torch._foreach_lerp_(exp_avgs, grads, 1.0 - s.beta1)
     torch._foreach_mul_(exp_avg_sqs, s.beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1.0 - s.beta2)
     denom = list(torch._foreach_sqrt(exp_avg_sqs))
-    torch._foreach_div_(denom, s.bias)
+    torch._foreach_div_(denom, s.root_bias2)
     torch._foreach_add_(denom, s.eps)
 
     pull: list[Tensor] = []
-    if s.gain and averages is not None:
+    if s.gain and averages:
         pull = list(torch._foreach_sub(averages, theta))  # starts at θ_t, before AdamW moves it
 
-    torch._foreach_mul_(theta, s.keep)
+    torch._foreach_mul_(theta, s.shrink)
     torch._foreach_addcdiv_(theta, exp_avgs, denom, -s.step_size)
+    adamw = list(torch._foreach_sub(theta, before)) if measure else []
 
     gain: list[Tensor] = []
     if pull:
@@ -150,87 +159,45 @@ def step_(
         if x is not p:
             p.copy_(x)
             x.copy_(p)
-    if s.weight and averages is not None:
+    if s.weight and averages:
         torch._foreach_lerp_(averages, theta, s.weight)
-    return measurements(before, theta, pull, gain, averages, s.clip) if measure else {}
+    if not measure:
+        return {}
+    return measurements(before, adamw, theta, pull, gain, averages, s.clip)
 
 
 def measurements(
     before: list[Tensor],
+    adamw: list[Tensor],
     after: list[Tensor],
     pull: list[Tensor],
     gain: list[Tensor],
     averages: list[Tensor] | None,
     clip: bool,
 ) -> dict[str, Tensor]:
-    """What one step did, as 0-dim tensors that add up over tensors (`min` and `max` aside).
+    """What one step did, as 0-dim tensors that add up over batches (`gain_min` and `_max` aside).
 
     `count` coordinates; `gain_sum`, `gain_min`, `gain_max`, `clipped` (coordinates whose gain the
-    clip holds at 1); the squared norms `adamw_sq` of the AdamW step, `pull_sq` of the pull and
-    `update_sq` of the two together, and `distance_sq` from the average after the step.
+    clip holds at 1); the squared norms `adamw_sq` of the AdamW step, `pull_sq` of the pull,
+    `update_sq` of the weights' change as stored, and `distance_sq` from the average afterwards.
     """
+    zero = torch.zeros((), dtype=after[0].dtype, device=after[0].device)
 
-    def joined(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([x.flatten() for x in tensors])
+    def total(tensors: list[Tensor]) -> Tensor:
+        return torch.stack([zero, *(x.sum() for x in tensors)]).sum()
 
-    new = joined(after)
-    update = new - joined(before)
-    zeros = torch.zeros_like(new)
-    pulled = joined(pull) if pull else zeros
-    gains = joined(gain) if gain else zeros
-    behind = joined(averages) - new if averages is not None else zeros
-    low, high = gains.aminmax() if gains.numel() else (zeros.sum(), zeros.sum())
+    def squares(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+        return torch.stack([zero, *(x.square().sum() for x in tensors)]).sum()
+
+    some = [x for x in gain if x.numel()]
     return {
-        "count": torch.tensor(float(new.numel()), device=new.device),
-        "gain_sum": gains.sum(),
-        "gain_min": low,
-        "gain_max": high,
-        "clipped": (gains >= 1.0).sum().to(gains.dtype) if clip else zeros.sum(),
-        "adamw_sq": (update - pulled).square().sum(),
-        "pull_sq": pulled.square().sum(),
-        "update_sq": update.square().sum(),
-        "distance_sq": behind.square().sum(),
+        "count": zero + sum(x.numel() for x in after),
+        "gain_sum": total(gain),
+        "gain_min": torch.stack([x.min() for x in some]).min() if some else zero,
+        "gain_max": torch.stack([x.max() for x in some]).max() if some else zero,
+        "clipped": total([x >= 1.0 for x in gain]) if clip else zero,
+        "adamw_sq": squares(adamw),
+        "pull_sq": squares(pull),
+        "update_sq": squares(torch._foreach_sub(after, before)),
+        "distance_sq": squares(torch._foreach_sub(after, averages)) if averages else zero,
     }
-
-
-def exchange_(param: Tensor, average: Tensor) -> None:
-    """Exchange live weights and average in place, losing nothing and keeping no third copy.
-
-    Of equal dtypes the two tensors trade contents. A 16-bit parameter and its float32 average are
-    48 bits that must go on holding two models of 16 and 32 bits: the parameter takes the average
-    rounded to 16 bits, and `average` takes the live weights in its upper 16 bits and, in its
-    lower 16, what the rounding left out (in units of the last place of float32). `exchange_back_`
-    undoes it. Live weights always come back bit for bit; so does a bfloat16 parameter's average;
-    a float16 parameter's average does where it is at least 2^-17 or zero, and to within 2^-25
-    below, where float16 has too few bits. Scratch: this one parameter.
-
-    Args:
-        param: live weights, any shape; becomes the average.
-        average: of the same shape, the same dtype or, for 16-bit parameters, float32.
-    """
-    if param.dtype == average.dtype:
-        live = param.clone()
-        param.copy_(average)
-        average.copy_(live)
-        return
-    live = param.view(torch.int16).to(torch.int32)
-    bits = average.view(torch.int32)
-    if param.dtype == torch.bfloat16:
-        # Ties upward instead of to even: then the remainder fits into 16 bits.
-        param.view(torch.int16).copy_(((bits + 0x8000) >> 16).to(torch.int16))
-    else:
-        param.copy_(average)
-    rest = bits - param.to(average.dtype).view(torch.int32)
-    bits.copy_((live << 16) | (rest.clamp_(-0x8000, 0x7FFF) & 0xFFFF))
-
-
-def exchange_back_(param: Tensor, average: Tensor) -> None:
-    """Undo `exchange_`: the live weights return to `param`, the average to `average`."""
-    if param.dtype == average.dtype:
-        exchange_(param, average)
-        return
-    bits = average.view(torch.int32)
-    live = (bits >> 16).to(torch.int16)
-    rest = (bits << 16) >> 16  # the lower half, with its sign
-    bits.copy_(param.to(average.dtype).view(torch.int32) + rest)
-    param.view(torch.int16).copy_(live)

@@ -91,7 +91,7 @@ class Comparison(Options):
     """Strength of the pull of pace, >= 0, in the unit of a gradient."""
     kappa: Annotated[float, Field(ge=0, le=1)] = 0.3
     """Power κ in [0, 1] of the averages of ema and pace, and of the schedules power and twin."""
-    g: Annotated[float, Field(gt=0, le=1)] = 0.9
+    g: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Gain in (0, 1] that the schedule twin stands for."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Listed] = (0,)
     """Seeds >= 0 of the order of the batches (and of the initial weights with --from-scratch),

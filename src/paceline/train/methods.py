@@ -9,7 +9,8 @@ from pydantic import Field
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from .. import PACE, averaging_weight
+from ..optimizer import PACE
+from ..update import averaging_weight
 from . import InputError, Options
 
 Name = Literal["adamw", "ema", "schedule-free", "pace"]

@@ -1,0 +1,86 @@
+"""Exchange of live weights and average, in place: nothing is lost, and no third copy is kept."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+Exchange = Callable[[Tensor, Tensor], None]
+
+SLICE = 2**20  # elements exchanged at a time, which bounds the scratch
+
+
+def swap_in(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Put each average into its parameter; the second tensor then keeps the live weights.
+
+    Of equal dtypes the two trade contents. A 16-bit parameter and its float32 average are 48 bits
+    that must go on holding two models of 16 and 32 bits: the parameter takes the average rounded to
+    16 bits, and the average's place takes the live weights in its upper 16 bits and, in its lower
+    16, what the rounding left out, in float32 units in the last place. `swap_back` undoes it.
+
+    Live weights always come back bit for bit, and so do averages, except for NaNs, which come back
+    as NaNs, and for averages of float16 parameters below 2^-16, which come back to within 2^-25,
+    for float16 has too few bits there. An exception on the way undoes what was done before it.
+
+    Args:
+        pairs: parameter and average, of equal shapes and dtypes, or 16-bit and float32.
+    """
+    _all(pairs, _exchange, _exchange_back)
+
+
+def swap_back(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Undo `swap_in` for the same pairs."""
+    _all(pairs, _exchange_back, _exchange)
+
+
+def _all(pairs: Iterable[tuple[Tensor, Tensor]], do: Exchange, undo: Exchange) -> None:
+    done: list[tuple[Tensor, Tensor]] = []
+    try:
+        for pair in pairs:
+            for part in _slices(*pair):
+                do(*part)
+                done.append(part)
+    except BaseException:
+        for part in reversed(done):
+            undo(*part)
+        raise
+
+
+def _slices(param: Tensor, average: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    if param.ndim == 0:
+        param, average = param[None], average[None]
+    rows = max(1, SLICE * len(param) // max(1, param.numel()))
+    yield from zip(torch.split(param, rows), torch.split(average, rows), strict=True)
+
+
+def _exchange(param: Tensor, average: Tensor) -> None:
+    # Everything is computed before the first write: no failure can leave it half done.
+    if param.dtype == average.dtype:
+        live = param.clone()
+        param.copy_(average)
+        average.copy_(live)
+        return
+    bits = average.view(torch.int32)
+    rounded = average.to(param.dtype)
+    rest = bits - rounded.to(average.dtype).view(torch.int32)
+    if param.dtype == torch.bfloat16:
+        # A tie that was rounded down: rounded up, what is left out fits into 16 bits.
+        tie = (rest == 0x8000) & ~average.isnan()
+        rounded.view(torch.int16).add_(tie)
+        rest.sub_(tie.to(torch.int32) << 16)
+    live = param.view(torch.int16).to(torch.int32) << 16
+    packed = live | (rest.clamp_(-0x8000, 0x7FFF) & 0xFFFF)
+    param.copy_(rounded)
+    bits.copy_(packed)
+
+
+def _exchange_back(param: Tensor, average: Tensor) -> None:
+    if param.dtype == average.dtype:
+        _exchange(param, average)
+        return
+    bits = average.view(torch.int32)
+    live = (bits >> 16).to(torch.int16).view(param.dtype)
+    rest = (bits << 16) >> 16  # the lower half, with its sign
+    exact = param.to(average.dtype).view(torch.int32) + rest
+    param.copy_(live)
+    bits.copy_(exact)
