@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo-$(shell date +%Y-%m-%d_%H%M%S)
 
-.PHONY: demo test test-slow lint types clean
+.PHONY: demo test lint types clean
 
 # Rebuilt when what it is made from changes.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -16,10 +16,7 @@ demo: $(VENV)/installed
 	$(BIN)/paceline compare --minutes 3 --out $(DEMO)
 
 test: $(VENV)/installed
-	$(BIN)/pytest -q -m 'not slow'
-
-test-slow: $(VENV)/installed
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

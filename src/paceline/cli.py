@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"paceline: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("paceline: interrupted before anything was trained", file=sys.stderr)
+        return 130
     return 130 if results.interrupted else 1 if results.failed else 0
 
 

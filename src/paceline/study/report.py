@@ -2,7 +2,6 @@
 
 import io
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -30,28 +29,49 @@ class Results:
     failed: dict[str, str] = field(default_factory=dict)  # run: reason
     interrupted: bool = False
 
-    def cells(self) -> dict[str, dict[float, "Cell"]]:
-        """Final losses: method label -> learning rate -> one value a seed."""
+    def cells(self) -> "Cells":
+        """Final losses: method label -> learning rate -> one row a seed.
+
+        Of the seeds that every method finished, where there are such, so that all are compared over
+        the same ones.
+        """
         last = {row["run"]: row for row in self.rows}  # rows of a run are in order of steps
-        cells: dict[str, dict[float, Cell]] = {}
+        cells: Cells = {}
         for row in last.values():
-            cell = cells.setdefault(row["label"], {}).setdefault(row["lr"], Cell({}, {}, row))
-            cell.live[row["seed"]] = _loss(row["live_loss"])
-            cell.returned[row["seed"]] = _loss(row["returned_loss"])
+            cell = cells.setdefault(row["label"], {}).setdefault(row["lr"], Cell({}))
+            cell.rows[row["seed"]] = row
+        every = [set(cell.rows) for by_rate in cells.values() for cell in by_rate.values()]
+        common = set.intersection(*every) if every else set()
+        if common:
+            for by_rate in cells.values():
+                for lr, cell in by_rate.items():
+                    by_rate[lr] = Cell({seed: cell.rows[seed] for seed in sorted(common)})
         return cells
 
 
 class Cell(NamedTuple):
-    """Final losses, nats a token, of one method at one learning rate: seed -> loss."""
+    """The last row of each seed's run, of one method at one learning rate."""
 
-    live: dict[int, float]
-    returned: dict[int, float]
-    facts: dict[str, Any]
+    rows: dict[int, dict[str, Any]]
 
-    @property
-    def mean(self) -> float:
-        """Of the returned models' losses."""
-        return fmean(self.returned.values())
+    def losses(self, which: str) -> list[float]:
+        """Losses of the `live` or `returned` weights, nats a token; infinite after divergence."""
+        return [_loss(row[f"{which}_loss"]) for row in self.rows.values()]
+
+    def mean(self, which: str = "returned") -> float:
+        """Over the seeds."""
+        return fmean(self.losses(which))
+
+    def show(self, which: str = "returned") -> str:
+        """Mean, with half the range over seeds where there are several; or `diverged`."""
+        losses = self.losses(which)
+        if not math.isfinite(self.mean(which)):
+            return "diverged"
+        spread = f" ±{(max(losses) - min(losses)) / 2:.3f}" if len(losses) > 1 else ""
+        return f"{self.mean(which):.3f}{spread}"
+
+
+Cells = dict[str, dict[float, Cell]]
 
 
 def _loss(value: float | None) -> float:
@@ -65,14 +85,17 @@ def write_report(
     finished = len({row["run"] for row in results.rows})
     if results.interrupted:
         console.print(f"Interrupted: {finished} of {results.total_runs} runs were finished.")
+    for reason in dict.fromkeys(results.failed.values()):
+        names = [name for name, why in results.failed.items() if why == reason]
+        console.print(f"Failed: {', '.join(names)}: {reason}", style="red", markup=False)
     if not finished:
-        console.print(f"No run was finished, so there is no report; see {folder}/manifest.json.")
+        console.print("No run was finished, so there is no report.")
         return
     cells = results.cells()
     sentences = verdict(cells)
     console.print(_table(cells))
     for sentence in sentences:
-        console.print(f"• {sentence}", highlight=False)
+        console.print(f"• {sentence}", highlight=False, markup=False)
     figure = curves(results)
     FigureCanvasAgg(figure).print_png(str(folder / "curves.png"))
     svg = io.StringIO()
@@ -81,12 +104,10 @@ def write_report(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("paceline.study", "."), autoescape=True, trim_blocks=True
     )
-    environment.filters["loss"] = show_loss
-    environment.filters["spread"] = show_spread
     page = environment.get_template("report.html.j2").render(
         cells=cells,
         rates=rates(cells),
-        best={lr: min(c[lr].mean for c in cells.values() if lr in c) for lr in rates(cells)},
+        best={lr: best_at(cells, lr) for lr in rates(cells)},
         sentences=sentences,
         svg=svg.getvalue()[svg.getvalue().index("<svg") :],
         manifest=manifest,
@@ -94,29 +115,21 @@ def write_report(
         finished=finished,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
-    console.print(f"\nReport: {folder / 'report.html'}", highlight=False)
+    console.print(f"\nReport: {folder / 'report.html'}", highlight=False, markup=False)
 
 
-def rates(cells: dict[str, dict[float, Cell]]) -> list[float]:
+def rates(cells: Cells) -> list[float]:
     """All learning rates, ascending."""
     return sorted({lr for by_rate in cells.values() for lr in by_rate})
 
 
-def show_loss(value: float) -> str:
-    """Three decimals; `diverged` if there is no finite loss."""
-    return f"{value:.3f}" if math.isfinite(value) else "diverged"
+def best_at(cells: Cells, lr: float) -> float:
+    """The lowest mean loss of a returned model at a learning rate."""
+    return min(by_rate[lr].mean() for by_rate in cells.values() if lr in by_rate)
 
 
-def show_spread(values: Iterable[float]) -> str:
-    """Half the range over seeds, where there are several; empty for one."""
-    values = list(values)
-    return f"±{(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
-
-
-def _table(cells: dict[str, dict[float, Cell]]) -> Table:
-    table = Table(
-        title="Validation loss, nats a token, of the live weights → of the returned model"
-    )
+def _table(cells: Cells) -> Table:
+    table = Table(title="Validation loss, nats a token: live weights → returned model")
     table.add_column("method")
     for lr in rates(cells):
         table.add_column(f"lr {lr:g}", justify="right")
@@ -127,10 +140,10 @@ def _table(cells: dict[str, dict[float, Cell]]) -> Table:
                 row.append("")
                 continue
             cell = by_rate[lr]
-            best = cell.mean == min(c[lr].mean for c in cells.values() if lr in c)
-            returned = f"{show_loss(cell.mean)} {show_spread(cell.returned.values())}".strip()
-            returned = f"[bold]{returned}[/]" if best else returned
-            row.append(f"{show_loss(fmean(cell.live.values()))} → {returned}")
+            returned = cell.show()
+            if cell.mean() == best_at(cells, lr):
+                returned = f"[bold]{returned}[/]"
+            row.append(f"{cell.show('live').split(' ')[0]} → {returned}")
         table.add_row(label, *row)
     return table
 
@@ -138,32 +151,35 @@ def _table(cells: dict[str, dict[float, Cell]]) -> Table:
 # ---- in words -----------------------------------------------------------------------------------
 
 
-def verdict(cells: dict[str, dict[float, Cell]]) -> list[str]:
+def verdict(cells: Cells) -> list[str]:
     """Which method won, by how much and over how many seeds, as sentences."""
     sentences = []
     for lr in rates(cells):
-        ranked = sorted((c[lr].mean, label) for label, c in cells.items() if lr in c)
-        if len(ranked) > 1:
-            (best, winner), (_, second) = ranked[:2]
-            sentences.append(
-                f"At learning rate {lr:g} the best returned model is that of {winner}, "
-                f"{show_loss(best)} nats: {_difference(cells[winner][lr], cells[second][lr])} "
-                f"than {second}, the next."
-            )
-        for label, by_rate in cells.items():
-            if lr in by_rate and by_rate[lr].facts["name"] == "pace":
-                sentences += _about_the_pull(label, by_rate[lr], cells, lr)
+        here = {label: by_rate[lr] for label, by_rate in cells.items() if lr in by_rate}
+        if len(here) > 1:
+            sentences.append(f"At learning rate {lr:g}: {_winner(here)}")
+        for label, cell in here.items():
+            if cell.mean() == math.inf:
+                sentences.append(f"At learning rate {lr:g} {label} diverged.")
+            elif next(iter(cell.rows.values()))["name"] == "pace":
+                sentences += _about_the_pull(label, cell, here, lr)
     if len(rates(cells)) > 1 and len(cells) > 1:
-        own = sorted(
-            (min((c.mean, lr) for lr, c in r.items()), label) for label, r in cells.items()
-        )
-        listed = ", ".join(f"{label} {show_loss(mean)} (lr {lr:g})" for (mean, lr), label in own)
+        best = {
+            f"{label} at {lr:g}": by_rate[lr]
+            for label, by_rate in cells.items()
+            for lr in [min(by_rate, key=lambda lr: by_rate[lr].mean())]
+        }
+        ranked = sorted(best, key=lambda label: best[label].mean())
+        listed = ", ".join(f"{label} {best[label].show().split(' ')[0]}" for label in ranked)
+        chosen = any(len(by_rate) > 1 for by_rate in cells.values())
         sentences.append(
-            f"Each at the better of its rates: {listed}. The rates were picked on the validation "
-            "text that the numbers are from."
+            f"Each at its best learning rate: {_winner(best)} All: {listed}."
+            + (" The rates were picked on the text that the numbers are from." if chosen else "")
         )
-    seeds = {seed for r in cells.values() for c in r.values() for seed in c.returned}
-    if len(seeds) == 1:
+    seeds = [set(cell.rows) for by_rate in cells.values() for cell in by_rate.values()]
+    if not set.intersection(*seeds):
+        sentences.append("No seed was finished by all methods: their means do not compare.")
+    elif max(map(len, seeds)) == 1:
         sentences.append(
             "One seed: there is no spread here by which to judge small differences; "
             "--seeds 0,1,2 gives one."
@@ -171,42 +187,65 @@ def verdict(cells: dict[str, dict[float, Cell]]) -> list[str]:
     return sentences
 
 
-def _about_the_pull(
-    label: str, cell: Cell, cells: dict[str, dict[float, Cell]], lr: float
-) -> list[str]:
+def _winner(cells: dict[str, Cell]) -> str:
+    """The best returned model, and its lead over the next."""
+    winner, second = sorted(cells, key=lambda label: cells[label].mean())[:2]
+    if cells[winner].mean() == math.inf:
+        return "all diverged."
+    lead = _difference(cells[winner], cells[second])
+    return f"{winner} returns the best model, {cells[winner].show()} nats, {lead} {second}."
+
+
+def _about_the_pull(label: str, cell: Cell, here: dict[str, Cell], lr: float) -> list[str]:
     """PACE against the EMA that differs in the pull alone, and against its twin schedule."""
     sentences = []
-    for other, by_rate in cells.items():
-        facts = by_rate[lr].facts if lr in by_rate else {}
-        if facts.get("name") != "ema" or facts["kappa"] != cell.facts["kappa"]:
+    mine = next(iter(cell.rows.values()))
+    for other, its in here.items():
+        facts = next(iter(its.rows.values()))
+        if facts["name"] != "ema" or facts["kappa"] != mine["kappa"]:
             continue
-        if facts["schedule"] == cell.facts["schedule"]:
-            what = f"The pull alone makes {label} return a model"
-        elif facts["schedule"] == "twin" and cell.facts["schedule"] == "constant":
-            what = f"Against the schedule that a gain of {facts['g']:g} amounts to it is"
-        else:
-            continue
-        sentences.append(f"{what} {_difference(cell, by_rate[lr])} than {other} at that rate.")
-    if sentences:
-        gain, clipped = cell.facts["gain_mean"], cell.facts["clipped"]
-        sentences[-1] += f" Its gain is {gain:.2f} at the end, {clipped:.0%} of it clipped."
+        if facts["schedule"] == mine["schedule"] and facts["g"] == mine["g"]:
+            sentences.append(
+                f"What the pull alone does there: {label} returns a model "
+                f"{_difference(cell, its)} {other}."
+            )
+        elif facts["schedule"] == "twin" and mine["schedule"] == "constant":
+            sentences.append(
+                f"And against the schedule that a gain of {facts['g']:g} amounts to: {label} "
+                f"returns a model {_difference(cell, its)} {other}."
+            )
+    gains = [row["gain_mean"] for row in cell.rows.values() if row["gain_mean"] is not None]
+    if sentences and gains:
+        clipped = fmean(row["clipped"] for row in cell.rows.values())
+        sentences.append(
+            f"The gain of {label} is {fmean(gains):.2f} in the mean at the end, and "
+            f"{clipped:.1%} of the coordinates are clipped."
+        )
     return sentences
 
 
 def _difference(a: Cell, b: Cell) -> str:
-    """`a` relative to `b`, paired over the seeds that both have."""
-    pairs = [a.returned[s] - b.returned[s] for s in a.returned if s in b.returned]
+    """`a` relative to `b`, paired over the seeds that both have; ends in `than` or the like."""
+    pairs = [
+        _loss(row["returned_loss"]) - _loss(b.rows[seed]["returned_loss"])
+        for seed, row in a.rows.items()
+        if seed in b.rows
+    ]
+    if not pairs:
+        return "which shares no seed with"
     if not all(map(math.isfinite, pairs)):
-        return "incomparable, as one of them diverged,"
+        return "while there was divergence in"
     mean = fmean(pairs)
+    if abs(mean) < 0.0005:
+        return "equal to that of"
     word = "lower" if mean < 0 else "higher"
-    text = f"{abs(mean):.3f} {word}"
+    spread = ""
     if len(pairs) > 1:
         agreeing = sum((d < 0) == (mean < 0) for d in pairs)
-        text += (
+        spread = (
             f" ({min(pairs):+.3f} to {max(pairs):+.3f}, {word} in {agreeing} of {len(pairs)} seeds)"
         )
-    return text
+    return f"{abs(mean):.3f} {word}{spread} than"
 
 
 # ---- as curves ----------------------------------------------------------------------------------

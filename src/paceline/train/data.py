@@ -73,46 +73,70 @@ def files_below(paths: Iterable[Path]) -> list[Path]:
     """
     files: list[Path] = []
     for path in paths:
+        try:
+            path.stat()
+        except OSError as error:
+            raise InputError(f"no such file or folder: {path} ({error.strerror})") from error
         if path.is_dir():
             files += [
                 p
                 for p in sorted(path.rglob("*"))
                 if p.is_file() and not any(x.startswith(".") for x in p.relative_to(path).parts)
             ]
-        elif path.is_file():
-            files.append(path)
         else:
-            raise InputError(f"no such file or folder: {path}")
+            files.append(path)
     return files
 
 
-def read_corpus(files: Iterable[Path], max_bytes: int) -> Corpus:
+def read_corpus(files: Iterable[Path], max_characters: int, held_out: Iterable[str] = ()) -> Corpus:
     """Read files as UTF-8 documents and split them, whole documents at a time.
 
-    Files that are not text are passed over, and so are exact copies. Of more than `max_bytes` a
-    random part is taken. Documents longer than a twentieth of the whole are cut at line ends, so
-    that a single file has a validation part too. The split is always the same for the same text.
+    Files that are not text are passed over, and so are exact copies and what ends in a held-out
+    document. Of more than `max_characters` a random part is taken. The validation part is about a
+    tenth; of fewer than ten documents, or where none fits, it is the last tenth of each. The split
+    is always the same for the same files.
 
     Raises:
         InputError: there is no text.
     """
-    documents = list(dict.fromkeys(filter(None, map(_read, files))))
+    held_out = tuple(held_out)
+    documents = [d for d in dict.fromkeys(map(_read, files)) if d and not d.endswith(held_out)]
     random.Random(0).shuffle(documents)
     kept: list[str] = []
     size = 0
     for document in documents:
-        if kept and size + len(document) > max_bytes:
-            continue
-        kept.append(document)
-        size += len(document)
+        if size + len(document) <= max_characters:
+            kept.append(document)
+            size += len(document)
+        elif not kept:  # one long document
+            kept.append(document[:max_characters])
+            size = max_characters
     if not size:
-        raise InputError("the text is empty: no file holds any UTF-8 text")
-    pieces = [piece for document in kept for piece in _cut(document, max(1, size // 20))]
-    random.Random(1).shuffle(pieces)
+        raise InputError("the text is empty: no file holds any UTF-8 text that is not held out")
     validation: list[str] = []
-    while pieces and sum(map(len, validation)) < VALIDATION_SHARE * size:
-        validation.append(pieces.pop())
-    return Corpus(pieces, validation)
+    room = VALIDATION_SHARE * size
+    if len(kept) >= 10:
+        for document in kept:
+            if len(document) <= 1.5 * room:
+                validation.append(document)
+                room -= len(document)
+            if room <= 0:
+                break
+    if validation:
+        chosen = set(validation)
+        return Corpus([d for d in kept if d not in chosen], validation)
+    cuts = [_last_tenth(document) for document in kept]
+    return Corpus(
+        [d[:cut] for d, cut in zip(kept, cuts, strict=True) if cut],
+        [d[cut:] for d, cut in zip(kept, cuts, strict=True)],
+    )
+
+
+def _last_tenth(document: str) -> int:
+    """Where the last tenth begins: at the start of a line, if one is near."""
+    cut = int((1 - VALIDATION_SHARE) * len(document))
+    line = document.rfind("\n", cut - len(document) // 20, cut) + 1
+    return line or cut
 
 
 def _read(file: Path) -> str:
@@ -123,20 +147,6 @@ def _read(file: Path) -> str:
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
     return "" if "\0" in text else text.strip()
-
-
-def _cut(document: str, length: int) -> list[str]:
-    """Pieces of about `length` characters, cut at line ends, or anywhere in longer lines."""
-    if len(document) <= length:
-        return [document]
-    pieces, piece = [], ""
-    for line in document.splitlines(keepends=True):
-        for start in range(0, len(line), length):
-            piece += line[start : start + length]
-            if len(piece) >= length:
-                pieces.append(piece)
-                piece = ""
-    return [*pieces, piece] if piece else pieces
 
 
 def make_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenizerFast:

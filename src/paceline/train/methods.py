@@ -1,7 +1,7 @@
 """The methods and learning-rate schedules that can be compared, by name and options."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import schedulefree
 import torch
@@ -15,7 +15,10 @@ from . import InputError, Options
 
 Name = Literal["adamw", "ema", "schedule-free", "pace"]
 Schedule = Literal["constant", "cosine", "wsd", "power", "twin"]
-OPTIONS = ("lr", "c", "kappa", "g")
+Rate = Annotated[float, Field(gt=0)]
+Strength = Annotated[float, Field(ge=0)]
+Power = Annotated[float, Field(ge=0, le=1)]
+Gain = Annotated[float, Field(gt=0, le=1)]
 WSD_DECAY_SHARE = 0.2  # of the steps, linearly to zero
 
 
@@ -27,10 +30,10 @@ class Method(Options):
 
     name: Name
     schedule: Schedule = "constant"
-    lr: Annotated[float, Field(gt=0)]  # peak learning rate η
-    c: Annotated[float, Field(ge=0)]  # strength of PACE's pull
-    kappa: Annotated[float, Field(ge=0, le=1)]  # κ of the average, and of power and twin
-    g: Annotated[float, Field(gt=0, le=1)]  # gain whose schedule `twin` is
+    lr: Rate  # peak learning rate η
+    c: Strength | None = None  # of PACE's pull
+    kappa: Power | None = None  # κ of the average, and of power and twin
+    g: Gain | None = None  # whose schedule `twin` is
 
     @property
     def label(self) -> str:
@@ -38,40 +41,45 @@ class Method(Options):
         parts: list[str] = [self.name]
         if self.schedule != "constant":
             parts.append(self.schedule)
-        if self.name == "pace":
-            parts.append(f"c={self.c:g}")
-        if self.schedule == "twin":
-            parts.append(f"g={self.g:g}")
-        if self.name in ("ema", "pace") or self.schedule in ("power", "twin"):
-            parts.append(f"κ={self.kappa:g}")
-        return " ".join(parts)
+        shown = {"c": self.c, "g": self.g, "κ": self.kappa}
+        return " ".join(parts + [f"{k}={v:g}" for k, v in shown.items() if v is not None])
 
 
-def parse_method(text: str, defaults: dict[str, Any]) -> Method:
-    """A method from its written form; `defaults` has what the text leaves open.
+def parse_method(text: str, *, schedule: Schedule = "constant", **defaults: float) -> Method:
+    """A method from its written form; schedule and options that it leaves open are given beside it.
+
+    Options that do not matter to the method are left out of it.
 
     Raises:
-        InputError: an unknown name, schedule or option, or a value out of its range.
+        InputError: an unknown name, schedule or option, one that the method does not have, or a
+            value out of its range.
     """
     name, *parts = text.strip().split(":")
     if name not in get_args(Name):
         raise InputError(f"unknown method {name!r}; known: {', '.join(get_args(Name))}")
-    values = dict(defaults)
+    own: dict[str, str] = {}
+    if name == "schedule-free":
+        schedule = "constant"
     for part in parts:
         option, equals, value = part.partition("=")
-        if not equals and option in get_args(Schedule):
-            values["schedule"] = option
-        elif equals and option in OPTIONS:
-            values[option] = value
+        if not equals and option in get_args(Schedule) and name != "schedule-free":
+            schedule = cast(Schedule, option)
+        elif equals:
+            own[option] = value
         else:
-            raise InputError(
-                f"unknown part {part!r} in method {text!r}; known are the schedules "
-                f"{', '.join(get_args(Schedule))} and {', '.join(f'{o}=…' for o in OPTIONS)}"
-            )
-    if name == "schedule-free" and values.get("schedule", "constant") != "constant":
-        raise InputError(f"schedule-free takes no schedule, got {values['schedule']!r}")
+            known = "none" if name == "schedule-free" else ", ".join(get_args(Schedule))
+            raise InputError(f"unknown schedule {part!r} in method {text!r}; known: {known}")
+    options = ["lr"]
+    options += ["c"] if name == "pace" else []
+    options += ["kappa"] if name in ("ema", "pace") or schedule in ("power", "twin") else []
+    options += ["g"] if schedule == "twin" else []
+    for option in own:
+        if option not in options:
+            raise InputError(f"method {text!r} has no option {option!r}; it has {options}")
+    values: dict[str, Any] = {option: own.get(option, defaults.get(option)) for option in options}
+    values |= {"name": name, "schedule": schedule}
     try:
-        return Method(**{**values, "name": name})
+        return Method(**values)
     except InputError as error:
         raise InputError(f"method {text!r}: {error}") from error
 
@@ -84,7 +92,7 @@ def optimizer_and_options(
         return torch.optim.AdamW, {"lr": method.lr}
     if method.name == "schedule-free":
         return schedulefree.AdamWScheduleFree, {"lr": method.lr, "warmup_steps": warmup}
-    options = {"lr": method.lr, "ema_power": method.kappa}
+    options: dict[str, Any] = {"lr": method.lr, "ema_power": method.kappa}
     if method.name == "ema":
         return PACE, {**options, "pullback": 0.0}
     return PACE, {**options, "pullback": method.c, "track_stats": True}
@@ -97,7 +105,8 @@ def scheduler(
 
     `constant`; `cosine` to zero; `wsd` constant, then linear to zero over the last fifth; `power`
     lr·β_t and `twin` lr·β_t/(β_t + g), with β_t = (1 + t)^-κ: what a pull amounts to as its gain
-    saturates, and at a gain of g.
+    saturates, and at a gain of g. The warm-up starts from a step at rate 0; Schedule-Free has its
+    own, which is one step ahead.
     """
     if method.name == "schedule-free":  # warms up by itself
         return get_scheduler("constant", optimizer)
@@ -116,8 +125,9 @@ def scheduler(
 
 def _implicit(method: Method, warmup: int) -> Callable[[int], float]:
     def factor(done: int) -> float:
+        assert method.kappa is not None
         beta = averaging_weight(done + 1, power=method.kappa)
         ramp = done / warmup if done < warmup else 1.0
-        return ramp * (beta if method.schedule == "power" else beta / (beta + method.g))
+        return ramp * (beta if method.g is None else beta / (beta + method.g))
 
     return factor

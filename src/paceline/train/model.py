@@ -36,6 +36,5 @@ def make_gpt2(
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    config.loss_type = "ForCausalLM"
     torch.manual_seed(seed)
     return GPT2LMHeadModel(config)

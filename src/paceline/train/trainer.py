@@ -1,7 +1,6 @@
 """The Trainer of transformers, made right for optimizers that return another model."""
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -17,6 +17,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from .data import blocks, collate
 from .methods import Method, optimizer_and_options, scheduler
@@ -142,8 +143,7 @@ def train(
         eval_tokens: about how many validation tokens each evaluation reads.
         watch: called some hundred times with the step and the last losses; True stops the run.
     """
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
-    every = max(1, steps // evaluations)
+    every = math.ceil(steps / evaluations)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -156,12 +156,15 @@ def train(
         eval_strategy="steps",
         eval_steps=every,
         logging_steps=every,
+        logging_nan_inf_filter=False,  # a diverged batch is a diverged loss
         save_strategy="no",
-        report_to=["tensorboard"],
+        report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    validation = blocks(tokens["validation"], context)[: max(1, eval_tokens // context)]
+    validation = blocks(tokens["validation"], context)
+    count = max(1, eval_tokens // context)
+    validation = validation[:: max(1, len(validation) // count)][:count]  # from all over
     trainer = MethodTrainer(
         model,
         arguments,
@@ -170,7 +173,10 @@ def train(
         data_collator=collate,
         train_dataset=TensorDataset(blocks(tokens["train"], context)),
         eval_dataset=TensorDataset(validation),
-        callbacks=[_Watch(watch, max(1, steps // 200))],
+        callbacks=[
+            TensorBoardCallback(SummaryWriter(str(folder))),
+            _Watch(watch, max(1, steps // 200)),
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.evaluate()

@@ -1,0 +1,72 @@
+"""What a run was made with: versions, commit, hardware."""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    *("paceline", "torch", "transformers", "accelerate", "tokenizers"),
+    *("schedulefree", "numpy", "pydantic", "tyro"),
+)
+
+
+def environment() -> dict[str, Any]:
+    """Start time, versions, git commit of the sources (None outside a checkout), hardware."""
+    return {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "git_commit": _git_commit(),
+        "hardware": {
+            "system": platform.platform(),
+            "cpu": _cpu(),
+            "cores": cores(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+    }
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that is there whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit, with `-dirty` behind it if tracked files were changed since."""
+    if not (git := shutil.which("git")):
+        return None
+
+    def ask(*words: str) -> str | None:
+        command = [git, "-C", str(Path(__file__).parent), *words]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        return None if run.returncode else run.stdout.strip()
+
+    if ask("ls-files", "--error-unmatch", __file__) is None:
+        return None
+    changed = ask("status", "--porcelain", "--untracked-files=no")
+    return f"{ask('rev-parse', 'HEAD')}{'-dirty' if changed else ''}"

@@ -1,0 +1,243 @@
+"""Training runs in worker processes, with news of them while they go on."""
+
+import json
+import math
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from ..train.methods import Method
+from ..train.model import make_gpt2
+from ..train.trainer import Trained, train
+from .report import Results
+
+Row = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """One method with one seed."""
+
+    method: Method
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folders, as in `pace-c10-kappa0.3-lr0.01-seed0`."""
+        label = f"{self.method.label} lr={self.method.lr:g} seed={self.seed}"
+        return label.replace("κ", "kappa").replace("=", "").replace(" ", "-")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs share: where they start, what they see, and how they are trained."""
+
+    start: Path | None  # pretrained weights; None: random ones, from each run's seed
+    tokens: Path  # as `tokenize` gives it
+    tokenizer: PreTrainedTokenizerFast
+    shape: dict[str, int]  # of the model, as `make_gpt2` takes it
+    recipe: dict[str, Any]  # of the training, as `train` takes it
+    steps: int
+    evaluations: int
+
+    def train(self, run: Run, folder: Path, watch: Callable[[int, dict[str, float]], bool]) -> Any:
+        """Train one run from its start; see `paceline.train.trainer.train`."""
+        model: Any
+        if self.start is None:
+            model = make_gpt2(self.tokenizer, **self.shape, seed=run.seed)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(self.start)
+        return train(
+            model,
+            load_file(self.tokens),
+            run.method,
+            folder,
+            steps=self.steps,
+            evaluations=self.evaluations,
+            seed=run.seed,
+            watch=watch,
+            **self.recipe,
+        )
+
+
+def run_all(
+    setting: Setting,
+    runs: list[Run],
+    workers: int,
+    threads: int,
+    folder: Path,
+    console: Console,
+    results: Results,
+) -> None:
+    """Train every run in one of `workers` processes of `threads` threads each.
+
+    Rows go to `results` and to metrics.jsonl as runs finish. Ctrl-C stops the runs under way and
+    starts no more; a run that fails is noted, and does not stop the others.
+    """
+    context = multiprocessing.get_context("spawn")
+    news, stop = context.Queue(), context.Event()
+
+    def interrupt(*_: Any) -> None:
+        results.interrupted = True
+
+    # Processes started while SIGINT is ignored ignore it too: a terminal sends Ctrl-C to all, and
+    # it is the parent that says when to stop.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with (
+            (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics,
+            ProcessPoolExecutor(workers, context, _begin, (threads, news, stop)) as pool,
+            progress_bars(console) as progress,
+        ):
+            pending: dict[Future[list[Row] | None], Run] = {
+                pool.submit(_run_one, setting, run, folder): run for run in runs
+            }
+            signal.signal(signal.SIGINT, interrupt)
+            bars = _Bars(progress, setting.steps, len(runs))
+            while pending:
+                if results.interrupted and not stop.is_set():
+                    stop.set()
+                    for future in pending:
+                        future.cancel()
+                finished, _ = wait(pending, timeout=0.25, return_when=FIRST_COMPLETED)
+                bars.show(news)
+                for future in finished:
+                    run = pending.pop(future)
+                    bars.end(run.name)
+                    if future.cancelled():
+                        continue
+                    if error := future.exception():
+                        results.failed[run.name] = _reason(error)
+                        continue
+                    for row in future.result() or []:
+                        results.rows.append(row)
+                        metrics.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    metrics.flush()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def quiet() -> None:
+    """Leave the terminal to our own bars and tables."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def progress_bars(console: Console) -> Progress:
+    """Bars whose tasks have a field `losses`, as `show_losses` writes it."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[losses]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def show_losses(losses: dict[str, float]) -> str:
+    """The last evaluation's losses of the live and the returned weights."""
+    if "eval_loss" not in losses:
+        return ""
+    live = losses.get("eval_live_loss", losses["eval_loss"])
+    return f"live {live:.3f}  returned {losses['eval_loss']:.3f}"
+
+
+class _Bars:
+    """A bar for all runs together, and one for each that is under way."""
+
+    def __init__(self, progress: Progress, steps: int, runs: int) -> None:
+        self.progress, self.steps = progress, steps
+        self.whole = progress.add_task("all runs", total=steps * runs, losses="")
+        self.tasks: dict[str, Any] = {}
+        self.done: dict[str, int] = {}
+
+    def show(self, news: Any) -> None:
+        while True:
+            try:
+                name, step, losses = news.get_nowait()
+            except Empty:
+                break
+            if self.done.get(name) == self.steps:  # news that came after the end
+                continue
+            if name not in self.tasks:
+                self.tasks[name] = self.progress.add_task(name, total=self.steps, losses="")
+            self.progress.update(
+                self.tasks[name], completed=step, losses=show_losses(losses), refresh=False
+            )
+            self.done[name] = step
+        self.progress.update(self.whole, completed=sum(self.done.values()))
+
+    def end(self, name: str) -> None:
+        if name in self.tasks:
+            self.progress.remove_task(self.tasks.pop(name))
+        self.done[name] = self.steps
+        self.progress.update(self.whole, completed=sum(self.done.values()))
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, BrokenProcessPool):
+        return "a worker process died (out of memory?), and the runs that were not done with it"
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+# ---- in the workers -----------------------------------------------------------------------------
+
+_news: Any = None
+_stop: Any = None
+
+
+def _begin(threads: int, news: Any, stop: Any) -> None:
+    global _news, _stop
+    _news, _stop = news, stop
+    torch.set_num_threads(threads)
+    quiet()
+
+
+def _run_one(setting: Setting, run: Run, folder: Path) -> list[Row] | None:
+    """One run: its rows of metrics, or None if it was stopped."""
+
+    def watch(step: int, losses: dict[str, float]) -> bool:
+        _news.put((run.name, step, losses))
+        return bool(_stop.is_set())
+
+    if _stop.is_set():
+        return None
+    began = time.perf_counter()
+    trained: Trained = setting.train(run, folder / "tensorboard" / run.name, watch)
+    if trained.stopped:
+        return None
+    model = folder / "models" / run.name
+    trained.trainer.save_returned(str(model))
+    setting.tokenizer.save_pretrained(model)
+    facts = {
+        "run": run.name,
+        "label": run.method.label,
+        **run.method.model_dump(),
+        "seed": run.seed,
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+    tokens = setting.recipe["batch"] * setting.recipe["context"]
+    return [
+        {
+            **facts,
+            **{k: v if math.isfinite(v) else None for k, v in point.items()},
+            "tokens": point["step"] * tokens,
+        }
+        for point in trained.trainer.curve
+    ]
