@@ -1,6 +1,8 @@
 """The comparison: data, methods, the trainer's two losses, the command and its report."""
 
+import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -14,13 +16,15 @@ import torch
 
 pytest.importorskip("transformers")
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paceline import PACE
 from paceline.cli import main
-from paceline.study.compare import Comparison
-from paceline.study.report import Results, verdict
+from paceline.study.compare import Comparison, _affordable_steps
+from paceline.study.report import Results, best_at, verdict
+from paceline.study.runs import Run, Setting
 from paceline.train import InputError
 from paceline.train.data import (
     Corpus,
@@ -69,18 +73,32 @@ def test_corpus_splits_whole_documents_the_same_way_each_time(tmp_path):
     assert len(corpus.validation) == 4
     assert corpus == read_corpus(files, 10**9)
     assert 1000 < characters(read_corpus(files, 2000)) <= 2000
+    # another corpus from the same files never has what this one holds out
+    earlier = read_corpus(files, 10**9, held_out=corpus.validation)
+    assert sorted(earlier.train + earlier.validation) == sorted(corpus.train)
 
 
-def test_a_single_document_is_cut_so_that_both_parts_have_text(tmp_path):
-    path = tmp_path / "one.md"
-    path.write_text(TEXT)
-    corpus = read_corpus([path], 10**9)
-    assert sum(len(part) for part in corpus) >= 20
-    assert characters(corpus) == len(TEXT)
-    assert 0.08 < sum(map(len, corpus.validation)) / len(TEXT) < 0.2
-    one_line = tmp_path / "line.txt"
-    one_line.write_text("x" * 1000)
-    assert characters(read_corpus([one_line], 10**9)) == 1000
+def test_one_huge_document_does_not_become_the_validation_part(tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text(f"document {i} " * (20 if i else 2000))
+    corpus = read_corpus(files_below([tmp_path]), 10**9)
+    assert corpus.validation
+    assert all(len(document) < 500 for document in corpus.validation)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_of_few_documents_the_last_tenth_is_held_out(tmp_path, count):
+    for i in range(count):
+        (tmp_path / f"{i}.md").write_text(f"{i}\n{TEXT}")
+    corpus = read_corpus(files_below([tmp_path]), 10**9)
+    assert len(corpus.train) == len(corpus.validation) == count
+    whole = {a + b for a, b in zip(corpus.train, corpus.validation, strict=True)}
+    assert whole == {f"{i}\n{TEXT}" for i in range(count)}
+    assert all(document.startswith("line") for document in corpus.validation)
+    assert 0.09 < sum(map(len, corpus.validation)) / characters(corpus) < 0.16
+    assert read_corpus(files_below([tmp_path]), 500).train
+    with pytest.raises(InputError, match="empty"):
+        read_corpus(files_below([tmp_path]), 10**9, held_out=corpus.validation)
 
 
 def test_the_default_text_has_no_tests_in_it():
@@ -103,17 +121,21 @@ def test_tokens_are_the_text():
 # ---- methods ---------------------------------------------------------------------------------
 
 
+def method_of(text):
+    return parse_method(text, **DEFAULTS)
+
+
 def test_methods_are_written_as_documented():
-    method = parse_method("ema:twin:g=0.25:lr=3e-3", DEFAULTS)
+    method = method_of("ema:twin:g=0.25:lr=3e-3")
     assert (method.name, method.schedule, method.g, method.lr) == ("ema", "twin", 0.25, 3e-3)
     assert method.label == "ema twin g=0.25 κ=0.3"
-    assert parse_method("pace", DEFAULTS).label == "pace c=3 κ=0.3"
-    assert parse_method("adamw:cosine", DEFAULTS).label == "adamw cosine"
+    assert method_of("pace").label == "pace c=3 κ=0.3"
+    assert method_of("adamw:cosine").label == "adamw cosine"
 
 
 def schedule_of(text, warmup=0, steps=50):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=DEFAULTS["lr"])
-    schedule = scheduler(parse_method(text, DEFAULTS), optimizer, warmup, steps)
+    schedule = scheduler(method_of(text), optimizer, warmup, steps)
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"] / DEFAULTS["lr"])
@@ -144,33 +166,43 @@ def test_schedules():
     ("text", "message"),
     [
         ("pase", "unknown method 'pase'; known: adamw, ema"),
-        ("pace:steep", "unknown part 'steep'"),
-        ("pace:k=3", "unknown part 'k=3'"),
+        ("pace:steep", "unknown schedule 'steep'"),
+        ("pace:k=3", "has no option 'k'; it has .*'c', 'kappa'"),
+        ("adamw:c=3", "has no option 'c'"),
+        ("ema:g=0.5", "has no option 'g'"),
         ("pace:kappa=1.5", "method 'pace:kappa=1.5': kappa: .*less than or equal to 1"),
         ("ema:lr=0", "lr: .*greater than 0"),
         ("ema:lr=nan", "lr: .*finite"),
-        ("schedule-free:cosine", "schedule-free takes no schedule, got 'cosine'"),
+        ("schedule-free:cosine", "unknown schedule 'cosine' in method .*; known: none"),
     ],
 )
 def test_bad_methods(text, message):
     with pytest.raises(InputError, match=message):
-        parse_method(text, DEFAULTS)
+        method_of(text)
 
 
 # ---- training --------------------------------------------------------------------------------
 
 
+OTHER = TEXT[::-1]
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A corpus's tokens, and a function that trains a fresh tiny model on them."""
+    """Tokens of two different texts, and a function that trains a fresh tiny model on them."""
     patch = pytest.MonkeyPatch()
     patch.setenv("PACELINE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    tokenizer = make_tokenizer([TEXT], 300)
-    tokens = load_file(tokenize(Corpus([TEXT] * 3, [TEXT]), tokenizer))
+    tokenizer = make_tokenizer([TEXT, OTHER], 300)
+    tokens = load_file(tokenize(Corpus([TEXT], [OTHER]), tokenizer))
     patch.undo()
 
     def run(text, **options):
         model = make_gpt2(tokenizer, width=16, layers=1, heads=2, positions=16, seed=0)
+        seen = {True: [], False: []}
+        model.register_forward_pre_hook(
+            lambda model, _, inputs: seen[model.training].append(inputs["input_ids"].clone()),
+            with_kwargs=True,
+        )
         options = {
             "steps": 12,
             "batch": 2,
@@ -183,14 +215,16 @@ def tiny(tmp_path_factory):
             "eval_tokens": 512,
             **options,
         }
-        folder = tmp_path_factory.mktemp("log")
-        return train(model, tokens, parse_method(text, DEFAULTS), folder, **options).trainer
+        trained = train(model, tokens, method_of(text), tmp_path_factory.mktemp("log"), **options)
+        return trained, seen
 
     return tokens, run
 
 
 def loss_by_hand(model, tokens):
-    ids = blocks(tokens["validation"], 16)[:32]
+    """Mean over the predicted tokens of 32 blocks from all over the validation part."""
+    ids = blocks(tokens["validation"], 16)
+    ids = ids[:: max(1, len(ids) // 32)][:32]
     model.eval()
     with torch.no_grad():
         return model(input_ids=ids, labels=ids).loss.item()
@@ -199,11 +233,13 @@ def loss_by_hand(model, tokens):
 @pytest.mark.parametrize("method", ["adamw", "ema", "schedule-free", "pace"])
 def test_both_models_are_scored_and_the_live_one_stays(tiny, method):
     tokens, run = tiny
-    trainer = run(method)
+    trained, _ = run(method)
+    trainer = trained.trainer
+    assert not trained.stopped
     assert [point["step"] for point in trainer.curve] == [0, 4, 8, 12]
     start, end = trainer.curve[0], trainer.curve[-1]
     assert start["live_loss"] == start["returned_loss"]
-    assert end["returned_loss"] < start["returned_loss"]
+    assert end["train_loss"] < start["returned_loss"]
     assert loss_by_hand(trainer.model, tokens) == pytest.approx(end["live_loss"], rel=1e-5)
     assert (end["live_loss"] == end["returned_loss"]) == (method == "adamw")
     optimizer = trainer.optimizer.optimizer
@@ -214,18 +250,67 @@ def test_both_models_are_scored_and_the_live_one_stays(tiny, method):
     assert ("gain_mean" in end) == (method == "pace")
 
 
-def test_methods_see_the_same_batches_and_watching_changes_nothing(tiny):
-    """AdamW and the EMA that only watches it are the same run; another seed is another."""
+def test_all_methods_train_on_the_same_batches_and_are_scored_on_the_same_text(tiny):
+    tokens, run = tiny
+    train_blocks, held_out = (blocks(tokens[part], 16) for part in ("train", "validation"))
+    rows = {tuple(row.tolist()) for row in train_blocks}
+    _, first = run("adamw")
+    assert len(first[True]) == 12
+    for name in ("ema", "schedule-free", "pace"):
+        _, seen = run(name)
+        assert all(map(torch.equal, seen[True], first[True]))
+    for batch in first[True]:
+        assert all(tuple(row.tolist()) in rows for row in batch)
+    scored = torch.cat(first[False][: len(first[False]) // 4])  # of four evaluations the first
+    assert len(scored) == 32
+    assert torch.equal(scored, held_out[:: len(held_out) // 32][:32])
+    _, other = run("adamw", seed=4)
+    assert not all(map(torch.equal, other[True], first[True]))
+
+
+def test_watching_changes_nothing(tiny):
+    """AdamW and the EMA that only watches it are the same run."""
     _, run = tiny
-    adamw, ema = run("adamw"), run("ema")
-    live = [point["live_loss"] for point in adamw.curve]
-    assert [point["live_loss"] for point in ema.curve] == pytest.approx(live, rel=1e-6)
-    assert run("adamw", seed=4).curve[-1]["live_loss"] != pytest.approx(live[-1], rel=1e-6)
+    live = [point["live_loss"] for point in run("adamw")[0].trainer.curve]
+    ema = [point["live_loss"] for point in run("ema")[0].trainer.curve]
+    assert ema == pytest.approx(live, rel=1e-6)
+
+
+def test_rate_warm_up_decay_and_clipping_reach_the_optimizer(tiny):
+    _, run = tiny
+    rates = []
+
+    def follow(optimizer, args, kwargs):
+        rates.append(optimizer.param_groups[0]["lr"] / 1e-2)
+
+    hook = register_optimizer_step_pre_hook(follow)
+    try:
+        trainer = run("adamw:wsd", steps=10, warmup=4)[0].trainer
+    finally:
+        hook.remove()
+    assert rates == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 0.5])
+    assert {g["weight_decay"] for g in trainer.optimizer.param_groups} == {0.1, 0.0}
+    free = run("schedule-free", warmup=4)[0].trainer.optimizer.optimizer
+    assert free.param_groups[0]["warmup_steps"] == 4
+    loose, tight = (run("adamw", max_grad_norm=x)[0].trainer.curve for x in (100.0, 1e-9))
+    assert tight[-1]["train_loss"] != loose[-1]["train_loss"]
+
+
+@pytest.mark.parametrize(("steps", "evaluations"), [(12, 3), (15, 8), (23, 12), (50, 8)])
+def test_evaluations_are_as_many_as_asked_for_at_most(tiny, steps, evaluations):
+    curve = run_curve = tiny[1]("adamw", steps=steps, evaluations=evaluations)[0].trainer.curve
+    assert len(run_curve) - 1 <= evaluations
+    assert [curve[0]["step"], curve[-1]["step"]] == [0, steps]
+
+
+def test_divergence_shows(tiny):
+    trained, _ = tiny[1]("adamw:lr=1e30", warmup=0)
+    assert not math.isfinite(trained.trainer.curve[-1]["returned_loss"])
 
 
 def test_the_saved_model_is_the_returned_one(tiny, tmp_path):
     tokens, run = tiny
-    trainer = run("pace")
+    trainer = run("pace")[0].trainer
     trainer.save_returned(str(tmp_path))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path)
     returned = trainer.curve[-1]["returned_loss"]
@@ -236,59 +321,105 @@ def test_the_saved_model_is_the_returned_one(tiny, tmp_path):
 
 def test_a_stopped_run_says_so(tiny):
     _, run = tiny
-    trainer = run("adamw", watch=lambda step, losses: step == 5)
-    assert trainer.state.global_step == 5
+    trained, _ = run("adamw", watch=lambda step, losses: step == 5)
+    assert trained.stopped
+    assert trained.trainer.state.global_step == 5
 
 
 def test_the_twin_of_a_saturated_pull_is_a_schedule():
     """power and twin use the averaging weight that PACE itself uses."""
     assert schedule_of("adamw:power")[9] == pytest.approx(averaging_weight(10, power=0.3))
-    _, options = optimizer_and_options(parse_method("pace", DEFAULTS), 5)
+    _, options = optimizer_and_options(method_of("pace"), 5)
     assert options == {"lr": 1e-2, "pullback": 3.0, "ema_power": 0.3, "track_stats": True}
 
 
 # ---- the report ------------------------------------------------------------------------------
 
 
-def row(label, lr, seed, live, returned, **facts):
-    facts = {"name": label.split()[0], "schedule": "constant", "kappa": 0.3, "g": 0.5, **facts}
+def row(label, lr, seed, returned, **facts):
+    name = label.split()[0]
+    facts = {"name": name, "schedule": "constant", "kappa": 0.3, "g": None, **facts}
     return {
         "run": f"{label}-{lr}-{seed}",
         "label": label,
         "lr": lr,
         "seed": seed,
         "step": 10,
-        "live_loss": live,
+        "live_loss": returned,
         "returned_loss": returned,
-        "gain_mean": 0.8,
+        "gain_mean": 0.8 + seed / 10,
         "clipped": 0.5,
         **facts,
     }
 
 
+def verdict_of(*rows):
+    return verdict(Results(len(rows), list(rows)).cells())
+
+
 def test_verdict_says_who_won_by_how_much_over_how_many_seeds():
-    rows = [
-        row("pace", 0.01, 0, 2.2, 2.0),
-        row("pace", 0.01, 1, 2.2, 2.1),
-        row("ema", 0.01, 0, 2.4, 2.3),
-        row("ema", 0.01, 1, 2.4, 2.2),
-        row("adamw", 0.01, 0, None, None),
-        row("adamw", 0.01, 1, 2.5, 2.5),
+    pace = [row("pace", 0.01, 0, 2.0), row("pace", 0.01, 1, 2.1)]
+    ema = [row("ema", 0.01, 0, 2.3), row("ema", 0.01, 1, 2.2)]
+    twin = [row("ema twin", 0.01, s, 2.0, schedule="twin", g=0.9) for s in (0, 1)]
+    adamw = [row("adamw", 0.01, 0, None), row("adamw", 0.01, 1, 2.5)]
+    assert verdict_of(*pace, *ema, *adamw, *twin) == [
+        "At learning rate 0.01: ema twin returns the best model, 2.000 ±0.000 nats, 0.050 lower "
+        "(-0.100 to +0.000, lower in 1 of 2 seeds) than pace.",
+        "What the pull alone does there: pace returns a model 0.200 lower "
+        "(-0.300 to -0.100, lower in 2 of 2 seeds) than ema.",
+        "And against the schedule that a gain of 0.9 amounts to: pace returns a model 0.050 higher "
+        "(+0.000 to +0.100, higher in 1 of 2 seeds) than ema twin.",
+        "The gain of pace is 0.85 in the mean at the end, and 50.0% of the coordinates are "
+        "clipped.",
+        "At learning rate 0.01 adamw diverged.",
     ]
-    sentences = verdict(Results(6, rows).cells())
-    assert sentences[0] == (
-        "At learning rate 0.01 the best returned model is that of pace, 2.050 nats: 0.200 lower "
-        "(-0.300 to -0.100, lower in 2 of 2 seeds) than ema, the next."
+    one = verdict_of(pace[0], ema[0])
+    assert one[0] == (
+        "At learning rate 0.01: pace returns the best model, 2.000 nats, 0.300 lower than ema."
     )
-    assert "The pull alone makes pace return a model 0.200 lower" in sentences[1]
-    assert "gain is 0.80 at the end, 50% of it clipped" in sentences[1]
-    assert not any("One seed" in sentence for sentence in sentences)
-    one = verdict(Results(2, [r for r in rows if r["seed"] == 0]).cells())
-    assert one[0].startswith("At learning rate 0.01 the best returned model is that of pace")
     assert "One seed" in one[-1]
-    lost = verdict(Results(2, [row("pace", 1, 0, 3, 3.0), row("ema", 1, 0, 3, 2.5)]).cells())
-    assert "that of ema, 2.500 nats: 0.500 lower than pace" in lost[0]
-    assert "0.500 higher than ema" in lost[1]
+
+
+def test_verdict_compares_over_the_seeds_that_all_finished():
+    """Ctrl-C in the second seed: pace's worse second run has nothing to be compared with."""
+    said = verdict_of(row("pace", 1, 0, 2.0), row("pace", 1, 1, 9.0), row("ema", 1, 0, 2.1))
+    assert said[0].endswith("pace returns the best model, 2.000 nats, 0.100 lower than ema.")
+    said = verdict_of(row("pace", 1, 0, 2.0), row("ema", 1, 1, 2.1))
+    assert "shares no seed with" in said[0]
+    assert "No seed was finished by all methods" in said[-1]
+
+
+def test_verdict_on_ties_and_divergence():
+    assert "nats, equal to that of" in verdict_of(row("a", 1, 0, 2.0), row("b", 1, 0, 2.0002))[0]
+    said = verdict_of(row("pace", 1, 0, None, gain_mean=None), row("ema", 1, 0, None))
+    assert said[:2] == ["At learning rate 1: all diverged.", "At learning rate 1 pace diverged."]
+    said = verdict_of(row("pace", 1, 0, 2.0, gain_mean=None), row("ema", 1, 0, None))
+    assert "2.000 nats, while there was divergence in ema" in said[0]
+
+
+def test_verdict_over_rates():
+    rows = [row("pace", 0.1, 0, 2.0), row("ema", 0.1, 0, 2.5), row("ema", 0.2, 0, 1.5)]
+    said = verdict_of(*rows)
+    assert not any("rate 0.2:" in sentence for sentence in said)  # nothing to compare there
+    best = next(sentence for sentence in said if sentence.startswith("Each at its best"))
+    assert "ema at 0.2 returns the best model, 1.500 nats, 0.500 lower than pace at 0.1" in best
+    assert "picked on" in best
+    fixed = verdict_of(rows[0], rows[2])  # each had one rate: nothing was picked
+    assert not any("picked on" in sentence for sentence in fixed)
+
+
+def test_pull_alone_means_that_nothing_else_differs():
+    said = verdict_of(
+        row("pace twin", 1, 0, 2.0, schedule="twin", g=0.5),
+        row("ema twin", 1, 0, 2.1, schedule="twin", g=1.0),
+        row("ema slow", 1, 0, 2.1, kappa=0.7),
+    )
+    assert not any("pull alone" in sentence for sentence in said)
+
+
+def test_the_best_returned_model_is_the_one_marked():
+    cells = Results(2, [row("a", 1, 0, 2.0), row("b", 1, 0, 1.0)]).cells()
+    assert best_at(cells, 1) == 1.0
 
 
 # ---- the command -----------------------------------------------------------------------------
@@ -296,6 +427,7 @@ def test_verdict_says_who_won_by_how_much_over_how_many_seeds():
 SMALL = [
     *("--from-scratch", "--width", "16", "--layers", "1", "--heads", "2", "--vocabulary", "300"),
     *("--steps", "12", "--eval-tokens", "512", "--evaluations", "2", "--context", "16"),
+    *("--warmup", "2"),
 ]
 
 
@@ -316,7 +448,6 @@ def test_compare_from_start_to_report(text, tmp_path, capsys):
     )
     assert status == 0
     said = capsys.readouterr().out
-    assert "9 of 9" not in said
     assert "±" in said
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 9 * 3
@@ -327,11 +458,13 @@ def test_compare_from_start_to_report(text, tmp_path, capsys):
     assert manifest["configuration"]["seeds"] == [0, 1, 2]
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["steps"] == 12
-    assert len(manifest["data_sha256"]) == 1
+    assert manifest["text"] == text
+    assert manifest["pretrain_text"] is None
     page = (out / "report.html").read_text()
     assert "<svg" in page
     assert "9 of 9 runs" in page
     assert "in 3 of 3 seeds" in page or "in 2 of 3 seeds" in page
+    assert page.count('class="best"') == 1
     assert not any(f'{attribute}="http' in page for attribute in ("src", "href"))  # offline
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert list(out.glob("tensorboard/pace*/events*"))
@@ -348,8 +481,10 @@ def test_compare_from_start_to_report(text, tmp_path, capsys):
 
 
 def test_pretraining_is_done_once_and_shared(text, tmp_path, capsys, cache):
+    earlier = tmp_path / "earlier.txt"
+    earlier.write_text(OTHER)
     options = [o for o in SMALL if o != "--from-scratch"]
-    options += ["--pretrain-steps", "10", "--pretrain-text", text, "--text", text]
+    options += ["--pretrain-steps", "20", "--pretrain-text", str(earlier), "--text", text]
     options += ["--methods", "adamw,ema", "--lr", "1e-2", "--workers", "1"]
     starts = set(cache.glob("start-*"))
     assert main(["compare", *options, "--out", str(tmp_path / "a")]) == 0
@@ -364,8 +499,17 @@ def test_pretraining_is_done_once_and_shared(text, tmp_path, capsys, cache):
     )
     for x, y in zip(a, b, strict=True):  # and a comparison repeats itself
         assert x["returned_loss"] == y["returned_loss"]
-    firsts = {r["live_loss"] for r in a if r["step"] == 0}
-    assert len(firsts) == 1  # one start for all
+    (folder,) = set(cache.glob("start-*")) - starts
+    start = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = load_file(
+        tokenize(
+            read_corpus([Path(text)], 10**9),
+            AutoTokenizer.from_pretrained(next(tmp_path.glob("a/models/*"))),
+        )
+    )
+    for r in a:
+        if r["step"] == 0:
+            assert r["live_loss"] == pytest.approx(loss_by_hand(start, tokens), rel=1e-4)
 
 
 def test_ctrl_c_reports_what_is_finished(text, tmp_path):
@@ -388,16 +532,93 @@ def test_ctrl_c_reports_what_is_finished(text, tmp_path):
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Interrupted: " in said
-    assert " of 20 runs were finished." in said
+    finished = int(re.search(r"Interrupted: (\d+) of 20 runs were finished", said)[1])
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert 1 <= finished < 20
+    assert {r["step"] for r in rows} == {0, 150, 300}  # whole runs only
+    assert len(rows) == 3 * finished
     assert "Traceback" not in errors
     assert "Interrupted" in (out / "report.html").read_text()
     assert json.loads((out / "manifest.json").read_text())["interrupted"] is True
+
+
+@pytest.mark.parametrize("delay", [0.0, 1.5, 3.0])
+def test_ctrl_c_while_the_workers_start(text, tmp_path, delay):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "paceline", "compare", *SMALL, "--text", text, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(delay + 0.3)  # the moment that the workers take to launch ignores Ctrl-C
+    os.killpg(process.pid, signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "Failed" not in said
+    assert "Interrupted: " in said
+
+
+def test_a_run_that_fails_does_not_stop_the_others(text, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    (out / "tensorboard").mkdir(parents=True)
+    blocked = out / "tensorboard" / "adamw-lr0.01-seed0"
+    options = [*SMALL, "--text", text, "--methods", "adamw,ema", "--lr", "1e-2"]
+
+    def block(folder):  # a file where the run's folder must be
+        blocked.write_text("")
+        return folder
+
+    monkeypatch.setattr("paceline.study.compare._new_folder", block)
+    assert main(["compare", *options, "--out", str(out)]) == 1
+    said = capsys.readouterr().out
+    assert "Failed: adamw-lr0.01-seed0: " in said
+    assert "ema" in said
+    assert "adamw-lr0.01-seed0" in json.loads((out / "manifest.json").read_text())["failed"]
+    assert "Failed: adamw-lr0.01-seed0" in (out / "report.html").read_text()
+
+
+def test_a_time_budget_shortens_all_runs_alike(tiny, tmp_path):
+    tokens, _ = tiny
+    save_file(tokens, tmp_path / "tokens")
+    setting = Setting(
+        start=None,
+        tokens=tmp_path / "tokens",
+        tokenizer=make_tokenizer([TEXT, OTHER], 300),
+        shape={"width": 16, "layers": 1, "heads": 2, "positions": 16},
+        recipe={
+            **{"batch": 2, "context": 16, "warmup": 2, "weight_decay": 0.1},
+            **{"max_grad_norm": 1.0, "eval_tokens": 512},
+        },
+        steps=10**7,
+        evaluations=2,
+    )
+    runs = [Run(method_of("pace"), seed) for seed in range(4)]
+    steps = [_affordable_steps(setting, runs, minutes, 2, 1) for minutes in (1, 30)]
+    assert 1 <= steps[0] < steps[1] / 5  # noisy machines: the true ratio is about 40
+    assert steps[1] < 10**7
+    assert _affordable_steps(dataclasses.replace(setting, steps=50), runs, 30, 2, 1) == 50
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--text", "nowhere.txt"], "no such file or folder: nowhere.txt"),
+        (["--text", "x" * 300], "no such file or folder: xxx"),
+        (["--text"], "text: give at least one"),
+        (["--pretrain-text", "EMPTY"], "there is no pretraining with --from-scratch"),
+        (["--out", "EMPTY/x", "--text", "LONG"], "out: cannot make the folder EMPTY/x"),
+        (["--out", "LONG", "--text", "LONG"], "out: LONG is not an empty folder"),
+        (["--seeds", "5000000000"], "seeds: Input should be less than"),
+        (["--steps", "25"], "warmup: 20 steps leave nothing of 25"),
+        (["--methods", "adamw,adamw:c=5"], "has no option 'c'"),
         (["--text", "EMPTY"], "the text is empty"),
         (["--text", "SHORT"], "the text is too short"),
         (["--context", "65"], "context: 65 tokens are more than the model's 64 positions"),
@@ -419,6 +640,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").write_text("\n")
     (tmp_path / "SHORT").write_text("too short")
+    (tmp_path / "LONG").write_text(TEXT)
     assert main(["compare", "--from-scratch", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -433,4 +655,8 @@ def test_every_option_is_explained(capsys):
     assert stop.value.code == 0
     said = capsys.readouterr().out
     for name in Comparison.model_fields:
-        assert f"--{name.replace('_', '-')}" in said
+        option = name.replace("_", "-")
+        (entry,) = re.findall(
+            rf"^[│ ] --{option}(?![\w-]).*?(?=^[│ ] --|\Z)", said, re.DOTALL | re.MULTILINE
+        )
+        assert len(re.findall(r"[A-Za-z]{2,}", entry)) > 4, entry

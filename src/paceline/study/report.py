@@ -241,7 +241,7 @@ def _difference(a: Cell, b: Cell) -> str:
     word = "lower" if mean < 0 else "higher"
     spread = ""
     if len(pairs) > 1:
-        agreeing = sum((d < 0) == (mean < 0) for d in pairs)
+        agreeing = sum(d * mean > 0 for d in pairs)
         spread = (
             f" ({min(pairs):+.3f} to {max(pairs):+.3f}, {word} in {agreeing} of {len(pairs)} seeds)"
         )
