@@ -306,6 +306,8 @@ def test_evaluations_are_as_many_as_asked_for_at_most(tiny, steps, evaluations):
 def test_divergence_shows(tiny):
     trained, _ = tiny[1]("adamw:lr=1e30", warmup=0)
     assert not math.isfinite(trained.trainer.curve[-1]["returned_loss"])
+    # Nor is one bad batch among many dropped from the mean, which is the Trainer's default.
+    assert not trained.trainer.args.logging_nan_inf_filter
 
 
 def test_the_saved_model_is_the_returned_one(tiny, tmp_path):

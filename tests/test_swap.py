@@ -33,8 +33,10 @@ def test_every_bfloat16_bit_pattern_comes_back(seed):
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(-(2**31), 2**31, (2**16,), generator=generator).to(torch.int32)
     bits[::5] = (bits[::5] & ~0xFFFF) | 0x8000  # ties
-    bits[:4] = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, 0x7FFF8000])  # NaNs
-    bits[4:6] = torch.tensor([0x7F7FFFFF, 0x7F800000])  # rounds to infinity; infinity
+    bits[:2] = torch.tensor([0x7F7FFFFF, 0x7F800000])  # rounds to infinity; infinity
+    for start in range(2, 66):  # NaNs, at every place of a vectorised conversion
+        bits[start] = [0x7FFFFFFF, 0x7F800001, -1, 0x7FFF8000, -0x8000, 0x7FC08000][start % 6]
+    bits[-3:] = torch.tensor([-0x8000, 0x7FC08000, 0x7FFF8000])
     mean = bits.view(torch.float32)
     param, average = live.clone(), mean.clone()
     swap_in([(param, average)])
