@@ -332,7 +332,7 @@ def test_the_twin_of_a_saturated_pull_is_a_schedule():
     """power and twin use the averaging weight that PACE itself uses."""
     assert schedule_of("adamw:power")[9] == pytest.approx(averaging_weight(10, power=0.3))
     _, options = optimizer_and_options(method_of("pace"), 5)
-    assert options == {"lr": 1e-2, "pullback": 3.0, "ema_power": 0.3, "track_stats": True}
+    assert options == {"lr": 1e-2, "pullback": 3.0, "ema_power": 0.3}
 
 
 # ---- the report ------------------------------------------------------------------------------

@@ -92,10 +92,8 @@ def optimizer_and_options(
         return torch.optim.AdamW, {"lr": method.lr}
     if method.name == "schedule-free":
         return schedulefree.AdamWScheduleFree, {"lr": method.lr, "warmup_steps": warmup}
-    options: dict[str, Any] = {"lr": method.lr, "ema_power": method.kappa}
-    if method.name == "ema":
-        return PACE, {**options, "pullback": 0.0}
-    return PACE, {**options, "pullback": method.c, "track_stats": True}
+    pullback = method.c if method.name == "pace" else 0.0
+    return PACE, {"lr": method.lr, "pullback": pullback, "ema_power": method.kappa}
 
 
 def scheduler(

@@ -181,9 +181,10 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.evaluate()
     trainer.train()
-    if trainer.curve[-1]["step"] < trainer.state.global_step:
+    stopped = trainer.state.global_step < steps
+    if not stopped and trainer.curve[-1]["step"] < steps:
         trainer.evaluate()
-    return Trained(trainer, stopped=trainer.state.global_step < steps)
+    return Trained(trainer, stopped)
 
 
 class _Watch(TrainerCallback):
@@ -193,6 +194,15 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         self.losses.update(logs or {})
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
+        # Statistics are only read at evaluations, and take longer than such small steps.
+        step = state.global_step + 1
+        for group in optimizer.param_groups:
+            if "track_stats" in group:
+                group["track_stats"] = step % args.eval_steps == 0 or step == args.max_steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self.every == 0 and self.watch(state.global_step, self.losses):
