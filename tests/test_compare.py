@@ -365,19 +365,19 @@ def test_verdict_says_who_won_by_how_much_over_how_many_seeds():
     twin = [row("ema twin", 0.01, s, 2.0, schedule="twin", g=0.9) for s in (0, 1)]
     adamw = [row("adamw", 0.01, 0, None), row("adamw", 0.01, 1, 2.5)]
     assert verdict_of(*pace, *ema, *adamw, *twin) == [
-        "At learning rate 0.01: ema twin returns the best model, 2.000 ±0.000 nats, 0.050 lower "
+        "At learning rate 0.01: ema twin returns the best model, 2.000 ±0.000, 0.050 nats lower "
         "(-0.100 to +0.000, lower in 1 of 2 seeds) than pace.",
-        "What the pull alone does there: pace returns a model 0.200 lower "
+        "What the pull alone does there: pace returns a model 0.200 nats lower "
         "(-0.300 to -0.100, lower in 2 of 2 seeds) than ema.",
-        "And against the schedule that a gain of 0.9 amounts to: pace returns a model 0.050 higher "
-        "(+0.000 to +0.100, higher in 1 of 2 seeds) than ema twin.",
+        "And against the schedule that a gain of 0.9 amounts to: pace returns a model 0.050 nats "
+        "higher (+0.000 to +0.100, higher in 1 of 2 seeds) than ema twin.",
         "The gain of pace is 0.85 in the mean at the end, and 50.0% of the coordinates are "
         "clipped.",
         "At learning rate 0.01 adamw diverged.",
     ]
     one = verdict_of(pace[0], ema[0])
     assert one[0] == (
-        "At learning rate 0.01: pace returns the best model, 2.000 nats, 0.300 lower than ema."
+        "At learning rate 0.01: pace returns the best model, 2.000, 0.300 nats lower than ema."
     )
     assert "One seed" in one[-1]
 
@@ -385,18 +385,18 @@ def test_verdict_says_who_won_by_how_much_over_how_many_seeds():
 def test_verdict_compares_over_the_seeds_that_all_finished():
     """Ctrl-C in the second seed: pace's worse second run has nothing to be compared with."""
     said = verdict_of(row("pace", 1, 0, 2.0), row("pace", 1, 1, 9.0), row("ema", 1, 0, 2.1))
-    assert said[0].endswith("pace returns the best model, 2.000 nats, 0.100 lower than ema.")
+    assert said[0].endswith("pace returns the best model, 2.000, 0.100 nats lower than ema.")
     said = verdict_of(row("pace", 1, 0, 2.0), row("ema", 1, 1, 2.1))
     assert "shares no seed with" in said[0]
     assert "No seed was finished by all methods" in said[-1]
 
 
 def test_verdict_on_ties_and_divergence():
-    assert "nats, equal to that of" in verdict_of(row("a", 1, 0, 2.0), row("b", 1, 0, 2.0002))[0]
+    assert "2.000, equal to that of" in verdict_of(row("a", 1, 0, 2.0), row("b", 1, 0, 2.0002))[0]
     said = verdict_of(row("pace", 1, 0, None, gain_mean=None), row("ema", 1, 0, None))
     assert said[:2] == ["At learning rate 1: all diverged.", "At learning rate 1 pace diverged."]
     said = verdict_of(row("pace", 1, 0, 2.0, gain_mean=None), row("ema", 1, 0, None))
-    assert "2.000 nats, while there was divergence in ema" in said[0]
+    assert "2.000, while there was divergence in ema" in said[0]
 
 
 def test_verdict_over_rates():
@@ -404,7 +404,7 @@ def test_verdict_over_rates():
     said = verdict_of(*rows)
     assert not any("rate 0.2:" in sentence for sentence in said)  # nothing to compare there
     best = next(sentence for sentence in said if sentence.startswith("Each at its best"))
-    assert "ema at 0.2 returns the best model, 1.500 nats, 0.500 lower than pace at 0.1" in best
+    assert "ema at 0.2 returns the best model, 1.500, 0.500 nats lower than pace at 0.1" in best
     assert "picked on" in best
     fixed = verdict_of(rows[0], rows[2])  # each had one rate: nothing was picked
     assert not any("picked on" in sentence for sentence in fixed)

@@ -193,7 +193,7 @@ def _winner(cells: dict[str, Cell]) -> str:
     if cells[winner].mean() == math.inf:
         return "all diverged."
     lead = _difference(cells[winner], cells[second])
-    return f"{winner} returns the best model, {cells[winner].show()} nats, {lead} {second}."
+    return f"{winner} returns the best model, {cells[winner].show()}, {lead} {second}."
 
 
 def _about_the_pull(label: str, cell: Cell, here: dict[str, Cell], lr: float) -> list[str]:
@@ -245,7 +245,7 @@ def _difference(a: Cell, b: Cell) -> str:
         spread = (
             f" ({min(pairs):+.3f} to {max(pairs):+.3f}, {word} in {agreeing} of {len(pairs)} seeds)"
         )
-    return f"{abs(mean):.3f} {word}{spread} than"
+    return f"{abs(mean):.3f} nats {word}{spread} than"
 
 
 # ---- as curves ----------------------------------------------------------------------------------
