@@ -5,9 +5,10 @@ import math
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
@@ -93,19 +94,17 @@ def run_all(
     def interrupt(*_: Any) -> None:
         results.interrupted = True
 
-    # Processes started while SIGINT is ignored ignore it too: a terminal sends Ctrl-C to all, and
-    # it is the parent that says when to stop.
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    previous = signal.signal(signal.SIGINT, interrupt)
     try:
         with (
             (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics,
             ProcessPoolExecutor(workers, context, _begin, (threads, news, stop)) as pool,
             progress_bars(console) as progress,
         ):
-            pending: dict[Future[list[Row] | None], Run] = {
-                pool.submit(_run_one, setting, run, folder): run for run in runs
-            }
-            signal.signal(signal.SIGINT, interrupt)
+            with _sigint_blocked():  # in the workers for good: they start here, and inherit it
+                pending: dict[Future[list[Row] | None], Run] = {
+                    pool.submit(_run_one, setting, run, folder): run for run in runs
+                }
             bars = _Bars(progress, setting.steps, len(runs))
             while pending:
                 if results.interrupted and not stop.is_set():
@@ -128,6 +127,19 @@ def run_all(
                     metrics.flush()
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Keep Ctrl-C waiting. A terminal sends it to all, but the parent says when workers stop."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def quiet() -> None:
