@@ -13,7 +13,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/paceline compare --minutes 3 --out $(DEMO)
+	$(BIN)/paceline compare --minutes 3.25 --out $(DEMO)
 
 test: $(VENV)/installed
 	$(BIN)/pytest -q
