@@ -601,7 +601,14 @@ def test_bad_arguments_are_named_with_their_value(options):
 
 def test_options_become_plain_numbers():
     p = Parameter(torch.ones(2))
-    opt = PACE([p], lr=np.float64(0.1), betas=[np.float32(0.5), 0], pullback=1, ema_power=1)
+    opt = PACE(
+        [p],
+        lr=np.float64(0.1),
+        betas=[np.float32(0.5), 0],
+        pullback=1,
+        ema_power=1,
+        ema_start=np.int64(0),
+    )
     p.grad = torch.ones(2)
     opt.step()
     file = io.BytesIO()

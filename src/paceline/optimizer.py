@@ -453,7 +453,8 @@ def _check_options(options: Group) -> None:
     options["ema_beta"] = None if beta is None else float(beta)
     require("ema_rate", 0 < number(options["ema_rate"]) < math.inf, "a finite number > 0")
     require("ema_start", 0 <= number(options["ema_start"]) < math.inf, "a number of steps >= 0")
-    options["ema_rate"] = float(options["ema_rate"])
+    for name in ("ema_rate", "ema_start"):
+        options[name] = float(options[name])
     every = options["ema_every"]
     whole = isinstance(every, int) and not isinstance(every, bool)
     require("ema_every", whole and every >= 1, "a whole number of steps >= 1")

@@ -201,7 +201,8 @@ def compare(options: Comparison, console: Console) -> Results:
     Ctrl-C ends it early: what is finished is reported all the same.
 
     Raises:
-        InputError: something given cannot be used; nothing has been trained then.
+        InputError: something given cannot be used. Nothing has been trained then, but where
+            `minutes` turn out too few for the warm-up: that takes a short run to know.
     """
     began = time.time()
     quiet()

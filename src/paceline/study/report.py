@@ -92,7 +92,7 @@ def write_report(
         console.print("No run was finished, so there is no report.")
         return
     cells = results.cells()
-    sentences = verdict(cells)
+    sentences = verdict(results)
     console.print(_table(cells))
     for sentence in sentences:
         console.print(f"• {sentence}", highlight=False, markup=False)
@@ -151,8 +151,9 @@ def _table(cells: Cells) -> Table:
 # ---- in words -----------------------------------------------------------------------------------
 
 
-def verdict(cells: Cells) -> list[str]:
+def verdict(results: Results) -> list[str]:
     """Which method won, by how much and over how many seeds, as sentences."""
+    cells = results.cells()
     sentences = []
     for lr in rates(cells):
         here = {label: by_rate[lr] for label, by_rate in cells.items() if lr in by_rate}
@@ -183,6 +184,12 @@ def verdict(cells: Cells) -> list[str]:
         sentences.append(
             "One seed: there is no spread here by which to judge small differences; "
             "--seeds 0,1,2 gives one."
+        )
+    used = set.union(*seeds)
+    if used < {row["seed"] for row in results.rows}:
+        sentences.append(
+            f"All this is of seed {', '.join(map(str, sorted(used)))}, which every method here "
+            "finished; what else was finished is in the curves and in metrics.jsonl."
         )
     return sentences
 

@@ -54,7 +54,9 @@ class Setting:
     steps: int
     evaluations: int
 
-    def train(self, run: Run, folder: Path, watch: Callable[[int, dict[str, float]], bool]) -> Any:
+    def train(
+        self, run: Run, folder: Path, watch: Callable[[int, dict[str, float]], bool]
+    ) -> Trained:
         """Train one run from its start; see `paceline.train.trainer.train`."""
         model: Any
         if self.start is None:
@@ -189,9 +191,7 @@ class _Bars:
                 continue
             if name not in self.tasks:
                 self.tasks[name] = self.progress.add_task(name, total=self.steps, losses="")
-            self.progress.update(
-                self.tasks[name], completed=step, losses=show_losses(losses), refresh=False
-            )
+            self.progress.update(self.tasks[name], completed=step, losses=show_losses(losses))
             self.done[name] = step
         self.progress.update(self.whole, completed=sum(self.done.values()))
 
@@ -231,7 +231,7 @@ def _run_one(setting: Setting, run: Run, folder: Path) -> list[Row] | None:
     if _stop.is_set():
         return None
     began = time.perf_counter()
-    trained: Trained = setting.train(run, folder / "tensorboard" / run.name, watch)
+    trained = setting.train(run, folder / "tensorboard" / run.name, watch)
     if trained.stopped:
         return None
     model = folder / "models" / run.name

@@ -181,10 +181,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.evaluate()
     trainer.train()
-    stopped = trainer.state.global_step < steps
-    if not stopped and trainer.curve[-1]["step"] < steps:
-        trainer.evaluate()
-    return Trained(trainer, stopped)
+    return Trained(trainer, stopped=trainer.state.global_step < steps)
 
 
 class _Watch(TrainerCallback):
@@ -205,5 +202,7 @@ class _Watch(TrainerCallback):
                 group["track_stats"] = step % args.eval_steps == 0 or step == args.max_steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == args.max_steps:  # the end counts, a multiple of eval_steps or not
+            control.should_log = control.should_evaluate = True
         if state.global_step % self.every == 0 and self.watch(state.global_step, self.losses):
             control.should_training_stop = True
