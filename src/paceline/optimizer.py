@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from . import fused, rounding
 from .swap import swap_back, swap_in
-from .update import scalars, step_
+from .update import PLAIN, Scalars, Slot, batches, scalars, step_
 
 Group: TypeAlias = dict[str, Any]
 
 PARAMETER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Elements stepped together, which bounds the scratch; a CPU's share of them stays in its cache.
+TOGETHER = 2**24
+TOGETHER_ON_CPU = 2**17
 
 
 class PACE(Optimizer):
@@ -47,6 +52,10 @@ class PACE(Optimizer):
     float64 parameter): 12 bytes a parameter, 8 with `average=False`. While the average is swapped
     in, `average` keeps the live weights, for 16-bit parameters in packed form.
 
+    With `state_dtype=torch.bfloat16` all three take 6 bytes a parameter, and float32 parameters
+    have `offset`, the average minus the live weights, in place of `average`: who changes the
+    weights between steps moves the average with them.
+
     Every option below but `params` can be set for each parameter group.
 
     Args:
@@ -66,8 +75,23 @@ class PACE(Optimizer):
             applied at every step.
         clip: hold the gain to at most 1, so that the pull never goes past the average.
         average: keep an average. False, for which `pullback` must be 0, is plain AdamW.
-        foreach: step all tensors of one device and dtype together (True) or one by one (False).
-            None chooses: together on accelerators, one by one on the CPU.
+        fused: step in one pass over memory (`paceline.fused`): True demands it, False does not use
+            it. None uses it on the CPU, where all of a group's parameters allow it, have 2^18
+            elements or more in all, and a C++ compiler works; it warns once if none does. The
+            kernel takes contiguous float32, bfloat16 and float64 parameters. On accelerators None
+            is False: through `torch.compile` it is there, but has not been measured.
+        foreach: without the kernel, step many tensors at a time (True) or one by one (False). None
+            chooses: together, but for tensor subclasses. Either way some four times 2^17 elements
+            of scratch on the CPU, and 2^24 on accelerators.
+        capturable: keep `step` on the parameter's device and wait for nothing there, as a CUDA
+            graph needs. Costs more launches.
+        state_dtype: torch.bfloat16 keeps m, v and the average in it, rounded stochastically; for
+            float32 and bfloat16 parameters. None: float32 as said above.
+        stochastic_round: round bfloat16 parameters stochastically when they are written; to
+            nearest, updates below 1/512 of a weight are lost. No other dtypes but wider ones,
+            for which it changes nothing.
+        seed: of the stochastic rounding, which is a function of the seed, the parameter's place in
+            the optimizer, its step and the element: nothing to save, the same on replay.
         maximize: ascend instead of descend.
         track_stats: measure each step for `stats()`; costs time, and scratch memory of some four
             times the parameters that are stepped together.
@@ -94,7 +118,12 @@ class PACE(Optimizer):
         ema_every: int = 1,
         clip: bool = True,
         average: bool = True,
+        fused: bool | None = None,
         foreach: bool | None = None,
+        capturable: bool = False,
+        state_dtype: torch.dtype | None = None,
+        stochastic_round: bool = False,
+        seed: int = 0,
         maximize: bool = False,
         track_stats: bool = False,
     ) -> None:
@@ -112,7 +141,12 @@ class PACE(Optimizer):
             "ema_every": ema_every,
             "clip": clip,
             "average": average,
+            "fused": fused,
             "foreach": foreach,
+            "capturable": capturable,
+            "state_dtype": state_dtype,
+            "stochastic_round": stochastic_round,
+            "seed": seed,
             "maximize": maximize,
             "track_stats": track_stats,
         }
@@ -127,7 +161,9 @@ class PACE(Optimizer):
         """Add a group of parameters with options of its own.
 
         Raises:
-            ValueError: an option is out of range, or a parameter is not floating-point.
+            ValueError: an option is out of range, or a parameter is not floating-point or does not
+                go with an option.
+            RuntimeError: `fused=True`, and the kernel cannot be built here.
         """
         if isinstance(param_group, dict) and param_group.get("ema_power") is not None:
             param_group.setdefault("ema_beta", None)  # the group's own power, not our default beta
@@ -135,7 +171,7 @@ class PACE(Optimizer):
         try:
             _check_options(param_group)
             self._check_params(len(self.param_groups) - 1)
-        except ValueError:
+        except (ValueError, fused.BuildError):
             self.param_groups.pop()
             raise
         # While swapped: the parameters' dtypes when the averages came in. Kept here, for groups go
@@ -143,7 +179,8 @@ class PACE(Optimizer):
         param_group["swapped"] = _dtypes(param_group) if self._swapped else None
 
     def _check_params(self, group: int) -> None:
-        params = self.param_groups[group]["params"]
+        options = self.param_groups[group]
+        params = options["params"]
         if len(set(params)) < len(params):
             raise ValueError(f"params must be given once each, got one twice in group {group}")
         for index, param in enumerate(params):
@@ -152,6 +189,30 @@ class PACE(Optimizer):
                     f"params must be 16-, 32- or 64-bit floating-point tensors, got {param.dtype} "
                     f"in {_describe(self.param_groups, group, index)}"
                 )
+            if options["state_dtype"] and param.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(
+                    f"state_dtype is for float32 and bfloat16 parameters, got {param.dtype} in "
+                    f"{_describe(self.param_groups, group, index)}"
+                )
+            if options["stochastic_round"] and param.dtype == torch.float16:
+                raise ValueError(
+                    "stochastic_round is for bfloat16 parameters, got torch.float16 in "
+                    f"{_describe(self.param_groups, group, index)}"
+                )
+            if options["fused"]:
+                self._demand_fused(group, index, ValueError)
+        if options["fused"] and any(p.device.type == "cpu" for p in params):
+            fused.build()
+
+    def _demand_fused(self, group: int, index: int, error: type[Exception]) -> None:
+        options = self.param_groups[group]
+        param = options["params"][index]
+        reason = fused.reason_against(param, _state_dtype(param, options))
+        if reason:
+            raise error(
+                f"fused=True {reason}, got {_describe(self.param_groups, group, index)}; nothing "
+                "was changed, and fused=None steps it another way"
+            )
 
     # ---- stepping -----------------------------------------------------------------------------
 
@@ -185,59 +246,95 @@ class PACE(Optimizer):
         self._check_gradients()
 
         measured: list[list[dict[str, Tensor]]] = []
+        first = 0  # the group's first parameter's place in the optimizer
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                measured.append([])
-                continue
-            for p in params:
-                self._initialize(p, group)
-            torch._foreach_add_([self.state[p]["step"] for p in params], 1.0)
-            measured.append(
-                [
-                    step_(
-                        batch,
-                        [p.grad for p in batch if p.grad is not None],
-                        [self.state[p]["exp_avg"] for p in batch],
-                        [self.state[p]["exp_avg_sq"] for p in batch],
-                        [self.state[p]["average"] for p in batch] if group["average"] else None,
-                        scalars(step, group),
-                        measure=group["track_stats"],
-                    )
-                    for step, batch in self._batches(params, group["foreach"])
-                ]
-            )
+            measured.append([])
+            for slots, numbers in self._batches(group, first):
+                if _one_pass(slots, group):
+                    fused.step_(slots, numbers)
+                    continue
+                size = TOGETHER_ON_CPU if slots[0].param.device.type == "cpu" else TOGETHER
+                for batch in batches(slots, size):
+                    measured[-1].append(step_(batch, numbers, measure=group["track_stats"]))
+            first += len(group["params"])
         self._stats = _summarize(measured)
         return loss
 
-    def _initialize(self, param: Tensor, group: Group) -> None:
-        state = self.state[param]
-        dtype = _state_dtype(param)
+    def _batches(self, group: Group, first: int) -> Iterator[tuple[list[Slot], Scalars]]:
+        """The parameters that have gradients, with state, counted one step on.
+
+        Args:
+            group: a parameter group.
+            first: the place of its first parameter in the optimizer.
+        """
+        foreach, capturable = group["foreach"], group["capturable"]
+        rounds = group["state_dtype"] is not None or group["stochastic_round"]
+        stepped: dict[tuple[Any, ...], list[tuple[int, Slot, Tensor]]] = defaultdict(list)
+        steps = []
+        for place, p in enumerate(group["params"], first):
+            if p.grad is None:
+                continue
+            state = self._ready(p, group)
+            average = state.get("average", state.get("offset")) if group["average"] else None
+            slot = Slot(p, p.grad, state["exp_avg"], state["exp_avg_sq"], average)
+            together = type(p) in PLAIN if foreach is None else foreach
+            step = None if capturable else state["step"].item()
+            key = (p.device, p.dtype, None if together else place, step)
+            stepped[key].append((place, slot, state["step"]))
+            steps.append(state["step"])
+        if steps:
+            torch._foreach_add_(steps, 1.0)
+        for (device, *_, step), members in stepped.items():
+            places, slots, counts = map(list, zip(*members, strict=True))
+            # Counts that the host may not read: a vector, and vectors of scalars from it.
+            now = torch.stack(counts) if step is None else int(step) + 1
+            numbers = scalars(now, group)
+            if rounds:
+                where = torch.tensor(places, dtype=torch.int32)
+                if isinstance(now, Tensor):
+                    keys = list(rounding.keys(group["seed"], where.to(device), now.int()))
+                else:
+                    keys = rounding.keys(group["seed"], where, now).tolist()
+                slots = [slot._replace(key=key) for slot, key in zip(slots, keys, strict=True)]
+            if not isinstance(now, Tensor):
+                yield slots, numbers
+                continue
+            for i, slot in enumerate(slots):
+                own = (x[i] if isinstance(x, Tensor) and x.ndim else x for x in numbers)
+                yield [slot], Scalars._make(own)
+
+    def _ready(self, param: Tensor, group: Group) -> dict[str, Any]:
+        """The parameter's state: made at its first step, in the form that the options ask for."""
+        state: dict[str, Any] = self.state[param]
+        dtype = _state_dtype(param, group)
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            device = param.device if group["capturable"] else None
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
-        if group["average"] and "average" not in state:
-            state["average"] = param.detach().to(dtype, copy=True)
-
-    def _batches(
-        self, params: list[Tensor], foreach: bool | None
-    ) -> Iterator[tuple[int, list[Tensor]]]:
-        """Parameters that one `step_` can take together, with their step number."""
-        batches: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        for index, p in enumerate(params):
-            step = int(self.state[p]["step"])
-            plain = type(p) in (Tensor, torch.nn.Parameter)
-            together = (plain and p.device.type != "cpu") if foreach is None else foreach
-            batches[step, p.device, p.dtype, None if together else index].append(p)
-        for (step, *_), batch in batches.items():
-            yield step, batch
+        elif state["exp_avg"].dtype != dtype:
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key].to(dtype)
+        if not group["average"]:
+            return state
+        if dtype.itemsize < param.dtype.itemsize:
+            if "average" in state:
+                state["offset"] = (state.pop("average") - param.detach()).to(dtype)
+            elif "offset" not in state:
+                state["offset"] = torch.zeros_like(param, dtype=dtype)
+        elif "offset" in state:
+            state["average"] = param.detach().to(dtype) + state.pop("offset")
+        elif "average" not in state or state["average"].dtype != dtype:
+            state["average"] = state.get("average", param.detach()).to(dtype, copy=True)
+        return state
 
     def _check_gradients(self) -> None:
         for g, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
+                if group["fused"]:
+                    self._demand_fused(g, i, RuntimeError)
                 if p.grad.layout != torch.strided or p.grad.is_complex():
                     kind = "complex" if p.grad.is_complex() else "sparse"
                     raise RuntimeError(
@@ -252,14 +349,15 @@ class PACE(Optimizer):
         return any(group.get("swapped") for group in self.param_groups)
 
     def _averages(self) -> dict[Tensor, Tensor]:
-        """Parameter -> average, for those that keep one and have stepped."""
-        return {
-            p: self.state[p]["average"]
+        """Parameter -> average or offset, for those that keep one and have stepped."""
+        kept = {
+            p: self.state[p].get("average", self.state[p].get("offset"))
             for group in self.param_groups
             if group["average"]
             for p in group["params"]
-            if "average" in self.state.get(p, {})
+            if p in self.state
         }
+        return {p: average for p, average in kept.items() if average is not None}
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -275,7 +373,11 @@ class PACE(Optimizer):
             return
         averages = self._averages()
         for p, average in averages.items():
-            if average.dtype != _state_dtype(p):
+            narrower = average.itemsize < p.itemsize
+            if narrower != ("offset" in self.state[p]) or average.dtype not in (
+                torch.bfloat16,
+                torch.promote_types(p.dtype, torch.float32),
+            ):
                 raise RuntimeError(
                     f"a parameter of shape {tuple(p.shape)} is {p.dtype} now, which does not go "
                     f"with its {average.dtype} average; convert models before the first step"
@@ -342,6 +444,8 @@ class PACE(Optimizer):
             if isinstance(value, Tensor):
                 if value not in snapshots:
                     source = value if self._swapped else averages.get(value, value)
+                    if source.itemsize < value.itemsize:
+                        source = value.detach() + source
                     snapshots[value] = source.detach().to(value.dtype, copy=True)
                 returned[name] = snapshots[value]
         for name in ours:
@@ -372,7 +476,7 @@ class PACE(Optimizer):
         return numbers
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `state_dict()`; float32 state stays float32 whatever the parameters' dtype.
+        """Load a `state_dict()`; state keeps its dtype whatever the parameters'.
 
         One saved while the average was swapped in says so, and goes with model weights saved at
         the same time: `train()` then brings back the live weights.
@@ -384,15 +488,17 @@ class PACE(Optimizer):
             # A copy, for two optimizers that share tensors would swap each other's averages.
             ids = [i for group in loaded["param_groups"] for i in group["params"]]
             params = [p for group in self.param_groups for p in group["params"]]
-            for i, p in zip(ids, params, strict=True):
-                for key, value in loaded["state"].get(i, {}).items():
-                    if isinstance(value, Tensor) and key == "step":
-                        self.state[p][key] = value.clone()
-                    elif isinstance(value, Tensor) and value.is_floating_point():
-                        self.state[p][key] = value.to(p.device, _state_dtype(p), copy=True)
             for group in self.param_groups:
                 for key, value in {**self.defaults, "swapped": None}.items():
                     group.setdefault(key, value)
+            options = [group for group in self.param_groups for _ in group["params"]]
+            for i, p, group in zip(ids, params, options, strict=True):
+                for key, value in loaded["state"].get(i, {}).items():
+                    if isinstance(value, Tensor) and key == "step":
+                        device = p.device if group["capturable"] else "cpu"
+                        self.state[p][key] = value.to(device, torch.float32, copy=True)
+                    elif isinstance(value, Tensor) and value.is_floating_point():
+                        self.state[p][key] = value.to(p.device, _state_dtype(p, group), copy=True)
 
         # The first sees what the user's own hooks made of the state, the second runs before theirs.
         hooks = [
@@ -407,8 +513,21 @@ class PACE(Optimizer):
         self._stats = None
 
 
-def _state_dtype(param: Tensor) -> torch.dtype:
-    return torch.promote_types(param.dtype, torch.float32)
+def _state_dtype(param: Tensor, group: Group) -> torch.dtype:
+    dtype: torch.dtype | None = group["state_dtype"]
+    return dtype or torch.promote_types(param.dtype, torch.float32)
+
+
+def _one_pass(slots: list[Slot], group: Group) -> bool:
+    """Whether tensors go to the one-pass kernel."""
+    if group["fused"] is not None or group["foreach"] is not None or group["track_stats"]:
+        return bool(group["fused"])
+    return (
+        slots[0].param.device.type == "cpu"
+        and sum(slot.param.numel() for slot in slots) >= fused.WORTH_BUILDING
+        and not any(fused.reason_against(slot.param, slot.exp_avg.dtype) for slot in slots)
+        and fused.available()
+    )
 
 
 def _dtypes(group: Group) -> list[str]:
@@ -458,10 +577,20 @@ def _check_options(options: Group) -> None:
     every = options["ema_every"]
     whole = isinstance(every, int) and not isinstance(every, bool)
     require("ema_every", whole and every >= 1, "a whole number of steps >= 1")
-    for name in ("clip", "average", "maximize", "track_stats"):
+    for name in ("clip", "average", "capturable", "stochastic_round", "maximize", "track_stats"):
         require(name, isinstance(options[name], bool), "True or False")
-    foreach = options["foreach"]
-    require("foreach", foreach is None or isinstance(foreach, bool), "None, True or False")
+    for name in ("fused", "foreach"):
+        choice = options[name]
+        require(name, choice is None or isinstance(choice, bool), "None, True or False")
+    if options["fused"] and (options["foreach"] is not None or options["track_stats"]):
+        raise ValueError(
+            "fused=True needs foreach=None and track_stats=False: "
+            "the one-pass kernel takes all tensors its own way, and measures nothing"
+        )
+    narrow = options["state_dtype"] in (None, torch.bfloat16)
+    require("state_dtype", narrow, "None or torch.bfloat16")
+    seed = options["seed"]
+    require("seed", isinstance(seed, int) and not isinstance(seed, bool), "a whole number")
     if not options["average"] and options["pullback"] != 0:
         raise ValueError(
             f"average=False needs pullback=0, got pullback={options['pullback']!r}: "

@@ -13,17 +13,22 @@ SLICE = 2**20  # elements exchanged at a time, which bounds the scratch
 def swap_in(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Put each average into its parameter; the second tensor then keeps the live weights.
 
-    Of equal dtypes the two trade contents. A 16-bit parameter and its float32 average are 48 bits
-    that must go on holding two models of 16 and 32 bits: the parameter takes the average rounded to
-    16 bits, and the average's place takes the live weights in its upper 16 bits and, in its lower
-    16, what the rounding left out, in float32 units in the last place. `swap_back` undoes it.
+    Of equal dtypes the two trade contents. A second tensor narrower than the parameter holds the
+    average's offset from the live weights, which is added and stays where it is.
+
+    A 16-bit parameter and its float32 average are 48 bits that must go on holding two models of 16
+    and 32 bits: the parameter takes the average rounded to 16 bits, and the average's place takes
+    the live weights in its upper 16 bits and, in its lower 16, what the rounding left out, in
+    float32 units in the last place. `swap_back` undoes it.
 
     Live weights always come back bit for bit, and so do averages, except for NaNs, which come back
     as NaNs, and for averages of float16 parameters below 2^-16, which come back to within 2^-25,
     for float16 has too few bits there. An exception on the way undoes what was done before it.
 
     Args:
-        pairs: parameter and average, of equal shapes and dtypes, or 16-bit and float32.
+        pairs: parameter and average, of equal shapes and dtypes, or 16-bit and float32; or
+            parameter and narrower offset, such that (param + offset) - offset is param in the
+            parameter's arithmetic. `update.step_` sees to that.
     """
     _all(pairs, _exchange, _exchange_back)
 
@@ -55,6 +60,9 @@ def _slices(param: Tensor, average: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _exchange(param: Tensor, average: Tensor) -> None:
     # Everything is computed before the first write: no failure can leave it half done.
+    if average.itemsize < param.itemsize:
+        param.add_(average)
+        return
     if param.dtype == average.dtype:
         live = param.clone()
         param.copy_(average)
@@ -75,6 +83,9 @@ def _exchange(param: Tensor, average: Tensor) -> None:
 
 
 def _exchange_back(param: Tensor, average: Tensor) -> None:
+    if average.itemsize < param.itemsize:
+        param.sub_(average)
+        return
     if param.dtype == average.dtype:
         _exchange(param, average)
         return

@@ -9,29 +9,61 @@ bias-corrected moments m̂ and v̂, pullback strength c and running average `ema
               + λ_t·(ema_{t-1} - θ_t)                         and the pull toward the average
     ema_t   = (1 - β_t)·ema_{t-1} + β_t·θ_{t+1}               at every `ema_every`-th step
 
-With a constant averaging weight the gain has no β_t in it. Every path of every optimizer here is
-made from `step_`; it works on lists, so that one call serves one tensor or a whole model.
+With a constant averaging weight the gain has no β_t in it. `step_` works on lists, so that one call
+serves one tensor or a whole model, and compiles. The one other writing of the rule is the CPU's
+one-pass kernel, kernel.cpp, which is held to the same reference.
+
+State narrower than its parameter keeps d = ema - θ, the *offset* of the average from the live
+weights, instead of the average: small beside the weights, it loses little to bfloat16's 8 bits
+where the average itself would lose what training had changed in it.
+
+    d_t = (1 - β_t)·(d_{t-1} - (θ_{t+1} - θ_t))
 
 Source: Au & Block, Training for the Model You Return, arXiv:2606.25086 (2026).
 """
 
-import math
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from . import rounding
+
 MIN_AVERAGING_WEIGHT = 1e-4
+PLAIN = (Tensor, torch.nn.Parameter)  # not a DTensor or another subclass
+
+
+@overload
+def averaging_weight(
+    step: int,
+    *,
+    power: float | None = ...,
+    rate: float = ...,
+    start: float = ...,
+    beta: float | None = ...,
+) -> float: ...
+
+
+@overload
+def averaging_weight(
+    step: Tensor,
+    *,
+    power: float | None = ...,
+    rate: float = ...,
+    start: float = ...,
+    beta: float | None = ...,
+) -> float | Tensor: ...
 
 
 def averaging_weight(
-    step: int,
+    step: int | Tensor,
     *,
     power: float | None = None,
     rate: float = 1.0,
     start: float = 0,
     beta: float | None = None,
-) -> float:
+) -> float | Tensor:
     """Weight β_t in (0, 1] that the average gives to the newest weights at a step.
 
         β_t = max((1 + rate·max(0, step - start))^-power, 1e-4),   or `beta` where it is given.
@@ -39,7 +71,7 @@ def averaging_weight(
     Until `start` the weight is 1: the average is the live weights themselves.
 
     Args:
-        step: t, counted from 1.
+        step: t, counted from 1, or a tensor of such.
         power: κ in [0, 1]. 1 is nearly a uniform average, 0 no average at all. Not read with beta.
         rate: γ > 0, steps⁻¹.
         start: ρ >= 0, steps.
@@ -50,27 +82,40 @@ def averaging_weight(
     if beta is not None:
         return beta
     assert power is not None
+    if isinstance(step, Tensor):
+        return ((1.0 + rate * (step - start).clamp_min(0)) ** -power).clamp_min(
+            MIN_AVERAGING_WEIGHT
+        )
     return max(float((1.0 + rate * max(0.0, step - start)) ** -power), MIN_AVERAGING_WEIGHT)
 
 
 class Scalars(NamedTuple):
-    """All that one step needs to know besides its tensors; plain floats."""
+    """All that one step needs to know besides its tensors."""
 
     beta1: float  # decay of the first moment
     beta2: float  # decay of the second moment
     eps: float  # ε
-    root_bias2: float  # sqrt(1 - beta2^t): sqrt(v) / root_bias2 = sqrt(v̂)
-    step_size: float  # η / (1 - beta1^t): step_size·m = η·m̂
-    shrink: float  # 1 - η·wd
-    gain: float  # numerator of λ: η·c·β_t, or η·c with a constant averaging weight; 0 = no pull
+    root_bias2: float | Tensor  # sqrt(1 - beta2^t): sqrt(v) / root_bias2 = sqrt(v̂)
+    step_size: float | Tensor  # η / (1 - beta1^t): step_size·m = η·m̂
+    shrink: float | Tensor  # 1 - η·wd
+    gain: float | Tensor  # numerator of λ: η·c·β_t, or η·c with a constant weight; 0.0 = no pull
     clip: bool  # gain at most 1
-    weight: float  # β_t; 0 = the average stays as it is at this step
+    weight: float | Tensor  # β_t; 0.0 = the average stays as it is at this step
     ascend: bool  # maximize instead of minimize
+    stochastic: bool = False  # round bfloat16 parameters stochastically
 
 
-def scalars(step: int, group: dict[str, Any]) -> Scalars:
-    """The scalars of step t = `step` (from 1) under a PACE parameter group's options."""
-    lr = float(group["lr"])
+def scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
+    """The scalars of step t = `step` (from 1) under a PACE parameter group's options.
+
+    With a tensor of steps, or a learning rate on an accelerator, what depends on them comes as
+    tensors, so that no device has to be waited for; it is computed in float64.
+    """
+    lr = group["lr"]
+    if isinstance(step, Tensor):
+        step = step.double()
+    if isinstance(lr, Tensor):
+        lr = float(lr) if lr.device.type in ("cpu", "mps") else lr.double()
     beta1, beta2 = group["betas"]
     weight = averaging_weight(
         step,
@@ -80,73 +125,118 @@ def scalars(step: int, group: dict[str, Any]) -> Scalars:
         beta=group["ema_beta"],
     )
     falloff = weight if group["ema_beta"] is None else 1.0
+    takes_in = step % group["ema_every"] == 0
     return Scalars(
         beta1=beta1,
         beta2=beta2,
         eps=group["eps"],
-        root_bias2=math.sqrt(1.0 - beta2**step),
+        root_bias2=(1.0 - beta2**step) ** 0.5,
         step_size=lr / (1.0 - beta1**step),
         shrink=1.0 - lr * group["weight_decay"],
-        gain=lr * group["pullback"] * falloff,
+        gain=lr * group["pullback"] * falloff if group["pullback"] else 0.0,
         clip=group["clip"],
-        weight=weight if step % group["ema_every"] == 0 else 0.0,
+        weight=weight * takes_in if isinstance(takes_in, Tensor) or takes_in else 0.0,
         ascend=group["maximize"],
+        stochastic=group["stochastic_round"],
     )
 
 
-def step_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    averages: list[Tensor] | None,
-    s: Scalars,
-    *,
-    measure: bool = False,
-) -> dict[str, Tensor]:
-    """One PACE step on a list of tensors of one device and dtype, in place.
+class Slot(NamedTuple):
+    """One tensor with its state, or a piece of one, as a step takes it."""
 
-    Arithmetic is in the state's dtype (float32, or float64 for float64 parameters). Narrower
-    parameters are widened, stepped and rounded to nearest once; the average is of the weights as
-    stored, so that it averages what the model really held.
+    param: Tensor  # θ_t, becomes θ_{t+1}; any shape
+    grad: Tensor  # g; not changed
+    exp_avg: Tensor  # m, updated
+    exp_avg_sq: Tensor  # v, updated
+    average: Tensor | None  # ema, or the offset d where narrower than the parameter; updated
+    key: int | Tensor | None = None  # seed of stochastic rounding (`rounding.keys`)
+    start: int = 0  # place of the first element within its parameter
+
+    def pieces(self, size: int) -> Iterator["Slot"]:
+        """Itself, or if it has more than `size` elements, slices of about that size."""
+        total = self.param.numel()
+        if total <= size or type(self.param) not in PLAIN:
+            yield self
+            return
+        tensors = [x for x in self[:5] if x is not None]
+        if all(x.is_contiguous() for x in tensors):
+            tensors = [x.view(-1) for x in tensors]
+        length = len(tensors[0])
+        rows = max(1, size * length // total)
+        for row in range(0, length, rows):
+            param, grad, m, v, *average = (x[row : row + rows] for x in tensors)
+            start = row * (total // length)
+            yield Slot(param, grad, m, v, average[0] if average else None, self.key, start)
+
+
+def batches(slots: Iterable[Slot], size: int) -> Iterator[list[Slot]]:
+    """The same tensors in batches of at most about `size` elements, large ones in slices.
+
+    Bounds the scratch of a step, and on a CPU keeps it in cache.
+    """
+    batch: list[Slot] = []
+    elements = 0
+    for slot in slots:
+        for piece in slot.pieces(size):
+            if batch and elements + piece.param.numel() > size:
+                yield batch
+                batch, elements = [], 0
+            batch.append(piece)
+            elements += piece.param.numel()
+    if batch:
+        yield batch
+
+
+def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, Tensor]:
+    """One PACE step on tensors of one device, one dtype and one dtype of state, in place.
+
+    Arithmetic is in float32 (float64 for float64 parameters). What is stored narrower is widened,
+    stepped and rounded once: parameters to nearest, or stochastically where `s.stochastic`; state
+    stochastically. The average is of the weights as stored: of what the model really held.
 
     Args:
-        params: θ_t, becomes θ_{t+1}. Any shapes.
-        grads: g, of the same shapes. Not changed.
-        exp_avgs: m, updated.
-        exp_avg_sqs: v, updated.
-        averages: ema_{t-1}, becomes ema_t; None where no average is kept (then `s.gain` is 0).
+        slots: the tensors; all with an average or none, then with a `gain` of 0.
         s: the step's scalars.
         measure: return what `measurements` documents; costs time, and scratch of some four times
-            the state's `exp_avg` of these tensors.
+            the size of these tensors.
 
     Returns:
         Measurements of the step as 0-dim tensors; empty unless asked for.
     """
-    theta = [p.to(m.dtype) for p, m in zip(params, exp_avgs, strict=True)]  # p itself if equal
-    grads = [g.to(m.dtype) for g, m in zip(grads, exp_avgs, strict=True)]
+    params = [slot.param for slot in slots]
+    kept = [slot.average for slot in slots if slot.average is not None]
+    offset = bool(kept) and kept[0].itemsize < params[0].itemsize
+    dtype = torch.promote_types(params[0].dtype, torch.float32)
+
+    def wide(tensors: list[Tensor]) -> list[Tensor]:
+        return [x.to(dtype) for x in tensors]  # x itself if it is wide already
+
+    theta, grads = wide(params), wide([slot.grad for slot in slots])
+    m, v = wide([slot.exp_avg for slot in slots]), wide([slot.exp_avg_sq for slot in slots])
+    averages = wide(kept)
+    pulls = bool(averages) and (isinstance(s.gain, Tensor) or s.gain != 0)
+    moves = bool(averages) and (isinstance(s.weight, Tensor) or s.weight != 0)
     if s.ascend:
         grads = list(torch._foreach_neg(grads))
-    before = [x.clone() for x in theta] if measure else []
-    assert averages is not None or not s.gain
+    before = [x.clone() for x in theta] if measure or offset else []
 
-    torch._foreach_lerp_(exp_avgs, grads, 1.0 - s.beta1)
-    torch._foreach_mul_(exp_avg_sqs, s.beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1.0 - s.beta2)
-    denom = list(torch._foreach_sqrt(exp_avg_sqs))
+    torch._foreach_lerp_(m, grads, 1.0 - s.beta1)
+    torch._foreach_mul_(v, s.beta2)
+    torch._foreach_addcmul_(v, grads, grads, 1.0 - s.beta2)
+    denom = list(torch._foreach_sqrt(v))
     torch._foreach_div_(denom, s.root_bias2)
     torch._foreach_add_(denom, s.eps)
 
     pull: list[Tensor] = []
-    if s.gain and averages:
-        pull = list(torch._foreach_sub(averages, theta))  # starts at θ_t, before AdamW moves it
+    if pulls:  # starts at θ_t, before AdamW moves it
+        pull = [d.clone() for d in averages] if offset else _minus(averages, theta)
 
     torch._foreach_mul_(theta, s.shrink)
-    torch._foreach_addcdiv_(theta, exp_avgs, denom, -s.step_size)
-    adamw = list(torch._foreach_sub(theta, before)) if measure else []
+    torch._foreach_addcdiv_(theta, torch._foreach_mul(m, s.step_size), denom, -1.0)
+    adamw = _minus(theta, before) if measure else []
 
     gain: list[Tensor] = []
-    if pull:
+    if pulls:
         torch._foreach_reciprocal_(denom)
         torch._foreach_mul_(denom, s.gain)
         gain = denom
@@ -155,15 +245,45 @@ def step_(
         torch._foreach_mul_(pull, gain)
         torch._foreach_add_(theta, pull)
 
-    for p, x in zip(params, theta, strict=True):
-        if x is not p:
-            p.copy_(x)
-            x.copy_(p)
-    if s.weight and averages:
-        torch._foreach_lerp_(averages, theta, s.weight)
+    bits = [rounding.noise(x.param, x.key, x.start) for x in slots if x.key is not None]
+
+    def store(out: list[Tensor], values: list[Tensor], which: int, stochastic: bool = True) -> None:
+        for i, (x, value) in enumerate(zip(out, values, strict=True)):
+            if x is value:
+                continue
+            if stochastic:
+                rounding.round_(x, value, bits[i], which)
+            else:
+                x.copy_(value)
+
+    store([slot.exp_avg for slot in slots], m, rounding.EXP_AVG)
+    store([slot.exp_avg_sq for slot in slots], v, rounding.EXP_AVG_SQ)
+    if offset:
+        torch._foreach_sub_(averages, _minus(theta, before))
+        torch._foreach_mul_(averages, 1.0 - s.weight)
+        store(kept, averages, rounding.AVERAGE)
+        # θ as it comes back from an exchange (paceline.swap), so that exchanges change nothing.
+        averages = wide(kept)
+        torch._foreach_add_(theta, averages)
+        torch._foreach_sub_(theta, averages)
+    store(params, theta, rounding.PARAM, s.stochastic)
+    if moves and not offset:
+        stored = wide(params)
+        if isinstance(s.weight, Tensor):
+            for average, x in zip(averages, stored, strict=True):
+                average.lerp_(x, s.weight.to(dtype))
+        else:
+            torch._foreach_lerp_(averages, stored, s.weight)
+        store(kept, averages, rounding.AVERAGE)
     if not measure:
         return {}
-    return measurements(before, adamw, theta, pull, gain, averages, s.clip)
+    after = wide(params)
+    offsets = averages if offset or not averages else _minus(averages, after)
+    return measurements(before, adamw, after, pull, gain, offsets, s.clip)
+
+
+def _minus(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    return list(torch._foreach_sub(a, b))
 
 
 def measurements(
@@ -172,7 +292,7 @@ def measurements(
     after: list[Tensor],
     pull: list[Tensor],
     gain: list[Tensor],
-    averages: list[Tensor] | None,
+    offsets: list[Tensor],
     clip: bool,
 ) -> dict[str, Tensor]:
     """What one step did, as 0-dim tensors that add up over batches (`gain_min` and `_max` aside).
@@ -186,7 +306,7 @@ def measurements(
     def total(tensors: list[Tensor]) -> Tensor:
         return torch.stack([zero, *(x.sum() for x in tensors)]).sum()
 
-    def squares(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    def squares(tensors: list[Tensor]) -> Tensor:
         return torch.stack([zero, *(x.square().sum() for x in tensors)]).sum()
 
     some = [x for x in gain if x.numel()]
@@ -198,6 +318,6 @@ def measurements(
         "clipped": total([x >= 1.0 for x in gain]) if clip else zero,
         "adamw_sq": squares(adamw),
         "pull_sq": squares(pull),
-        "update_sq": squares(torch._foreach_sub(after, before)),
-        "distance_sq": squares(torch._foreach_sub(after, averages)) if averages else zero,
+        "update_sq": squares(_minus(after, before)),
+        "distance_sq": squares(offsets),
     }

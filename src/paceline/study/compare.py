@@ -20,9 +20,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
+from ..cache import cache_folder
 from ..train import InputError, Options
 from ..train.data import (
-    cache_folder,
     content_key,
     files_below,
     make_tokenizer,

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from ..cache import cache_folder
 from . import InputError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -37,17 +38,6 @@ class Corpus(NamedTuple):
                 sha.update(b"\0")
             sha.update(b"\1")
         return sha.hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where tokenizers, tokens and pretrained starts are kept between runs.
-
-    `$PACELINE_CACHE`, or else `paceline` in `$XDG_CACHE_HOME` (by default `~/.cache`).
-    """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("PACELINE_CACHE") or Path(base) / "paceline")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def standard_library_files() -> list[Path]:

@@ -1,0 +1,148 @@
+// PACE in one pass over memory, on the CPU. The rule of update.py once more, because compiling that
+// one reads and writes the same bytes but takes longer about it (benchmarks/results).
+//
+// Compiled by fused.py with any C++17 compiler; needs neither torch nor Python.
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+struct bfloat16 { uint16_t bits; };
+
+// One row for each tensor and one for the step, as fused.py lays them out.
+struct Row { int64_t param, grad, exp_avg, exp_avg_sq, average, size, key; };
+struct Step { double w1, beta2, w2, eps, unbias, step_size, shrink, gain, cap, weight, sign; };
+
+enum Average { NONE, WATCH, PULL };
+
+template <class W, class T> inline W load(const T* x, int64_t i) { return W(x[i]); }
+template <> inline float load<float>(const bfloat16* x, int64_t i) {
+  const uint32_t bits = uint32_t(x[i].bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+template <class T, class W> inline void store(T* x, int64_t i, W value, uint32_t) { x[i] = value; }
+inline void store(bfloat16* x, int64_t i, float value, uint32_t noise) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  x[i].bits = value != value ? 0x7FC0 : uint16_t((bits + noise) >> 16);
+}
+
+// Added to a float's bits, it makes the cut after 16 of them round to nearest, ties to even.
+inline uint32_t nearest(double) { return 0; }
+inline uint32_t nearest(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return 0x7FFF + ((bits >> 16) & 1);
+}
+
+// rounding.py's `mix` and the 16 bits of noise that it gives each tensor of the step.
+inline uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7FEB352DU;
+  x = (x ^ (x >> 15)) * 0x846CA68BU;
+  return x ^ (x >> 16);
+}
+
+template <class P, class S, Average AVERAGE, bool STOCHASTIC>
+void piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
+  using W = std::conditional_t<std::is_same_v<P, double>, double, float>;  // arithmetic
+  constexpr bool narrow = std::is_same_v<S, bfloat16>;
+  constexpr bool offset = sizeof(S) < sizeof(P);
+  P* __restrict params = reinterpret_cast<P*>(row.param);
+  const P* __restrict grads = reinterpret_cast<const P*>(row.grad);
+  S* __restrict exp_avgs = reinterpret_cast<S*>(row.exp_avg);
+  S* __restrict exp_avg_sqs = reinterpret_cast<S*>(row.exp_avg_sq);
+  S* __restrict averages = reinterpret_cast<S*>(row.average);
+  const uint32_t key = uint32_t(row.key);
+  const W w1 = W(step.w1), beta2 = W(step.beta2), w2 = W(step.w2), eps = W(step.eps);
+  const W unbias = W(step.unbias), step_size = W(step.step_size), shrink = W(step.shrink);
+  const W gain = W(step.gain), cap = W(step.cap), weight = W(step.weight), sign = W(step.sign);
+
+  for (int64_t i = begin; i < end; i++) {
+    const uint32_t noise = narrow || STOCHASTIC ? mix(uint32_t(i) ^ key) : 0;
+    const W theta = load<W>(params, i), g = sign * load<W>(grads, i);
+    W m = load<W>(exp_avgs, i), v = load<W>(exp_avg_sqs, i);
+    m += w1 * (g - m);
+    v = beta2 * v + w2 * g * g;
+    const W inverse = 1 / (std::sqrt(v) * unbias + eps);
+    W next = shrink * theta - step_size * m * inverse;
+    if constexpr (AVERAGE == PULL) {
+      W lambda = gain * inverse;
+      lambda = cap < lambda ? cap : lambda;  // a NaN stays
+      const W kept = load<W>(averages, i);
+      next += lambda * (offset ? kept : kept - theta);
+    }
+    store(exp_avgs, i, m, noise & 0xFFFF);
+    store(exp_avg_sqs, i, v, noise >> 16);
+    if constexpr (offset && AVERAGE != NONE) {
+      const W kept = load<W>(averages, i);
+      store(averages, i, (1 - weight) * (kept - (next - theta)), (noise * 0x9E3779B9U) >> 16);
+      const W d = load<W>(averages, i);
+      next = (next + d) - d;
+    }
+    store(params, i, next, STOCHASTIC ? (noise * 0x85EBCA6BU) >> 16 : nearest(next));
+    if constexpr (!offset && AVERAGE != NONE) {
+      const W kept = load<W>(averages, i);
+      const W moved = kept + weight * (load<W>(params, i) - kept);
+      store(averages, i, weight == 0 ? kept : moved, (noise * 0x9E3779B9U) >> 16);
+    }
+  }
+}
+
+using Piece = void (*)(const Row&, int64_t, int64_t, const Step&);
+
+template <class P, class S> Piece choose(Average average, bool stochastic) {
+  constexpr bool can = std::is_same_v<P, bfloat16>;
+  if (average == NONE) return stochastic ? piece<P, S, NONE, can> : piece<P, S, NONE, false>;
+  if (average == WATCH) return stochastic ? piece<P, S, WATCH, can> : piece<P, S, WATCH, false>;
+  return stochastic ? piece<P, S, PULL, can> : piece<P, S, PULL, false>;
+}
+
+}  // namespace
+
+// Takes pieces in turn, so that a thread that the machine slows down holds up nobody.
+extern "C" void paceline_step(const Row* rows, int64_t count, const Step* step, int dtypes,
+                              int average, int stochastic, int threads) {
+  Piece run = nullptr;
+  const Average kind = Average(average);
+  if (dtypes == 0) run = choose<float, float>(kind, stochastic);
+  if (dtypes == 1) run = choose<float, bfloat16>(kind, stochastic);
+  if (dtypes == 2) run = choose<bfloat16, float>(kind, stochastic);
+  if (dtypes == 3) run = choose<bfloat16, bfloat16>(kind, stochastic);
+  if (dtypes == 4) run = choose<double, double>(kind, stochastic);
+
+  int64_t total = 0;
+  for (int64_t k = 0; k < count; k++) total += rows[k].size;
+  // Long pieces stream best; some eight for each thread balance; short ones do not pay a thread.
+  int64_t length = total / (8 * threads);
+  length = length < (1 << 15) ? 1 << 15 : length > (1 << 20) ? 1 << 20 : length;
+  std::vector<int64_t> first(count + 1, 0);
+  for (int64_t k = 0; k < count; k++) first[k + 1] = first[k] + (rows[k].size + length - 1) / length;
+  std::atomic<int64_t> next(0);
+  const auto work = [&] {
+    int64_t k = 0;
+    for (int64_t at; (at = next.fetch_add(1)) < first[count];) {
+      while (at >= first[k + 1]) k++;
+      const int64_t begin = (at - first[k]) * length;
+      const int64_t end = begin + length < rows[k].size ? begin + length : rows[k].size;
+      run(rows[k], begin, end, *step);
+    }
+  };
+  std::vector<std::thread> helpers;
+  try {
+    while (int(helpers.size()) < threads - 1 && int64_t(helpers.size() + 1) * length < total)
+      helpers.emplace_back(work);
+  } catch (const std::system_error&) {  // no more threads to be had: do with those there are
+  }
+  work();
+  for (auto& helper : helpers) helper.join();
+}
