@@ -1,7 +1,35 @@
 """Settings that hold for the whole suite."""
 
+import functools
+
+import pytest
 from hypothesis import settings
+
+from paceline import fused
 
 # Derandomised: a failure here is a failure everywhere. No deadline: these machines are shared.
 settings.register_profile("paceline", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("paceline")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Nothing is read from the user's cache or left in it; the kernel is built once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PACELINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@functools.cache
+def _why_no_kernel():
+    try:
+        fused.build()
+    except fused.BuildError as error:
+        return str(error)
+
+
+@pytest.fixture
+def kernel():
+    """For tests of the one-pass kernel: skipped where it cannot be built."""
+    if _why_no_kernel():
+        pytest.skip(_why_no_kernel())

@@ -583,6 +583,12 @@ def test_learning_rate_as_a_tensor():
         {"average": "no"},
         {"foreach": "yes"},
         {"foreach": 1.0},
+        {"fused": "yes"},
+        {"capturable": None},
+        {"state_dtype": torch.float16},
+        {"state_dtype": "bfloat16"},
+        {"stochastic_round": 1},
+        {"seed": 0.5},
         {"maximize": None},
         {"track_stats": 2},
     ],
@@ -626,6 +632,9 @@ def test_contradictions():
         PACE(p, pullback=0.1, ema_power=None)
     with pytest.raises(TypeError, match="pullback"):
         PACE(p)
+    for other in ({"foreach": True}, {"foreach": False}, {"track_stats": True}):
+        with pytest.raises(ValueError, match="fused=True needs foreach=None and track_stats=False"):
+            PACE(p, pullback=0.1, fused=True, **other)
 
 
 def test_integer_parameters_are_refused():

@@ -216,6 +216,11 @@ def compiled_step(slots: list[Slot], s: Scalars) -> None:
         update.step_(small, s)
     for slot in slots:
         if slot.param.numel() >= WORTH_A_LAUNCH:
-            flat = [None if x is None else x.view(-1) for x in slot[:5]]
+            flat = [None if x is None else _flat(x) for x in slot[:5]]
             key = None if slot.key is None else torch.as_tensor(slot.key, dtype=torch.int32)
             _compiled()([Slot._make([*flat, key, 0])], numbers)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The same memory in one dimension, but no view: torch would compile anew for other bases."""
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), (x.numel(),), (1,))

@@ -34,7 +34,7 @@ template <class T, class W> inline void store(T* x, int64_t i, W value, uint32_t
 inline void store(bfloat16* x, int64_t i, float value, uint32_t noise) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  x[i].bits = value != value ? 0x7FC0 : uint16_t((bits + noise) >> 16);
+  x[i].bits = uint16_t((bits + noise) >> 16);
 }
 
 // Added to a float's bits, it makes the cut after 16 of them round to nearest, ties to even.
@@ -69,7 +69,9 @@ void piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
 
   for (int64_t i = begin; i < end; i++) {
     const uint32_t noise = narrow || STOCHASTIC ? mix(uint32_t(i) ^ key) : 0;
-    const W theta = load<W>(params, i), g = sign * load<W>(grads, i);
+    const W theta = load<W>(params, i);
+    W g = sign * load<W>(grads, i);
+    if (narrow) g = g == g ? g : W(NAN);  // the noise could carry another NaN's bits over to zero
     W m = load<W>(exp_avgs, i), v = load<W>(exp_avg_sqs, i);
     m += w1 * (g - m);
     v = beta2 * v + w2 * g * g;

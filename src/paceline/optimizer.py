@@ -17,11 +17,17 @@ from .update import PLAIN, Scalars, Slot, batches, scalars, step_
 
 Group: TypeAlias = dict[str, Any]
 
-PARAMETER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Of a parameter: of its state.
+DTYPES = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
 
 # Elements stepped together, which bounds the scratch; a CPU's share of them stays in its cache.
 TOGETHER = 2**24
-TOGETHER_ON_CPU = 2**17
+TOGETHER_ON_CPU = 2**18
 
 
 class PACE(Optimizer):
@@ -81,7 +87,7 @@ class PACE(Optimizer):
             kernel takes contiguous float32, bfloat16 and float64 parameters. On accelerators None
             is False: through `torch.compile` it is there, but has not been measured.
         foreach: without the kernel, step many tensors at a time (True) or one by one (False). None
-            chooses: together, but for tensor subclasses. Either way some four times 2^17 elements
+            chooses: together, but for tensor subclasses. Either way some four times 2^18 elements
             of scratch on the CPU, and 2^24 on accelerators.
         capturable: keep `step` on the parameter's device and wait for nothing there, as a CUDA
             graph needs. Costs more launches.
@@ -184,7 +190,7 @@ class PACE(Optimizer):
         if len(set(params)) < len(params):
             raise ValueError(f"params must be given once each, got one twice in group {group}")
         for index, param in enumerate(params):
-            if param.dtype not in PARAMETER_DTYPES and not param.is_complex():
+            if param.dtype not in DTYPES and not param.is_complex():
                 raise ValueError(
                     f"params must be 16-, 32- or 64-bit floating-point tensors, got {param.dtype} "
                     f"in {_describe(self.param_groups, group, index)}"
@@ -515,7 +521,7 @@ class PACE(Optimizer):
 
 def _state_dtype(param: Tensor, group: Group) -> torch.dtype:
     dtype: torch.dtype | None = group["state_dtype"]
-    return dtype or torch.promote_types(param.dtype, torch.float32)
+    return dtype or DTYPES.get(param.dtype, param.dtype)
 
 
 def _one_pass(slots: list[Slot], group: Group) -> bool:

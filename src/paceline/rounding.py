@@ -37,7 +37,8 @@ def keys(seed: int, indices: Tensor, step: int | Tensor) -> Tensor:
         indices: int32, the parameters' places in the optimizer.
         step: t, the same for all, or an int32 tensor like `indices`.
     """
-    return mix(mix(mix(indices ^ _int32(seed)) + _int32(0x9E3779B9)) ^ step)
+    scrambled = mix(indices.new_tensor(_int32(seed)))  # or seed 0's second were seed 1's first
+    return mix(mix(indices ^ scrambled) ^ step)
 
 
 def noise(like: Tensor, key: int | Tensor, start: int = 0) -> Tensor:

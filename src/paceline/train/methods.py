@@ -19,6 +19,7 @@ Rate = Annotated[float, Field(gt=0)]
 Strength = Annotated[float, Field(ge=0)]
 Power = Annotated[float, Field(ge=0, le=1)]
 Gain = Annotated[float, Field(gt=0, le=1)]
+State = Literal["fp32", "bf16"]
 WSD_DECAY_SHARE = 0.2  # of the steps, linearly to zero
 
 
@@ -34,6 +35,7 @@ class Method(Options):
     c: Strength | None = None  # of PACE's pull
     kappa: Power | None = None  # κ of the average, and of power and twin
     g: Gain | None = None  # whose schedule `twin` is
+    state: State | None = None  # what m, v and the average are kept in
 
     @property
     def label(self) -> str:
@@ -42,7 +44,8 @@ class Method(Options):
         if self.schedule != "constant":
             parts.append(self.schedule)
         shown = {"c": self.c, "g": self.g, "κ": self.kappa}
-        return " ".join(parts + [f"{k}={v:g}" for k, v in shown.items() if v is not None])
+        parts += [f"{k}={v:g}" for k, v in shown.items() if v is not None]
+        return " ".join(parts + (["state=bf16"] if self.state == "bf16" else []))
 
 
 def parse_method(text: str, *, schedule: Schedule = "constant", **defaults: float) -> Method:
@@ -73,6 +76,7 @@ def parse_method(text: str, *, schedule: Schedule = "constant", **defaults: floa
     options += ["c"] if name == "pace" else []
     options += ["kappa"] if name in ("ema", "pace") or schedule in ("power", "twin") else []
     options += ["g"] if schedule == "twin" else []
+    options += ["state"] if name in ("ema", "pace") else []
     for option in own:
         if option not in options:
             raise InputError(f"method {text!r} has no option {option!r}; it has {options}")
@@ -92,8 +96,12 @@ def optimizer_and_options(
         return torch.optim.AdamW, {"lr": method.lr}
     if method.name == "schedule-free":
         return schedulefree.AdamWScheduleFree, {"lr": method.lr, "warmup_steps": warmup}
-    pullback = method.c if method.name == "pace" else 0.0
-    return PACE, {"lr": method.lr, "pullback": pullback, "ema_power": method.kappa}
+    return PACE, {
+        "lr": method.lr,
+        "pullback": method.c if method.name == "pace" else 0.0,
+        "ema_power": method.kappa,
+        "state_dtype": torch.bfloat16 if method.state == "bf16" else None,
+    }
 
 
 def scheduler(

@@ -1,0 +1,353 @@
+"""The one-pass kernel: the same step, built once, or a clear word why not; and the memory."""
+
+import ctypes
+import shutil
+import subprocess
+import warnings
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from paceline import PACE, fused, optimizer, swap, update
+
+SHAPES = [(150, 151), (7,), (), (0,), (50, 400)]
+
+DTYPES = [  # of parameters, of state, stochastic rounding of parameters
+    (torch.float32, None, False),
+    (torch.float32, torch.bfloat16, False),
+    (torch.bfloat16, None, False),
+    (torch.bfloat16, None, True),
+    (torch.bfloat16, torch.bfloat16, True),
+    (torch.float64, None, False),
+]
+
+RULES = [
+    {"pullback": 0.3},
+    {"pullback": 30.0, "ema_every": 3, "clip": False, "maximize": True},
+    {"pullback": 0.0, "ema_start": 5},
+    {"pullback": 0.0, "average": False},
+]
+
+
+def train(steps=12, *, dtype=torch.float32, shapes=SHAPES, **options):
+    generator = torch.Generator().manual_seed(0)
+    params = [Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+    opt = PACE(params, **{"lr": 1e-2, "pullback": 0.3, **options})
+    for t in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+        opt.param_groups[0]["lr"] = 1e-2 * (1 - t / 20)
+        opt.step()
+    return params, opt
+
+
+def assert_close(one, other):
+    """Equal but for rounding: of the arithmetic everywhere, of the storage at few coordinates."""
+    for p, q in zip(one[0], other[0], strict=True):
+        s, t = one[1].state[p], other[1].state[q]
+        assert s.keys() == t.keys()
+        for x, y in [(p, q), *((s[name], t[name]) for name in s)]:
+            assert x.dtype == y.dtype
+            if x.numel() == 0:
+                continue
+            x, y = x.detach(), y.detach()
+            unit = torch.finfo(x.dtype).eps * y.double().abs().max()
+            off = (x.double() - y.double()).abs()
+            if x.dtype == torch.bfloat16:
+                assert off.max() <= 4 * unit
+                assert (off > 0).double().mean() < 0.02
+            elif any(v.dtype == torch.bfloat16 for v in (p, *s.values())):
+                assert off.mean() < 20 * unit  # a rounding that went the other way, seldom
+            else:
+                assert off.max() <= 20 * unit
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize(("dtype", "state_dtype", "stochastic"), DTYPES, ids=str)
+def test_every_path_takes_the_same_step(dtype, state_dtype, stochastic, rule, kernel):
+    options = {
+        "dtype": dtype,
+        "state_dtype": state_dtype,
+        "stochastic_round": stochastic,
+        **rule,
+    }
+    expected = train(foreach=False, **options)
+    assert_close(train(fused=True, **options), expected)
+    assert_close(train(fused=False, **options), expected)
+    assert_close(train(capturable=True, **options), expected)
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+def test_threads_and_pieces_change_nothing(state_dtype, kernel, monkeypatch):
+    threads = torch.get_num_threads()
+    ends = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            ends.append(train(5, fused=True, state_dtype=state_dtype, shapes=[(700, 1000), (3,)]))
+    finally:
+        torch.set_num_threads(threads)
+    for size in (100, 2**30):
+        monkeypatch.setattr(optimizer, "TOGETHER_ON_CPU", size)
+        ends.append(train(5, fused=False, state_dtype=state_dtype, shapes=[(70, 100), (3,)]))
+    for first, second in ((0, 1), (0, 2), (3, 4)):
+        for p, q in zip(ends[first][0], ends[second][0], strict=True):
+            assert torch.equal(p, q)
+
+
+def test_none_chooses_the_kernel_for_large_models_that_it_can_step(kernel, monkeypatch):
+    calls = []
+    step = fused.step_
+    monkeypatch.setattr(fused, "step_", lambda slots, s: calls.append(len(slots)) or step(slots, s))
+    large, small = [(300, 1000), (5,)], [(9, 9)]
+    for count, options in (
+        (1, {"shapes": large}),
+        (0, {"shapes": small}),
+        (1, {"shapes": small, "fused": True}),
+        (0, {"shapes": large, "fused": False}),
+        (0, {"shapes": large, "foreach": True}),
+        (0, {"shapes": large, "foreach": False}),
+        (0, {"shapes": large, "track_stats": True}),
+        (0, {"shapes": large, "dtype": torch.float16}),
+    ):
+        calls.clear()
+        train(1, **options)
+        assert len(calls) == count, options
+    strided = Parameter(torch.randn(600, 601).t())
+    strided.grad = torch.ones_like(strided)
+    PACE([strided], pullback=0.1).step()
+    assert len(calls) == 0
+
+
+# ---- building ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unbuilt(tmp_path, monkeypatch):
+    """As on a machine that has never built the kernel."""
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+    fused.build.cache_clear()
+    fused.available.cache_clear()
+    yield tmp_path / "cache"
+    fused.build.cache_clear()
+    fused.available.cache_clear()
+
+
+def test_builds_once_whatever_changes(unbuilt, kernel, monkeypatch):
+    builds = []
+    run = subprocess.run
+    monkeypatch.setattr(fused.subprocess, "run", lambda *a, **k: builds.append(1) or run(*a, **k))
+    for dtype, state_dtype, stochastic in DTYPES:
+        for shapes in ([(3,)], [(300, 1000), (2, 2)], SHAPES):  # and the rate changes in each
+            train(
+                3,
+                dtype=dtype,
+                state_dtype=state_dtype,
+                stochastic_round=stochastic,
+                fused=True,
+                shapes=shapes,
+            )
+    assert len(builds) == 1
+    fused.build.cache_clear()  # another process
+    train(1, fused=True)
+    assert len(builds) == 1
+    assert [path.suffix for path in unbuilt.iterdir()] == [".so"]
+
+
+def test_builds_where_nothing_can_be_kept(unbuilt, kernel, monkeypatch):
+    unbuilt.write_text("a file where the folder should be")
+    train(1, fused=True)
+    assert unbuilt.read_text() == "a file where the folder should be"
+
+
+WITHOUT = {
+    "no compiler": ("", r"no C\+\+ compiler was found; install g\+\+"),
+    "a failing one": ("false", "false failed: no message"),
+    "none such": ("/nowhere/c++ -O2", r"No such file or directory: '/nowhere/c\+\+'"),
+    "one that makes nothing": ("true", "true: .*No such file or directory"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT)
+def test_without_a_kernel_true_raises_and_none_warns_once(unbuilt, monkeypatch, case):
+    compiler, message = WITHOUT[case]
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    p = Parameter(torch.ones(600, 600))
+    with pytest.raises(RuntimeError, match=message) as error:
+        PACE([p], pullback=0.1, fused=True)
+    assert "\n" not in str(error.value)
+    opt = PACE([p], pullback=0.1)
+    with pytest.raises(RuntimeError, match=message):
+        opt.add_param_group({"params": [Parameter(torch.ones(1))], "fused": True})
+    assert len(opt.param_groups) == 1
+    p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match=f"slower: .*{message}"):
+        opt.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()  # says it once
+    assert opt.state[p]["step"] == 2
+    assert not list(unbuilt.glob("*.so"))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: torch.ones(3, 4).t(), "contiguous"),
+        (lambda: torch.ones(3, 4).to_sparse(), "not sparse"),
+        (lambda: torch.ones(3, 4, dtype=torch.complex64), "not torch.complex64"),
+        (lambda: torch.ones(3, 4, dtype=torch.float16), "not torch.float16"),
+    ],
+)
+def test_what_the_kernel_cannot_step_is_named(make, reason, kernel):
+    good, bad = Parameter(torch.ones(2)), Parameter(make())
+    with pytest.raises(ValueError, match=rf"^fused=True takes .*{reason}.*'bad' of shape"):
+        PACE([("good", good), ("bad", bad)], pullback=0.1, fused=True)
+    # Asked for later, it is found before anything changes.
+    opt = PACE([("good", good), ("bad", bad)], pullback=0.1)
+    opt.param_groups[0]["fused"] = True
+    good.grad, bad.grad = torch.ones(2), make()
+    with pytest.raises(RuntimeError, match=rf"^fused=True takes .*{reason}.*nothing was changed"):
+        opt.step()
+    assert torch.equal(good, torch.ones(2))
+    assert not opt.state
+
+
+def test_a_strided_gradient_is_no_obstacle(kernel):
+    ends = []
+    for strided in (False, True):
+        p = Parameter(torch.ones(30, 40))
+        opt = PACE([p], pullback=0.1, fused=True)
+        g = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
+        p.grad = g.t().contiguous().t() if strided else g
+        opt.step()
+        ends.append(p)
+    assert torch.equal(*ends)
+
+
+# ---- other devices -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"foreach": False},
+        {"track_stats": True},
+        {"state_dtype": torch.bfloat16},
+        {"capturable": True},
+        {"capturable": True, "ema_every": 2, "state_dtype": torch.bfloat16},
+        {"capturable": True, "average": False, "pullback": 0.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_a_step_never_waits_for_the_device(options, tensor_lr):
+    """On the meta device no value can be read, so that whatever asked for one would fail."""
+    params = [Parameter(torch.empty(s, device="meta")) for s in SHAPES]
+    opt = PACE(params, **{"pullback": 0.1, **options})
+    if tensor_lr:
+        opt.param_groups[0]["lr"] = torch.empty((), device="meta")
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.empty_like(p)
+        opt.step()
+    counts = opt.state[params[0]]["step"]
+    assert counts.device.type == ("meta" if options.get("capturable") else "cpu")
+
+
+def test_capturable_steps_count_for_each_parameter():
+    ends = []
+    for capturable in (False, True):
+        params, opt = train(3, capturable=capturable, lr=torch.tensor(1e-2))
+        late = Parameter(torch.ones(5))
+        opt.add_param_group({"params": [late]})
+        for p in (*params, late):
+            p.grad = torch.ones_like(p)
+        opt.step()
+        assert opt.state[late]["step"] == 1
+        ends.append([*params, late])
+        saved = opt.state_dict()
+        opt.load_state_dict(saved)
+        assert opt.state[late]["step"].dtype == torch.float32
+    for p, q in zip(*ends, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as Inductor loads
+def test_compiled_for_other_devices_it_is_one_graph(monkeypatch, tmp_path, kernel):
+    """Inductor on the CPU stands in for the devices that we cannot test on."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(fused, "reason_against", lambda p, dtype: None)
+    monkeypatch.setattr(fused, "step_", fused.compiled_step)
+    torch._dynamo.reset()
+    counters.clear()
+    for options in ({}, {"state_dtype": torch.bfloat16}):
+        graphs = counters["stats"]["unique_graphs"]
+        for shapes in ([(300, 301), (7,)], [(100, 1000), (70_000,), (300, 300), (4, 5)]):
+            expected = train(4, shapes=shapes, foreach=False, **options)
+            assert_close(train(4, shapes=shapes, fused=True, **options), expected)
+            assert_close(train(4, shapes=shapes, fused=True, capturable=True, **options), expected)
+        assert counters["stats"]["unique_graphs"] == graphs + 1
+    torch._dynamo.reset()
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+
+def scratch(work):
+    """Bytes that torch holds at the worst moment of `work`, beyond what it held before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    held = peak = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize(
+    "options", [{"fused": True}, {"fused": False}, {"foreach": False}], ids=str
+)
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+def test_state_is_12_or_6_bytes_and_scratch_less_than_the_largest_parameter(
+    options, state_dtype, kernel
+):
+    shapes = [(3000, 1500), (1500, 1500), (1500,)]
+    params, opt = train(1, shapes=shapes, state_dtype=state_dtype, **options)
+    elements = sum(p.numel() for p in params)
+    kept = sum(x.nbytes for p in params for name, x in opt.state[p].items() if name != "step")
+    assert kept == (6 if state_dtype else 12) * elements
+    assert all(opt.state[p]["step"].nbytes == 4 for p in params)
+    largest = params[0].nbytes
+    assert scratch(opt.step) < (4096 if options.get("fused") else largest)
+    assert 0 < scratch(opt.eval) <= 8 * swap.SLICE < largest
+    assert 0 < scratch(opt.train) <= 8 * swap.SLICE < largest
+
+
+def test_batches_are_bounded_and_cover_everything():
+    tensors = [torch.arange(float(n)).view(-1, 2) for n in (10, 4000, 6, 2, 300)]
+    slots = [update.Slot(x, x, x, x, None) for x in tensors]
+    batches = list(update.batches(slots, 100))
+    assert max(sum(slot.param.numel() for slot in batch) for batch in batches) <= 100
+    flat = torch.cat([slot.param.reshape(-1) for batch in batches for slot in batch])
+    assert torch.equal(flat, torch.cat([x.reshape(-1) for x in tensors]))
+    starts = [slot.start for batch in batches for slot in batch]
+    assert starts == [0, *range(0, 4000, 100), 0, 0, 0, 100, 200]
+    strided = torch.arange(600.0).view(6, 100).t()
+    (slot,) = [update.Slot(strided, strided, strided, strided, strided)]
+    pieces = list(slot.pieces(120))
+    assert torch.equal(torch.cat([piece.param for piece in pieces]), strided)
+    assert [piece.start for piece in pieces] == list(range(0, 600, 120))
+
+
+def test_the_library_is_what_the_source_says(kernel):
+    """Argument types are declared: ctypes would cut 64-bit addresses to 32 otherwise."""
+    assert fused.build().argtypes[0] is ctypes.c_void_p
