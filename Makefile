@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo-$(shell date +%Y-%m-%d_%H%M%S)
 
-.PHONY: demo test lint types clean
+.PHONY: demo bench test lint types clean
 
 # Rebuilt when what it is made from changes.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -14,6 +14,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/installed
 	$(BIN)/paceline compare --minutes 3.25 --out $(DEMO)
+
+bench: $(VENV)/installed
+	$(BIN)/paceline bench
 
 test: $(VENV)/installed
 	$(BIN)/pytest -q

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from paceline import PACE, fused, optimizer, swap, update
+from paceline import PACE, fused, swap, update
 
 SHAPES = [(150, 151), (7,), (), (0,), (50, 400)]
 
@@ -83,13 +83,14 @@ def test_threads_and_pieces_change_nothing(state_dtype, kernel, monkeypatch):
     threads = torch.get_num_threads()
     ends = []
     try:
-        for count in (1, 2, 5):
+        for count, openmp in ((1, fused._openmp()), (2, fused._openmp()), (5, None)):
             torch.set_num_threads(count)
+            monkeypatch.setattr(fused, "_openmp", lambda found=openmp: found)
             ends.append(train(5, fused=True, state_dtype=state_dtype, shapes=[(700, 1000), (3,)]))
     finally:
         torch.set_num_threads(threads)
     for size in (100, 2**30):
-        monkeypatch.setattr(optimizer, "TOGETHER_ON_CPU", size)
+        monkeypatch.setattr(update, "TOGETHER_ON_CPU", size)
         ends.append(train(5, fused=False, state_dtype=state_dtype, shapes=[(70, 100), (3,)]))
     for first, second in ((0, 1), (0, 2), (3, 4)):
         for p, q in zip(ends[first][0], ends[second][0], strict=True):

@@ -23,19 +23,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from rich.console import Console
 
+        from .study.bench import Bench, bench
         from .study.compare import Comparison, compare
         from .train import InputError
     except ModuleNotFoundError as error:
         print(f"paceline: {error}; pip install 'paceline[train]'", file=sys.stderr)
         return 2
     try:
-        options = _parse({"compare": Comparison}, arguments or ["--help"])
+        commands = {"compare": Comparison, "bench": Bench}
+        options = _parse(commands, arguments or ["--help"])
+        if isinstance(options, Bench):
+            bench(options, Console())
+            return 0
         results = compare(options, Console())
     except InputError as error:
         print(f"paceline: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("paceline: interrupted before anything was trained", file=sys.stderr)
+        print("paceline: interrupted before there were results", file=sys.stderr)
         return 130
     return 130 if results.interrupted else 1 if results.failed else 0
 

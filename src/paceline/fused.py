@@ -122,6 +122,7 @@ def _cpu_step(slots: list[Slot], s: Scalars) -> None:
         0 if slots[0].average is None else 1 if not s.gain else 2,
         s.stochastic,
         torch.get_num_threads(),
+        _openmp(),
     )
 
 
@@ -171,9 +172,18 @@ def build() -> Callable[..., None]:
         except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
             raise BuildError(f"{compiler[0]}: {error}") from None
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    step.argtypes = [pointer, ctypes.c_int64, pointer, number, number, number, number]
+    step.argtypes = [pointer, ctypes.c_int64, pointer, number, number, number, number, pointer]
     step.restype = None
     return cast(Callable[..., None], step)
+
+
+@functools.cache
+def _openmp() -> int | None:
+    """The address of the OpenMP runtime's entry in this process, if torch has brought one."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError, TypeError):
+        return None
 
 
 @functools.cache
@@ -213,7 +223,7 @@ def compiled_step(slots: list[Slot], s: Scalars) -> None:
     )
     small = [slot for slot in slots if slot.param.numel() < WORTH_A_LAUNCH]
     if small:
-        update.step_(small, s)
+        list(update.step_in_batches(small, s))
     for slot in slots:
         if slot.param.numel() >= WORTH_A_LAUNCH:
             flat = [None if x is None else _flat(x) for x in slot[:5]]

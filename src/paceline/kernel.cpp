@@ -73,6 +73,7 @@ void piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
     W g = sign * load<W>(grads, i);
     if (narrow) g = g == g ? g : W(NAN);  // the noise could carry another NaN's bits over to zero
     W m = load<W>(exp_avgs, i), v = load<W>(exp_avg_sqs, i);
+    const W kept = AVERAGE == NONE ? 0 : load<W>(averages, i);
     m += w1 * (g - m);
     v = beta2 * v + w2 * g * g;
     const W inverse = 1 / (std::sqrt(v) * unbias + eps);
@@ -80,20 +81,17 @@ void piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
     if constexpr (AVERAGE == PULL) {
       W lambda = gain * inverse;
       lambda = cap < lambda ? cap : lambda;  // a NaN stays
-      const W kept = load<W>(averages, i);
       next += lambda * (offset ? kept : kept - theta);
     }
     store(exp_avgs, i, m, noise & 0xFFFF);
     store(exp_avg_sqs, i, v, noise >> 16);
     if constexpr (offset && AVERAGE != NONE) {
-      const W kept = load<W>(averages, i);
       store(averages, i, (1 - weight) * (kept - (next - theta)), (noise * 0x9E3779B9U) >> 16);
       const W d = load<W>(averages, i);
       next = (next + d) - d;
     }
     store(params, i, next, STOCHASTIC ? (noise * 0x85EBCA6BU) >> 16 : nearest(next));
     if constexpr (!offset && AVERAGE != NONE) {
-      const W kept = load<W>(averages, i);
       const W moved = kept + weight * (load<W>(params, i) - kept);
       store(averages, i, weight == 0 ? kept : moved, (noise * 0x9E3779B9U) >> 16);
     }
@@ -111,9 +109,13 @@ template <class P, class S> Piece choose(Average average, bool stochastic) {
 
 }  // namespace
 
-// Takes pieces in turn, so that a thread that the machine slows down holds up nobody.
+// OpenMP's GOMP_parallel, as all its runtimes on Linux have it: run this with that, on so many threads.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// With torch's own threads where there is OpenMP: they spin for a while after torch's last operation,
+// and would hold up threads of ours.
 extern "C" void paceline_step(const Row* rows, int64_t count, const Step* step, int dtypes,
-                              int average, int stochastic, int threads) {
+                              int average, int stochastic, int threads, Parallel parallel) {
   Piece run = nullptr;
   const Average kind = Average(average);
   if (dtypes == 0) run = choose<float, float>(kind, stochastic);
@@ -129,8 +131,11 @@ extern "C" void paceline_step(const Row* rows, int64_t count, const Step* step, 
   length = length < (1 << 15) ? 1 << 15 : length > (1 << 20) ? 1 << 20 : length;
   std::vector<int64_t> first(count + 1, 0);
   for (int64_t k = 0; k < count; k++) first[k + 1] = first[k] + (rows[k].size + length - 1) / length;
+  if (int64_t(threads) > 1 + total / length) threads = int(1 + total / length);
+
+  // Takes pieces in turn, so that a thread that the machine slows down holds up nobody.
   std::atomic<int64_t> next(0);
-  const auto work = [&] {
+  auto work = [&] {
     int64_t k = 0;
     for (int64_t at; (at = next.fetch_add(1)) < first[count];) {
       while (at >= first[k + 1]) k++;
@@ -139,10 +144,13 @@ extern "C" void paceline_step(const Row* rows, int64_t count, const Step* step, 
       run(rows[k], begin, end, *step);
     }
   };
+  if (threads > 1 && parallel) {
+    parallel([](void* data) { (*static_cast<decltype(work)*>(data))(); }, &work, threads, 0);
+    return;
+  }
   std::vector<std::thread> helpers;
   try {
-    while (int(helpers.size()) < threads - 1 && int64_t(helpers.size() + 1) * length < total)
-      helpers.emplace_back(work);
+    while (int(helpers.size()) < threads - 1) helpers.emplace_back(work);
   } catch (const std::system_error&) {  // no more threads to be had: do with those there are
   }
   work();

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import fused, rounding
 from .swap import swap_back, swap_in
-from .update import PLAIN, Scalars, Slot, batches, scalars, step_
+from .update import PLAIN, Scalars, Slot, scalars, step_in_batches
 
 Group: TypeAlias = dict[str, Any]
 
@@ -24,10 +24,6 @@ DTYPES = {
     torch.float32: torch.float32,
     torch.float64: torch.float64,
 }
-
-# Elements stepped together, which bounds the scratch; a CPU's share of them stays in its cache.
-TOGETHER = 2**24
-TOGETHER_ON_CPU = 2**18
 
 
 class PACE(Optimizer):
@@ -258,10 +254,8 @@ class PACE(Optimizer):
             for slots, numbers in self._batches(group, first):
                 if _one_pass(slots, group):
                     fused.step_(slots, numbers)
-                    continue
-                size = TOGETHER_ON_CPU if slots[0].param.device.type == "cpu" else TOGETHER
-                for batch in batches(slots, size):
-                    measured[-1].append(step_(batch, numbers, measure=group["track_stats"]))
+                else:
+                    measured[-1] += step_in_batches(slots, numbers, measure=group["track_stats"])
             first += len(group["params"])
         self._stats = _summarize(measured)
         return loss

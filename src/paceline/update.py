@@ -31,6 +31,9 @@ from torch import Tensor
 from . import rounding
 
 MIN_AVERAGING_WEIGHT = 1e-4
+# Elements stepped together, which bounds the scratch; a CPU's share of them stays in its cache.
+TOGETHER = 2**24
+TOGETHER_ON_CPU = 2**18
 PLAIN = (Tensor, torch.nn.Parameter)  # not a DTensor or another subclass
 
 
@@ -170,10 +173,7 @@ class Slot(NamedTuple):
 
 
 def batches(slots: Iterable[Slot], size: int) -> Iterator[list[Slot]]:
-    """The same tensors in batches of at most about `size` elements, large ones in slices.
-
-    Bounds the scratch of a step, and on a CPU keeps it in cache.
-    """
+    """The same tensors in batches of at most about `size` elements, large ones in slices."""
     batch: list[Slot] = []
     elements = 0
     for slot in slots:
@@ -185,6 +185,15 @@ def batches(slots: Iterable[Slot], size: int) -> Iterator[list[Slot]]:
             elements += piece.param.numel()
     if batch:
         yield batch
+
+
+def step_in_batches(
+    slots: list[Slot], s: Scalars, *, measure: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """`step_` on batches that bound its scratch; yields the measurements of each."""
+    on_cpu = slots[0].param.device.type == "cpu"
+    for batch in batches(slots, TOGETHER_ON_CPU if on_cpu else TOGETHER):
+        yield step_(batch, s, measure=measure)
 
 
 def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, Tensor]:

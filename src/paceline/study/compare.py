@@ -66,7 +66,8 @@ class Comparison(Options):
 
     A method is written name[:schedule][:option=value]... with the names adamw, ema (AdamW whose
     EMA is returned), schedule-free and pace, the schedules constant, cosine, wsd, power and twin,
-    and the options lr, c, kappa and g: for example ema:twin:g=0.5 or pace:c=1:kappa=0.5:lr=3e-3.
+    and the options lr, c, kappa, g and state (fp32 or bf16, what the optimizer keeps): for example
+    ema:twin:g=0.5 or pace:c=1:kappa=0.5:lr=3e-3:state=bf16.
 
     The default rates, c and kappas were chosen on the default text's validation part.
     """

@@ -1,0 +1,340 @@
+"""What a step costs: optimizers side by side in one process, in time, bytes and compile time."""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, Literal, NamedTuple, cast
+from unittest.mock import patch
+
+import schedulefree
+import torch
+from pydantic import Field
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .. import fused, update
+from ..optimizer import PACE
+from ..train import Options
+from .manifest import environment, write_json
+
+Model = Literal["gpt2", "small", "training"]
+Device = Literal["cpu", "cuda"]
+BASELINE = "AdamW fused"
+
+
+class Bench(Options):
+    """Measure what a step of each optimizer costs, relative to torch's fused AdamW.
+
+    All optimizers step the same parameters and gradients in turn, round after round, so that a
+    busy machine slows all of them; times are medians over the rounds, and ratios are medians of
+    each round's ratio. The byte floor is what a step cannot avoid reading and writing, at the
+    bandwidth of an in-place multiplication measured in the same rounds.
+
+    The models: gpt2, the tensors of GPT-2 124M; small, 2,000 tensors of at most 64k elements, as
+    of adapters; training, a small GPT-2 whose whole training step is taken.
+    """
+
+    models: tuple[Model, ...] = ("gpt2", "small", "training")
+    """Models to measure on."""
+    only: tuple[str, ...] = ()
+    """Optimizers to measure besides fused AdamW, by their names in the table. Default: all."""
+    rounds: int = Field(default=15, ge=3)
+    """Steps of each optimizer that are timed, >= 3, after two that are not."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads, >= 1. Default: torch's own choice."""
+    device: Device | None = None
+    """cpu or cuda. Default: cuda where there is one."""
+    out: Path | None = None
+    """A JSON file for the results, besides the table."""
+
+
+class Contender(NamedTuple):
+    """An optimizer under measurement."""
+
+    name: str
+    make: Callable[[list[Parameter]], "Stepper"]
+    bytes: int | None  # read and written for each parameter, at least; None: no sensible floor
+
+
+class Stepper(NamedTuple):
+    """One that has its parameters."""
+
+    step: Callable[[], Any]
+    state: Callable[[], int]  # bytes that it keeps
+
+
+def bench(options: Bench, console: Console) -> dict[str, Any]:
+    """Run the benchmark; print a table for each model, and write the JSON file if asked to."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    results: dict[str, Any] = environment() | {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "rounds": options.rounds,
+        "kernel_build_seconds": _build_seconds(),
+    }
+    console.print(f"Cold build of the CPU's kernel: {results['kernel_build_seconds']:.1f} s")
+    for model in options.models:
+        results[model] = _measure(model, device, options)
+        console.print(_table(model, results[model]))
+    if options.out:
+        write_json(options.out, results)
+        console.print(f"Results: {options.out}")
+    return results
+
+
+# ---- what is measured --------------------------------------------------------------------------
+
+
+def _of(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[..., Stepper]:
+    def make(params: list[Parameter]) -> Stepper:
+        opt = kind(params, **options)
+        return Stepper(opt.step, lambda: _bytes(x for s in opt.state.values() for x in s.values()))
+
+    return make
+
+
+def _with_ema(params: list[Parameter]) -> Stepper:
+    adamw = _of(torch.optim.AdamW, fused=True)(params)
+    model = torch.nn.ParameterList(params)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+
+    def step() -> None:
+        adamw.step()
+        average.update_parameters(model)
+
+    return Stepper(step, lambda: adamw.state() + _bytes(average.parameters()))
+
+
+def _schedule_free(params: list[Parameter]) -> Stepper:
+    opt = schedulefree.AdamWScheduleFree(params, warmup_steps=10)
+    opt.train()
+    return Stepper(opt.step, lambda: _bytes(x for s in opt.state.values() for x in s.values()))
+
+
+def _patched(make: Callable[..., Stepper], *patches: Any) -> Callable[..., Stepper]:
+    """The same, with something in the package replaced while it steps."""
+
+    def made(params: list[Parameter]) -> Stepper:
+        inner = make(params)
+
+        def step() -> None:
+            with contextlib.ExitStack() as stack:
+                for each in patches:
+                    stack.enter_context(each)
+                inner.step()
+
+        return Stepper(step, inner.state)
+
+    return made
+
+
+def _pace(**options: Any) -> Callable[..., Stepper]:
+    return _of(PACE, pullback=0.1, **options)
+
+
+def _contenders(device: str) -> list[Contender]:
+    AdamW = torch.optim.AdamW
+    one_by_one = _pace(foreach=False, fused=False)
+    whole = patch.multiple(update, TOGETHER_ON_CPU=2**62, TOGETHER=2**62)
+    compiled = patch.object(fused, "step_", fused.compiled_step)
+    bf16 = torch.bfloat16
+    # Bytes: parameters, moments and averages are read and written (8 each in float32), gradients
+    # read (4); the EMA of swa_utils reads the weights once more.
+    return [
+        Contender(BASELINE, _of(AdamW, fused=True), 28),
+        Contender("AdamW foreach", _of(AdamW, foreach=True), 28),
+        Contender("AdamW for-loop", _of(AdamW, foreach=False, fused=False), 28),
+        Contender("AdamW fused + EMA", _with_ema, 40),
+        Contender("schedulefree AdamW", _schedule_free, 28),
+        Contender("PACE loop, whole tensors", _patched(one_by_one, whole), 36),
+        Contender("PACE loop", one_by_one, 36),
+        Contender("PACE foreach", _pace(fused=False), 36),
+        Contender("PACE compiled", _patched(_pace(fused=True), compiled), 36),
+        Contender("PACE fused", _pace(fused=True), 36),
+        Contender("PACE fused, bf16 state", _pace(fused=True, state_dtype=bf16), 24),
+    ]
+
+
+def _bytes(values: Iterable[Any]) -> int:
+    return sum(x.nbytes for x in values if isinstance(x, Tensor))
+
+
+def shapes(model: Model) -> list[tuple[int, ...]]:
+    """The shapes of GPT-2 124M's parameters, or of 2,000 adapters' and their kind."""
+    if model == "gpt2":
+        layer = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (2304,), (3072,)]
+        layer += [(768,)] * 6
+        return [(50257, 768), (1024, 768), *layer * 12, (768,), (768,)]
+    return [(8, 768), (768, 8)] * 800 + [(64, 768)] * 200 + [(1024, 64)] * 100 + [(768,)] * 100
+
+
+def _small_gpt2(device: str) -> tuple[list[Parameter], Callable[[], None]]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=8192, n_positions=256, n_embd=256, n_layer=4, n_head=4)
+    model = GPT2LMHeadModel(config)
+    cast(torch.nn.Module, model).to(device)
+    tokens = torch.randint(8192, (8, 128), device=device)
+
+    def backward() -> None:
+        model.zero_grad(set_to_none=False)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+
+    return list(model.parameters()), backward
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+
+def _measure(model: Model, device: str, options: Bench) -> dict[str, Any]:
+    backward: Callable[[], None] | None = None
+    if model == "training":
+        params, backward = _small_gpt2(device)
+        backward()
+    else:
+        torch.manual_seed(0)
+        params = [Parameter(0.02 * torch.randn(s, device=device)) for s in shapes(model)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+    elements = sum(p.numel() for p in params)
+    contenders = [
+        c for c in _contenders(device) if not options.only or c.name in (BASELINE, *options.only)
+    ]
+    steppers, first = {}, {}
+    with tempfile.TemporaryDirectory() as cold, _environment(TORCHINDUCTOR_CACHE_DIR=cold):
+        for contender in contenders:
+            steppers[contender.name] = contender.make(params)
+            first[contender.name] = _time(steppers[contender.name].step, device)
+            steppers[contender.name].step()
+    scratch = {name: _scratch(stepper.step, device) for name, stepper in steppers.items()}
+    times: dict[str, list[float]] = {name: [] for name in steppers}
+    stream = torch.ones(elements, device=device)
+    passes: list[float] = []
+    streams: list[float] = []
+    for _ in track(range(options.rounds), description=f"{model}", transient=True):
+        for name, stepper in steppers.items():
+            if backward:
+                passes.append(_time(backward, device))
+            times[name].append(_time(stepper.step, device))
+        streams.append(_time(lambda: stream.mul_(1.0000001), device))
+    bandwidth = 8 * elements / median(streams)
+    rows = {}
+    for contender in contenders:
+        name, own = contender.name, times[contender.name]
+        ratios = [a / b for a, b in zip(own, times[BASELINE], strict=True)]
+        low, _, high = quantiles(ratios, n=4)
+        rows[name] = {
+            "milliseconds": 1e3 * median(own),
+            "ratio": median(ratios),
+            "ratio_quartiles": [low, high],
+            "state_bytes_per_parameter": steppers[name].state() / elements,
+            "scratch_megabytes": scratch[name] / 1e6,
+            "first_step_seconds": first[name],
+            "times_byte_floor": median(own) * bandwidth / (contender.bytes * elements)
+            if contender.bytes
+            else None,
+            "share_of_training_step": median(own) / (median(own) + median(passes))
+            if passes
+            else None,
+        }
+    return {
+        "parameters": elements,
+        "tensors": len(params),
+        "largest_tensor_megabytes": max(p.nbytes for p in params) / 1e6,
+        "bandwidth_gigabytes_per_second": bandwidth / 1e9,
+        "forward_and_backward_milliseconds": 1e3 * median(passes) if passes else None,
+        "optimizers": rows,
+    }
+
+
+def _time(work: Callable[[], Any], device: str) -> float:
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def _scratch(work: Callable[[], Any], device: str) -> int:
+    """Bytes that torch holds at the worst moment of `work`, beyond what it held before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says on stderr that it starts and stops
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    held = peak = 0
+    assert seen.profiler is not None
+    for event in cast(Any, seen.profiler.kineto_results).events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def _build_seconds() -> float | None:
+    """Time to build the CPU's kernel with nothing in the cache; None where it cannot be built."""
+    with tempfile.TemporaryDirectory() as cold, _environment(PACELINE_CACHE=cold):
+        start = time.perf_counter()
+        try:
+            fused.build.__wrapped__()
+        except fused.BuildError:
+            return None
+        return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Any:
+    with patch.dict(os.environ, values):
+        yield
+
+
+def _table(model: Model, result: dict[str, Any]) -> Table:
+    title = (
+        f"{model}: {result['parameters'] / 1e6:.1f}M parameters in {result['tensors']} tensors, "
+        f"{result['bandwidth_gigabytes_per_second']:.0f} GB/s"
+    )
+    if result["forward_and_backward_milliseconds"]:
+        title += f", forward and backward {result['forward_and_backward_milliseconds']:.0f} ms"
+    table = Table(title=title, title_justify="left", box=MARKDOWN)
+    table.add_column("optimizer", no_wrap=True)
+    columns = ["ms", "× AdamW fused", "quartiles", "× byte floor", "state B", "scratch MB"]
+    for column in [*columns, "first step s", *(["share"] if model == "training" else [])]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, row in result["optimizers"].items():
+        low, high = row["ratio_quartiles"]
+        cells = [
+            name,
+            f"{row['milliseconds']:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{low:.2f}-{high:.2f}",
+            f"{row['times_byte_floor']:.2f}",
+            f"{row['state_bytes_per_parameter']:.2f}",
+            f"{row['scratch_megabytes']:.1f}",
+            f"{row['first_step_seconds']:.2f}",
+        ]
+        if model == "training":
+            cells.append(f"{row['share_of_training_step']:.1%}")
+        table.add_row(*cells)
+    return table
