@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import fused, update
 from ..optimizer import PACE
-from ..train import Options
+from ..train import InputError, Options
 from .manifest import environment, write_json
 
 Model = Literal["gpt2", "small", "training"]
@@ -34,10 +34,10 @@ BASELINE = "AdamW fused"
 class Bench(Options):
     """Measure what a step of each optimizer costs, relative to torch's fused AdamW.
 
-    All optimizers step the same parameters and gradients in turn, round after round, so that a
-    busy machine slows all of them; times are medians over the rounds, and ratios are medians of
-    each round's ratio. The byte floor is what a step cannot avoid reading and writing, at the
-    bandwidth of an in-place multiplication measured in the same rounds.
+    All optimizers step the same parameters and gradients in turn, round after round, each right
+    after a fused AdamW, so that a busy machine slows both. Times are medians over the rounds, and
+    ratios medians of the ratios to the AdamW beside it. The byte floor is what a step cannot avoid
+    reading and writing, at the bandwidth of an in-place multiplication in the same rounds.
 
     The models: gpt2, the tensors of GPT-2 124M; small, 2,000 tensors of at most 64k elements, as
     of adapters; training, a small GPT-2 whose whole training step is taken.
@@ -74,6 +74,12 @@ class Stepper(NamedTuple):
 
 def bench(options: Bench, console: Console) -> dict[str, Any]:
     """Run the benchmark; print a table for each model, and write the JSON file if asked to."""
+    known = [contender.name for contender in _contenders()]
+    for name in options.only:
+        if name not in known:
+            raise InputError(f"only: unknown optimizer {name!r}; known: {', '.join(known)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda was asked for, and torch finds none here")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,7 +92,7 @@ def bench(options: Bench, console: Console) -> dict[str, Any]:
     console.print(f"Cold build of the CPU's kernel: {results['kernel_build_seconds']:.1f} s")
     for model in options.models:
         results[model] = _measure(model, device, options)
-        console.print(_table(model, results[model]))
+        console.print(_table(model, results[model]), width=max(console.width, 130), crop=False)
     if options.out:
         write_json(options.out, results)
         console.print(f"Results: {options.out}")
@@ -143,7 +149,7 @@ def _pace(**options: Any) -> Callable[..., Stepper]:
     return _of(PACE, pullback=0.1, **options)
 
 
-def _contenders(device: str) -> list[Contender]:
+def _contenders() -> list[Contender]:
     AdamW = torch.optim.AdamW
     one_by_one = _pace(foreach=False, fused=False)
     whole = patch.multiple(update, TOGETHER_ON_CPU=2**62, TOGETHER=2**62)
@@ -157,12 +163,12 @@ def _contenders(device: str) -> list[Contender]:
         Contender("AdamW for-loop", _of(AdamW, foreach=False, fused=False), 28),
         Contender("AdamW fused + EMA", _with_ema, 40),
         Contender("schedulefree AdamW", _schedule_free, 28),
-        Contender("PACE loop, whole tensors", _patched(one_by_one, whole), 36),
+        Contender("PACE loop unsliced", _patched(one_by_one, whole), 36),
         Contender("PACE loop", one_by_one, 36),
         Contender("PACE foreach", _pace(fused=False), 36),
         Contender("PACE compiled", _patched(_pace(fused=True), compiled), 36),
         Contender("PACE fused", _pace(fused=True), 36),
-        Contender("PACE fused, bf16 state", _pace(fused=True, state_dtype=bf16), 24),
+        Contender("PACE fused bf16 state", _pace(fused=True, state_dtype=bf16), 24),
     ]
 
 
@@ -184,6 +190,7 @@ def _small_gpt2(device: str) -> tuple[list[Parameter], Callable[[], None]]:
 
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=8192, n_positions=256, n_embd=256, n_layer=4, n_head=4)
+    config.update({"bos_token_id": 0, "eos_token_id": 0, "loss_type": "ForCausalLM"})
     model = GPT2LMHeadModel(config)
     cast(torch.nn.Module, model).to(device)
     tokens = torch.randint(8192, (8, 128), device=device)
@@ -209,9 +216,8 @@ def _measure(model: Model, device: str, options: Bench) -> dict[str, Any]:
         for p in params:
             p.grad = torch.randn_like(p)
     elements = sum(p.numel() for p in params)
-    contenders = [
-        c for c in _contenders(device) if not options.only or c.name in (BASELINE, *options.only)
-    ]
+    wanted = {BASELINE, *options.only}
+    contenders = [c for c in _contenders() if c.name in wanted or not options.only]
     steppers, first = {}, {}
     with tempfile.TemporaryDirectory() as cold, _environment(TORCHINDUCTOR_CACHE_DIR=cold):
         for contender in contenders:
@@ -220,6 +226,7 @@ def _measure(model: Model, device: str, options: Bench) -> dict[str, Any]:
             steppers[contender.name].step()
     scratch = {name: _scratch(stepper.step, device) for name, stepper in steppers.items()}
     times: dict[str, list[float]] = {name: [] for name in steppers}
+    ratios: dict[str, list[float]] = {name: [] for name in steppers}
     stream = torch.ones(elements, device=device)
     passes: list[float] = []
     streams: list[float] = []
@@ -227,17 +234,20 @@ def _measure(model: Model, device: str, options: Bench) -> dict[str, Any]:
         for name, stepper in steppers.items():
             if backward:
                 passes.append(_time(backward, device))
+            beside = _time(steppers[BASELINE].step, device)
+            if backward:
+                passes.append(_time(backward, device))
             times[name].append(_time(stepper.step, device))
+            ratios[name].append(times[name][-1] / beside)
         streams.append(_time(lambda: stream.mul_(1.0000001), device))
     bandwidth = 8 * elements / median(streams)
     rows = {}
     for contender in contenders:
         name, own = contender.name, times[contender.name]
-        ratios = [a / b for a, b in zip(own, times[BASELINE], strict=True)]
-        low, _, high = quantiles(ratios, n=4)
+        low, _, high = quantiles(ratios[name], n=4)
         rows[name] = {
             "milliseconds": 1e3 * median(own),
-            "ratio": median(ratios),
+            "ratio": median(ratios[name]),
             "ratio_quartiles": [low, high],
             "state_bytes_per_parameter": steppers[name].state() / elements,
             "scratch_megabytes": scratch[name] / 1e6,
