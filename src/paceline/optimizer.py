@@ -310,8 +310,8 @@ class PACE(Optimizer):
         if not state:
             device = param.device if group["capturable"] else None
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
-            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+            state["exp_avg"] = fused.empty_state(param, dtype, param.device).zero_()
+            state["exp_avg_sq"] = fused.empty_state(param, dtype, param.device).zero_()
         elif state["exp_avg"].dtype != dtype:
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = state[key].to(dtype)
@@ -321,11 +321,12 @@ class PACE(Optimizer):
             if "average" in state:
                 state["offset"] = (state.pop("average") - param.detach()).to(dtype)
             elif "offset" not in state:
-                state["offset"] = torch.zeros_like(param, dtype=dtype)
+                state["offset"] = fused.empty_state(param, dtype, param.device).zero_()
         elif "offset" in state:
             state["average"] = param.detach().to(dtype) + state.pop("offset")
         elif "average" not in state or state["average"].dtype != dtype:
-            state["average"] = state.get("average", param.detach()).to(dtype, copy=True)
+            source = state.get("average", param.detach())
+            state["average"] = fused.empty_state(param, dtype, param.device).copy_(source)
         return state
 
     def _check_gradients(self) -> None:
@@ -498,7 +499,8 @@ class PACE(Optimizer):
                         device = p.device if group["capturable"] else "cpu"
                         self.state[p][key] = value.to(device, torch.float32, copy=True)
                     elif isinstance(value, Tensor) and value.is_floating_point():
-                        self.state[p][key] = value.to(p.device, _state_dtype(p, group), copy=True)
+                        mine = fused.empty_state(value, _state_dtype(p, group), p.device)
+                        self.state[p][key] = mine.copy_(value)
 
         # The first sees what the user's own hooks made of the state, the second runs before theirs.
         hooks = [

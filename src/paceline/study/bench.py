@@ -89,10 +89,11 @@ def bench(options: Bench, console: Console) -> dict[str, Any]:
         "rounds": options.rounds,
         "kernel_build_seconds": _build_seconds(),
     }
+    console.width = max(console.width, 120)  # a table cut short says nothing
     console.print(f"Cold build of the CPU's kernel: {results['kernel_build_seconds']:.1f} s")
     for model in options.models:
         results[model] = _measure(model, device, options)
-        console.print(_table(model, results[model]), width=max(console.width, 130), crop=False)
+        console.print(_table(model, results[model]))
     if options.out:
         write_json(options.out, results)
         console.print(f"Results: {options.out}")
@@ -189,8 +190,16 @@ def _small_gpt2(device: str) -> tuple[list[Parameter], Callable[[], None]]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=8192, n_positions=256, n_embd=256, n_layer=4, n_head=4)
-    config.update({"bos_token_id": 0, "eos_token_id": 0, "loss_type": "ForCausalLM"})
+    config = GPT2Config(
+        vocab_size=8192,
+        n_positions=256,
+        n_embd=256,
+        n_layer=4,
+        n_head=4,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    config.loss_type = "ForCausalLM"
     model = GPT2LMHeadModel(config)
     cast(torch.nn.Module, model).to(device)
     tokens = torch.randint(8192, (8, 128), device=device)

@@ -1,0 +1,78 @@
+"""`paceline bench`: everything is measured, and what can be known beforehand comes out right."""
+
+import json
+
+import pytest
+
+from paceline.cli import main
+from paceline.study import bench
+
+
+def test_measures_every_optimizer(monkeypatch, tmp_path, capsys, kernel):
+    monkeypatch.setattr(bench, "shapes", lambda model: [(64, 33), (10,), (2, 3, 4)])
+    out = tmp_path / "results.json"
+    assert main(["bench", "--models", "gpt2", "--rounds", "3", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    results = json.loads(out.read_text())
+    assert results["kernel_build_seconds"] > 0
+    rows = results["gpt2"]["optimizers"]
+    state = {name: round(row["state_bytes_per_parameter"], 1) for name, row in rows.items()}
+    count = 4 * 3 / (64 * 33 + 10 + 24)  # each tensor's float32 step number
+    adamw, pace = round(8 + count, 1), round(12 + count, 1)
+    assert state == {
+        "AdamW fused": adamw,
+        "AdamW foreach": adamw,
+        "AdamW for-loop": adamw,
+        "AdamW fused + EMA": pace,
+        "schedulefree AdamW": 8.0,
+        "PACE loop unsliced": pace,
+        "PACE loop": pace,
+        "PACE foreach": pace,
+        "PACE compiled": pace,
+        "PACE fused": pace,
+        "PACE fused bf16 state": round(6 + count, 1),
+    }
+    for name, row in rows.items():
+        assert name in printed
+        assert row["milliseconds"] > 0
+        low, high = row["ratio_quartiles"]
+        assert 0 < low <= row["ratio"] <= high
+        assert row["times_byte_floor"] > 0
+    assert rows["PACE fused"]["scratch_megabytes"] < 1e-3
+    assert rows["PACE foreach"]["scratch_megabytes"] > 0
+
+
+def test_the_share_of_a_training_step(monkeypatch, capsys, kernel):
+    options = ["--models", "training", "--rounds", "3", "--only", "PACE fused"]
+    assert main(["bench", *options, "--threads", "2"]) == 0
+    assert "forward and backward" in capsys.readouterr().out
+
+
+def test_the_models_are_what_they_say():
+    sizes = {model: [_size(s) for s in bench.shapes(model)] for model in ("gpt2", "small")}
+    assert sum(sizes["gpt2"]) == 124_439_808
+    assert len(sizes["small"]) == 2000
+    assert max(sizes["small"]) == 65_536
+
+
+def _size(shape):
+    total = 1
+    for length in shape:
+        total *= length
+    return total
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "Adam"], "only: unknown optimizer 'Adam'; known: AdamW fused, "),
+        (["--rounds", "2"], "rounds: Input should be greater than or equal to 3, got 2"),
+        (["--device", "cuda"], "device: cuda was asked for, and torch finds none here"),
+    ],
+)
+def test_bad_input(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
