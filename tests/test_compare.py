@@ -169,6 +169,8 @@ def test_schedules():
         ("pace:steep", "unknown schedule 'steep'"),
         ("pace:k=3", "has no option 'k'; it has .*'c', 'kappa'"),
         ("adamw:c=3", "has no option 'c'"),
+        ("adamw:state=bf16", "has no option 'state'"),
+        ("pace:state=fp8", "state: Input should be 'fp32' or 'bf16', got 'fp8'"),
         ("ema:g=0.5", "has no option 'g'"),
         ("pace:kappa=1.5", "method 'pace:kappa=1.5': kappa: .*less than or equal to 1"),
         ("ema:lr=0", "lr: .*greater than 0"),
@@ -333,7 +335,9 @@ def test_the_twin_of_a_saturated_pull_is_a_schedule():
     """power and twin use the averaging weight that PACE itself uses."""
     assert schedule_of("adamw:power")[9] == pytest.approx(averaging_weight(10, power=0.3))
     _, options = optimizer_and_options(method_of("pace"), 5)
-    assert options == {"lr": 1e-2, "pullback": 3.0, "ema_power": 0.3}
+    assert options == {"lr": 1e-2, "pullback": 3.0, "ema_power": 0.3, "state_dtype": None}
+    _, options = optimizer_and_options(method_of("ema:state=bf16"), 5)
+    assert (options["pullback"], options["state_dtype"]) == (0.0, torch.bfloat16)
 
 
 # ---- the report ------------------------------------------------------------------------------

@@ -1,9 +1,12 @@
 """The one-pass kernel: the same step, built once, or a clear word why not; and the memory."""
 
 import ctypes
+import re
 import shutil
 import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,6 +193,10 @@ def test_without_a_kernel_true_raises_and_none_warns_once(unbuilt, monkeypatch, 
         warnings.simplefilter("error")
         opt.step()  # says it once
     assert opt.state[p]["step"] == 2
+    opt.param_groups[0]["fused"] = True
+    with pytest.raises(RuntimeError, match=message):
+        opt.step()
+    assert opt.state[p]["step"] == 2  # nothing changed
     assert not list(unbuilt.glob("*.so"))
 
 
@@ -241,6 +248,7 @@ def test_a_strided_gradient_is_no_obstacle(kernel):
         {"capturable": True},
         {"capturable": True, "ema_every": 2, "state_dtype": torch.bfloat16},
         {"capturable": True, "average": False, "pullback": 0.0},
+        {"capturable": True, "state_dtype": torch.bfloat16},
     ],
     ids=str,
 )
@@ -331,6 +339,18 @@ def test_state_is_12_or_6_bytes_and_scratch_less_than_the_largest_parameter(
     assert scratch(opt.step) < (4096 if options.get("fused") else largest)
     assert 0 < scratch(opt.eval) <= 8 * swap.SLICE < largest
     assert 0 < scratch(opt.train) <= 8 * swap.SLICE < largest
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's memory map")
+def test_large_state_asks_for_huge_pages():
+    params, opt = train(1, shapes=[(1500, 1500), (3,)])
+    opt.load_state_dict(opt.state_dict())
+    maps = Path("/proc/self/smaps").read_text()
+    regions = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags: (.*?)$", maps, re.M | re.S)
+    for name in ("exp_avg", "exp_avg_sq", "average"):
+        middle = opt.state[params[0]][name].data_ptr() + 1500 * 1500 * 2
+        flags = [f for low, high, f in regions if int(low, 16) <= middle < int(high, 16)]
+        assert "hg" in flags[0].split(), name
 
 
 def test_batches_are_bounded_and_cover_everything():

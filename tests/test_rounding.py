@@ -235,6 +235,51 @@ def test_bfloat16_state_stays_near_the_reference():
     assert spread < 0.02  # of what the training moved
 
 
+def test_parameters_draw_noise_of_their_own_in_every_group():
+    groups = [{"params": [Parameter(torch.ones(500)) for _ in range(2)]} for _ in range(2)]
+    params = [p for group in groups for p in group["params"]]
+    for capturable in (False, True):
+        opt = PACE(groups, pullback=0.0, state_dtype=torch.bfloat16, capturable=capturable)
+        opt.add_param_group({"params": [Parameter(torch.ones(500))]})
+        params = [p for group in opt.param_groups for p in group["params"]]
+        for p in params:
+            p.grad = torch.full_like(p, 1.234)
+        opt.step()
+        moments = [opt.state[p]["exp_avg"] for p in params]
+        for i, first in enumerate(moments):
+            assert all(not torch.equal(first, second) for second in moments[:i])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF, 0x7F800001, 0x7FC00000])
+def test_a_nan_stays_a_nan_whatever_its_bits(bits, fused, kernel):
+    """Noise added to the bits of some NaNs would carry over to zero."""
+    p = Parameter(torch.ones(40))
+    opt = PACE([p], pullback=0.1, state_dtype=torch.bfloat16, fused=fused)
+    p.grad = torch.full((40,), bits, dtype=torch.int32).view(torch.float32)
+    opt.step()
+    for x in (p, *(opt.state[p][name] for name in ("exp_avg", "exp_avg_sq", "offset"))):
+        assert x.isnan().all()
+
+
+def test_a_model_converted_after_the_first_step_keeps_its_average():
+    model = torch.nn.Linear(4, 4)
+    p = model.weight
+    opt = PACE([p], lr=0.1, pullback=0.1, state_dtype=torch.bfloat16)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    average = p.detach() + opt.state[p]["offset"].float()
+    model.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"is torch.bfloat16 now, .*torch.bfloat16 average"):
+        opt.eval()
+    p.grad = torch.zeros_like(p)
+    opt.param_groups[0].update(lr=0.0, ema_every=1000)
+    opt.step()
+    assert opt.state[p].keys() == {"step", "exp_avg", "exp_avg_sq", "average"}
+    torch.testing.assert_close(opt.state[p]["average"].float(), average, rtol=2**-6, atol=0)
+
+
 def test_changing_the_state_dtype_between_steps_converts_the_state():
     p, opt = run(range(10))
     average = opt.state[p]["average"].clone()

@@ -70,12 +70,20 @@ def reason_against(param: Tensor, state_dtype: torch.dtype) -> str | None:
     return None
 
 
-def step_(slots: list[Slot], s: Scalars) -> None:
-    """`update.step_` in one pass, without measurements.
+def prepare(device: torch.device) -> None:
+    """See that a step can be taken on this device.
 
     Raises:
-        BuildError: the kernel could not be built. Nothing has changed.
+        BuildError: the CPU's kernel cannot be built, or what torch compiles with is not there.
     """
+    if device.type == "cpu":
+        build()
+    elif device.type == "cuda" and not find_spec("triton"):
+        raise BuildError("torch.compile needs triton on CUDA; pip install triton")
+
+
+def step_(slots: list[Slot], s: Scalars) -> None:
+    """`update.step_` in one pass, without measurements; `prepare` comes before it."""
     if slots[0].param.device.type == "cpu":
         _cpu_step(slots, s)
     else:
@@ -230,13 +238,7 @@ def _compiled() -> Callable[[list[Slot], Scalars], Any]:
 
 
 def compiled_step(slots: list[Slot], s: Scalars) -> None:
-    """`update.step_` through `torch.compile`: large tensors each by a kernel, small ones together.
-
-    Raises:
-        BuildError: torch cannot compile here. Nothing has changed.
-    """
-    if slots[0].param.device.type == "cuda" and not find_spec("triton"):
-        raise BuildError("torch.compile needs triton here; pip install triton")
+    """`update.step_` through `torch.compile`: large tensors one by one, small ones together."""
 
     def tensor(x: float | Tensor) -> Tensor:  # for torch would compile anew for each number
         return torch.as_tensor(x, dtype=torch.float32)

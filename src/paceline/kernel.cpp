@@ -30,11 +30,18 @@ template <> inline float load<float>(const bfloat16* x, int64_t i) {
   return value;
 }
 
-template <class T, class W> inline void store(T* x, int64_t i, W value, uint32_t) { x[i] = value; }
-inline void store(bfloat16* x, int64_t i, float value, uint32_t noise) {
+// Returns what it stored.
+template <class T, class W> inline W store(T* x, int64_t i, W value, uint32_t) {
+  return x[i] = value;
+}
+inline float store(bfloat16* x, int64_t i, float value, uint32_t noise) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  x[i].bits = uint16_t((bits + noise) >> 16);
+  bits += noise;
+  x[i].bits = uint16_t(bits >> 16);
+  bits &= 0xFFFF0000U;
+  std::memcpy(&value, &bits, 4);
+  return value;
 }
 
 // Added to a float's bits, it makes the cut after 16 of them round to nearest, ties to even.
@@ -85,15 +92,15 @@ void piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
     }
     store(exp_avgs, i, m, noise & 0xFFFF);
     store(exp_avg_sqs, i, v, noise >> 16);
+    const uint32_t third = (noise * 0x9E3779B9U) >> 16;
     if constexpr (offset && AVERAGE != NONE) {
-      store(averages, i, (1 - weight) * (kept - (next - theta)), (noise * 0x9E3779B9U) >> 16);
-      const W d = load<W>(averages, i);
+      const W d = store(averages, i, (1 - weight) * (kept - (next - theta)), third);
       next = (next + d) - d;
     }
-    store(params, i, next, STOCHASTIC ? (noise * 0x85EBCA6BU) >> 16 : nearest(next));
+    next = store(params, i, next, STOCHASTIC ? (noise * 0x85EBCA6BU) >> 16 : nearest(next));
     if constexpr (!offset && AVERAGE != NONE) {
-      const W moved = kept + weight * (load<W>(params, i) - kept);
-      store(averages, i, weight == 0 ? kept : moved, (noise * 0x9E3779B9U) >> 16);
+      const W moved = kept + weight * (next - kept);
+      store(averages, i, weight == 0 ? kept : moved, third);
     }
   }
 }

@@ -203,8 +203,9 @@ class PACE(Optimizer):
                 )
             if options["fused"]:
                 self._demand_fused(group, index, ValueError)
-        if options["fused"] and any(p.device.type == "cpu" for p in params):
-            fused.build()
+        if options["fused"]:
+            for device in {p.device for p in params}:
+                fused.prepare(device)
 
     def _demand_fused(self, group: int, index: int, error: type[Exception]) -> None:
         options = self.param_groups[group]
@@ -290,11 +291,7 @@ class PACE(Optimizer):
             now = torch.stack(counts) if step is None else int(step) + 1
             numbers = scalars(now, group)
             if rounds:
-                where = torch.tensor(places, dtype=torch.int32)
-                if isinstance(now, Tensor):
-                    keys = list(rounding.keys(group["seed"], where.to(device), now.int()))
-                else:
-                    keys = rounding.keys(group["seed"], where, now).tolist()
+                keys = _keys(group["seed"], places, now, device)
                 slots = [slot._replace(key=key) for slot, key in zip(slots, keys, strict=True)]
             if not isinstance(now, Tensor):
                 yield slots, numbers
@@ -331,6 +328,9 @@ class PACE(Optimizer):
 
     def _check_gradients(self) -> None:
         for g, group in enumerate(self.param_groups):
+            if group["fused"]:
+                for device in {p.device for p in group["params"] if p.grad is not None}:
+                    fused.prepare(device)
             for i, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
@@ -530,6 +530,20 @@ def _one_pass(slots: list[Slot], group: Group) -> bool:
         and not any(fused.reason_against(slot.param, slot.exp_avg.dtype) for slot in slots)
         and fused.available()
     )
+
+
+def _keys(
+    seed: int, places: list[int], step: int | Tensor, device: torch.device
+) -> list[int] | list[Tensor]:
+    """The keys of stochastic rounding for parameters at these places in the optimizer."""
+    if not isinstance(step, Tensor):
+        keys: list[int] = rounding.keys(
+            seed, torch.tensor(places, dtype=torch.int32), step
+        ).tolist()
+        return keys
+    # Made on the device from nothing, for a CUDA graph cannot hold a copy from the host.
+    all_places = torch.arange(max(places) + 1, dtype=torch.int32, device=device)
+    return list(rounding.keys(seed, torch.stack([all_places[i] for i in places]), step.int()))
 
 
 def _dtypes(group: Group) -> list[str]:

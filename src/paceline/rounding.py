@@ -37,7 +37,8 @@ def keys(seed: int, indices: Tensor, step: int | Tensor) -> Tensor:
         indices: int32, the parameters' places in the optimizer.
         step: t, the same for all, or an int32 tensor like `indices`.
     """
-    scrambled = mix(indices.new_tensor(_int32(seed)))  # or seed 0's second were seed 1's first
+    # Scrambled, or the second parameter of seed 0 would draw what the first of seed 1 draws.
+    scrambled = mix(torch.full((), _int32(seed), dtype=torch.int32, device=indices.device))
     return mix(mix(indices ^ scrambled) ^ step)
 
 

@@ -199,14 +199,14 @@ def _small_gpt2(device: str) -> tuple[list[Parameter], Callable[[], None]]:
         bos_token_id=0,
         eos_token_id=0,
     )
-    config.loss_type = "ForCausalLM"
     model = GPT2LMHeadModel(config)
     cast(torch.nn.Module, model).to(device)
     tokens = torch.randint(8192, (8, 128), device=device)
 
     def backward() -> None:
         model.zero_grad(set_to_none=False)
-        model(input_ids=tokens, labels=tokens).loss.backward()
+        logits = model(input_ids=tokens).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
 
     return list(model.parameters()), backward
 
