@@ -118,10 +118,11 @@ def test_none_chooses_the_kernel_for_large_models_that_it_can_step(kernel, monke
         calls.clear()
         train(1, **options)
         assert len(calls) == count, options
-    strided = Parameter(torch.randn(600, 601).t())
-    strided.grad = torch.ones_like(strided)
-    PACE([strided], pullback=0.1).step()
-    assert len(calls) == 0
+    strided, dense = Parameter(torch.randn(600, 601).t()), Parameter(torch.randn(600, 601))
+    strided.grad, dense.grad = torch.ones_like(strided), torch.ones_like(dense)
+    calls.clear()
+    PACE([strided, dense], pullback=0.1).step()
+    assert calls == [1]  # the one that it can step
 
 
 # ---- building ----------------------------------------------------------------------------------

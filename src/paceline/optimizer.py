@@ -78,10 +78,10 @@ class PACE(Optimizer):
         clip: hold the gain to at most 1, so that the pull never goes past the average.
         average: keep an average. False, for which `pullback` must be 0, is plain AdamW.
         fused: step in one pass over memory (`paceline.fused`): True demands it, False does not use
-            it. None uses it on the CPU, where all of a group's parameters allow it, have 2^18
-            elements or more in all, and a C++ compiler works; it warns once if none does. The
-            kernel takes contiguous float32, bfloat16 and float64 parameters. On accelerators None
-            is False: through `torch.compile` it is there, but has not been measured.
+            it. None uses it on the CPU, for those parameters of a group that it can step if they
+            have 2^18 elements or more in all, and if a C++ compiler works; it warns once if none
+            does. It steps contiguous float32, bfloat16 and float64 parameters. On accelerators
+            None is False: through `torch.compile` it is there, but has not been measured.
         foreach: without the kernel, step many tensors at a time (True) or one by one (False). None
             chooses: together, but for tensor subclasses. Either way some four times 2^18 elements
             of scratch on the CPU, and 2^24 on accelerators.
@@ -280,7 +280,8 @@ class PACE(Optimizer):
             slot = Slot(p, p.grad, state["exp_avg"], state["exp_avg_sq"], average)
             together = type(p) in PLAIN if foreach is None else foreach
             step = None if capturable else state["step"].item()
-            key = (p.device, p.dtype, None if together else place, step)
+            fits = fused.reason_against(p, slot.exp_avg.dtype) is None
+            key = (p.device, p.dtype, fits, None if together else place, step)
             stepped[key].append((place, slot, state["step"]))
             steps.append(state["step"])
         if steps:
@@ -527,7 +528,7 @@ def _one_pass(slots: list[Slot], group: Group) -> bool:
     return (
         slots[0].param.device.type == "cpu"
         and sum(slot.param.numel() for slot in slots) >= fused.WORTH_BUILDING
-        and not any(fused.reason_against(slot.param, slot.exp_avg.dtype) for slot in slots)
+        and fused.reason_against(slots[0].param, slots[0].exp_avg.dtype) is None  # nor any other
         and fused.available()
     )
 
