@@ -116,11 +116,11 @@ template <class P, class S> Piece choose(Average average, bool stochastic) {
 
 }  // namespace
 
-// OpenMP's GOMP_parallel, as all its runtimes on Linux have it: run this with that, on so many threads.
+// OpenMP's GOMP_parallel, as its runtimes on Linux have it: run this, with that, on so many.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// With torch's own threads where there is OpenMP: they spin for a while after torch's last operation,
-// and would hold up threads of ours.
+// With torch's own threads where there is OpenMP: they spin for a while after torch's last
+// operation, and would hold up threads of ours.
 extern "C" void paceline_step(const Row* rows, int64_t count, const Step* step, int dtypes,
                               int average, int stochastic, int threads, Parallel parallel) {
   Piece run = nullptr;
@@ -137,7 +137,8 @@ extern "C" void paceline_step(const Row* rows, int64_t count, const Step* step, 
   int64_t length = total / (8 * threads);
   length = length < (1 << 15) ? 1 << 15 : length > (1 << 20) ? 1 << 20 : length;
   std::vector<int64_t> first(count + 1, 0);
-  for (int64_t k = 0; k < count; k++) first[k + 1] = first[k] + (rows[k].size + length - 1) / length;
+  for (int64_t k = 0; k < count; k++)
+    first[k + 1] = first[k] + (rows[k].size + length - 1) / length;
   if (int64_t(threads) > 1 + total / length) threads = int(1 + total / length);
 
   // Takes pieces in turn, so that a thread that the machine slows down holds up nobody.

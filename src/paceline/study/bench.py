@@ -80,6 +80,10 @@ def bench(options: Bench, console: Console) -> dict[str, Any]:
             raise InputError(f"only: unknown optimizer {name!r}; known: {', '.join(known)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda was asked for, and torch finds none here")
+    if options.out:  # now, not after five minutes
+        folder = options.out.parent
+        if options.out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise InputError(f"out: {options.out} is no file that can be written")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
