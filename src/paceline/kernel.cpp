@@ -74,6 +74,9 @@ void piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
   const W unbias = W(step.unbias), step_size = W(step.step_size), shrink = W(step.shrink);
   const W gain = W(step.gain), cap = W(step.cap), weight = W(step.weight), sign = W(step.sign);
 
+#ifdef __clang__  // which looks for __restrict in arguments only
+#pragma clang loop vectorize(assume_safety)
+#endif
   for (int64_t i = begin; i < end; i++) {
     const uint32_t noise = narrow || STOCHASTIC ? mix(uint32_t(i) ^ key) : 0;
     const W theta = load<W>(params, i);
