@@ -64,13 +64,10 @@ def test_noise_of_a_piece_is_a_piece_of_the_noise():
     assert torch.equal(far, rounding.noise(torch.empty(4), key()))
 
 
-def run(steps, *, dtype=torch.float32, seed=0, start=None, size=20_000, **options):
+def run(steps, *, dtype=torch.float32, seed=0, size=20_000, **options):
     """Steps on noisy gradients that depend on the step alone; returns parameter and optimizer."""
     p = Parameter(torch.ones(size, dtype=dtype))
     opt = PACE([p], **{"lr": 1e-2, "pullback": 0.3, "seed": seed, **options})
-    if start is not None:
-        p.data.copy_(start[0])
-        opt.load_state_dict(start[1])
     for t in steps:
         generator = torch.Generator().manual_seed(t)
         p.grad = (1 + torch.randn(size, generator=generator)).to(dtype)
@@ -99,11 +96,11 @@ def test_replays_resumes_and_swaps_bit_for_bit(options, swapped, fused, kernel):
     torch.save((q.detach(), half.state_dict()), file)
     file.seek(0)
     dtype = options.get("dtype", torch.float32)
-    q, resumed = Parameter(torch.zeros_like(q)), None
+    q = Parameter(torch.zeros_like(q))
     resumed = PACE([q], pullback=9.0)
-    start = torch.load(file, weights_only=True)
-    q.data.copy_(start[0])
-    resumed.load_state_dict(start[1])
+    weights, state = torch.load(file, weights_only=True)
+    q.data.copy_(weights)
+    resumed.load_state_dict(state)
     resumed.train()
     for t in range(10, 20):
         generator = torch.Generator().manual_seed(t)
