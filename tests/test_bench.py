@@ -55,6 +55,14 @@ def test_the_models_are_what_they_say():
     assert max(sizes["small"]) == 65_536
 
 
+def test_without_a_compiler_it_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert main(["bench"]) == 2
+    error = capsys.readouterr().err
+    assert "the benchmark needs the one-pass kernel: /nowhere/c++" in error
+    assert error.count("\n") == 1
+
+
 def _size(shape):
     total = 1
     for length in shape:

@@ -90,8 +90,8 @@ class PACE(Optimizer):
         state_dtype: torch.bfloat16 keeps m, v and the average in it, rounded stochastically; for
             float32 and bfloat16 parameters. None: float32 as said above.
         stochastic_round: round bfloat16 parameters stochastically when they are written; to
-            nearest, updates below 1/512 of a weight are lost. No other dtypes but wider ones,
-            for which it changes nothing.
+            nearest, updates below 1/512 of a weight are lost. Not for float16; wider parameters
+            are not rounded.
         seed: of the stochastic rounding, which is a function of the seed, the parameter's place in
             the optimizer, its step and the element: nothing to save, the same on replay.
         maximize: ascend instead of descend.
@@ -528,7 +528,8 @@ def _one_pass(slots: list[Slot], group: Group) -> bool:
     return (
         slots[0].param.device.type == "cpu"
         and sum(slot.param.numel() for slot in slots) >= fused.WORTH_BUILDING
-        and fused.reason_against(slots[0].param, slots[0].exp_avg.dtype) is None  # nor any other
+        # All tensors of a batch fit the kernel, or none does.
+        and fused.reason_against(slots[0].param, slots[0].exp_avg.dtype) is None
         and fused.available()
     )
 

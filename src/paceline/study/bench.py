@@ -62,7 +62,7 @@ class Contender(NamedTuple):
 
     name: str
     make: Callable[[list[Parameter]], "Stepper"]
-    bytes: int | None  # read and written for each parameter, at least; None: no sensible floor
+    bytes: int  # read and written for each parameter, at least
 
 
 class Stepper(NamedTuple):
@@ -265,9 +265,7 @@ def _measure(model: Model, device: str, options: Bench) -> dict[str, Any]:
             "state_bytes_per_parameter": steppers[name].state() / elements,
             "scratch_megabytes": scratch[name] / 1e6,
             "first_step_seconds": first[name],
-            "times_byte_floor": median(own) * bandwidth / (contender.bytes * elements)
-            if contender.bytes
-            else None,
+            "times_byte_floor": median(own) * bandwidth / (contender.bytes * elements),
             "share_of_training_step": median(own) / (median(own) + median(passes))
             if passes
             else None,
@@ -316,14 +314,14 @@ def _scratch(work: Callable[[], Any], device: str) -> int:
     return peak
 
 
-def _build_seconds() -> float | None:
-    """Time to build the CPU's kernel with nothing in the cache; None where it cannot be built."""
+def _build_seconds() -> float:
+    """Time to build the CPU's kernel with nothing in the cache."""
     with tempfile.TemporaryDirectory() as cold, _environment(PACELINE_CACHE=cold):
         start = time.perf_counter()
         try:
             fused.build.__wrapped__()
-        except fused.BuildError:
-            return None
+        except fused.BuildError as error:
+            raise InputError(f"the benchmark needs the one-pass kernel: {error}") from error
         return time.perf_counter() - start
 
 
