@@ -10,45 +10,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from problems import advance, assert_same, problem, snapshot
 from torch import nn
 from torch.nn import Parameter
 
 from paceline import PACE
-
-
-def problem(dtype=torch.float32, seed=0):
-    """A small net that takes a `loss()`; the same data at each call of one instance."""
-    generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 2))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator))
-    return model.to(dtype), generator
-
-
-def advance(model, opt, generator, steps):
-    for _ in range(steps):
-        x = torch.randn(16, 6, generator=generator).to(next(model.parameters()).dtype)
-        opt.zero_grad()
-        (model(x) - x[:, :2]).square().mean().backward()
-        opt.step()
-
-
-def snapshot(model, opt):
-    params = [p.detach().clone() for p in model.parameters()]
-    states = [{k: v.clone() for k, v in opt.state[p].items()} for p in model.parameters()]
-    return params, states
-
-
-def assert_same(a, b):
-    for p, q in zip(a[0], b[0], strict=True):
-        assert torch.equal(p, q)
-    for s, t in zip(a[1], b[1], strict=True):
-        assert s.keys() == t.keys()
-        for key in s:
-            assert s[key].dtype == t[key].dtype
-            assert torch.equal(s[key], t[key]), key
-
 
 # ---- state -----------------------------------------------------------------------------------
 
@@ -218,7 +184,9 @@ def test_dtypes_may_not_change_while_swapped_or_after_the_first_step():
     opt.eval()
     model.half()
     before = snapshot(model, opt)
-    with pytest.raises(RuntimeError, match="into parameters of .*float32.* are .*float16.* now"):
+    with pytest.raises(
+        RuntimeError, match="parameter of torch.float32, which is torch.float16 now"
+    ):
         opt.train()
     assert_same(snapshot(model, opt), before)
     model.float()
@@ -238,7 +206,9 @@ def test_dtypes_may_not_change_while_swapped_or_after_the_first_step():
     wide, _ = problem()
     other = PACE(wide.parameters(), lr=0.05, pullback=0.1)
     other.load_state_dict(opt.state_dict())
-    with pytest.raises(RuntimeError, match="into parameters of .*float16"):
+    with pytest.raises(
+        RuntimeError, match="into a parameter of torch.float16, which is torch.float32 now"
+    ):
         other.train()
 
 
@@ -338,8 +308,8 @@ def test_stats_say_what_the_step_did(foreach):
     p, q, idle = Parameter(torch.randn(40)), Parameter(torch.randn(3, 5)), Parameter(torch.ones(2))
     groups = [{"params": [p, q]}, {"params": [idle]}]
     opt = PACE(groups, lr=0.2, pullback=8.0, weight_decay=0.1, foreach=foreach)
-    with pytest.raises(RuntimeError, match="track_stats=True"):
-        opt.stats()
+    faults = {"guarded_coordinates": 0, "guarded_steps": 0, "skipped_steps": 0}
+    assert opt.stats() == faults
     for group in opt.param_groups:
         group["track_stats"] = True
     for _ in range(5):
@@ -366,6 +336,7 @@ def test_stats_say_what_the_step_did(foreach):
     }
     stats = opt.stats()
     groups = stats.pop("groups")
+    assert {key: stats.pop(key) for key in faults} == faults
     assert stats == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-4)
     assert 0 < stats["clipped"] < 1  # the case shows both sides of the clip
     assert groups == [stats, None]
@@ -389,8 +360,7 @@ def test_stats_say_what_the_step_did(foreach):
     for group in opt.param_groups:
         group["track_stats"] = False
     opt.step()
-    with pytest.raises(RuntimeError, match="track_stats=True"):
-        opt.stats()  # not those of an earlier step
+    assert opt.stats() == faults  # measurements are not those of an earlier step
 
 
 def test_stats_of_narrow_parameters_are_of_the_step_before_rounding():
@@ -454,21 +424,7 @@ def test_loaded_state_is_a_copy_and_stats_are_not_the_old_ones():
     opt.eval()
     assert_same(snapshot(other, opt2), before)
     opt.load_state_dict(opt2.state_dict())
-    with pytest.raises(RuntimeError, match="track_stats"):
-        opt.stats()
-
-
-def test_options_missing_from_a_checkpoint_keep_their_defaults():
-    model, generator = problem()
-    adamw = torch.optim.AdamW(model.parameters(), lr=0.05)
-    advance(model, adamw, generator, 3)
-    opt = PACE(model.parameters(), pullback=0.3, ema_power=0.4)
-    opt.load_state_dict(adamw.state_dict())
-    advance(model, opt, generator, 1)
-    group, state = opt.param_groups[0], opt.state[model[0].weight]
-    assert (group["lr"], group["pullback"], group["ema_power"]) == (0.05, 0.3, 0.4)
-    assert state["step"] == 4
-    assert state["average"].shape == model[0].weight.shape
+    assert "gain_mean" not in opt.stats()
 
 
 def test_loading_sees_what_the_users_hooks_made_of_it():
@@ -502,8 +458,7 @@ def test_pickling_and_deepcopy():
     advance(model, opt, generator, 2)
     for other_model, other in copies:
         assert_same(snapshot(other_model, other), before)
-        with pytest.raises(RuntimeError, match="track_stats"):
-            other.stats()
+        assert "gain_mean" not in other.stats()
         again = torch.Generator()
         again.set_state(at)
         advance(other_model, other, again, 2)

@@ -267,7 +267,7 @@ def test_narrow_parameters_have_float32_state_and_round_once(dtype, fused, kerne
 def test_float32_average_moves_where_a_bfloat16_one_would_stall():
     p = Parameter(torch.ones(1, dtype=torch.bfloat16))
     opt = PACE([p], lr=0.0, pullback=0.0, ema_power=None, ema_beta=1e-3)
-    p.grad = torch.zeros_like(p)
+    p.grad = torch.ones_like(p)
     opt.step()
     p.data.fill_(2.0)
     for _ in range(2000):

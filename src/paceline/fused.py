@@ -82,15 +82,18 @@ def prepare(device: torch.device) -> None:
         raise BuildError("torch.compile needs triton on CUDA; pip install triton")
 
 
-def step_(slots: list[Slot], s: Scalars) -> None:
-    """`update.step_` in one pass, without measurements; `prepare` comes before it."""
+def step_(slots: list[Slot], s: Scalars) -> list[int | Tensor]:
+    """`update.step_` in one pass, without measurements; `prepare` comes before it.
+
+    Returns:
+        How many coordinates stood still, in parts.
+    """
     if slots[0].param.device.type == "cpu":
-        _cpu_step(slots, s)
-    else:
-        compiled_step(slots, s)
+        return [_cpu_step(slots, s)]
+    return compiled_step(slots, s)
 
 
-def _cpu_step(slots: list[Slot], s: Scalars) -> None:
+def _cpu_step(slots: list[Slot], s: Scalars) -> int:
     kernel = build()
     grads = [slot.grad.contiguous() for slot in slots]  # kept while their addresses are in use
     rows = array("q")
@@ -104,6 +107,7 @@ def _cpu_step(slots: list[Slot], s: Scalars) -> None:
                 0 if slot.average is None else slot.average.data_ptr(),
                 slot.param.numel(),
                 int(slot.key or 0),
+                slot.start,
             )
         )
     step = array(
@@ -122,10 +126,11 @@ def _cpu_step(slots: list[Slot], s: Scalars) -> None:
                 1.0 if s.clip else math.inf,
                 s.weight,
                 -1.0 if s.ascend else 1.0,
+                1.0 if s.hold else 0.0,
             ),
         ),
     )
-    kernel(
+    return kernel(
         rows.buffer_info()[0],
         len(slots),
         step.buffer_info()[0],
@@ -162,7 +167,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 
 @functools.cache
-def build() -> Callable[..., None]:
+def build() -> Callable[..., int]:
     """The CPU's kernel, built if the cache folder does not have it.
 
     Raises:
@@ -208,8 +213,8 @@ def build() -> Callable[..., None]:
             raise BuildError(f"{compiler[0]}: {error}") from None
     pointer, number = ctypes.c_void_p, ctypes.c_int
     step.argtypes = [pointer, ctypes.c_int64, pointer, number, number, number, number, pointer]
-    step.restype = None
-    return cast(Callable[..., None], step)
+    step.restype = ctypes.c_int64
+    return cast(Callable[..., int], step)
 
 
 @functools.cache
@@ -237,7 +242,7 @@ def _compiled() -> Callable[[list[Slot], Scalars], Any]:
     return torch.compile(update.step_, dynamic=True, fullgraph=True)
 
 
-def compiled_step(slots: list[Slot], s: Scalars) -> None:
+def compiled_step(slots: list[Slot], s: Scalars) -> list[int | Tensor]:
     """`update.step_` through `torch.compile`: large tensors one by one, small ones together."""
 
     def tensor(x: float | Tensor) -> Tensor:  # for torch would compile anew for each number
@@ -251,13 +256,13 @@ def compiled_step(slots: list[Slot], s: Scalars) -> None:
         gain=tensor(s.gain) if isinstance(s.gain, Tensor) or s.gain else 0.0,
     )
     small = [slot for slot in slots if slot.param.numel() < WORTH_A_LAUNCH]
-    if small:
-        list(update.step_in_batches(small, s))
+    found = list(update.step_in_batches(small, s)) if small else []
     for slot in slots:
         if slot.param.numel() >= WORTH_A_LAUNCH:
             flat = [None if x is None else _flat(x) for x in slot[:5]]
             key = None if slot.key is None else torch.as_tensor(slot.key, dtype=torch.int32)
-            _compiled()([Slot._make([*flat, key, 0])], numbers)
+            found.append(_compiled()([Slot._make([*flat, key, slot.start])], numbers))
+    return [x["held"] for x in found if "held" in x]
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <system_error>
 #include <thread>
 #include <type_traits>
@@ -17,8 +18,10 @@ namespace {
 struct bfloat16 { uint16_t bits; };
 
 // One row for each tensor and one for the step, as fused.py lays them out.
-struct Row { int64_t param, grad, exp_avg, exp_avg_sq, average, size, key; };
-struct Step { double w1, beta2, w2, eps, unbias, step_size, shrink, gain, cap, weight, sign; };
+struct Row { int64_t param, grad, exp_avg, exp_avg_sq, average, size, key, start; };
+struct Step {
+  double w1, beta2, w2, eps, unbias, step_size, shrink, gain, cap, weight, sign, guard;
+};
 
 enum Average { NONE, WATCH, PULL };
 
@@ -52,6 +55,16 @@ inline uint32_t nearest(float value) {
   return 0x7FFF + ((bits >> 16) & 1);
 }
 
+// Branches would keep the loop from being vectorized; `mask` is all ones or all zeros.
+template <class W, class M> inline W select(M mask, W chosen, W other) {
+  M a, b;
+  std::memcpy(&a, &chosen, sizeof a);
+  std::memcpy(&b, &other, sizeof b);
+  a = (a & mask) | (b & ~mask);
+  std::memcpy(&chosen, &a, sizeof a);
+  return chosen;
+}
+
 // rounding.py's `mix` and the 16 bits of noise that it gives each tensor of the step.
 inline uint32_t mix(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7FEB352DU;
@@ -59,8 +72,10 @@ inline uint32_t mix(uint32_t x) {
   return x ^ (x >> 16);
 }
 
+// Returns how many coordinates stood still: with a guard, those whose gradient's square is not
+// finite, or was none to begin with.
 template <class P, class S, Average AVERAGE, bool STOCHASTIC>
-void piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
+int64_t piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
   using W = std::conditional_t<std::is_same_v<P, double>, double, float>;  // arithmetic
   constexpr bool narrow = std::is_same_v<S, bfloat16>;
   constexpr bool offset = sizeof(S) < sizeof(P);
@@ -73,17 +88,25 @@ void piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
   const W w1 = W(step.w1), beta2 = W(step.beta2), w2 = W(step.w2), eps = W(step.eps);
   const W unbias = W(step.unbias), step_size = W(step.step_size), shrink = W(step.shrink);
   const W gain = W(step.gain), cap = W(step.cap), weight = W(step.weight), sign = W(step.sign);
+  const W limit = std::sqrt(std::numeric_limits<W>::max());
+  using M = std::conditional_t<std::is_same_v<W, double>, uint64_t, uint32_t>;
+  const M ignore = step.guard == 0;
+  const uint32_t start = uint32_t(row.start);
+  M held = 0;
 
 #ifdef __clang__  // which looks for __restrict in arguments only
 #pragma clang loop vectorize(assume_safety)
 #endif
   for (int64_t i = begin; i < end; i++) {
-    const uint32_t noise = narrow || STOCHASTIC ? mix(uint32_t(i) ^ key) : 0;
+    const uint32_t noise = narrow || STOCHASTIC ? mix((uint32_t(i) + start) ^ key) : 0;
     const W theta = load<W>(params, i);
     W g = sign * load<W>(grads, i);
-    if (narrow) g = g == g ? g : W(NAN);  // the noise could carry another NaN's bits over to zero
+    if (narrow) g = select(M(0) - M(g == g), g, W(NAN));  // the noise could carry another NaN's bits over to zero
     W m = load<W>(exp_avgs, i), v = load<W>(exp_avg_sqs, i);
     const W kept = AVERAGE == NONE ? 0 : load<W>(averages, i);
+    const M steps = M(std::abs(g) <= limit) | ignore, ok = M(0) - steps;
+    held += 1 - steps;
+    const W m0 = m, v0 = v;
     m += w1 * (g - m);
     v = beta2 * v + w2 * g * g;
     const W inverse = 1 / (std::sqrt(v) * unbias + eps);
@@ -93,22 +116,25 @@ void piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
       lambda = cap < lambda ? cap : lambda;  // a NaN stays
       next += lambda * (offset ? kept : kept - theta);
     }
-    store(exp_avgs, i, m, noise & 0xFFFF);
-    store(exp_avg_sqs, i, v, noise >> 16);
+    store(exp_avgs, i, select(ok, m, m0), noise & 0xFFFF);
+    store(exp_avg_sqs, i, select(ok, v, v0), noise >> 16);
     const uint32_t third = (noise * 0x9E3779B9U) >> 16;
     if constexpr (offset && AVERAGE != NONE) {
-      const W d = store(averages, i, (1 - weight) * (kept - (next - theta)), third);
+      const W moved = (1 - weight) * (kept - (next - theta));
+      const W d = store(averages, i, select(ok, moved, kept), third);
       next = (next + d) - d;
     }
+    next = select(ok, next, theta);
     next = store(params, i, next, STOCHASTIC ? (noise * 0x85EBCA6BU) >> 16 : nearest(next));
     if constexpr (!offset && AVERAGE != NONE) {
-      const W moved = kept + weight * (next - kept);
-      store(averages, i, weight == 0 ? kept : moved, third);
+      const W moved = weight == 0 ? kept : kept + weight * (next - kept);
+      store(averages, i, select(ok, moved, kept), third);
     }
   }
+  return held;
 }
 
-using Piece = void (*)(const Row&, int64_t, int64_t, const Step&);
+using Piece = int64_t (*)(const Row&, int64_t, int64_t, const Step&);
 
 template <class P, class S> Piece choose(Average average, bool stochastic) {
   constexpr bool can = std::is_same_v<P, bfloat16>;
@@ -122,10 +148,12 @@ template <class P, class S> Piece choose(Average average, bool stochastic) {
 // OpenMP's GOMP_parallel, as its runtimes on Linux have it: run this, with that, on so many.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
+// Returns how many coordinates stood still.
+//
 // With torch's own threads where there is OpenMP: they spin for a while after torch's last
 // operation, and would hold up threads of ours.
-extern "C" void paceline_step(const Row* rows, int64_t count, const Step* step, int dtypes,
-                              int average, int stochastic, int threads, Parallel parallel) {
+extern "C" int64_t paceline_step(const Row* rows, int64_t count, const Step* step, int dtypes,
+                                 int average, int stochastic, int threads, Parallel parallel) {
   Piece run = nullptr;
   const Average kind = Average(average);
   if (dtypes == 0) run = choose<float, float>(kind, stochastic);
@@ -139,25 +167,26 @@ extern "C" void paceline_step(const Row* rows, int64_t count, const Step* step, 
   // Long pieces stream best; some eight for each thread balance; short ones do not pay a thread.
   int64_t length = total / (8 * threads);
   length = length < (1 << 15) ? 1 << 15 : length > (1 << 20) ? 1 << 20 : length;
+  length &= ~int64_t(63);  // whole vectors: their ends may round otherwise, and ends would move
   std::vector<int64_t> first(count + 1, 0);
   for (int64_t k = 0; k < count; k++)
     first[k + 1] = first[k] + (rows[k].size + length - 1) / length;
   if (int64_t(threads) > 1 + total / length) threads = int(1 + total / length);
 
   // Takes pieces in turn, so that a thread that the machine slows down holds up nobody.
-  std::atomic<int64_t> next(0);
+  std::atomic<int64_t> next(0), held(0);
   auto work = [&] {
     int64_t k = 0;
     for (int64_t at; (at = next.fetch_add(1)) < first[count];) {
       while (at >= first[k + 1]) k++;
       const int64_t begin = (at - first[k]) * length;
       const int64_t end = begin + length < rows[k].size ? begin + length : rows[k].size;
-      run(rows[k], begin, end, *step);
+      held += run(rows[k], begin, end, *step);
     }
   };
   if (threads > 1 && parallel) {
     parallel([](void* data) { (*static_cast<decltype(work)*>(data))(); }, &work, threads, 0);
-    return;
+    return held;
   }
   std::vector<std::thread> helpers;
   try {
@@ -166,4 +195,5 @@ extern "C" void paceline_step(const Row* rows, int64_t count, const Step* step, 
   }
   work();
   for (auto& helper : helpers) helper.join();
+  return held;
 }

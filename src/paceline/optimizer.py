@@ -1,29 +1,19 @@
 """PACE as a `torch.optim.Optimizer`: arguments, lazy state, averaged weights in and out."""
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from numbers import Real
-from typing import Any, TypeAlias, overload
+from contextlib import contextmanager
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import fused, rounding
+from . import fused, rounding, shards
+from .loading import fitted
+from .options import DTYPES, Group, check_options, describe
 from .swap import swap_back, swap_in
-from .update import PLAIN, Scalars, Slot, scalars, step_in_batches
-
-Group: TypeAlias = dict[str, Any]
-
-# Of a parameter: of its state.
-DTYPES = {
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-}
+from .update import PLAIN, Scalars, Slot, norm, scalars, step_in_batches
 
 
 class PACE(Optimizer):
@@ -94,9 +84,17 @@ class PACE(Optimizer):
             are not rounded.
         seed: of the stochastic rounding, which is a function of the seed, the parameter's place in
             the optimizer, its step and the element: nothing to save, the same on replay.
+        nonfinite: what a gradient that is not finite, or whose square is not, does. "guard": its
+            coordinates stand still at this step, all bits of weight, moments and average kept; it
+            costs no memory traffic in the kernel. "skip": no parameter of the groups with this
+            option steps, on any rank, and the step does not count. "raise": FloatingPointError
+            before anything has changed, on all ranks. These two read the gradients once more, and
+            go by each tensor's 2-norm; all ranks of the default process group must step together.
+            "skip" keeps `step` on accelerators, and waits for none. "ignore": what torch's own
+            optimizers do, which is to lose the weights, and here the average.
         maximize: ascend instead of descend.
         track_stats: measure each step for `stats()`; costs time, and scratch memory of some four
-            times the parameters that are stepped together.
+            times the parameters that are stepped together. Of sharded parameters, this rank's.
 
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
@@ -126,10 +124,11 @@ class PACE(Optimizer):
         state_dtype: torch.dtype | None = None,
         stochastic_round: bool = False,
         seed: int = 0,
+        nonfinite: str = "guard",
         maximize: bool = False,
         track_stats: bool = False,
     ) -> None:
-        self._stats: dict[str, Any] | None = None
+        self._forget()
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -149,15 +148,22 @@ class PACE(Optimizer):
             "state_dtype": state_dtype,
             "stochastic_round": stochastic_round,
             "seed": seed,
+            "nonfinite": nonfinite,
             "maximize": maximize,
             "track_stats": track_stats,
         }
-        _check_options(defaults)
+        check_options(defaults)
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_stats", None)
+        if "_stats" not in self.__dict__:  # unpickled or copied
+            self._forget()
+
+    def _forget(self) -> None:
+        self._stats: dict[str, Any] | None = None
+        self._counts: Tensor | None = None  # guarded coordinates, guarded steps, skipped steps
+        self._rehearsed = False
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters with options of its own.
@@ -171,14 +177,14 @@ class PACE(Optimizer):
             param_group.setdefault("ema_beta", None)  # the group's own power, not our default beta
         super().add_param_group(param_group)
         try:
-            _check_options(param_group)
+            check_options(param_group)
             self._check_params(len(self.param_groups) - 1)
         except (ValueError, fused.BuildError):
             self.param_groups.pop()
             raise
-        # While swapped: the parameters' dtypes when the averages came in. Kept here, for groups go
-        # into checkpoints; the optimizer's attributes do not.
-        param_group["swapped"] = _dtypes(param_group) if self._swapped else None
+        # While swapped: of each parameter the dtype when its average came in, or None if none did.
+        # Kept here, for groups go into checkpoints; the optimizer's attributes do not.
+        param_group["swapped"] = [None] * len(param_group["params"]) if self._swapped else None
 
     def _check_params(self, group: int) -> None:
         options = self.param_groups[group]
@@ -189,17 +195,17 @@ class PACE(Optimizer):
             if param.dtype not in DTYPES and not param.is_complex():
                 raise ValueError(
                     f"params must be 16-, 32- or 64-bit floating-point tensors, got {param.dtype} "
-                    f"in {_describe(self.param_groups, group, index)}"
+                    f"in {describe(self.param_groups, group, index)}"
                 )
             if options["state_dtype"] and param.dtype not in (torch.float32, torch.bfloat16):
                 raise ValueError(
                     f"state_dtype is for float32 and bfloat16 parameters, got {param.dtype} in "
-                    f"{_describe(self.param_groups, group, index)}"
+                    f"{describe(self.param_groups, group, index)}"
                 )
             if options["stochastic_round"] and param.dtype == torch.float16:
                 raise ValueError(
                     "stochastic_round is for bfloat16 parameters, got torch.float16 in "
-                    f"{_describe(self.param_groups, group, index)}"
+                    f"{describe(self.param_groups, group, index)}"
                 )
             if options["fused"]:
                 self._demand_fused(group, index, ValueError)
@@ -213,7 +219,7 @@ class PACE(Optimizer):
         reason = fused.reason_against(param, _state_dtype(param, options))
         if reason:
             raise error(
-                f"fused=True {reason}, got {_describe(self.param_groups, group, index)}; nothing "
+                f"fused=True {reason}, got {describe(self.param_groups, group, index)}; nothing "
                 "was changed, and fused=None steps it another way"
             )
 
@@ -236,7 +242,10 @@ class PACE(Optimizer):
         Raises:
             RuntimeError: the averaged weights are swapped in, or a gradient is sparse or complex.
                 Nothing has changed then.
+            FloatingPointError: with `nonfinite="raise"`, as said there.
         """
+        if closure is None and self._rehearse():
+            return None
         if self._swapped:
             raise RuntimeError(
                 "step() was called while the averaged weights are in the model; call train() "
@@ -247,50 +256,148 @@ class PACE(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
+        skip = self._judge_gradients()
+        if self._rehearsed:  # averages begin from what is in the parameters now
+            self.state.clear()
+            self._rehearsed = False
 
-        measured: list[list[dict[str, Tensor]]] = []
+        plans = []  # complete before the first change
         first = 0  # the group's first parameter's place in the optimizer
         for group in self.param_groups:
+            skips = skip if group["nonfinite"] == "skip" else False
+            batches = [] if skips is True else list(self._batches(group, first, skips))
+            plans.append([(slots, s, _one_pass(slots, group)) for slots, s in batches])
+            first += len(group["params"])
+
+        measured: list[list[dict[str, Tensor]]] = []
+        held: list[int | Tensor] = []
+        for group, plan in zip(self.param_groups, plans, strict=True):
             measured.append([])
-            for slots, numbers in self._batches(group, first):
-                if _one_pass(slots, group):
-                    fused.step_(slots, numbers)
+            if plan:
+                self._count_step(group, skip)
+            for slots, numbers, one_pass in plan:
+                if one_pass:
+                    held += fused.step_(slots, numbers)
                 else:
                     measured[-1] += step_in_batches(slots, numbers, measure=group["track_stats"])
-            first += len(group["params"])
+        held += [batch.pop("held") for group in measured for batch in group if "held" in batch]
+        self._count_faults(held, skip)
         self._stats = _summarize(measured)
         return loss
 
-    def _batches(self, group: Group, first: int) -> Iterator[tuple[list[Slot], Scalars]]:
-        """The parameters that have gradients, with state, counted one step on.
+    def _rehearse(self) -> bool:
+        """Make the state that `torch.distributed.checkpoint` asks for, and count no step.
+
+        It has an optimizer without state step on gradients of zeros at a rate of 0, to see its
+        state or to load into it.
+        """
+        if self.state:
+            return False
+        stepped = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        for group, p in stepped:
+            lr, grad = group["lr"], p.grad
+            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+                return False
+            # Of a DTensor's gradient all ranks see the same.
+            if lr != 0 or (shards.full(grad.any()) if shards.is_sharded(grad) else grad.any()):
+                return False
+        for group, p in stepped:
+            self._ready(p, group)
+        self._rehearsed = bool(stepped)
+        return self._rehearsed
+
+    def _judge_gradients(self) -> bool | Tensor:
+        """Whether groups with nonfinite="skip" skip the step; a tensor if a device decides that."""
+        modes = [group["nonfinite"] for group in self.param_groups]
+        if not {"raise", "skip"} & set(modes):
+            return False
+        found = [
+            (mode, g, i, ~norm([shards.local_grad(p)]).isfinite())
+            for g, (mode, group) in enumerate(zip(modes, self.param_groups, strict=True))
+            for i, p in enumerate(group["params"])
+            if mode in ("raise", "skip") and p.grad is not None
+        ]
+        devices = [p.device for group in self.param_groups for p in group["params"]]
+        no = torch.zeros((), dtype=torch.bool, device=devices[0] if devices else None)
+        flags = [
+            torch.stack([no, *(bad.to(no.device) for kind, *_, bad in found if kind == mode)]).any()
+            for mode in ("raise", "skip")
+        ]
+        raises, skips = shards.on_any_rank(torch.stack(flags))
+        if "raise" in modes and raises:
+            where = [
+                describe(self.param_groups, g, i)
+                for mode, g, i, bad in found
+                if mode == "raise" and bad
+            ]
+            raise FloatingPointError(
+                f"the gradient of {where[0] if where else 'a parameter on another rank'} is not "
+                "finite; nothing was changed"
+            )
+        on_device = all(device.type != "cpu" for device in devices)
+        return skips if on_device and "skip" in modes else bool(skips)
+
+    def _count_step(self, group: Group, skip: bool | Tensor) -> None:
+        steps = [self.state[p]["step"] for p in group["params"] if p.grad is not None]
+        if group["nonfinite"] == "skip" and isinstance(skip, Tensor):
+            for step in steps:
+                step.add_(~skip.to(step.device))
+        else:
+            torch._foreach_add_(steps, 1.0)
+
+    def _count_faults(self, held: list[int | Tensor], skip: bool | Tensor) -> None:
+        """Add to what `stats()` tells, without waiting for a device."""
+        on_device = [x for x in (*held, skip) if isinstance(x, Tensor)]
+        if not on_device and not any(held) and not skip:
+            return
+        if self._counts is None:
+            device = on_device[0].device if on_device else None
+            self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+        total = sum(
+            (x.to(self._counts.device) if isinstance(x, Tensor) else x for x in held), start=0
+        )
+        for count, n in zip(self._counts.unbind(), (total, total > 0, skip), strict=True):
+            count.add_(n)
+
+    def _batches(
+        self, group: Group, first: int, skip: bool | Tensor
+    ) -> Iterator[tuple[list[Slot], Scalars]]:
+        """The parameters that have gradients, with state, and the scalars of their next step.
 
         Args:
             group: a parameter group.
             first: the place of its first parameter in the optimizer.
+            skip: a tensor that says on the device whether the step is skipped, or False.
         """
-        foreach, capturable = group["foreach"], group["capturable"]
+        foreach = group["foreach"]
         rounds = group["state_dtype"] is not None or group["stochastic_round"]
         stepped: dict[tuple[Any, ...], list[tuple[int, Slot, Tensor]]] = defaultdict(list)
-        steps = []
         for place, p in enumerate(group["params"], first):
             if p.grad is None:
                 continue
             state = self._ready(p, group)
             average = state.get("average", state.get("offset")) if group["average"] else None
-            slot = Slot(p, p.grad, state["exp_avg"], state["exp_avg_sq"], average)
-            together = type(p) in PLAIN if foreach is None else foreach
-            step = None if capturable else state["step"].item()
-            fits = fused.reason_against(p, slot.exp_avg.dtype) is None
-            key = (p.device, p.dtype, fits, None if together else place, step)
+            slot = Slot(
+                shards.local(p),
+                shards.local_grad(p),
+                shards.local(state["exp_avg"]),
+                shards.local(state["exp_avg_sq"]),
+                None if average is None else shards.local(average),
+                start=shards.first_element(p) if rounds else 0,
+            )
+            mine = slot.param
+            together = type(mine) in PLAIN if foreach is None else foreach
+            step = None if _counts_on_device(p, group) else state["step"].item()
+            fits = fused.reason_against(mine, slot.exp_avg.dtype) is None
+            key = (mine.device, mine.dtype, fits, None if together else place, step)
             stepped[key].append((place, slot, state["step"]))
-            steps.append(state["step"])
-        if steps:
-            torch._foreach_add_(steps, 1.0)
         for (device, *_, step), members in stepped.items():
             places, slots, counts = map(list, zip(*members, strict=True))
             # Counts that the host may not read: a vector, and vectors of scalars from it.
-            now = torch.stack(counts) if step is None else int(step) + 1
+            now = torch.stack(counts) + 1.0 if step is None else int(step) + 1
             numbers = scalars(now, group)
+            if isinstance(skip, Tensor):
+                numbers = numbers._replace(hold=skip.to(device))
             if rounds:
                 keys = _keys(group["seed"], places, now, device)
                 slots = [slot._replace(key=key) for slot, key in zip(slots, keys, strict=True)]
@@ -305,14 +412,16 @@ class PACE(Optimizer):
         """The parameter's state: made at its first step, in the form that the options ask for."""
         state: dict[str, Any] = self.state[param]
         dtype = _state_dtype(param, group)
+        counter = param.device if _counts_on_device(param, group) else torch.device("cpu")
         if not state:
-            device = param.device if group["capturable"] else None
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=counter)
             state["exp_avg"] = fused.empty_state(param, dtype, param.device).zero_()
             state["exp_avg_sq"] = fused.empty_state(param, dtype, param.device).zero_()
         elif state["exp_avg"].dtype != dtype:
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = state[key].to(dtype)
+        if state["step"].device != counter:
+            state["step"] = state["step"].to(counter)
         if not group["average"]:
             return state
         if dtype.itemsize < param.dtype.itemsize:
@@ -341,21 +450,21 @@ class PACE(Optimizer):
                     kind = "complex" if p.grad.is_complex() else "sparse"
                     raise RuntimeError(
                         f"PACE does not support {kind} gradients, got one in "
-                        f"{_describe(self.param_groups, g, i)}; nothing was changed"
+                        f"{describe(self.param_groups, g, i)}; nothing was changed"
                     )
 
     # ---- the model to return ------------------------------------------------------------------
 
     @property
     def _swapped(self) -> bool:
-        return any(group.get("swapped") for group in self.param_groups)
+        return any(group.get("swapped") is not None for group in self.param_groups)
 
     def _averages(self) -> dict[Tensor, Tensor]:
         """Parameter -> average or offset, for those that keep one and have stepped."""
         kept = {
             p: self.state[p].get("average", self.state[p].get("offset"))
             for group in self.param_groups
-            if group["average"]
+            if group["average"] and not self._rehearsed
             for p in group["params"]
             if p in self.state
         }
@@ -366,7 +475,8 @@ class PACE(Optimizer):
         """Put the average into the parameters; the live weights wait where the average was.
 
         In place, without a third copy (`paceline.swap`). Free if it is there already; parameters
-        that keep no average or have not stepped stay as they are.
+        that keep no average or have not stepped stay as they are. Sharded parameters take no
+        communication.
 
         Raises:
             RuntimeError: the model's dtype was changed after the first step. Nothing has changed.
@@ -384,9 +494,9 @@ class PACE(Optimizer):
                     f"a parameter of shape {tuple(p.shape)} is {p.dtype} now, which does not go "
                     f"with its {average.dtype} average; convert models before the first step"
                 )
-        swap_in(averages.items())
+        swap_in((shards.local(p), shards.local(average)) for p, average in averages.items())
         for group in self.param_groups:
-            group["swapped"] = _dtypes(group)
+            group["swapped"] = [str(p.dtype) if p in averages else None for p in group["params"]]
 
     @torch.no_grad()
     def train(self) -> None:
@@ -398,13 +508,20 @@ class PACE(Optimizer):
         """
         if not self._swapped:
             return
+        pairs = []
         for group in self.param_groups:
-            if group["swapped"] != _dtypes(group):
-                raise RuntimeError(
-                    f"the averages were swapped into parameters of {set(group['swapped'])}, which "
-                    f"are {set(_dtypes(group))} now; convert them back, then call train()"
-                )
-        swap_back(self._averages().items())
+            for p, dtype in zip(group["params"], group["swapped"] or (), strict=False):
+                if dtype is None:
+                    continue
+                if dtype != str(p.dtype):
+                    raise RuntimeError(
+                        f"an average was swapped into a parameter of {dtype}, which is {p.dtype} "
+                        "now; convert it back, then call train()"
+                    )
+                average = self.state[p].get("average", self.state[p].get("offset"))
+                assert average is not None
+                pairs.append((shards.local(p), shards.local(average)))
+        swap_back(pairs)
         for group in self.param_groups:
             group["swapped"] = None
 
@@ -426,6 +543,10 @@ class PACE(Optimizer):
         that keep no average, and buffers are copied as they are. Names of one tied parameter share
         one tensor.
 
+        Sharded parameters are gathered, one at a time, into the CPU memory of rank 0; all ranks
+        must call this, and the others get an empty dict. To save shards as they are:
+        `with opt.averaged(): torch.distributed.checkpoint.save(get_model_state_dict(model), ...)`.
+
         Args:
             model: the module whose parameters this optimizer steps, itself or wrapped.
 
@@ -441,71 +562,96 @@ class PACE(Optimizer):
                 "with none of them"
             )
         returned = model.state_dict(keep_vars=True)
-        snapshots: dict[Tensor, Tensor] = {}
+        snapshots: dict[Tensor, Tensor | None] = {}
         for name, value in returned.items():
             if isinstance(value, Tensor):
                 if value not in snapshots:
                     source = value if self._swapped else averages.get(value, value)
                     if source.itemsize < value.itemsize:
                         source = value.detach() + source
-                    snapshots[value] = source.detach().to(value.dtype, copy=True)
+                    snapshots[value] = shards.gathered(source.detach().to(value.dtype, copy=True))
                 returned[name] = snapshots[value]
         for name in ours:
             if model.get_parameter(name) not in snapshots:
                 raise ValueError(
                     f"model must show its parameters in state_dict(), got another tensor for {name}"
                 )
-        return returned
+        return {} if None in snapshots.values() else returned  # on another rank than 0
 
     # ---- reports and checkpoints --------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        """What the last step did; needs `track_stats=True`.
+        """Faults met so far, and what the last step did if `track_stats=True`.
 
         Returns:
-            `gain_mean`, `gain_min`, `gain_max` of λ over coordinates; `clipped`, the fraction of
-            coordinates that the clip holds at 1; 2-norms `adamw_norm` of the AdamW step,
-            `pull_norm` of the pull and `update_norm` of the whole update; `distance`, the 2-norm
-            of live weights minus average after the step. Over all tracked parameters that had a
-            gradient, and under "groups" the same for each group (None for one without any).
+            Since this object was made: `guarded_steps` in which non-finite gradients held
+            coordinates, `guarded_coordinates`, how many in all (of sharded parameters, this
+            rank's), and `skipped_steps`.
 
-        Raises:
-            RuntimeError: no tracked step has been taken.
+            Of the last step, if tracked: `gain_mean`, `gain_min`, `gain_max` of λ over coordinates;
+            `clipped`, the fraction of coordinates that the clip holds at 1; 2-norms `adamw_norm` of
+            the AdamW step, `pull_norm` of the pull and `update_norm` of the whole update;
+            `distance`, the 2-norm of live weights minus average after the step. Over all tracked
+            parameters that had a gradient, and under "groups" the same for each group (None for
+            one without any). Guarded coordinates are among them with a gradient of 0.
         """
-        if self._stats is None:
-            raise RuntimeError("stats() needs a step taken with track_stats=True")
-        numbers: dict[str, Any] = _as_numbers(self._stats)
-        return numbers
+        counts = [0, 0, 0] if self._counts is None else self._counts.tolist()
+        names = ("guarded_coordinates", "guarded_steps", "skipped_steps")
+        numbers: dict[str, Any] = _as_numbers(self._stats or {})
+        return dict(zip(names, counts, strict=True)) | numbers
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """torch's: `state` by parameter and `param_groups`; plain data and tensors.
+
+        Saved while the average is swapped in it says so, and goes with model weights saved at the
+        same time.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if self.state.get(p):
+                    self._ready(p, group)  # an average that is to begin does so now
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict()`; state keeps its dtype whatever the parameters'.
 
         One saved while the average was swapped in says so, and goes with model weights saved at
         the same time: `train()` then brings back the live weights.
+
+        One of `torch.optim.AdamW` is a start: moments, steps and AdamW's options are taken over, a
+        warning says so, and the averages begin from the weights that are there at the next step.
+
+        Raises:
+            ValueError: state of another class, missing, left over, misshapen, or of a shard; groups
+                that do not match; or an option out of its range. The message names the parameter
+                or option. Nothing has changed then.
         """
         loaded: dict[str, Any] = {}
+
+        def fit(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(fitted(final, self.param_groups))
+            return loaded
 
         def restore(_: Optimizer) -> None:
             # torch has cast float state to the parameter's dtype: take ours from the source again.
             # A copy, for two optimizers that share tensors would swap each other's averages.
             ids = [i for group in loaded["param_groups"] for i in group["params"]]
             params = [p for group in self.param_groups for p in group["params"]]
-            for group in self.param_groups:
-                for key, value in {**self.defaults, "swapped": None}.items():
-                    group.setdefault(key, value)
             options = [group for group in self.param_groups for _ in group["params"]]
             for i, p, group in zip(ids, params, options, strict=True):
                 for key, value in loaded["state"].get(i, {}).items():
-                    if isinstance(value, Tensor) and key == "step":
-                        device = p.device if group["capturable"] else "cpu"
-                        self.state[p][key] = value.to(device, torch.float32, copy=True)
-                    elif isinstance(value, Tensor) and value.is_floating_point():
+                    if key == "step":
+                        device = p.device if _counts_on_device(p, group) else "cpu"
+                        step = torch.as_tensor(value).reshape(())
+                        self.state[p][key] = step.to(device, torch.float32, copy=True)
+                    else:
                         mine = fused.empty_state(value, _state_dtype(p, group), p.device)
                         self.state[p][key] = mine.copy_(value)
 
         # The first sees what the user's own hooks made of the state, the second runs before theirs.
         hooks = [
-            self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final)),
+            self.register_load_state_dict_pre_hook(fit),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
         try:
@@ -514,6 +660,13 @@ class PACE(Optimizer):
             for hook in hooks:
                 hook.remove()
         self._stats = None
+        self._rehearsed = False
+
+
+def _counts_on_device(param: Tensor, group: Group) -> bool:
+    """Whether the step count is to be where the parameter is, and not read."""
+    skips = group["nonfinite"] == "skip" and param.device.type != "cpu"
+    return bool(group["capturable"]) or skips
 
 
 def _state_dtype(param: Tensor, group: Group) -> torch.dtype:
@@ -546,81 +699,6 @@ def _keys(
     # Made on the device from nothing, for a CUDA graph cannot hold a copy from the host.
     all_places = torch.arange(max(places) + 1, dtype=torch.int32, device=device)
     return list(rounding.keys(seed, torch.stack([all_places[i] for i in places]), step.int()))
-
-
-def _dtypes(group: Group) -> list[str]:
-    return [str(p.dtype) for p in group["params"]]
-
-
-def _check_options(options: Group) -> None:
-    """Make the options plain numbers, so that checkpoints load with `weights_only=True`.
-
-    Raises:
-        ValueError: names the first option out of its range, and its value.
-    """
-
-    def require(name: str, ok: bool, range_: str) -> None:
-        if not ok:
-            raise ValueError(f"{name} must be {range_}, got {options[name]!r}")
-
-    def number(value: object) -> float:
-        """The value as a float, or NaN, which no range contains, for what is no real number."""
-        if isinstance(value, Real) and not isinstance(value, bool):
-            with suppress(OverflowError):
-                return float(value)
-        return math.nan
-
-    lr = options["lr"]
-    if isinstance(lr, Tensor):
-        finite = lr.ndim == 0 and bool(lr.isfinite())
-        require("lr", finite and bool(lr >= 0), "a finite number >= 0, or a 0-dim tensor of one")
-    for name in ("eps", "weight_decay", "pullback") + (() if isinstance(lr, Tensor) else ("lr",)):
-        require(name, 0 <= number(options[name]) < math.inf, "a finite number >= 0")
-        options[name] = float(options[name])
-    betas = options["betas"]
-    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-    require("betas", pair and all(0 <= number(b) < 1 for b in betas), "two numbers in [0, 1)")
-    options["betas"] = (float(betas[0]), float(betas[1]))
-    power, beta = options["ema_power"], options["ema_beta"]
-    require("ema_power", power is None or 0 <= number(power) <= 1, "None or in [0, 1]")
-    require("ema_beta", beta is None or 0 < number(beta) <= 1, "None or in (0, 1]")
-    if power is None and beta is None:
-        raise ValueError("ema_beta must be in (0, 1] where ema_power is None, got None for both")
-    options["ema_power"] = None if power is None else float(power)
-    options["ema_beta"] = None if beta is None else float(beta)
-    require("ema_rate", 0 < number(options["ema_rate"]) < math.inf, "a finite number > 0")
-    require("ema_start", 0 <= number(options["ema_start"]) < math.inf, "a number of steps >= 0")
-    for name in ("ema_rate", "ema_start"):
-        options[name] = float(options[name])
-    every = options["ema_every"]
-    whole = isinstance(every, int) and not isinstance(every, bool)
-    require("ema_every", whole and every >= 1, "a whole number of steps >= 1")
-    for name in ("clip", "average", "capturable", "stochastic_round", "maximize", "track_stats"):
-        require(name, isinstance(options[name], bool), "True or False")
-    for name in ("fused", "foreach"):
-        choice = options[name]
-        require(name, choice is None or isinstance(choice, bool), "None, True or False")
-    if options["fused"] and (options["foreach"] is not None or options["track_stats"]):
-        raise ValueError(
-            "fused=True needs foreach=None and track_stats=False: "
-            "the one-pass kernel takes all tensors its own way, and measures nothing"
-        )
-    narrow = options["state_dtype"] in (None, torch.bfloat16)
-    require("state_dtype", narrow, "None or torch.bfloat16")
-    seed = options["seed"]
-    require("seed", isinstance(seed, int) and not isinstance(seed, bool), "a whole number")
-    if not options["average"] and options["pullback"] != 0:
-        raise ValueError(
-            f"average=False needs pullback=0, got pullback={options['pullback']!r}: "
-            "a pull needs an average to pull toward"
-        )
-
-
-def _describe(groups: list[Group], group: int, index: int) -> str:
-    """A parameter by its name where the user gave names, else by its place; and its shape."""
-    names = groups[group].get("param_names")
-    name = f"parameter {names[index]!r}" if names else f"parameter {index} of group {group}"
-    return f"{name} of shape {tuple(groups[group]['params'][index].shape)}"
 
 
 def _summarize(measured: list[list[dict[str, Tensor]]]) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ where the average itself would lose what training had changed in it.
 Source: Au & Block, Training for the Model You Return, arXiv:2606.25086 (2026).
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, overload
 
@@ -106,6 +107,8 @@ class Scalars(NamedTuple):
     weight: float | Tensor  # β_t; 0.0 = the average stays as it is at this step
     ascend: bool  # maximize instead of minimize
     stochastic: bool = False  # round bfloat16 parameters stochastically
+    # True: hold each coordinate whose gradient is not finite; 0-dim bool tensor: hold all if true.
+    hold: bool | Tensor = False
 
 
 def scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
@@ -141,6 +144,7 @@ def scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
         weight=weight * takes_in if isinstance(takes_in, Tensor) or takes_in else 0.0,
         ascend=group["maximize"],
         stochastic=group["stochastic_round"],
+        hold=group["nonfinite"] == "guard",
     )
 
 
@@ -153,7 +157,7 @@ class Slot(NamedTuple):
     exp_avg_sq: Tensor  # v, updated
     average: Tensor | None  # ema, or the offset d where narrower than the parameter; updated
     key: int | Tensor | None = None  # seed of stochastic rounding (`rounding.keys`)
-    start: int = 0  # place of the first element within its parameter
+    start: int = 0  # place of the first element within its parameter, before shards and slices
 
     def pieces(self, size: int) -> Iterator["Slot"]:
         """Itself, or if it has more than `size` elements, slices of about that size."""
@@ -168,7 +172,7 @@ class Slot(NamedTuple):
         rows = max(1, size * length // total)
         for row in range(0, length, rows):
             param, grad, m, v, *average = (x[row : row + rows] for x in tensors)
-            start = row * (total // length)
+            start = self.start + row * (total // length)
             yield Slot(param, grad, m, v, average[0] if average else None, self.key, start)
 
 
@@ -190,7 +194,7 @@ def batches(slots: Iterable[Slot], size: int) -> Iterator[list[Slot]]:
 def step_in_batches(
     slots: list[Slot], s: Scalars, *, measure: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """`step_` on batches that bound its scratch; yields the measurements of each."""
+    """`step_` on batches that bound its scratch; yields what it returns for each."""
     on_cpu = slots[0].param.device.type == "cpu"
     for batch in batches(slots, TOGETHER_ON_CPU if on_cpu else TOGETHER):
         yield step_(batch, s, measure=measure)
@@ -203,6 +207,9 @@ def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, 
     stepped and rounded once: parameters to nearest, or stochastically where `s.stochastic`; state
     stochastically. The average is of the weights as stored: of what the model really held.
 
+    With `s.hold` a coordinate whose gradient, or its square, is not finite stands still: its
+    weight, moments and average keep their bits.
+
     Args:
         slots: the tensors; all with an average or none, then with a `gain` of 0.
         s: the step's scalars.
@@ -210,7 +217,8 @@ def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, 
             the size of these tensors.
 
     Returns:
-        Measurements of the step as 0-dim tensors; empty unless asked for.
+        0-dim tensors: `held`, how many coordinates stood still, unless the host knows that none
+        did; and the measurements, if asked for.
     """
     params = [slot.param for slot in slots]
     kept = [slot.average for slot in slots if slot.average is not None]
@@ -221,6 +229,13 @@ def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, 
         return [x.to(dtype) for x in tensors]  # x itself if it is wide already
 
     theta, grads = wide(params), wide([slot.grad for slot in slots])
+    free = _free(grads, s.hold)
+    held: list[tuple[Tensor, Tensor, Tensor]] = []
+    if free:
+        grads = [torch.where(ok, g, 0.0) for ok, g in zip(free, grads, strict=True)]
+        for slot, ok in zip(slots, free, strict=True):
+            tensors = (slot.param, slot.exp_avg, slot.exp_avg_sq, slot.average)
+            held += [(x, x.clone(), ok) for x in tensors if x is not None]
     m, v = wide([slot.exp_avg for slot in slots]), wide([slot.exp_avg_sq for slot in slots])
     averages = wide(kept)
     pulls = bool(averages) and (isinstance(s.gain, Tensor) or s.gain != 0)
@@ -284,11 +299,33 @@ def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, 
         else:
             torch._foreach_lerp_(averages, stored, s.weight)
         store(kept, averages, rounding.AVERAGE)
+    for x, old, ok in held:
+        x.copy_(torch.where(ok, x, old))
+    found: dict[str, Tensor] = {}
+    if free and s.hold is True:
+        found["held"] = torch.stack([(~ok).sum() for ok in free]).sum()
     if not measure:
-        return {}
-    after = wide(params)
+        return found
+    after, averages = wide(params), wide(kept)
     offsets = averages if offset or not averages else _minus(averages, after)
-    return measurements(before, adamw, after, pull, gain, offsets, s.clip)
+    return found | measurements(before, adamw, after, pull, gain, offsets, s.clip)
+
+
+def norm(grads: list[Tensor]) -> Tensor:
+    """The largest of their 2-norms, 0-dim: finite only if all elements and their squares are."""
+    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(grads, 2, dtype=dtype)).max()
+
+
+def _free(grads: list[Tensor], hold: bool | Tensor) -> list[Tensor]:
+    """Masks of the coordinates to step; none where the host knows that all are."""
+    if isinstance(hold, Tensor):
+        return [~hold for _ in grads]
+    on_host = grads[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    if not hold or (on_host and norm(grads).isfinite()):
+        return []
+    limit = math.sqrt(torch.finfo(grads[0].dtype).max)
+    return [g.abs() <= limit for g in grads]
 
 
 def _minus(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,113 @@
+"""What an optimizer checkpoint must be to be loaded, said before anything is changed."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .options import Group, check_options, describe
+from .shards import is_sharded
+
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+AVERAGES = {"average", "offset"}
+# What torch's AdamW has besides: how it steps, which says nothing about how we do.
+ADAMW_ONLY = {
+    "amsgrad",
+    "capturable",
+    "decoupled_weight_decay",
+    "differentiable",
+    "foreach",
+    "fused",
+}
+
+
+def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
+    """A checkpoint with all options that it lacks, as they are in the optimizer's groups.
+
+    Args:
+        saved: a `state_dict()` of PACE or of torch.optim.AdamW.
+        groups: the optimizer's parameter groups; not changed.
+
+    Raises:
+        ValueError: it does not fit; the message names the first parameter or option that does not.
+    """
+    sizes = [[len(group["params"]) for group in side] for side in (saved["param_groups"], groups)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the checkpoint's parameter groups have {sizes[0]} parameters, the optimizer's "
+            f"{sizes[1]}: make the same groups, in the same order, and load again"
+        )
+    ours = [_is_ours(group) for group in saved["param_groups"]]
+    completed = []
+    for theirs, own, mine in zip(saved["param_groups"], ours, groups, strict=True):
+        group = {**mine, "swapped": None, **theirs}
+        if not own:
+            group |= {key: mine[key] for key in ADAMW_ONLY & mine.keys()}
+            group = {key: x for key, x in group.items() if key in mine or key not in ADAMW_ONLY}
+        check_options(group)
+        completed.append(group)
+
+    unknown = set(saved["state"])
+    for g, group in enumerate(completed):
+        swapped = group["swapped"] or [None] * len(group["params"])
+        for i, (key, dtype) in enumerate(zip(group["params"], swapped, strict=True)):
+            state = saved["state"].get(key, {})
+            unknown.discard(key)
+            try:
+                _check_state(state, groups[g]["params"][i], ours[g] and group["average"], dtype)
+            except ValueError as error:
+                raise ValueError(
+                    f"{describe(groups, g, i)} cannot be loaded: {error}; nothing was changed"
+                ) from None
+    if unknown:
+        raise ValueError(
+            f"the checkpoint has state for {sorted(map(str, unknown))[0]!r}, which is in none of "
+            "its groups; nothing was changed"
+        )
+    if not all(ours):
+        warnings.warn(
+            "the checkpoint keeps no averages, as those of torch.optim.AdamW: its moments, steps "
+            "and options are taken over, and the averages begin from the weights at the next step",
+            stacklevel=5,
+        )
+    return {**saved, "param_groups": completed}
+
+
+def _is_ours(group: Group) -> bool:
+    return "pullback" in group
+
+
+def _check_state(state: dict[str, Any], param: Tensor, averaged: bool, swapped: str | None) -> None:
+    """Raises: ValueError: what is wrong with one parameter's state."""
+    averages = AVERAGES & state.keys()
+    if not state:
+        if swapped:
+            raise ValueError("the checkpoint has no state for it, but had its average swapped in")
+        return  # it had no gradient yet
+    if missing := sorted(MOMENTS - state.keys()):
+        raise ValueError(
+            f"its state lacks {missing} and has {sorted(map(str, state))}; PACE loads checkpoints "
+            "of PACE and of torch.optim.AdamW"
+        )
+    if extra := sorted(map(str, state.keys() - MOMENTS - AVERAGES)):
+        raise ValueError(f"its state has {extra}, which PACE does not keep")
+    if len(averages) == 2 or ((averaged or swapped) and not averages):
+        raise ValueError(f"its state must have 'average' or 'offset', got {sorted(averages)}")
+    for name in sorted(state.keys() - {"step"}):
+        value = state[name]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"its {name!r} must be a floating-point tensor, got {kind}")
+        if value.shape != param.shape:
+            raise ValueError(f"its {name!r} has shape {tuple(value.shape)}")
+        if is_sharded(value) != is_sharded(param):
+            kinds = ["a whole tensor", "a shard"]
+            raise ValueError(
+                f"its {name!r} is {kinds[is_sharded(value)]}, the parameter "
+                f"{kinds[is_sharded(param)]}; load it by "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            )
+    step = torch.as_tensor(state["step"])
+    if step.numel() != 1:
+        raise ValueError(f"its 'step' must be one number, got shape {tuple(step.shape)}")

@@ -1,0 +1,92 @@
+"""PACE's options: what they may be, and how a parameter is named in a message."""
+
+import math
+from contextlib import suppress
+from numbers import Real
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Group: TypeAlias = dict[str, Any]
+
+# Of a parameter: of its state.
+DTYPES = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+NONFINITE = ("guard", "skip", "raise", "ignore")
+
+
+def check_options(options: Group) -> None:
+    """Make the options plain numbers, so that checkpoints load with `weights_only=True`.
+
+    Raises:
+        ValueError: names the first option out of its range, and its value.
+    """
+
+    def require(name: str, ok: bool, range_: str) -> None:
+        if not ok:
+            raise ValueError(f"{name} must be {range_}, got {options[name]!r}")
+
+    def number(value: object) -> float:
+        """The value as a float, or NaN, which no range contains, for what is no real number."""
+        if isinstance(value, Real) and not isinstance(value, bool):
+            with suppress(OverflowError):
+                return float(value)
+        return math.nan
+
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        finite = lr.ndim == 0 and bool(lr.isfinite())
+        require("lr", finite and bool(lr >= 0), "a finite number >= 0, or a 0-dim tensor of one")
+    for name in ("eps", "weight_decay", "pullback") + (() if isinstance(lr, Tensor) else ("lr",)):
+        require(name, 0 <= number(options[name]) < math.inf, "a finite number >= 0")
+        options[name] = float(options[name])
+    betas = options["betas"]
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    require("betas", pair and all(0 <= number(b) < 1 for b in betas), "two numbers in [0, 1)")
+    options["betas"] = (float(betas[0]), float(betas[1]))
+    power, beta = options["ema_power"], options["ema_beta"]
+    require("ema_power", power is None or 0 <= number(power) <= 1, "None or in [0, 1]")
+    require("ema_beta", beta is None or 0 < number(beta) <= 1, "None or in (0, 1]")
+    if power is None and beta is None:
+        raise ValueError("ema_beta must be in (0, 1] where ema_power is None, got None for both")
+    options["ema_power"] = None if power is None else float(power)
+    options["ema_beta"] = None if beta is None else float(beta)
+    require("ema_rate", 0 < number(options["ema_rate"]) < math.inf, "a finite number > 0")
+    require("ema_start", 0 <= number(options["ema_start"]) < math.inf, "a number of steps >= 0")
+    for name in ("ema_rate", "ema_start"):
+        options[name] = float(options[name])
+    every = options["ema_every"]
+    whole = isinstance(every, int) and not isinstance(every, bool)
+    require("ema_every", whole and every >= 1, "a whole number of steps >= 1")
+    for name in ("clip", "average", "capturable", "stochastic_round", "maximize", "track_stats"):
+        require(name, isinstance(options[name], bool), "True or False")
+    for name in ("fused", "foreach"):
+        choice = options[name]
+        require(name, choice is None or isinstance(choice, bool), "None, True or False")
+    if options["fused"] and (options["foreach"] is not None or options["track_stats"]):
+        raise ValueError(
+            "fused=True needs foreach=None and track_stats=False: "
+            "the one-pass kernel takes all tensors its own way, and measures nothing"
+        )
+    narrow = options["state_dtype"] in (None, torch.bfloat16)
+    require("state_dtype", narrow, "None or torch.bfloat16")
+    seed = options["seed"]
+    require("seed", isinstance(seed, int) and not isinstance(seed, bool), "a whole number")
+    require("nonfinite", options["nonfinite"] in NONFINITE, f"one of {', '.join(NONFINITE)}")
+    if not options["average"] and options["pullback"] != 0:
+        raise ValueError(
+            f"average=False needs pullback=0, got pullback={options['pullback']!r}: "
+            "a pull needs an average to pull toward"
+        )
+
+
+def describe(groups: list[Group], group: int, index: int) -> str:
+    """A parameter by its name where the user gave names, else by its place; and its shape."""
+    names = groups[group].get("param_names")
+    name = f"parameter {names[index]!r}" if names else f"parameter {index} of group {group}"
+    return f"{name} of shape {tuple(groups[group]['params'][index].shape)}"

@@ -1,0 +1,71 @@
+"""Tensors of which each rank holds a part, and what the ranks have to agree on.
+
+The step works on elements, so it works on each rank's own part (`torch.distributed.tensor`), plain
+memory to every kernel, without a word to the other ranks.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether this is a DTensor, which may be replicated, too."""
+    return hasattr(x, "to_local")
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a DTensor, in the same memory; any other tensor itself. Needs no_grad."""
+    if not is_sharded(x):
+        return x
+    part: Any = x.to_local()  # type: ignore[attr-defined]
+    return part.wait() if hasattr(part, "wait") else part  # type: ignore[no-any-return]
+
+
+def local_grad(param: Tensor) -> Tensor:
+    """This rank's part of the parameter's gradient: the part that goes with `local(param)`."""
+    grad: Any = param.grad
+    if is_sharded(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    return local(grad)
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole of a DTensor, on every rank; all of them must call this together."""
+    whole: Tensor = x.full_tensor()  # type: ignore[attr-defined]
+    return whole
+
+
+def gathered(x: Tensor) -> Tensor | None:
+    """The whole of a DTensor in CPU memory on rank 0, None on others; any other tensor itself."""
+    if not is_sharded(x):
+        return x
+    whole = full(x)  # all ranks take part
+    return whole.cpu() if dist.get_rank() == 0 else None
+
+
+def first_element(x: Tensor) -> int:
+    """Where this rank's part begins, as a place in the whole tensor; 0 for a plain tensor."""
+    if not is_sharded(x):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)  # type: ignore[attr-defined]
+    return sum(at * step for at, step in zip(offsets, x.stride(), strict=True))
+
+
+def on_any_rank(flags: Tensor) -> Tensor:
+    """Which of these flags is up on any rank of the default process group, where there is one.
+
+    All of its ranks must call this together.
+
+    Args:
+        flags: bool, of any shape; on a device that the group's backend knows.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return flags
+    up = flags.to(torch.int32)
+    dist.all_reduce(up, op=dist.ReduceOp.MAX)
+    return up > 0

@@ -1,0 +1,38 @@
+"""A small net to train, and what its optimizer holds, for every test that needs them."""
+
+import torch
+from torch import nn
+
+
+def problem(dtype=torch.float32, seed=0):
+    """A small net that takes a `loss()`; the same data at each call of one instance."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 2))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    return model.to(dtype), generator
+
+
+def advance(model, opt, generator, steps):
+    for _ in range(steps):
+        x = torch.randn(16, 6, generator=generator).to(next(model.parameters()).dtype)
+        opt.zero_grad()
+        (model(x) - x[:, :2]).square().mean().backward()
+        opt.step()
+
+
+def snapshot(model, opt):
+    params = [p.detach().clone() for p in model.parameters()]
+    states = [{k: v.clone() for k, v in opt.state[p].items()} for p in model.parameters()]
+    return params, states
+
+
+def assert_same(a, b):
+    for p, q in zip(a[0], b[0], strict=True):
+        assert torch.equal(p, q)
+    for s, t in zip(a[1], b[1], strict=True):
+        assert s.keys() == t.keys()
+        for key in s:
+            assert s[key].dtype == t[key].dtype
+            assert torch.equal(s[key], t[key]), key
