@@ -3,7 +3,6 @@
 import copy
 import io
 import math
-import pickle
 import subprocess
 import sys
 
@@ -376,94 +375,7 @@ def test_stats_of_narrow_parameters_are_of_the_step_before_rounding():
     assert opt.stats()["update_norm"] < norms[0] / 2  # too small for bfloat16 to be stored
 
 
-# ---- checkpoints -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("swapped", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_resume_is_bit_for_bit(dtype, swapped):
-    model, generator = problem(dtype)
-    opt = PACE(model.parameters(), lr=0.05, pullback=0.3)
-    advance(model, opt, generator, 7)
-    if swapped:
-        opt.eval()
-    file = io.BytesIO()
-    torch.save(
-        {"model": model.state_dict(), "opt": opt.state_dict(), "rng": generator.get_state()}, file
-    )
-    opt.train()
-    advance(model, opt, generator, 7)
-
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    model2, generator2 = problem(dtype, seed=9)
-    opt2 = PACE(model2.parameters(), lr=1.0, pullback=9.0)
-    model2.load_state_dict(saved["model"])
-    opt2.load_state_dict(saved["opt"])
-    generator2.set_state(saved["rng"])
-    assert opt2.param_groups[0]["pullback"] == 0.3
-    if swapped:
-        with pytest.raises(RuntimeError, match="averaged"):
-            opt2.step()
-    opt2.train()
-    advance(model2, opt2, generator2, 7)
-    assert_same(snapshot(model2, opt2), snapshot(model, opt))
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    assert opt2.state[model2[0].weight]["average"].dtype == wide
-
-
-def test_loaded_state_is_a_copy_and_stats_are_not_the_old_ones():
-    model, generator = problem()
-    opt = PACE(model.parameters(), lr=0.05, pullback=0.3, track_stats=True)
-    advance(model, opt, generator, 3)
-    other = copy.deepcopy(model)
-    opt2 = PACE(other.parameters(), lr=0.05, pullback=0.3)
-    opt2.load_state_dict(opt.state_dict())
-    before = snapshot(other, opt2)
-    advance(model, opt, generator, 2)
-    opt.eval()
-    assert_same(snapshot(other, opt2), before)
-    opt.load_state_dict(opt2.state_dict())
-    assert "gain_mean" not in opt.stats()
-
-
-def test_loading_sees_what_the_users_hooks_made_of_it():
-    model, generator = problem(torch.bfloat16)
-    opt = PACE(model.parameters(), pullback=0.1)
-    advance(model, opt, generator, 2)
-
-    def set_averages(_, state_dict):
-        states = {
-            i: {**s, "average": torch.full_like(s["average"], 1 + 2**-20)}
-            for i, s in state_dict["state"].items()
-        }
-        return {**state_dict, "state": states}
-
-    seen = []
-    opt.register_load_state_dict_pre_hook(set_averages)
-    opt.register_load_state_dict_post_hook(
-        lambda opt: seen.append(opt.state[model[0].weight]["average"].dtype)
-    )
-    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
-    assert (opt.state[model[0].weight]["average"] == 1 + 2**-20).all()
-    assert seen == [torch.float32]
-
-
-def test_pickling_and_deepcopy():
-    model, generator = problem()
-    opt = PACE(model.parameters(), lr=0.05, pullback=0.3, track_stats=True)
-    advance(model, opt, generator, 3)
-    copies = [copy.deepcopy((model, opt)), pickle.loads(pickle.dumps((model, opt)))]
-    at, before = generator.get_state(), snapshot(model, opt)
-    advance(model, opt, generator, 2)
-    for other_model, other in copies:
-        assert_same(snapshot(other_model, other), before)
-        assert "gain_mean" not in other.stats()
-        again = torch.Generator()
-        again.set_state(at)
-        advance(other_model, other, again, 2)
-        assert_same(snapshot(other_model, other), snapshot(model, opt))
-        assert other.stats() == opt.stats()
+# ---- hooks, schedulers, arguments ------------------------------------------------------------
 
 
 def test_schedulers_hooks_and_closures():

@@ -27,7 +27,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import update
+from . import shards, update
 from .cache import cache_folder
 from .update import Scalars, Slot
 
@@ -149,8 +149,9 @@ def empty_state(like: Tensor, dtype: torch.dtype, device: torch.device) -> Tenso
     ordinary pages of memory, where that is fast otherwise (benchmarks/results).
     """
     state = torch.empty_like(like, dtype=dtype, device=device)
-    if type(state) in update.PLAIN and state.device.type == "cpu":
-        begin, end = state.data_ptr(), state.data_ptr() + state.nbytes
+    mine = shards.local(state)
+    if type(mine) in update.PLAIN and mine.device.type == "cpu":
+        begin, end = mine.data_ptr(), mine.data_ptr() + mine.nbytes
         begin, end = -(-begin // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
         if end > begin and (advise := _madvise()):
             advise(begin, end - begin, MADV_HUGEPAGE)  # what it answers does not matter

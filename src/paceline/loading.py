@@ -1,6 +1,5 @@
 """What an optimizer checkpoint must be to be loaded, said before anything is changed."""
 
-import warnings
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ ADAMW_ONLY = {
 
 
 def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
-    """A checkpoint with all options that it lacks, as they are in the optimizer's groups.
+    """A checkpoint as it is to be loaded: what it lacks is as in the optimizer's groups.
 
     Args:
         saved: a `state_dict()` of PACE or of torch.optim.AdamW.
@@ -38,7 +37,7 @@ def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
             f"the checkpoint's parameter groups have {sizes[0]} parameters, the optimizer's "
             f"{sizes[1]}: make the same groups, in the same order, and load again"
         )
-    ours = [_is_ours(group) for group in saved["param_groups"]]
+    ours = [is_ours(group) for group in saved["param_groups"]]
     completed = []
     for theirs, own, mine in zip(saved["param_groups"], ours, groups, strict=True):
         group = {**mine, "swapped": None, **theirs}
@@ -48,11 +47,12 @@ def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
         check_options(group)
         completed.append(group)
 
-    unknown = set(saved["state"])
+    states = dict(saved["state"])
+    unknown = set(states)
     for g, group in enumerate(completed):
         swapped = group["swapped"] or [None] * len(group["params"])
         for i, (key, dtype) in enumerate(zip(group["params"], swapped, strict=True)):
-            state = saved["state"].get(key, {})
+            state = states.get(key, {})
             unknown.discard(key)
             try:
                 _check_state(state, groups[g]["params"][i], ours[g] and group["average"], dtype)
@@ -60,21 +60,18 @@ def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
                 raise ValueError(
                     f"{describe(groups, g, i)} cannot be loaded: {error}; nothing was changed"
                 ) from None
+            if state and state["step"] == 0 and not dtype:
+                del states[key]  # saved before its first step, which begins its average anew
     if unknown:
         raise ValueError(
             f"the checkpoint has state for {sorted(map(str, unknown))[0]!r}, which is in none of "
             "its groups; nothing was changed"
         )
-    if not all(ours):
-        warnings.warn(
-            "the checkpoint keeps no averages, as those of torch.optim.AdamW: its moments, steps "
-            "and options are taken over, and the averages begin from the weights at the next step",
-            stacklevel=5,
-        )
-    return {**saved, "param_groups": completed}
+    return {**saved, "state": states, "param_groups": completed}
 
 
-def _is_ours(group: Group) -> bool:
+def is_ours(group: Group) -> bool:
+    """Whether a saved group is of PACE, and not of torch.optim.AdamW or another class."""
     return "pullback" in group
 
 

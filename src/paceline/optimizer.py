@@ -1,5 +1,6 @@
 """PACE as a `torch.optim.Optimizer`: arguments, lazy state, averaged weights in and out."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import fused, rounding, shards
-from .loading import fitted
+from .loading import fitted, is_ours
 from .options import DTYPES, Group, check_options, describe
 from .swap import swap_back, swap_in
 from .update import PLAIN, Scalars, Slot, norm, scalars, step_in_batches
@@ -184,7 +185,7 @@ class PACE(Optimizer):
             raise
         # While swapped: of each parameter the dtype when its average came in, or None if none did.
         # Kept here, for groups go into checkpoints; the optimizer's attributes do not.
-        param_group["swapped"] = [None] * len(param_group["params"]) if self._swapped else None
+        param_group["swapped"] = [None] * len(param_group["params"]) if self.swapped else None
 
     def _check_params(self, group: int) -> None:
         options = self.param_groups[group]
@@ -213,9 +214,10 @@ class PACE(Optimizer):
             for device in {p.device for p in params}:
                 fused.prepare(device)
 
+    @torch.no_grad()
     def _demand_fused(self, group: int, index: int, error: type[Exception]) -> None:
         options = self.param_groups[group]
-        param = options["params"][index]
+        param = shards.local(options["params"][index])
         reason = fused.reason_against(param, _state_dtype(param, options))
         if reason:
             raise error(
@@ -246,7 +248,7 @@ class PACE(Optimizer):
         """
         if closure is None and self._rehearse():
             return None
-        if self._swapped:
+        if self.swapped:
             raise RuntimeError(
                 "step() was called while the averaged weights are in the model; call train() "
                 "first. Nothing was changed"
@@ -456,7 +458,8 @@ class PACE(Optimizer):
     # ---- the model to return ------------------------------------------------------------------
 
     @property
-    def _swapped(self) -> bool:
+    def swapped(self) -> bool:
+        """Whether the average is in the parameters now, and the live weights are put aside."""
         return any(group.get("swapped") is not None for group in self.param_groups)
 
     def _averages(self) -> dict[Tensor, Tensor]:
@@ -481,7 +484,7 @@ class PACE(Optimizer):
         Raises:
             RuntimeError: the model's dtype was changed after the first step. Nothing has changed.
         """
-        if self._swapped:
+        if self.swapped:
             return
         averages = self._averages()
         for p, average in averages.items():
@@ -506,7 +509,7 @@ class PACE(Optimizer):
             RuntimeError: the model's dtype is not that of the moment when the average came in, or
                 a checkpoint's of that moment. Nothing has changed.
         """
-        if not self._swapped:
+        if not self.swapped:
             return
         pairs = []
         for group in self.param_groups:
@@ -528,7 +531,7 @@ class PACE(Optimizer):
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Hold the average in the parameters inside a `with`; go back whatever happens there."""
-        restore = self.eval if self._swapped else self.train
+        restore = self.eval if self.swapped else self.train
         self.eval()
         try:
             yield
@@ -566,7 +569,7 @@ class PACE(Optimizer):
         for name, value in returned.items():
             if isinstance(value, Tensor):
                 if value not in snapshots:
-                    source = value if self._swapped else averages.get(value, value)
+                    source = value if self.swapped else averages.get(value, value)
                     if source.itemsize < value.itemsize:
                         source = value.detach() + source
                     snapshots[value] = shards.gathered(source.detach().to(value.dtype, copy=True))
@@ -661,6 +664,13 @@ class PACE(Optimizer):
                 hook.remove()
         self._stats = None
         self._rehearsed = False
+        if not all(map(is_ours, state_dict["param_groups"])):
+            warnings.warn(
+                "the checkpoint keeps no averages, as those of torch.optim.AdamW: its moments, "
+                "steps and options are taken over, and the averages begin from the weights that "
+                "are there at the next step",
+                stacklevel=2,
+            )
 
 
 def _counts_on_device(param: Tensor, group: Group) -> bool:

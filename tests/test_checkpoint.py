@@ -1,0 +1,369 @@
+"""Checkpoints: exact, whole or not there, and refused with a reason where they do not fit."""
+
+import copy
+import io
+import os
+import pickle
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from problems import advance, assert_same, problem, same, snapshot
+
+from paceline import PACE, load_checkpoint, save_checkpoint
+
+# ---- killed at any moment --------------------------------------------------------------------
+
+
+@pytest.fixture
+def run():
+    """run(folder, seconds, fatal): the exit status of tests/killed.py, killed after so long."""
+    script = str(Path(__file__).with_name("killed.py"))
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, text=True) as server:
+        assert server.stdout.readline() == "ready\n"
+
+        def run(folder, seconds=1000.0, fatal=""):
+            server.stdin.write(f"{folder} {seconds} {fatal}\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
+
+        yield run
+        server.stdin.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_killed_at_twenty_moments_a_run_ends_as_if_it_had_not_been(run, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    start = time.monotonic()
+    assert run(whole) == 0
+    seconds = time.monotonic() - start
+    moments = random.Random(0)
+    in_a_save = ["writing", "synced", "renaming"] * 2
+    kills = [(moments.uniform(0, 0.1) * seconds, "") for _ in range(14)]
+    kills += [(1000.0, point) for point in in_a_save]
+    moments.shuffle(kills)
+    partial, reached = 0, {0}
+
+    def check_the_end():
+        assert same(*(torch.load(folder / "end.pt") for folder in (whole, killed)))
+        assert not (killed / ".run.pt.partial").exists()
+
+    while kills:
+        if run(killed, *kills[-1]) == 0:  # done before that moment came: once more from the start
+            check_the_end()
+            (killed / "run.pt").unlink()
+            continue
+        kills.pop()
+        partial += (killed / ".run.pt.partial").exists()
+        if (killed / "run.pt").exists():
+            reached.add(torch.load(killed / "run.pt", weights_only=True)["values"]["step"])
+    assert partial >= len(in_a_save)
+    assert len(reached) > 8  # it went on between the kills
+    assert run(killed) == 0
+    check_the_end()
+
+
+# ---- state_dict ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_resume_is_bit_for_bit(dtype, swapped):
+    model, generator = problem(dtype)
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3)
+    advance(model, opt, generator, 7)
+    if swapped:
+        opt.eval()
+    file = io.BytesIO()
+    torch.save(
+        {"model": model.state_dict(), "opt": opt.state_dict(), "rng": generator.get_state()}, file
+    )
+    opt.train()
+    advance(model, opt, generator, 7)
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    model2, generator2 = problem(dtype, seed=9)
+    opt2 = PACE(model2.parameters(), lr=1.0, pullback=9.0)
+    model2.load_state_dict(saved["model"])
+    opt2.load_state_dict(saved["opt"])
+    generator2.set_state(saved["rng"])
+    assert opt2.param_groups[0]["pullback"] == 0.3
+    if swapped:
+        with pytest.raises(RuntimeError, match="averaged"):
+            opt2.step()
+    opt2.train()
+    advance(model2, opt2, generator2, 7)
+    assert_same(snapshot(model2, opt2), snapshot(model, opt))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert opt2.state[model2[0].weight]["average"].dtype == wide
+
+
+def test_loaded_state_is_a_copy_and_stats_are_not_the_old_ones():
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3, track_stats=True)
+    advance(model, opt, generator, 3)
+    other = copy.deepcopy(model)
+    opt2 = PACE(other.parameters(), lr=0.05, pullback=0.3)
+    opt2.load_state_dict(opt.state_dict())
+    before = snapshot(other, opt2)
+    advance(model, opt, generator, 2)
+    opt.eval()
+    assert_same(snapshot(other, opt2), before)
+    opt.load_state_dict(opt2.state_dict())
+    assert "gain_mean" not in opt.stats()
+
+
+def test_loading_sees_what_the_users_hooks_made_of_it():
+    model, generator = problem(torch.bfloat16)
+    opt = PACE(model.parameters(), pullback=0.1)
+    advance(model, opt, generator, 2)
+
+    def set_averages(_, state_dict):
+        states = {
+            i: {**s, "average": torch.full_like(s["average"], 1 + 2**-20)}
+            for i, s in state_dict["state"].items()
+        }
+        return {**state_dict, "state": states}
+
+    seen = []
+    opt.register_load_state_dict_pre_hook(set_averages)
+    opt.register_load_state_dict_post_hook(
+        lambda opt: seen.append(opt.state[model[0].weight]["average"].dtype)
+    )
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert (opt.state[model[0].weight]["average"] == 1 + 2**-20).all()
+    assert seen == [torch.float32]
+
+
+def test_pickling_and_deepcopy():
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3, track_stats=True)
+    advance(model, opt, generator, 3)
+    copies = [copy.deepcopy((model, opt)), pickle.loads(pickle.dumps((model, opt)))]
+    at, before = generator.get_state(), snapshot(model, opt)
+    advance(model, opt, generator, 2)
+    for other_model, other in copies:
+        assert_same(snapshot(other_model, other), before)
+        assert "gain_mean" not in other.stats()
+        again = torch.Generator()
+        again.set_state(at)
+        advance(other_model, other, again, 2)
+        assert_same(snapshot(other_model, other), snapshot(model, opt))
+        assert other.stats() == opt.stats()
+
+
+# ---- what does not fit -----------------------------------------------------------------------
+
+
+def named(model, **options):
+    return PACE(model.named_parameters(), **{"lr": 0.05, "pullback": 0.3, **options})
+
+
+def broken(kind):
+    """A checkpoint of `problem()` after three steps, with one thing wrong."""
+    model, generator = problem()
+    if kind == "another class":
+        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    elif kind == "amsgrad":
+        opt = torch.optim.AdamW(model.parameters(), lr=0.1, amsgrad=True)
+    else:
+        opt = named(model)
+    advance(model, opt, generator, 3)
+    saved = copy.deepcopy(opt.state_dict())
+    state, group = saved["state"][2], saved["param_groups"][0]
+    if kind == "no moment":
+        del state["exp_avg_sq"]
+    elif kind == "no average":
+        del state["average"]
+    elif kind == "average and offset":
+        state["offset"] = state["average"].bfloat16()
+    elif kind == "extra":
+        state["momentum_buffer"] = state["average"]
+    elif kind == "misshapen":
+        state["average"] = torch.zeros(1)  # would broadcast
+    elif kind == "integers":
+        state["exp_avg"] = state["exp_avg"].int()
+    elif kind == "not a tensor":
+        state["exp_avg"] = {}
+    elif kind == "many steps":
+        state["step"] = torch.ones(5)
+    elif kind == "of nobody":
+        saved["state"][17] = state
+    elif kind == "sizes":
+        group["params"].pop()
+    elif kind == "groups":
+        saved["param_groups"].append(group)
+    elif kind == "option":
+        group["ema_every"] = 0
+    elif kind == "swapped without":
+        group["swapped"] = ["torch.float32"] * 6
+        del saved["state"][2]
+    return saved
+
+
+WRONG = {
+    "another class": r"'0.weight' of shape \(5, 6\) cannot .* lacks \['exp_avg', 'exp_avg_sq', 'st",
+    "amsgrad": r"'0.weight' of shape \(5, 6\) .* \['max_exp_avg_sq'\], which PACE does not keep",
+    "no moment": r"'1.weight' of shape \(5,\) cannot be loaded: its state lacks \['exp_avg_sq'\]",
+    "no average": r"'1.weight' .* must have 'average' or 'offset', got \[\]",
+    "average and offset": r"'1.weight' .* got \['average', 'offset'\]",
+    "extra": r"'1.weight' .* \['momentum_buffer'\], which PACE does not keep",
+    "misshapen": r"'1.weight' of shape \(5,\) cannot be loaded: its 'average' has shape \(1,\)",
+    "integers": r"'1.weight' .* 'exp_avg' must be a floating-point tensor, got torch.int32",
+    "not a tensor": r"'1.weight' .* 'exp_avg' must be a floating-point tensor, got dict",
+    "many steps": r"'1.weight' .* 'step' must be one number, got shape \(5,\)",
+    "of nobody": "the checkpoint has state for '17', which is in none of its groups",
+    "sizes": r"groups have \[5\] parameters, the optimizer's \[6\]",
+    "groups": r"groups have \[6, 6\] parameters, the optimizer's \[6\]",
+    "option": "ema_every must be a whole number of steps >= 1, got 0",
+    "swapped without": "'1.weight' .* has no state for it, but had its average swapped in",
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_changes(kind):
+    model, generator = problem(seed=4)
+    opt = named(model, lr=0.07)
+    advance(model, opt, generator, 2)
+    before = snapshot(model, opt), copy.deepcopy(opt.state_dict()["param_groups"])
+    with pytest.raises(ValueError, match=WRONG[kind]):
+        opt.load_state_dict(broken(kind))
+    assert_same(snapshot(model, opt), before[0])
+    assert opt.state_dict()["param_groups"] == before[1]
+
+
+def test_parameters_without_state_and_options_left_out_are_no_fault():
+    saved = broken("nothing")
+    del saved["state"][2], saved["param_groups"][0]["clip"]
+    model, generator = problem()
+    opt = named(model, clip=False)
+    opt.load_state_dict(saved)
+    assert opt.param_groups[0]["clip"] is False
+    advance(model, opt, generator, 1)
+    assert [int(opt.state[p]["step"]) for p in model.parameters()] == [4, 4, 1, 4, 4, 4]
+
+
+# ---- from torch.optim.AdamW ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}, {"maximize": True}])
+def test_a_checkpoint_of_adamw_is_a_start(options):
+    model, generator = problem()
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.2, **options)
+    schedule = torch.optim.lr_scheduler.LinearLR(adamw, 1.0, 0.1, 20)
+    advance(model, adamw, generator, 3)
+    schedule.step()
+    rate = adamw.param_groups[0]["lr"]
+    other, _ = problem(seed=3)
+    opt = PACE(other.parameters(), lr=9.0, pullback=0.0, ema_power=0.4, foreach=False)
+    with pytest.warns(UserWarning, match=r"keeps no averages.*AdamW.*begin from the weights"):
+        opt.load_state_dict(adamw.state_dict())
+    group = opt.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["ema_power"]) == (rate, 0.2, 0.4)
+    assert (group["foreach"], group["fused"], "amsgrad" in group) == (False, None, False)
+    assert group["initial_lr"] == 0.05
+    # The model comes after the optimizer: averages begin from the weights of the next step.
+    other.load_state_dict(model.state_dict())
+    start = [p.detach().clone() for p in other.parameters()]
+    saved = opt.state_dict()  # begins them, too
+    again, _ = problem(seed=3)
+    resumed = PACE(again.parameters(), pullback=0.0)
+    resumed.load_state_dict(copy.deepcopy(saved))
+    again.load_state_dict(model.state_dict())
+    at = generator.get_state()
+    ends = []
+    for net, optimizer in ((model, adamw), (other, opt), (again, resumed)):
+        generator.set_state(at)
+        advance(net, optimizer, generator, 1)
+        ends.append(list(net.parameters()))
+    weight = 5.0**-0.4  # the fourth step's
+    for p, q, r, first in zip(*ends, start, strict=True):
+        torch.testing.assert_close(q, p, atol=1e-6, rtol=1e-6)
+        assert torch.equal(q, r)
+        average = first + weight * (q.detach() - first)
+        torch.testing.assert_close(opt.state[q]["average"], average, atol=1e-6, rtol=1e-6)
+        assert torch.equal(opt.state[q]["average"], resumed.state[r]["average"])
+
+
+# ---- save_checkpoint -------------------------------------------------------------------------
+
+
+def test_a_file_holds_live_weights_whatever_the_moment(tmp_path):
+    model, generator = problem(torch.bfloat16)
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3)
+    advance(model, opt, generator, 5)
+    live = snapshot(model, opt)
+    save_checkpoint(tmp_path / "live.pt", model, opt, step=5)
+    opt.eval()
+    swapped = snapshot(model, opt)
+    save_checkpoint(tmp_path / "averaged.pt", model, opt, step=5)
+    assert opt.swapped
+    assert_same(snapshot(model, opt), swapped)
+    for name in ("live.pt", "averaged.pt"):
+        other, _ = problem(torch.bfloat16, seed=2)
+        resumed = PACE(other.parameters(), pullback=1.0)
+        assert load_checkpoint(tmp_path / name, other, resumed) == {"step": 5}
+        assert not resumed.swapped
+        assert_same(snapshot(other, resumed), live)
+
+
+def test_a_save_that_fails_leaves_the_file_before_it_and_the_mode(tmp_path, monkeypatch):
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3)
+    advance(model, opt, generator, 2)
+    save_checkpoint(tmp_path / "run.pt", model, opt)
+    before = (tmp_path / "run.pt").read_bytes()
+    opt.eval()
+    swapped = snapshot(model, opt)
+
+    def full(run, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path / "run.pt", model, opt)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
+    assert (tmp_path / "run.pt").read_bytes() == before
+    assert_same(snapshot(model, opt), swapped)
+
+
+def test_parts_are_restored_and_must_be_those_that_were_saved(tmp_path):
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 2)
+    advance(model, opt, generator, 3)
+    schedule.step()
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, model, opt, schedule=schedule, data=generator, seen={"tokens": 12})
+    drawn = [torch.rand(1), random.random(), np.random.rand(), torch.rand(1, generator=generator)]
+    other, stream = problem(seed=1)
+    resumed = PACE(other.parameters(), pullback=0.0)
+    after = torch.optim.lr_scheduler.StepLR(resumed, 7)
+    with pytest.raises(ValueError, match=r"has the parts \['data', 'schedule'\], got \['data'\]"):
+        load_checkpoint(path, other, resumed, data=stream)
+    assert not resumed.state
+    values = load_checkpoint(path, other, resumed, schedule=after, data=stream)
+    assert values == {"seen": {"tokens": 12}}
+    assert after.state_dict() == schedule.state_dict()
+    again = [torch.rand(1), random.random(), np.random.rand(), torch.rand(1, generator=stream)]
+    assert same(again, drawn)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    model, _ = problem()
+    opt = PACE(model.parameters(), pullback=0.0)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model.pt' was not written by save_checkpoint"):
+        load_checkpoint(tmp_path / "model.pt", model, opt)
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(tmp_path / "none.pt", model, opt)

@@ -1,0 +1,423 @@
+"""PACE under DDP, FSDP2 and torch.distributed.checkpoint: two ranks do what one process does."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ranks import Ranks
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
+
+from paceline import PACE
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    made = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()
+
+
+def net():
+    """Of 2 ranks the first holds 3 of 5 rows, and the only row of the last layer."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    return model
+
+
+def wrapped(model, engine):
+    if engine == "ddp":
+        return DistributedDataParallel(model)
+    if engine == "fsdp":
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in (model[0], model[3]):
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    return model
+
+
+def whole(x):
+    x = x.detach()
+    return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
+
+
+def held(model, opt):
+    """All that a run holds, gathered: parameters and their state, in order."""
+    state = [{key: whole(value) for key, value in opt.state[p].items()} for p in model.parameters()]
+    return [whole(p) for p in model.parameters()], state
+
+
+def advance(model, opt, engine, steps, *, first=0, parts=1, clip=None):
+    """Steps on the same global batches whatever the engine: half of each for each rank."""
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(100 + step)
+        x = torch.randn(16, 6, generator=generator)
+        if engine:
+            x = x.view(2, 8, 6)[dist.get_rank()]
+        for i, part in enumerate(x.chunk(parts)):
+            later = engine == "ddp" and i < parts - 1
+            with model.no_sync() if later else contextlib.nullcontext():
+                loss = (model(part) - part[:, :1]).square().mean() / parts
+                loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        opt.step()
+        opt.zero_grad()
+
+
+def run(engine, options, parts=1, clip=None):
+    """What is held after each step, and at the end with the average swapped in."""
+    model = wrapped(net(), engine)
+    opt = PACE(model.parameters(), lr=0.05, pullback=2.0, **options)
+    moments = []
+    for step in range(STEPS):
+        advance(model, opt, engine, 1, first=step, parts=parts, clip=clip)
+        moments.append(held(model, opt))
+    opt.eval()
+    moments.append(held(model, opt))
+    opt.train()
+    moments.append(held(model, opt))
+    return moments
+
+
+def assert_close(a, b, atol=1e-6, rtol=1e-6):
+    for x, y in zip(a[0], b[0], strict=True):
+        torch.testing.assert_close(x, y, atol=atol, rtol=rtol)
+    for s, t in zip(a[1], b[1], strict=True):
+        assert s.keys() == t.keys()
+        for key in s:
+            torch.testing.assert_close(s[key], t[key], atol=atol, rtol=rtol)
+
+
+def assert_equal(a, b):
+    assert_close(a, b, 0.0, 0.0)
+
+
+# ---- trajectories ----------------------------------------------------------------------------
+
+OPTIONS = {
+    "default": {},
+    "kernel": {"fused": True},
+    "loop": {"foreach": False},
+    "capturable": {"capturable": True},
+    "skip": {"nonfinite": "skip"},
+    "raise": {"nonfinite": "raise"},
+}
+
+
+@pytest.mark.parametrize(("parts", "clip"), [(1, None), (2, 0.5)])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_ranks_give_the_trajectory_of_one_process(engine, options, parts, clip, ranks, request):
+    if options == "kernel":
+        request.getfixturevalue("kernel")
+    alone = run(None, OPTIONS[options], parts, clip)
+    for mine in ranks(run, engine, OPTIONS[options], parts, clip):
+        for a, b in zip(mine, alone, strict=True):
+            assert_close(a, b)
+
+
+def shapes_of_state():
+    model = wrapped(net(), "fsdp")
+    opt = PACE(model.parameters(), pullback=1.0)
+    advance(model, opt, "fsdp", 1)
+    weight = model[3].weight
+    mine = [opt.state[weight][key] for key in ("exp_avg", "exp_avg_sq", "average")]
+    assert all(x.placements == weight.placements for x in mine)
+    return [tuple(x.to_local().shape) for x in mine]
+
+
+def test_the_average_is_sharded_like_its_parameter(ranks):
+    assert ranks(shapes_of_state) == [[(1, 5)] * 3, [(0, 5)] * 3]
+
+
+def counted_messages(options):
+    """Collectives that step, eval and train send."""
+    model = wrapped(net(), "fsdp")
+    opt = PACE(model.parameters(), pullback=1.0, **options)
+    advance(model, opt, "fsdp", 1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with CommDebugMode() as messages:
+        opt.step()
+        opt.eval()
+        opt.train()
+        opt.state_dict()
+    return messages.get_total_counts()
+
+
+def test_nothing_is_gathered_to_step_to_swap_or_to_save(ranks):
+    assert ranks(counted_messages, {}) == [0, 0]
+
+
+def sharded_steps(placement, options):
+    """Equal gradients, given by hand: a sharded parameter and the same one whole."""
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    start = torch.randn(7, 6)
+    one = nn.Parameter(start.clone())
+    two = nn.Parameter(distribute_tensor(start.clone(), mesh, [placement]))
+    opts = [PACE([p], lr=0.05, pullback=2.0, **options) for p in (one, two)]
+    for _ in range(5):
+        one.grad = torch.randn(7, 6)
+        two.grad = distribute_tensor(one.grad, mesh, [placement])
+        for opt in opts:
+            opt.step()
+    return [
+        [whole(p), *map(whole, opt.state[p].values())]
+        for p, opt in zip((one, two), opts, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()], ids=str)
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+def test_any_placement_steps_and_rows_round_as_in_one_process(placement, state_dtype, ranks):
+    """Not the kernel's vectors and their ends: torch's operations, which round alike anywhere."""
+    for one, two in ranks(sharded_steps, placement, {"state_dtype": state_dtype, "foreach": True}):
+        for x, y in zip(one, two, strict=True):
+            if state_dtype is None or placement != Shard(1):
+                torch.testing.assert_close(x, y, atol=1e-7, rtol=0)
+            else:  # other noise
+                torch.testing.assert_close(x, y, atol=0.1, rtol=0.1)
+
+
+def partial_gradient():
+    """A gradient that the ranks have yet to add up."""
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Replicate()]))
+    mine = torch.full((4, 3), 1.0 + dist.get_rank())
+    p.grad = DTensor.from_local(mine, mesh, [Partial()])
+    opt = PACE([p], lr=0.1, pullback=1.0)
+    opt.step()
+    return opt.state[p]["exp_avg"].to_local()
+
+
+def test_a_gradient_laid_out_otherwise_is_brought_into_the_parameters_layout(ranks):
+    for exp_avg in ranks(partial_gradient):
+        torch.testing.assert_close(exp_avg, torch.full((4, 3), 0.1 * 3.0))
+
+
+def sharded_after_the_optimizer_was_made():
+    """As the Trainer and accelerate do it: the optimizer's parameters are exchanged for shards."""
+    model = net()
+    opt = PACE(model.parameters(), lr=0.05, pullback=2.0)
+    old = dict(zip(model.parameters(), range(10), strict=False))
+    model = wrapped(model, "fsdp")
+    new = list(model.parameters())
+    for group in opt.param_groups:
+        group["params"] = [new[old[p]] for p in group["params"]]
+    advance(model, opt, "fsdp", STEPS)
+    return held(model, opt)
+
+
+def test_an_optimizer_made_before_the_model_was_sharded(ranks):
+    alone = run(None, {})[STEPS - 1]
+    for mine in ranks(sharded_after_the_optimizer_was_made):
+        assert_close(mine, alone)
+
+
+# ---- faults ----------------------------------------------------------------------------------
+
+
+def faulty_step(mode, engine):
+    """One NaN, in the second rank's part only (in DDP, where gradients are equal, in both)."""
+    model = wrapped(net(), engine)
+    opt = PACE(model.parameters(), lr=0.05, pullback=2.0, nonfinite=mode)
+    advance(model, opt, engine, 2)
+    before = held(model, opt)
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.ones_like(p)
+        if i == 0:
+            grad = p.grad.to_local() if engine == "fsdp" else p.grad
+            if engine == "ddp" or dist.get_rank() == 1:
+                grad[-1, 3] = float("nan")
+    error = None
+    try:
+        opt.step()
+    except FloatingPointError as raised:
+        error = str(raised)
+    stats = opt.stats()
+    after = held(model, opt)
+    opt.zero_grad()
+    advance(model, opt, engine, 1)
+    assert all(x.isfinite().all() for x in held(model, opt)[0])
+    return before, after, error, stats
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["skip", "raise"])
+def test_all_ranks_skip_or_raise_for_a_fault_on_one(mode, engine, ranks):
+    for rank, (before, after, error, stats) in enumerate(ranks(faulty_step, mode, engine)):
+        assert_equal(before, after)
+        assert stats["skipped_steps"] == (mode == "skip")
+        if mode == "raise":
+            here = engine == "ddp" or rank == 1
+            name = "parameter 0 of group 0 of shape (5, 6)" if here else "on another rank"
+            assert name in error
+        else:
+            assert error is None
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_the_guard_holds_one_coordinate_of_a_shard(engine, ranks):
+    for rank, (before, after, error, stats) in enumerate(ranks(faulty_step, "guard", engine)):
+        assert error is None
+        assert stats["guarded_coordinates"] == (engine == "ddp" or rank == 1)
+        changed = before[0][0] != after[0][0]
+        assert (~changed).nonzero().tolist() == [[4, 3]]
+
+
+# ---- torch.distributed.checkpoint ------------------------------------------------------------
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def with_checkpoints_asked_for(engine, moment, asked, flat=False):
+    model = wrapped(net(), engine)
+    opt = PACE(model.parameters(), lr=0.05, pullback=2.0)
+    if "before" not in moment:
+        advance(model, opt, engine, 2)
+    if "swapped" in moment:
+        opt.eval()
+    if asked:
+        options = FLAT if flat else None
+        states = get_state_dict(model, opt, options=options)
+        set_state_dict(
+            model, opt, model_state_dict=states[0], optim_state_dict=states[1], options=options
+        )
+    opt.train()
+    if "before" in moment:
+        # Other weights come in before the first step: the average begins with them.
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.5)
+    advance(model, opt, engine, 3, first=2)
+    return held(model, opt)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("moment", ["before", "before, swapped", "after", "swapped"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_asking_for_a_checkpoint_disturbs_nothing(engine, moment, flat, ranks):
+    plain = ranks(with_checkpoints_asked_for, engine, moment, False)
+    asked = ranks(with_checkpoints_asked_for, engine, moment, True, flat)
+    for a, b in zip(plain, asked, strict=True):
+        assert_equal(a, b)
+
+
+def run_and_save(engine, folder, swapped, form, saved_at=3):
+    """Trains, saves at a step, trains on; what is held at the end."""
+    model = wrapped(net(), engine)
+    opt = PACE(model.parameters(), lr=0.05, pullback=2.0, **form)
+    advance(model, opt, engine, saved_at)
+    if swapped:
+        opt.eval()
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+    dcp.save(state, checkpoint_id=folder, no_dist=engine is None)
+    opt.train()
+    advance(model, opt, engine, 2, first=saved_at)
+    return held(model, opt)
+
+
+def load_and_go_on(engine, folder, form, saved_at=3):
+    model = wrapped(net(), engine)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(7.0)
+    opt = PACE(model.parameters(), lr=9.0, pullback=9.0, **form)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+    dcp.load(state, checkpoint_id=folder, no_dist=engine is None)
+    set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    opt.train()
+    advance(model, opt, engine, 2, first=saved_at)
+    return held(model, opt)
+
+
+# A float32 average is exact over any number of ranks; with bfloat16 state only the gradients'
+# own rounding differs, which may flip a stochastic one: a unit in the last place of 8 bits.
+FORMS = {"float32": ({}, 1e-6), "bfloat16 state": ({"state_dtype": torch.bfloat16}, 2**-6)}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed.*:UserWarning")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_saved_on_two_ranks_and_loaded_on_one_and_the_reverse(
+    engine, swapped, form, ranks, tmp_path
+):
+    form, close = FORMS[form]
+    two, *_ = ranks(run_and_save, engine, str(tmp_path / "two"), swapped, form)
+    one = run_and_save(None, str(tmp_path / "one"), swapped, form)
+    ends = [load_and_go_on(None, str(tmp_path / "two"), form)]
+    ends += ranks(load_and_go_on, engine, str(tmp_path / "one"), form)
+    again = ranks(load_and_go_on, engine, str(tmp_path / "two"), form)
+    for end in ends:
+        assert_close(end, two, close, close)
+        assert_close(end, one, close, close)
+    for end in again:
+        assert_equal(end, two)
+
+
+# ---- exports ---------------------------------------------------------------------------------
+
+
+def export(engine, swapped):
+    model = wrapped(net(), engine)
+    opt = PACE(model.parameters(), lr=0.05, pullback=2.0)
+    advance(model, opt, engine, 3)
+    before = held(model, opt)
+    if swapped:
+        opt.eval()
+    exported = opt.averaged_state_dict(model)
+    opt.train()
+    assert_equal(held(model, opt), before)
+    return exported, [state["average"] for state in before[1]]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_an_export_gathers_whole_averages_on_the_first_rank(swapped, ranks):
+    (exported, averages), (other, _) = ranks(export, "fsdp", swapped)
+    assert other == {}
+    assert list(exported) == list(net().state_dict())
+    for x, average in zip(exported.values(), averages, strict=True):
+        assert type(x) is torch.Tensor
+        assert torch.equal(x, average)
+    net().load_state_dict(exported)
+
+
+def test_under_ddp_every_rank_can_export(ranks):
+    for exported, averages in ranks(export, "ddp", False):
+        assert list(exported) == [f"module.{name}" for name in net().state_dict()]
+        for x, average in zip(exported.values(), averages, strict=True):
+            assert torch.equal(x, average)
+
+
+def load_a_whole_checkpoint(state):
+    model = wrapped(net(), "fsdp")
+    with pytest.raises(ValueError, match="'average' is a whole tensor.*set_optimizer_state_dict"):
+        PACE(model.parameters(), pullback=1.0).load_state_dict(state)
+
+
+def test_a_whole_tensor_is_not_loaded_into_a_shard(ranks):
+    model = net()
+    opt = PACE(model.parameters(), pullback=1.0)
+    advance(model, opt, None, 1)
+    ranks(load_a_whole_checkpoint, opt.state_dict())
