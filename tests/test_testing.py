@@ -118,6 +118,13 @@ class FirstGroupOnly(Broken):
         return super().step(closure)
 
 
+class NeedsParameters(Broken):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["params"][0]
+        return super().step(closure)
+
+
 class Contiguous(Broken):
     def step(self, closure=None):
         for p in self.params:
@@ -219,6 +226,7 @@ BROKEN = {
     "gradients missing": Decays,
     "unfrozen mid run": ChoosesAtFirst,
     "group added mid run": FirstGroupOnly,
+    "empty group": NeedsParameters,
     "odd shapes": Contiguous,
     "mixed dtypes": FirstDtypeOnly,
     "accumulation": ClearsGradients,

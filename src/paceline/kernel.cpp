@@ -55,16 +55,6 @@ inline uint32_t nearest(float value) {
   return 0x7FFF + ((bits >> 16) & 1);
 }
 
-// Branches would keep the loop from being vectorized; `mask` is all ones or all zeros.
-template <class W, class M> inline W select(M mask, W chosen, W other) {
-  M a, b;
-  std::memcpy(&a, &chosen, sizeof a);
-  std::memcpy(&b, &other, sizeof b);
-  a = (a & mask) | (b & ~mask);
-  std::memcpy(&chosen, &a, sizeof a);
-  return chosen;
-}
-
 // rounding.py's `mix` and the 16 bits of noise that it gives each tensor of the step.
 inline uint32_t mix(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7FEB352DU;
@@ -72,10 +62,8 @@ inline uint32_t mix(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// Returns how many coordinates stood still: with a guard, those whose gradient's square is not
-// finite, or was none to begin with.
 template <class P, class S, Average AVERAGE, bool STOCHASTIC>
-int64_t piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
+void range(const Row& row, int64_t begin, int64_t end, const Step& step) {
   using W = std::conditional_t<std::is_same_v<P, double>, double, float>;  // arithmetic
   constexpr bool narrow = std::is_same_v<S, bfloat16>;
   constexpr bool offset = sizeof(S) < sizeof(P);
@@ -84,15 +72,10 @@ int64_t piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
   S* __restrict exp_avgs = reinterpret_cast<S*>(row.exp_avg);
   S* __restrict exp_avg_sqs = reinterpret_cast<S*>(row.exp_avg_sq);
   S* __restrict averages = reinterpret_cast<S*>(row.average);
-  const uint32_t key = uint32_t(row.key);
+  const uint32_t key = uint32_t(row.key), start = uint32_t(row.start);
   const W w1 = W(step.w1), beta2 = W(step.beta2), w2 = W(step.w2), eps = W(step.eps);
   const W unbias = W(step.unbias), step_size = W(step.step_size), shrink = W(step.shrink);
   const W gain = W(step.gain), cap = W(step.cap), weight = W(step.weight), sign = W(step.sign);
-  const W limit = std::sqrt(std::numeric_limits<W>::max());
-  using M = std::conditional_t<std::is_same_v<W, double>, uint64_t, uint32_t>;
-  const M ignore = step.guard == 0;
-  const uint32_t start = uint32_t(row.start);
-  M held = 0;
 
 #ifdef __clang__  // which looks for __restrict in arguments only
 #pragma clang loop vectorize(assume_safety)
@@ -101,12 +84,9 @@ int64_t piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
     const uint32_t noise = narrow || STOCHASTIC ? mix((uint32_t(i) + start) ^ key) : 0;
     const W theta = load<W>(params, i);
     W g = sign * load<W>(grads, i);
-    if (narrow) g = select(M(0) - M(g == g), g, W(NAN));  // the noise could carry another NaN's bits over to zero
+    if (narrow) g = g == g ? g : W(NAN);  // the noise could carry another NaN's bits over to zero
     W m = load<W>(exp_avgs, i), v = load<W>(exp_avg_sqs, i);
     const W kept = AVERAGE == NONE ? 0 : load<W>(averages, i);
-    const M steps = M(std::abs(g) <= limit) | ignore, ok = M(0) - steps;
-    held += 1 - steps;
-    const W m0 = m, v0 = v;
     m += w1 * (g - m);
     v = beta2 * v + w2 * g * g;
     const W inverse = 1 / (std::sqrt(v) * unbias + eps);
@@ -116,22 +96,59 @@ int64_t piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
       lambda = cap < lambda ? cap : lambda;  // a NaN stays
       next += lambda * (offset ? kept : kept - theta);
     }
-    store(exp_avgs, i, select(ok, m, m0), noise & 0xFFFF);
-    store(exp_avg_sqs, i, select(ok, v, v0), noise >> 16);
+    store(exp_avgs, i, m, noise & 0xFFFF);
+    store(exp_avg_sqs, i, v, noise >> 16);
     const uint32_t third = (noise * 0x9E3779B9U) >> 16;
     if constexpr (offset && AVERAGE != NONE) {
-      const W moved = (1 - weight) * (kept - (next - theta));
-      const W d = store(averages, i, select(ok, moved, kept), third);
+      const W d = store(averages, i, (1 - weight) * (kept - (next - theta)), third);
       next = (next + d) - d;
     }
-    next = select(ok, next, theta);
     next = store(params, i, next, STOCHASTIC ? (noise * 0x85EBCA6BU) >> 16 : nearest(next));
     if constexpr (!offset && AVERAGE != NONE) {
-      const W moved = weight == 0 ? kept : kept + weight * (next - kept);
-      store(averages, i, select(ok, moved, kept), third);
+      const W moved = kept + weight * (next - kept);
+      store(averages, i, weight == 0 ? kept : moved, third);
     }
   }
-  return held;
+}
+
+// Steps a piece block by block. With a guard, coordinates whose gradient's square is not finite are
+// put back after the block's step: looked for in what the step is about to read, they cost no
+// memory traffic. Returns how many.
+template <class P, class S, Average AVERAGE, bool STOCHASTIC>
+int64_t piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
+  using W = std::conditional_t<std::is_same_v<P, double>, double, float>;
+  struct Held { int64_t at; P param; S exp_avg, exp_avg_sq, average; };
+  constexpr int64_t BLOCK = 512;
+  P* params = reinterpret_cast<P*>(row.param);
+  const P* __restrict grads = reinterpret_cast<const P*>(row.grad);
+  S* exp_avgs = reinterpret_cast<S*>(row.exp_avg);
+  S* exp_avg_sqs = reinterpret_cast<S*>(row.exp_avg_sq);
+  S* averages = reinterpret_cast<S*>(row.average);
+  const W limit = std::sqrt(std::numeric_limits<W>::max());
+  auto steps = [=](int64_t i) { return std::abs(load<W>(grads, i)) <= limit; };  // no NaN does
+
+  int64_t total = 0;
+  for (int64_t from = begin; from < end; from += BLOCK) {
+    const int64_t to = from + BLOCK < end ? from + BLOCK : end;
+    Held held[BLOCK];
+    int count = 0, bad = 0;
+    if (step.guard != 0)
+      for (int64_t i = from; i < to; i++) bad |= !steps(i);
+    for (int64_t i = from; bad && i < to; i++)
+      if (!steps(i))
+        held[count++] = {i, params[i], exp_avgs[i], exp_avg_sqs[i],
+                         AVERAGE == NONE ? S{} : averages[i]};
+    range<P, S, AVERAGE, STOCHASTIC>(row, from, to, step);
+    for (int k = 0; k < count; k++) {
+      const Held& x = held[k];
+      params[x.at] = x.param;
+      exp_avgs[x.at] = x.exp_avg;
+      exp_avg_sqs[x.at] = x.exp_avg_sq;
+      if constexpr (AVERAGE != NONE) averages[x.at] = x.average;
+    }
+    total += count;
+  }
+  return total;
 }
 
 using Piece = int64_t (*)(const Row&, int64_t, int64_t, const Step&);

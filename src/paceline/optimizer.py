@@ -349,15 +349,16 @@ class PACE(Optimizer):
 
     def _count_faults(self, held: list[int | Tensor], skip: bool | Tensor) -> None:
         """Add to what `stats()` tells, without waiting for a device."""
-        on_device = [x for x in (*held, skip) if isinstance(x, Tensor)]
-        if not on_device and not any(held) and not skip:
+        tensors = [x for x in (*held, skip) if isinstance(x, Tensor)]
+        if not tensors and not any(held) and not skip:
             return
         if self._counts is None:
-            device = on_device[0].device if on_device else None
-            self._counts = torch.zeros(3, dtype=torch.int64, device=device)
-        total = sum(
-            (x.to(self._counts.device) if isinstance(x, Tensor) else x for x in held), start=0
-        )
+            self._counts = torch.zeros(3, dtype=torch.int64)
+        # The host's numbers go to a device, never the other way.
+        for device in {x.device for x in tensors if x.device.type != "cpu"}:
+            if self._counts.device.type == "cpu":
+                self._counts = self._counts.to(device)
+        total = sum(x.to(self._counts.device) if isinstance(x, Tensor) else x for x in held)
         for count, n in zip(self._counts.unbind(), (total, total > 0, skip), strict=True):
             count.add_(n)
 
