@@ -373,3 +373,26 @@ def test_batches_are_bounded_and_cover_everything():
 def test_the_library_is_what_the_source_says(kernel):
     """Argument types are declared: ctypes would cut 64-bit addresses to 32 otherwise."""
     assert fused.build().argtypes[0] is ctypes.c_void_p
+
+
+@pytest.mark.parametrize("how", ["loaded", "made contiguous"])
+def test_state_follows_the_layout_of_its_parameter(how, kernel):
+    """The kernel takes elements by their places in memory."""
+    torch.manual_seed(0)
+    start, grads = torch.randn(6, 5), torch.randn(4, 6, 5)
+    p, q = Parameter(start.t().contiguous().t()), Parameter(start.clone())
+    opts = [PACE([x], lr=0.1, pullback=1.0, fused=f) for x, f in ((p, None), (q, True))]
+    for i, grad in enumerate(grads):
+        if i == 2 and how == "loaded":
+            saved, p = opts[0].state_dict(), Parameter(p.detach().contiguous())
+            opts[0] = PACE([p], lr=0.1, pullback=1.0, fused=True)
+            opts[0].load_state_dict(saved | {"param_groups": opts[0].state_dict()["param_groups"]})
+        elif i == 2:
+            p.data = p.data.contiguous()
+            opts[0].param_groups[0]["fused"] = True
+        p.grad, q.grad = grad.clone(), grad.clone()
+        for opt in opts:
+            opt.step()
+    torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)
+    for key, value in opts[1].state[q].items():
+        torch.testing.assert_close(opts[0].state[p][key], value, atol=1e-6, rtol=1e-6)

@@ -310,34 +310,33 @@ class PACE(Optimizer):
 
     def _judge_gradients(self) -> bool | Tensor:
         """Whether groups with nonfinite="skip" skip the step; a tensor if a device decides that."""
-        modes = [group["nonfinite"] for group in self.param_groups]
-        if not {"raise", "skip"} & set(modes):
+        modes = {group["nonfinite"] for group in self.param_groups}
+        if not modes & {"raise", "skip"}:
             return False
-        found = [
-            (mode, g, i, ~norm([shards.local_grad(p)]).isfinite())
-            for g, (mode, group) in enumerate(zip(modes, self.param_groups, strict=True))
-            for i, p in enumerate(group["params"])
-            if mode in ("raise", "skip") and p.grad is not None
-        ]
         devices = [p.device for group in self.param_groups for p in group["params"]]
         no = torch.zeros((), dtype=torch.bool, device=devices[0] if devices else None)
-        flags = [
-            torch.stack([no, *(bad.to(no.device) for kind, *_, bad in found if kind == mode)]).any()
-            for mode in ("raise", "skip")
-        ]
+        flags = []
+        for mode in ("raise", "skip"):
+            alike = defaultdict(list)  # of one device and dtype
+            for _, _, grad in self._gradients(mode):
+                alike[grad.device, grad.dtype].append(grad)
+            bad = [~norm(grads).isfinite() for grads in alike.values()]
+            flags.append(torch.stack([no, *(x.to(no.device) for x in bad)]).any())
         raises, skips = shards.on_any_rank(torch.stack(flags))
         if "raise" in modes and raises:
-            where = [
-                describe(self.param_groups, g, i)
-                for mode, g, i, bad in found
-                if mode == "raise" and bad
-            ]
-            raise FloatingPointError(
-                f"the gradient of {where[0] if where else 'a parameter on another rank'} is not "
-                "finite; nothing was changed"
-            )
+            mine = (at for *at, grad in self._gradients("raise") if not norm([grad]).isfinite())
+            at = next(mine, None)
+            where = describe(self.param_groups, *at) if at else "a parameter on another rank"
+            raise FloatingPointError(f"the gradient of {where} is not finite; nothing was changed")
         on_device = all(device.type != "cpu" for device in devices)
         return skips if on_device and "skip" in modes else bool(skips)
+
+    def _gradients(self, mode: str) -> Iterator[tuple[int, int, Tensor]]:
+        """Group, place in it and gradient, of the parameters with that `nonfinite`."""
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if group["nonfinite"] == mode and p.grad is not None:
+                    yield g, i, shards.local_grad(p)
 
     def _count_step(self, group: Group, skip: bool | Tensor) -> None:
         steps = [self.state[p]["step"] for p in group["params"] if p.grad is not None]
@@ -425,6 +424,12 @@ class PACE(Optimizer):
                 state[key] = state[key].to(dtype)
         if state["step"].device != counter:
             state["step"] = state["step"].to(counter)
+        if param.is_contiguous() and not state["exp_avg"].is_contiguous():
+            # The kernel goes by places in memory, and the parameter has another layout now.
+            for key in state.keys() - {"step"}:
+                state[key] = fused.empty_state(param, state[key].dtype, param.device).copy_(
+                    state[key]
+                )
         if not group["average"]:
             return state
         if dtype.itemsize < param.dtype.itemsize:
@@ -613,8 +618,9 @@ class PACE(Optimizer):
         """
         for group in self.param_groups:
             for p in group["params"]:
-                if self.state.get(p):
-                    self._ready(p, group)  # an average that is to begin does so now
+                state = self.state.get(p)
+                if state and group["average"] and not {"average", "offset"} & state.keys():
+                    self._ready(p, group)  # which is to begin does so now
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -650,7 +656,7 @@ class PACE(Optimizer):
                         step = torch.as_tensor(value).reshape(())
                         self.state[p][key] = step.to(device, torch.float32, copy=True)
                     else:
-                        mine = fused.empty_state(value, _state_dtype(p, group), p.device)
+                        mine = fused.empty_state(p, _state_dtype(p, group), p.device)
                         self.state[p][key] = mine.copy_(value)
 
         # The first sees what the user's own hooks made of the state, the second runs before theirs.
