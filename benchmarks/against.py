@@ -23,6 +23,11 @@ import paceline
 BLOCK = [(768, 2304), (768, 768), (768, 3072), (3072, 768), (2304,), (768,), (3072,)]
 SHAPES = [(50257, 768), (1024, 768), *BLOCK * 12]
 ROUNDS = 51
+OPTIONS = {
+    "kernel": {},
+    "kernel, bfloat16 state": {"state_dtype": torch.bfloat16},
+    "torch operations": {"fused": False},
+}
 
 
 def other_pace(commit, folder):
@@ -52,8 +57,7 @@ def main():
     """Time them round by round."""
     with tempfile.TemporaryDirectory() as folder:
         before = other_pace(sys.argv[1], folder)
-        for state_dtype in (None, torch.bfloat16):
-            options = {"state_dtype": state_dtype}
+        for what, options in OPTIONS.items():
             kinds = {"before": before, "before again": before, "now": paceline.PACE}
             optimizers = {name: made(kind, **options) for name, kind in kinds.items()}
             times = {name: [] for name in kinds}
@@ -65,7 +69,7 @@ def main():
             for name in ("before again", "now"):
                 ratios = [b / a for a, b in zip(times["before"], times[name], strict=True)]
                 low, middle, high = statistics.quantiles(ratios, n=4)
-                print(f"state {state_dtype}: {name} {middle:.3f} ({low:.3f}-{high:.3f})")
+                print(f"{what}: {name} {middle:.3f} ({low:.3f}-{high:.3f})")
 
 
 if __name__ == "__main__":

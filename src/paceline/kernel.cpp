@@ -118,7 +118,7 @@ template <class P, class S, Average AVERAGE, bool STOCHASTIC>
 int64_t piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
   using W = std::conditional_t<std::is_same_v<P, double>, double, float>;
   struct Held { int64_t at; P param; S exp_avg, exp_avg_sq, average; };
-  constexpr int64_t BLOCK = 512;
+  constexpr int64_t BLOCK = 2048;
   P* params = reinterpret_cast<P*>(row.param);
   const P* __restrict grads = reinterpret_cast<const P*>(row.grad);
   S* exp_avgs = reinterpret_cast<S*>(row.exp_avg);
