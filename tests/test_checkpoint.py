@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from problems import advance, assert_same, problem, same, snapshot
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from paceline import PACE, load_checkpoint, save_checkpoint
 
@@ -159,6 +160,26 @@ def test_pickling_and_deepcopy():
         advance(other_model, other, again, 2)
         assert_same(snapshot(other_model, other), snapshot(model, opt))
         assert other.stats() == opt.stats()
+
+
+def test_state_that_was_asked_for_before_the_first_step_is_not_yet_an_average():
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3)
+    state = get_optimizer_state_dict(model, opt)["state"]
+    assert {float(x["step"]) for x in state.values()} == {0.0}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    weights = copy.deepcopy(model.state_dict())
+    assert same(dict(opt.averaged_state_dict(model)), dict(weights))
+    with opt.averaged():
+        assert same(dict(model.state_dict()), dict(weights))
+    other, again = problem()
+    other.load_state_dict(weights)
+    fresh = PACE(other.parameters(), lr=0.05, pullback=0.3)
+    advance(model, opt, generator, 2)
+    advance(other, fresh, again, 2)
+    assert_same(snapshot(model, opt), snapshot(other, fresh))
 
 
 # ---- what does not fit -----------------------------------------------------------------------

@@ -292,7 +292,7 @@ def test_compiled_for_other_devices_it_is_one_graph(monkeypatch, tmp_path, kerne
     from torch._dynamo.utils import counters
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(fused, "reason_against", lambda p, dtype: None)
+    monkeypatch.setattr(fused, "reason_against", lambda *_: None)
     monkeypatch.setattr(fused, "step_", fused.compiled_step)
     torch._dynamo.reset()
     counters.clear()
@@ -396,3 +396,21 @@ def test_state_follows_the_layout_of_its_parameter(how, kernel):
     torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)
     for key, value in opts[1].state[q].items():
         torch.testing.assert_close(opts[0].state[p][key], value, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="a newer torch has it")
+def test_gradients_wider_than_their_parameters_are_not_given_to_the_kernel(kernel, monkeypatch):
+    monkeypatch.setattr(fused, "WORTH_BUILDING", 0)
+    p, q, r = (Parameter(torch.ones(40, dtype=torch.bfloat16)) for _ in range(3))
+    p.grad_dtype = torch.float32
+    p.grad, q.grad = torch.linspace(-1, 1, 40), torch.ones_like(q)
+    opt = PACE([p, q], lr=0.1, pullback=1.0)
+    opt.step()
+    assert torch.equal(opt.state[p]["exp_avg"], torch.zeros(40).lerp(p.grad, 0.1))
+    assert torch.equal(opt.state[q]["exp_avg"], torch.full((40,), 1.0 - 0.9))
+    opt = PACE([r], lr=0.1, pullback=1.0, fused=True)
+    r.grad_dtype = torch.float32
+    r.grad = torch.ones(40)
+    with pytest.raises(RuntimeError, match="gradients of the parameter's dtype, not torch.float32"):
+        opt.step()
+    assert not opt.state

@@ -57,7 +57,9 @@ class BuildError(RuntimeError):
     """The kernel cannot be built or loaded here; the message says why."""
 
 
-def reason_against(param: Tensor, state_dtype: torch.dtype) -> str | None:
+def reason_against(
+    param: Tensor, state_dtype: torch.dtype, grad: Tensor | None = None
+) -> str | None:
     """Why the one-pass kernel cannot step a parameter, or None where it can."""
     if type(param) not in update.PLAIN:
         return f"takes plain tensors, not {type(param).__name__}"
@@ -67,6 +69,8 @@ def reason_against(param: Tensor, state_dtype: torch.dtype) -> str | None:
         return "takes contiguous tensors"
     if (param.dtype, state_dtype) not in DTYPES:
         return f"takes float32, bfloat16 and float64, not {param.dtype}"
+    if grad is not None and grad.dtype != param.dtype:
+        return f"takes gradients of the parameter's dtype, not {grad.dtype}"
     return None
 
 

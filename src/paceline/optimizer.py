@@ -217,8 +217,8 @@ class PACE(Optimizer):
     @torch.no_grad()
     def _demand_fused(self, group: int, index: int, error: type[Exception]) -> None:
         options = self.param_groups[group]
-        param = shards.local(options["params"][index])
-        reason = fused.reason_against(param, _state_dtype(param, options))
+        param = options["params"][index]
+        reason = fused.reason_against(shards.local(param), _state_dtype(param, options), param.grad)
         if reason:
             raise error(
                 f"fused=True {reason}, got {describe(self.param_groups, group, index)}; nothing "
@@ -390,8 +390,9 @@ class PACE(Optimizer):
             mine = slot.param
             together = type(mine) in PLAIN if foreach is None else foreach
             step = None if _counts_on_device(p, group) else state["step"].item()
-            fits = fused.reason_against(mine, slot.exp_avg.dtype) is None
-            key = (mine.device, mine.dtype, fits, None if together else place, step)
+            fits = fused.reason_against(mine, slot.exp_avg.dtype, slot.grad) is None
+            dtypes = (mine.dtype, slot.grad.dtype)
+            key = (mine.device, dtypes, fits, None if together else place, step)
             stepped[key].append((place, slot, state["step"]))
         for (device, *_, step), members in stepped.items():
             places, slots, counts = map(list, zip(*members, strict=True))
@@ -699,7 +700,7 @@ def _one_pass(slots: list[Slot], group: Group) -> bool:
         slots[0].param.device.type == "cpu"
         and sum(slot.param.numel() for slot in slots) >= fused.WORTH_BUILDING
         # All tensors of a batch fit the kernel, or none does.
-        and fused.reason_against(slots[0].param, slots[0].exp_avg.dtype) is None
+        and fused.reason_against(slots[0].param, slots[0].exp_avg.dtype, slots[0].grad) is None
         and fused.available()
     )
 
