@@ -10,8 +10,10 @@ from reference import Reference
 from torch import nn
 from torch.nn import Parameter
 from torch.optim import AdamW, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from paceline import PACE, fused
+from paceline.testing import SCHEDULERS
 
 RULE = {"pullback": 0.3, "ema_power": 0.4, "weight_decay": 0.1}
 LR = 0.05
@@ -264,29 +266,9 @@ def test_compiled_models_train_and_export_as_their_originals(in_place):
         assert not torch.equal(compiled(x), live)
 
 
-s = lr_scheduler
-SCHEDULERS = {
-    "LambdaLR": lambda o: s.LambdaLR(o, lambda t: min(1, t / 10)),  # from 0
-    "MultiplicativeLR": lambda o: s.MultiplicativeLR(o, lambda t: 0.9),
-    "StepLR": lambda o: s.StepLR(o, 7, 0.5),
-    "MultiStepLR": lambda o: s.MultiStepLR(o, [5, 18], 0.3),
-    "ConstantLR": lambda o: s.ConstantLR(o, 0.5, total_iters=18),
-    "LinearLR": lambda o: s.LinearLR(o, 0.1, total_iters=20),
-    "ExponentialLR": lambda o: s.ExponentialLR(o, 0.95),
-    "PolynomialLR": lambda o: s.PolynomialLR(o, 25, power=2.0),
-    "CosineAnnealingLR": lambda o: s.CosineAnnealingLR(o, 30),
-    "CosineAnnealingWarmRestarts": lambda o: s.CosineAnnealingWarmRestarts(o, 7, 2),
-    "CyclicLR": lambda o: s.CyclicLR(o, 0.01, 0.1, step_size_up=4),
-    "OneCycleLR": lambda o: s.OneCycleLR(o, 0.1, total_steps=30),
-    "ReduceLROnPlateau": lambda o: s.ReduceLROnPlateau(o, factor=0.5, patience=2),
-    "SequentialLR": lambda o: s.SequentialLR(o, [s.LinearLR(o), s.CosineAnnealingLR(o, 25)], [5]),
-    "ChainedScheduler": lambda o: s.ChainedScheduler([s.LinearLR(o), s.ExponentialLR(o, 0.9)]),
-}
-
-
 def test_the_table_has_every_scheduler_of_torch():
-    classes = {n: x for n, x in vars(s).items() if isinstance(x, type) and not n.startswith("_")}
-    found = {n for n, x in classes.items() if issubclass(x, s.LRScheduler)} - {"LRScheduler"}
+    classes = {n: x for n, x in vars(lr_scheduler).items() if isinstance(x, type) and n[0] != "_"}
+    found = {n for n, x in classes.items() if issubclass(x, LRScheduler)} - {"LRScheduler"}
     assert found == set(SCHEDULERS)
 
 
@@ -304,7 +286,9 @@ def stepping(model, opt, schedule, steps):
         rates = [(group["lr"], group["betas"]) for group in opt.param_groups]
         opt.step()
         # Metrics that fall for ten steps, and no more.
-        schedule.step(*([max(0, 10 - t)] if isinstance(schedule, s.ReduceLROnPlateau) else []))
+        schedule.step(
+            *([max(0, 10 - t)] if isinstance(schedule, lr_scheduler.ReduceLROnPlateau) else [])
+        )
         yield rates
 
 

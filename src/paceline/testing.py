@@ -456,32 +456,31 @@ def _accumulation(make: Make) -> None:
     _must_be_close(halves.returned(), whole.returned(), "returned weights differ")
 
 
+# Every scheduler of torch, by name, as made for an optimizer: for up to 30 steps.
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
-    "LambdaLR": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 0.9**step),
-    "MultiplicativeLR": lambda opt: lr_scheduler.MultiplicativeLR(opt, lambda step: 0.95),
-    "StepLR": lambda opt: lr_scheduler.StepLR(opt, 3),
-    "MultiStepLR": lambda opt: lr_scheduler.MultiStepLR(opt, [2, 5]),
-    "ConstantLR": lambda opt: lr_scheduler.ConstantLR(opt, total_iters=4),
-    "LinearLR": lambda opt: lr_scheduler.LinearLR(opt, total_iters=6),
-    "ExponentialLR": lambda opt: lr_scheduler.ExponentialLR(opt, 0.9),
-    "PolynomialLR": lambda opt: lr_scheduler.PolynomialLR(opt, 12, 2.0),
-    "CosineAnnealingLR": lambda opt: lr_scheduler.CosineAnnealingLR(opt, 12),
-    "CosineAnnealingWarmRestarts": lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 4),
+    "LambdaLR": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: min(1, step / 10)),
+    "MultiplicativeLR": lambda opt: lr_scheduler.MultiplicativeLR(opt, lambda step: 0.9),
+    "StepLR": lambda opt: lr_scheduler.StepLR(opt, 7, 0.5),
+    "MultiStepLR": lambda opt: lr_scheduler.MultiStepLR(opt, [5, 18], 0.3),
+    "ConstantLR": lambda opt: lr_scheduler.ConstantLR(opt, 0.5, total_iters=18),
+    "LinearLR": lambda opt: lr_scheduler.LinearLR(opt, 0.1, total_iters=20),
+    "ExponentialLR": lambda opt: lr_scheduler.ExponentialLR(opt, 0.95),
+    "PolynomialLR": lambda opt: lr_scheduler.PolynomialLR(opt, 25, 2.0),
+    "CosineAnnealingLR": lambda opt: lr_scheduler.CosineAnnealingLR(opt, 30),
+    "CosineAnnealingWarmRestarts": lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 7, 2),
     "CyclicLR": lambda opt: lr_scheduler.CyclicLR(
-        opt, 0.001, 0.05, step_size_up=3, cycle_momentum=_has_momentum(opt)
+        opt, 0.01, 0.1, step_size_up=4, cycle_momentum=_has_momentum(opt)
     ),
     "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(
-        opt, 0.05, total_steps=40, cycle_momentum=_has_momentum(opt)
+        opt, 0.1, total_steps=30, cycle_momentum=_has_momentum(opt)
     ),
     "SequentialLR": lambda opt: lr_scheduler.SequentialLR(
-        opt,
-        [lr_scheduler.ConstantLR(opt, 0.1, 3), lr_scheduler.ExponentialLR(opt, 0.9)],
-        milestones=[3],
+        opt, [lr_scheduler.LinearLR(opt), lr_scheduler.CosineAnnealingLR(opt, 25)], [5]
     ),
     "ChainedScheduler": lambda opt: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ConstantLR(opt, 0.1, 3), lr_scheduler.ExponentialLR(opt, 0.9)]
+        [lr_scheduler.LinearLR(opt), lr_scheduler.ExponentialLR(opt, 0.9)]
     ),
-    "ReduceLROnPlateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, patience=1),
+    "ReduceLROnPlateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, factor=0.5, patience=2),
 }
 
 
