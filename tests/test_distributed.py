@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import Ranks
 from torch import nn
+from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -202,19 +203,26 @@ def test_any_placement_steps_and_rows_round_as_in_one_process(
                 assert (x == y).float().mean() > 0.9
 
 
-def partial_gradient():
-    """A gradient that the ranks have yet to add up."""
+def unusual_gradient(kind, fused):
+    """One that the ranks have yet to add up, or are about to have added up."""
     mesh = init_device_mesh("cpu", (2,))
     p = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Replicate()]))
-    mine = torch.full((4, 3), 1.0 + dist.get_rank())
-    p.grad = DTensor.from_local(mine, mesh, [Partial()])
-    opt = PACE([p], lr=0.1, pullback=1.0)
+    mine, placement = torch.full((4, 3), 1.0 + dist.get_rank()), Partial()
+    if kind == "under way":
+        mine, placement = all_reduce(mine, "sum", mesh), Replicate()
+        assert type(mine) is not torch.Tensor
+    p.grad = DTensor.from_local(mine, mesh, [placement])
+    opt = PACE([p], lr=0.1, pullback=1.0, fused=fused)
     opt.step()
     return opt.state[p]["exp_avg"].to_local()
 
 
-def test_a_gradient_laid_out_otherwise_is_brought_into_the_parameters_layout(ranks):
-    for exp_avg in ranks(partial_gradient):
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", ["partial", "under way"])
+def test_gradients_are_brought_into_the_parameters_layout_and_waited_for(
+    kind, fused, ranks, kernel
+):
+    for exp_avg in ranks(unusual_gradient, kind, fused):
         torch.testing.assert_close(exp_avg, torch.full((4, 3), 0.1 * 3.0))
 
 
