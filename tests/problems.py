@@ -3,6 +3,10 @@
 import torch
 from torch import nn
 
+from paceline.testing import _same as same
+
+__all__ = ["advance", "assert_same", "problem", "same", "snapshot"]
+
 
 def problem(dtype=torch.float32, seed=0):
     """A small net that takes a `loss()`; the same data at each call of one instance."""
@@ -36,14 +40,3 @@ def assert_same(a, b):
         for key in s:
             assert s[key].dtype == t[key].dtype
             assert torch.equal(s[key], t[key]), key
-
-
-def same(a, b):
-    """Whether two nests of dicts, lists, tensors and plain values are equal, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b

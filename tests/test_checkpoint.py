@@ -14,9 +14,15 @@ import numpy as np
 import pytest
 import torch
 from problems import advance, assert_same, problem, same, snapshot
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 from paceline import PACE, load_checkpoint, save_checkpoint
+from paceline.testing import SCHEDULERS
 
 # ---- killed at any moment --------------------------------------------------------------------
 
@@ -162,11 +168,15 @@ def test_pickling_and_deepcopy():
         assert other.stats() == opt.stats()
 
 
-def test_state_that_was_asked_for_before_the_first_step_is_not_yet_an_average():
+@pytest.mark.parametrize(
+    "copied", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_state_that_was_asked_for_before_the_first_step_is_not_yet_an_average(copied):
     model, generator = problem()
     opt = PACE(model.parameters(), lr=0.05, pullback=0.3)
     state = get_optimizer_state_dict(model, opt)["state"]
     assert {float(x["step"]) for x in state.values()} == {0.0}
+    model, opt = copied((model, opt))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(0.5)
@@ -182,6 +192,44 @@ def test_state_that_was_asked_for_before_the_first_step_is_not_yet_an_average():
     assert_same(snapshot(model, opt), snapshot(other, fresh))
 
 
+FORMS = [{}, {"state_dtype": torch.bfloat16, "stochastic_round": True}]
+WAYS = [
+    {"full_state_dict": True},
+    {"cpu_offload": True},
+    {"full_state_dict": True, "cpu_offload": True},
+]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("way", [*WAYS, {"flatten_optimizer_state_dict": True}], ids=str)
+def test_distributed_checkpoints_of_each_form_resume(way, form, swapped):
+    """What torch's engine takes: of each option the same kind of value, swapped or not."""
+    options = StateDictOptions(**way)
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3, **form)
+    advance(model, opt, generator, 3)
+    if swapped:
+        opt.eval()
+    states = copy.deepcopy(get_state_dict(model, opt, options=options))
+    other, stream = problem(seed=1)
+    resumed = PACE(other.parameters(), lr=0.05, pullback=0.3, **form)
+    set_state_dict(
+        other,
+        resumed,
+        model_state_dict=states[0],
+        optim_state_dict=states[1],
+        options=options,
+    )
+    assert resumed.swapped == swapped
+    assert_same(snapshot(other, resumed), snapshot(model, opt))
+    stream.set_state(generator.get_state())
+    for net, optimizer, data in ((model, opt, generator), (other, resumed, stream)):
+        optimizer.train()
+        advance(net, optimizer, data, 2)
+    assert_same(snapshot(other, resumed), snapshot(model, opt))
+
+
 # ---- what does not fit -----------------------------------------------------------------------
 
 
@@ -194,13 +242,19 @@ def broken(kind):
     model, generator = problem()
     if kind == "another class":
         opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    elif kind == "sgd":
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    elif kind == "adam":
+        opt = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=0.1)
+    elif kind == "radam":
+        opt = torch.optim.RAdam(model.parameters(), lr=0.1)
     elif kind == "amsgrad":
         opt = torch.optim.AdamW(model.parameters(), lr=0.1, amsgrad=True)
     else:
         opt = named(model)
     advance(model, opt, generator, 3)
     saved = copy.deepcopy(opt.state_dict())
-    state, group = saved["state"][2], saved["param_groups"][0]
+    state, group = saved["state"].get(2), saved["param_groups"][0]
     if kind == "no moment":
         del state["exp_avg_sq"]
     elif kind == "no average":
@@ -226,13 +280,16 @@ def broken(kind):
     elif kind == "option":
         group["ema_every"] = 0
     elif kind == "swapped without":
-        group["swapped"] = ["torch.float32"] * 6
+        group["swapped"] = "torch.float32*6"
         del saved["state"][2]
     return saved
 
 
 WRONG = {
     "another class": r"'0.weight' of shape \(5, 6\) cannot .* lacks \['exp_avg', 'exp_avg_sq', 'st",
+    "sgd": r"group 0 of the checkpoint is neither PACE's nor .*AdamW's, it has \['dampening', ",
+    "adam": r"group 0 of the checkpoint is neither PACE's nor torch.optim.AdamW's",
+    "radam": r"group 0 of the checkpoint is neither PACE's nor torch.optim.AdamW's",
     "amsgrad": r"'0.weight' of shape \(5, 6\) .* \['max_exp_avg_sq'\], which PACE does not keep",
     "no moment": r"'1.weight' of shape \(5,\) cannot be loaded: its state lacks \['exp_avg_sq'\]",
     "no average": r"'1.weight' .* must have 'average' or 'offset', got \[\]",
@@ -295,10 +352,11 @@ def test_a_checkpoint_of_adamw_is_a_start(options):
     # The model comes after the optimizer: averages begin from the weights of the next step.
     other.load_state_dict(model.state_dict())
     start = [p.detach().clone() for p in other.parameters()]
-    saved = opt.state_dict()  # begins them, too
+    saved = opt.state_dict()
     again, _ = problem(seed=3)
     resumed = PACE(again.parameters(), pullback=0.0)
-    resumed.load_state_dict(copy.deepcopy(saved))
+    with pytest.warns(UserWarning, match="keeps no averages"):
+        resumed.load_state_dict(copy.deepcopy(saved))
     again.load_state_dict(model.state_dict())
     at = generator.get_state()
     ends = []
@@ -358,6 +416,67 @@ def test_a_save_that_fails_leaves_the_file_before_it_and_the_mode(tmp_path, monk
     assert_same(snapshot(model, opt), swapped)
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_what_schedulers_and_numpy_leave_is_read_back(name, tmp_path):
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3)
+    schedule = SCHEDULERS[name](opt)
+    advance(model, opt, generator, 3)
+    schedule.step(*([np.float32(1.0)] if name == "ReduceLROnPlateau" else []))
+    opt.param_groups[0]["lr"] = np.float64(0.125)  # as LambdaLR has it from np.cos
+    saved = torch.load(io_of(opt.state_dict()), weights_only=True)
+    assert type(saved["param_groups"][0]["lr"]) is float
+    values = {
+        "loss": np.float32(0.5),
+        "step": np.int64(3),
+        "done": np.bool_(True),
+        "seen": (1, [2]),
+    }
+    save_checkpoint(tmp_path / "run.pt", model, opt, schedule=schedule, **values)
+    other, _ = problem(seed=2)
+    resumed = PACE(other.parameters(), lr=0.05, pullback=0.3)
+    again = SCHEDULERS[name](resumed)
+    assert load_checkpoint(tmp_path / "run.pt", other, resumed, schedule=again) == values
+    assert again.state_dict().keys() == schedule.state_dict().keys()
+    assert resumed.param_groups[0]["lr"] == 0.125
+
+
+def io_of(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path):
+    model, _ = problem()
+    opt = PACE(model.parameters(), pullback=0.3)
+    save_checkpoint(tmp_path / "run.pt", model, opt, step=1)
+    before = (tmp_path / "run.pt").read_bytes()
+    with pytest.raises(ValueError, match="part 'sampler' holds a Random; a checkpoint takes"):
+        save_checkpoint(tmp_path / "run.pt", model, opt, sampler=[random.Random(0)])
+    assert (tmp_path / "run.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_file_of_another_model_changes_nothing(swapped, tmp_path):
+    model, generator = problem()
+    opt = PACE(model.parameters(), pullback=0.3)
+    advance(model, opt, generator, 2)
+    renamed = torch.nn.ModuleDict({"inner": model})
+    save_checkpoint(tmp_path / "run.pt", renamed, opt)
+    other, stream = problem(seed=1)
+    theirs = PACE(other.parameters(), lr=0.1, pullback=0.5)
+    advance(other, theirs, stream, 3)
+    if swapped:
+        theirs.eval()
+    before = snapshot(other, theirs)
+    with pytest.raises(ValueError, match=r"of another model: '0.bias' is not in the file"):
+        load_checkpoint(tmp_path / "run.pt", other, theirs)
+    assert_same(snapshot(other, theirs), before)
+    assert (theirs.swapped, theirs.param_groups[0]["lr"]) == (swapped, 0.1)
+
+
 def test_parts_are_restored_and_must_be_those_that_were_saved(tmp_path):
     model, generator = problem()
     opt = PACE(model.parameters(), lr=0.05, pullback=0.3)
@@ -386,5 +505,9 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save(model.state_dict(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"model.pt' was not written by save_checkpoint"):
         load_checkpoint(tmp_path / "model.pt", model, opt)
+    for content in (b"", b"hello world", b"PK\x03\x04 and no more"):
+        (tmp_path / "broken.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"broken.pt' cannot be read: "):
+            load_checkpoint(tmp_path / "broken.pt", model, opt)
     with pytest.raises(FileNotFoundError):
         load_checkpoint(tmp_path / "none.pt", model, opt)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from paceline import PACE, update
+from paceline import PACE, save_checkpoint, update
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -246,6 +246,84 @@ def test_an_optimizer_made_before_the_model_was_sharded(ranks):
 
 
 # ---- faults ----------------------------------------------------------------------------------
+
+
+def evaluated(engine, **options):
+    """What the model computes while it trains: its forward passes leave weights gathered."""
+    model, x = net(), torch.linspace(-1, 1, 24).view(4, 6)
+    if engine:
+        model = fully_shard(model, mesh=init_device_mesh("cpu", (2,)), **options)
+    opt = PACE(model.parameters(), lr=0.1, pullback=2.0)
+    seen = []
+    for step in range(4):
+        advance(model, opt, engine, 1, first=step)
+        with torch.no_grad():
+            seen.append(model(x))
+            with opt.averaged():
+                seen += [model(x), model(x)]
+            seen.append(model(x))
+    exported = opt.averaged_state_dict(model)
+    return torch.cat(seen), exported
+
+
+@pytest.mark.parametrize("options", [{}, {"reshard_after_forward": False}], ids=str)
+def test_a_sharded_model_computes_with_the_weights_that_are_in_it(options, ranks):
+    alone, average = evaluated(None)
+    for rank, (seen, exported) in enumerate(ranks(evaluated, "fsdp", **options)):
+        torch.testing.assert_close(seen, alone, atol=1e-5, rtol=1e-5)
+        assert exported.keys() == (average.keys() if rank == 0 else set())
+        for name, value in exported.items():
+            torch.testing.assert_close(value, average[name], atol=1e-5, rtol=1e-5)
+
+
+def refused_file(folder):
+    model = wrapped(net(), "fsdp")
+    opt = PACE(model.parameters(), pullback=1.0)
+    with pytest.raises(ValueError, match=r"sharded; save it by torch.distributed.checkpoint"):
+        save_checkpoint(f"{folder}/run.pt", model, opt)
+
+
+def test_a_sharded_model_is_not_saved_into_one_file(ranks, tmp_path):
+    ranks(refused_file, str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def partial_fault():
+    """Gradients yet to be added up into shards; one rank's becomes a NaN."""
+    mesh = init_device_mesh("cpu", (2,))
+    params = [nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])) for _ in range(3)]
+    opt = PACE(params, lr=0.1, pullback=1.0, nonfinite="raise")
+    for i, p in enumerate(params):
+        mine = torch.ones(4, 3)
+        mine[3, i] = float("nan") if i == 1 else 1.0  # of the second rank's shard
+        p.grad = DTensor.from_local(mine, mesh, [Partial()])
+    with pytest.raises(FloatingPointError) as raised:
+        opt.step()
+    return str(raised.value)
+
+
+def test_ranks_that_name_a_fault_do_not_leave_others_waiting(ranks):
+    first, second = ranks(partial_fault)
+    assert "a parameter on another rank" in first
+    assert "parameter 1 of group 0" in second
+
+
+def one_ranks_zeros():
+    """A first step at rate 0, as a warm-up's, with zeros for gradients on one rank."""
+    mesh = init_device_mesh("cpu", (2,))
+    plain = nn.Parameter(torch.ones(3))
+    sharded = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    opt = PACE([plain, sharded], lr=0.0, pullback=1.0)
+    plain.grad = torch.full((3,), float(dist.get_rank()))
+    whole_grad = torch.zeros(4, 3)
+    whole_grad[3, 0] = 1.0  # of the second rank's shard
+    sharded.grad = distribute_tensor(whole_grad, mesh, [Shard(0)])
+    opt.step()
+    return [opt.state[p]["step"].item() for p in (plain, sharded)]
+
+
+def test_ranks_agree_that_a_first_step_at_rate_zero_counts(ranks):
+    assert ranks(one_ranks_zeros) == [[1.0, 1.0]] * 2
 
 
 def faulty_step(mode, engine):

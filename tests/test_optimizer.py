@@ -453,7 +453,7 @@ def test_learning_rate_as_a_tensor():
         {"fused": "yes"},
         {"capturable": None},
         {"state_dtype": torch.float16},
-        {"state_dtype": "bfloat16"},
+        {"state_dtype": "float16"},
         {"stochastic_round": 1},
         {"seed": 0.5},
         {"maximize": None},

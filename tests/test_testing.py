@@ -1,5 +1,6 @@
 """The conformance kit: PACE passes it, and each of its checks can fail."""
 
+import os
 from contextlib import contextmanager
 
 import pytest
@@ -256,6 +257,25 @@ def test_every_check_fails_for_what_it_is_about(name):
     assert testing._run(check, pace).outcome == "passed"
     found = testing._run(check, BROKEN[name])
     assert found.outcome == "failed", found
+
+
+class Crashes(Broken):
+    def step(self, closure=None):
+        if dist.is_initialized() and dist.get_rank() == 1:
+            os._exit(3)
+        super().step(closure)
+
+
+def test_a_process_that_ends_is_a_failure():
+    found = testing._run_on_ranks(Crashes, 2)
+    assert [check.outcome for check in found] == ["failed"] * 3
+    assert "process 1 terminated with exit code 3" in found[0].reason
+
+
+def test_the_callers_random_state_is_left_alone():
+    state = torch.get_rng_state()
+    check_optimizer(pace, ranks=0)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 class DriftsByRank(Broken):

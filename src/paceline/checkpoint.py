@@ -3,13 +3,14 @@
 import os
 import random
 import sys
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .shards import is_sharded
@@ -31,12 +32,13 @@ def save_checkpoint(
     Args:
         path: the file; one that is there is replaced when the new one is on the disk.
         model: on this process alone, or wrapped by DDP; then call this on one rank.
-        optimizer: PACE or any other.
+        optimizer: PACE or another; one that swaps without saying so (`swapped`) has to hold its
+            live weights now.
         parts: the rest of the run: objects with a `state_dict()` (schedulers, scalers, loaders),
             `torch.Generator`s, and plain values: numbers, strings, tensors, lists and dicts.
 
     Raises:
-        ValueError: the model is sharded.
+        ValueError: the model is sharded, or a part holds what `load_checkpoint` could not read.
         OSError: it could not be written; what was there before still is.
     """
     if any(is_sharded(p) for p in model.parameters()):
@@ -47,10 +49,10 @@ def save_checkpoint(
     with _live_weights(optimizer):
         run = {
             "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizer": _plain(optimizer.state_dict(), "optimizer"),
             "random": _random_state(),
-            "states": states,
-            "values": {name: part for name, part in parts.items() if name not in states},
+            "states": {name: _plain(state, name) for name, state in states.items()},
+            "values": {name: _plain(parts[name], name) for name in parts.keys() - states.keys()},
         }
         try:
             with partial.open("wb") as file:
@@ -81,17 +83,28 @@ def load_checkpoint(
         The plain values that were saved.
 
     Raises:
-        ValueError: it is no such file, or has other parts; or the optimizer refuses its state.
-            Nothing has changed then.
-        RuntimeError: the model or a part refuses its state, as torch says.
-        OSError: the file cannot be read.
+        ValueError: it is no such file, has other parts, or is of another model; or PACE refuses
+            its state. Nothing has changed then.
+        OSError: the file cannot be opened.
     """
-    run: Any = torch.load(path, map_location="cpu", weights_only=True)
     name = repr(os.fspath(path))
-    if not isinstance(run, dict) or not {"model", "optimizer", "states", "values"} <= run.keys():
+    with open(path, "rb") as file:  # noqa: PTH123 - a path of any kind
+        try:
+            run: Any = torch.load(file, map_location="cpu", weights_only=True)
+            ours = {"model", "optimizer", "random", "states", "values"} <= run.keys()
+        except Exception as error:  # torch raises all sorts for what is no file of torch
+            raise ValueError(f"{name} cannot be read: {type(error).__name__}") from error
+    if not ours:
         raise ValueError(f"{name} was not written by save_checkpoint")
     if parts.keys() != run["states"].keys():
         raise ValueError(f"{name} has the parts {sorted(run['states'])}, got {sorted(parts)}")
+    mine = {key: _shape(value) for key, value in model.state_dict().items()}
+    theirs = {key: _shape(value) for key, value in run["model"].items()}
+    if wrong := sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key)):
+        raise ValueError(
+            f"{name} is of another model: {wrong[0]!r} is {theirs.get(wrong[0], 'not')} in the "
+            f"file and {mine.get(wrong[0], 'not')} in the model"
+        )
     optimizer.load_state_dict(run["optimizer"])
     model.load_state_dict(run["model"])
     for key, part in parts.items():
@@ -111,6 +124,28 @@ def _live_weights(optimizer: Any) -> Iterator[None]:
         yield
     finally:
         optimizer.eval()
+
+
+def _plain(x: Any, part: str) -> Any:
+    """The same in what `weights_only=True` reads back: NumPy's numbers become Python's."""
+    if isinstance(x, dict):
+        kind = type(x) if type(x) in (OrderedDict, Counter) else dict
+        return kind({_plain(key, part): _plain(value, part) for key, value in x.items()})
+    if isinstance(x, (list, tuple)):
+        items = [_plain(value, part) for value in x]
+        return tuple(items) if isinstance(x, tuple) else items
+    if not isinstance(x, Tensor) and getattr(x, "shape", None) == ():
+        return x.item()
+    if x is None or isinstance(x, (Tensor, bool, int, float, str, bytes, torch.dtype)):
+        return x
+    raise ValueError(
+        f"part {part!r} holds a {type(x).__name__}; a checkpoint takes tensors, numbers, strings, "
+        "and lists and dicts of them"
+    )
+
+
+def _shape(value: Any) -> Any:
+    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
 
 
 def _has_state(part: Any) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .options import Group, check_options, describe
+from .options import Group, check_options, decoded, describe
 from .shards import is_sharded
 
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
@@ -37,10 +37,10 @@ def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
             f"the checkpoint's parameter groups have {sizes[0]} parameters, the optimizer's "
             f"{sizes[1]}: make the same groups, in the same order, and load again"
         )
-    ours = [is_ours(group) for group in saved["param_groups"]]
+    ours = ["pullback" in group for group in saved["param_groups"]]
     completed = []
     for theirs, own, mine in zip(saved["param_groups"], ours, groups, strict=True):
-        group = {**mine, "swapped": None, **theirs}
+        group = {**mine, "swapped": "", **theirs}
         if not own:
             group |= {key: mine[key] for key in ADAMW_ONLY & mine.keys()}
             group = {key: x for key, x in group.items() if key in mine or key not in ADAMW_ONLY}
@@ -50,12 +50,15 @@ def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
     states = dict(saved["state"])
     unknown = set(states)
     for g, group in enumerate(completed):
-        swapped = group["swapped"] or [None] * len(group["params"])
+        swapped = decoded(group["swapped"]) or [""] * len(group["params"])
+        kept = [states[key] for key in group["params"] if states.get(key)]
+        # None in all the group: they are yet to begin, as after a checkpoint of AdamW.
+        averaged = group["average"] and any(AVERAGES & state.keys() for state in kept)
         for i, (key, dtype) in enumerate(zip(group["params"], swapped, strict=True)):
             state = states.get(key, {})
             unknown.discard(key)
             try:
-                _check_state(state, groups[g]["params"][i], ours[g] and group["average"], dtype)
+                _check_state(state, groups[g]["params"][i], averaged, dtype)
             except ValueError as error:
                 raise ValueError(
                     f"{describe(groups, g, i)} cannot be loaded: {error}; nothing was changed"
@@ -67,15 +70,18 @@ def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
             f"the checkpoint has state for {sorted(map(str, unknown))[0]!r}, which is in none of "
             "its groups; nothing was changed"
         )
+    for g, (theirs, own) in enumerate(zip(saved["param_groups"], ours, strict=True)):
+        # Adam's weight decay is another; torch before 2.7 does not tell the two apart.
+        is_adamw = "amsgrad" in theirs and theirs.get("decoupled_weight_decay", True)
+        if not own and not is_adamw:
+            raise ValueError(
+                f"group {g} of the checkpoint is neither PACE's nor torch.optim.AdamW's, it has "
+                f"{sorted(theirs.keys() - {'params'})}; nothing was changed"
+            )
     return {**saved, "state": states, "param_groups": completed}
 
 
-def is_ours(group: Group) -> bool:
-    """Whether a saved group is of PACE, and not of torch.optim.AdamW or another class."""
-    return "pullback" in group
-
-
-def _check_state(state: dict[str, Any], param: Tensor, averaged: bool, swapped: str | None) -> None:
+def _check_state(state: dict[str, Any], param: Tensor, averaged: bool, swapped: str) -> None:
     """Raises: ValueError: what is wrong with one parameter's state."""
     averages = AVERAGES & state.keys()
     if not state:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import fused, rounding, shards
-from .loading import fitted, is_ours
-from .options import DTYPES, Group, check_options, describe
+from .loading import AVERAGES, fitted
+from .options import DTYPES, Group, check_options, decoded, describe, encoded
 from .swap import swap_back, swap_in
 from .update import PLAIN, Scalars, Slot, norm, scalars, step_in_batches
 
@@ -78,8 +78,8 @@ class PACE(Optimizer):
             of scratch on the CPU, and 2^24 on accelerators.
         capturable: keep `step` on the parameter's device and wait for nothing there, as a CUDA
             graph needs. Costs more launches.
-        state_dtype: torch.bfloat16 keeps m, v and the average in it, rounded stochastically; for
-            float32 and bfloat16 parameters. None: float32 as said above.
+        state_dtype: torch.bfloat16, or its name, keeps m, v and the average in it, rounded
+            stochastically; for float32 and bfloat16 parameters. None: float32 as said above.
         stochastic_round: round bfloat16 parameters stochastically when they are written; to
             nearest, updates below 1/512 of a weight are lost. Not for float16; wider parameters
             are not rounded.
@@ -160,6 +160,10 @@ class PACE(Optimizer):
         super().__setstate__(state)
         if "_stats" not in self.__dict__:  # unpickled or copied
             self._forget()
+            self._rehearsed = bool(state.get("_rehearsed"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_rehearsed": self._rehearsed}
 
     def _forget(self) -> None:
         self._stats: dict[str, Any] | None = None
@@ -183,9 +187,9 @@ class PACE(Optimizer):
         except (ValueError, fused.BuildError):
             self.param_groups.pop()
             raise
-        # While swapped: of each parameter the dtype when its average came in, or None if none did.
-        # Kept here, for groups go into checkpoints; the optimizer's attributes do not.
-        param_group["swapped"] = [None] * len(param_group["params"]) if self.swapped else None
+        # While swapped: of each parameter the dtype when its average came in, if it did. Kept here,
+        # for groups go into checkpoints, whose engines want plain values of one kind.
+        param_group["swapped"] = encoded("" for _ in param_group["params"]) if self.swapped else ""
 
     def _check_params(self, group: int) -> None:
         options = self.param_groups[group]
@@ -296,12 +300,13 @@ class PACE(Optimizer):
         if self.state:
             return False
         stepped = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
-        for group, p in stepped:
-            lr, grad = group["lr"], p.grad
-            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        for lr in (group["lr"] for group, _ in stepped):
+            if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
                 return False
-            # Of a DTensor's gradient all ranks see the same.
-            if lr != 0 or (shards.full(grad.any()) if shards.is_sharded(grad) else grad.any()):
+        # Shards first: of those all ranks see the same, and must look together.
+        for _, p in sorted(stepped, key=lambda x: not shards.is_sharded(x[1])):
+            found = p.grad.any()
+            if bool(shards.full(found) if shards.is_sharded(found) else found):
                 return False
         for group, p in stepped:
             self._ready(p, group)
@@ -313,30 +318,32 @@ class PACE(Optimizer):
         modes = {group["nonfinite"] for group in self.param_groups}
         if not modes & {"raise", "skip"}:
             return False
+        # Once: it may send messages, in which all ranks take part.
+        checked = [
+            (group["nonfinite"], g, i, shards.local_grad(p))
+            for g, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
+            if group["nonfinite"] in ("raise", "skip") and p.grad is not None
+        ]
         devices = [p.device for group in self.param_groups for p in group["params"]]
         no = torch.zeros((), dtype=torch.bool, device=devices[0] if devices else None)
         flags = []
         for mode in ("raise", "skip"):
             alike = defaultdict(list)  # of one device and dtype
-            for _, _, grad in self._gradients(mode):
-                alike[grad.device, grad.dtype].append(grad)
+            for wanted, *_, grad in checked:
+                if wanted == mode:
+                    alike[grad.device, grad.dtype].append(grad)
             bad = [~norm(grads).isfinite() for grads in alike.values()]
             flags.append(torch.stack([no, *(x.to(no.device) for x in bad)]).any())
         raises, skips = shards.on_any_rank(torch.stack(flags))
         if "raise" in modes and raises:
-            mine = (at for *at, grad in self._gradients("raise") if not norm([grad]).isfinite())
-            at = next(mine, None)
-            where = describe(self.param_groups, *at) if at else "a parameter on another rank"
+            where = "a parameter on another rank"
+            for mode, g, i, grad in reversed(checked):
+                if mode == "raise" and not norm([grad]).isfinite():
+                    where = describe(self.param_groups, g, i)
             raise FloatingPointError(f"the gradient of {where} is not finite; nothing was changed")
         on_device = all(device.type != "cpu" for device in devices)
         return skips if on_device and "skip" in modes else bool(skips)
-
-    def _gradients(self, mode: str) -> Iterator[tuple[int, int, Tensor]]:
-        """Group, place in it and gradient, of the parameters with that `nonfinite`."""
-        for g, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                if group["nonfinite"] == mode and p.grad is not None:
-                    yield g, i, shards.local_grad(p)
 
     def _count_step(self, group: Group, skip: bool | Tensor) -> None:
         steps = [self.state[p]["step"] for p in group["params"] if p.grad is not None]
@@ -467,7 +474,7 @@ class PACE(Optimizer):
     @property
     def swapped(self) -> bool:
         """Whether the average is in the parameters now, and the live weights are put aside."""
-        return any(group.get("swapped") is not None for group in self.param_groups)
+        return any(group.get("swapped") for group in self.param_groups)
 
     def _averages(self) -> dict[Tensor, Tensor]:
         """Parameter -> average or offset, for those that keep one and have stepped."""
@@ -504,9 +511,12 @@ class PACE(Optimizer):
                     f"a parameter of shape {tuple(p.shape)} is {p.dtype} now, which does not go "
                     f"with its {average.dtype} average; convert models before the first step"
                 )
+        shards.drop_gathered_copies(averages)
         swap_in((shards.local(p), shards.local(average)) for p, average in averages.items())
         for group in self.param_groups:
-            group["swapped"] = [str(p.dtype) if p in averages else None for p in group["params"]]
+            group["swapped"] = encoded(
+                str(p.dtype) if p in averages else "" for p in group["params"]
+            )
 
     @torch.no_grad()
     def train(self) -> None:
@@ -518,10 +528,10 @@ class PACE(Optimizer):
         """
         if not self.swapped:
             return
-        pairs = []
+        exchanged = {}
         for group in self.param_groups:
-            for p, dtype in zip(group["params"], group["swapped"] or (), strict=False):
-                if dtype is None:
+            for p, dtype in zip(group["params"], decoded(group["swapped"]), strict=False):
+                if not dtype:
                     continue
                 if dtype != str(p.dtype):
                     raise RuntimeError(
@@ -530,10 +540,11 @@ class PACE(Optimizer):
                     )
                 average = self.state[p].get("average", self.state[p].get("offset"))
                 assert average is not None
-                pairs.append((shards.local(p), shards.local(average)))
-        swap_back(pairs)
+                exchanged[p] = average
+        shards.drop_gathered_copies(exchanged)
+        swap_back((shards.local(p), shards.local(average)) for p, average in exchanged.items())
         for group in self.param_groups:
-            group["swapped"] = None
+            group["swapped"] = ""
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -565,6 +576,7 @@ class PACE(Optimizer):
                 of them does not show as itself in the model's `state_dict(keep_vars=True)`.
         """
         averages = self._averages()
+        shards.drop_gathered_copies(averages)
         ours = [name for name, p in model.named_parameters() if p in averages]
         if averages and not ours:
             raise ValueError(
@@ -612,17 +624,18 @@ class PACE(Optimizer):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """torch's: `state` by parameter and `param_groups`; plain data and tensors.
+        """torch's: `state` by parameter and `param_groups`; tensors, numbers and strings.
 
         Saved while the average is swapped in it says so, and goes with model weights saved at the
         same time.
         """
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state.get(p)
-                if state and group["average"] and not {"average", "offset"} & state.keys():
-                    self._ready(p, group)  # which is to begin does so now
-        return super().state_dict()
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            # Schedulers leave NumPy's floats, and engines refuse what is no number or string.
+            group |= {key: float(x) for key, x in group.items() if isinstance(x, float)}
+            if group["state_dtype"] is not None:
+                group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict()`; state keeps its dtype whatever the parameters'.
@@ -672,11 +685,12 @@ class PACE(Optimizer):
                 hook.remove()
         self._stats = None
         self._rehearsed = False
-        if not all(map(is_ours, state_dict["param_groups"])):
+        kept = [self.state.get(p) for g in self.param_groups if g["average"] for p in g["params"]]
+        if any(state and not AVERAGES & state.keys() for state in kept):
             warnings.warn(
                 "the checkpoint keeps no averages, as those of torch.optim.AdamW: its moments, "
-                "steps and options are taken over, and the averages begin from the weights that "
-                "are there at the next step",
+                "steps and options are taken over, and averages begin from the weights that are "
+                "there at the next step",
                 stacklevel=2,
             )
 

@@ -1,7 +1,9 @@
 """PACE's options: what they may be, and how a parameter is named in a message."""
 
 import math
+from collections.abc import Iterable
 from contextlib import suppress
+from itertools import groupby
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -73,6 +75,8 @@ def check_options(options: Group) -> None:
             "fused=True needs foreach=None and track_stats=False: "
             "the one-pass kernel takes all tensors its own way, and measures nothing"
         )
+    if options["state_dtype"] == "bfloat16":  # as checkpoints have it
+        options["state_dtype"] = torch.bfloat16
     narrow = options["state_dtype"] in (None, torch.bfloat16)
     require("state_dtype", narrow, "None or torch.bfloat16")
     seed = options["seed"]
@@ -83,6 +87,17 @@ def check_options(options: Group) -> None:
             f"average=False needs pullback=0, got pullback={options['pullback']!r}: "
             "a pull needs an average to pull toward"
         )
+
+
+def encoded(words: Iterable[str]) -> str:
+    """Words without commas and stars as one string, runs of one word in short."""
+    return ",".join(f"{word}*{len(list(run))}" for word, run in groupby(words)) or "*0"
+
+
+def decoded(text: str) -> list[str]:
+    """The words of `encoded`; none of an empty string, which that never is."""
+    runs = [run.split("*") for run in text.split(",") if run]
+    return [word for word, count in runs for _ in range(int(count))]
 
 
 def describe(groups: list[Group], group: int, index: int) -> str:

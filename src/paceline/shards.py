@@ -4,6 +4,7 @@ The step works on elements, so it works on each rank's own part (`torch.distribu
 memory to every kernel, without a word to the other ranks.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,6 +45,22 @@ def gathered(x: Tensor) -> Tensor | None:
         return x
     whole = full(x)  # all ranks take part
     return whole.cpu() if dist.get_rank() == 0 else None
+
+
+def drop_gathered_copies(params: Iterable[Tensor]) -> None:
+    """Where parameters are sharded, have FSDP2's modules hold their shards and nothing else.
+
+    A forward pass may leave what it gathered in the model, at the root by default; the next would
+    not see that the shards have changed. Nothing is sent.
+    """
+    if not any(map(is_sharded, params)):
+        return
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in list(_module_state_mapping):
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def first_element(x: Tensor) -> int:

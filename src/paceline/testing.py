@@ -85,7 +85,8 @@ def check_optimizer(make_optimizer: Make, *, ranks: int = 2) -> Report:
     Returns:
         A report, some 10 seconds later. Nothing is raised for a check that fails.
     """
-    checks = [_run(check, make_optimizer) for check in _CHECKS]
+    with torch.random.fork_rng():
+        checks = [_run(check, make_optimizer) for check in _CHECKS]
     return Report((*checks, *_run_on_ranks(make_optimizer, ranks)))
 
 
@@ -129,24 +130,26 @@ def _run(check: Callable[..., None], *arguments: Any) -> Check:
 
 
 def _run_on_ranks(make: Make, ranks: int) -> list[Check]:
-    def not_run(why: str) -> list[Check]:
-        return [Check(*_title(check), "not run", why) for check in _RANK_CHECKS]
+    def all_of_them(outcome: Outcome, why: str) -> list[Check]:
+        return [Check(*_title(check), outcome, why) for check in _RANK_CHECKS]
 
     if not ranks:
-        return not_run("ranks=0")
+        return all_of_them("not run", "ranks=0")
     if not dist.is_available():
-        return not_run("this torch has no torch.distributed")
+        return all_of_them("not run", "this torch has no torch.distributed")
     from torch.multiprocessing.spawn import spawn
 
     try:
         pickle.dumps(make)
     except Exception:
-        return not_run("other processes cannot import make_optimizer; make it a module's function")
+        why = "other processes cannot import make_optimizer; make it a module's function"
+        return all_of_them("not run", why)
     with tempfile.TemporaryDirectory() as folder:
         try:
             spawn(_on_rank, (ranks, folder, make), nprocs=ranks)  # type: ignore[no-untyped-call]
         except Exception as error:
-            return not_run(f"the processes failed: {str(error).strip().splitlines()[-1]}")
+            why = f"a process ended: {str(error).strip().splitlines()[-1]}"
+            return all_of_them("failed", why)
         files = [Path(folder, f"{rank}.pickle") for rank in range(ranks)]
         found = [pickle.loads(file.read_bytes()) for file in files]
     # Of each check the first rank that failed, or the first.
@@ -772,6 +775,18 @@ def _must_agree(make: Make, wrap: Callable[[nn.Module], nn.Module]) -> None:
     run = _Training(make, wrap=wrap)
     run.steps(5, dist.get_rank(), dist.get_world_size())
     _must_be_close(run.weights(), alone.weights(), "live weights differ from one process's")
+    x = torch.ones(4, 6)
+    for swap in ("eval", "train") if run.swaps else ():
+        outputs = []
+        for each in (alone, run):
+            with torch.no_grad():
+                each.model(x)  # what that gathers must not be taken for what is swapped in
+                getattr(each.optimizer, swap)()
+                outputs.append(each.model(x))
+        _must_be_close(outputs[1:], outputs[:1], f"after {swap}() the model computes otherwise")
+    for each in (alone, run):
+        each.steps(1, *(() if each is alone else (dist.get_rank(), dist.get_world_size())))
+    _must_be_close(run.weights(), alone.weights(), "live weights differ after a swap and a step")
     _must_be_close(run.returned(), alone.returned(), "returned weights differ from one process's")
 
 

@@ -144,7 +144,7 @@ def scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
         weight=weight * takes_in if isinstance(takes_in, Tensor) or takes_in else 0.0,
         ascend=group["maximize"],
         stochastic=group["stochastic_round"],
-        hold=group["nonfinite"] == "guard",
+        hold=group["nonfinite"] not in ("ignore", "raise", "skip"),  # a misspelt one guards, too
     )
 
 
