@@ -1,5 +1,6 @@
 """Gradients that are not finite: held, skipped, raised or let through, on every path."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -90,7 +91,7 @@ def test_the_guard_holds_what_a_bad_gradient_would_move_and_nothing_else(
 def on_a_device(slots, s):
     """`update.step_` where the host may not look at a value."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(update, "norm", lambda grads: torch.tensor(float("nan")))
+        patch.setattr(update, "squared_norm", lambda grads: torch.tensor(float("nan")))
         return update.step_(slots, s)
 
 
@@ -115,6 +116,18 @@ def test_a_large_but_finite_gradient_steps(path, kernel, monkeypatch):
     seen, stats = trained("float32", PATHS[path], faults, monkeypatch)
     assert stats["guarded_steps"] == 0
     assert seen[2][1][0]["exp_avg_sq"][5] > 1e34
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,)])
+@pytest.mark.parametrize("mode", ["guard", "skip", "raise"])
+def test_a_square_that_overflows_is_seen_in_tensors_of_any_size(mode, shape):
+    p = Parameter(torch.ones(shape))
+    opt = PACE([p], lr=0.1, pullback=0.1, nonfinite=mode)
+    p.grad = torch.full(shape, 1e25)
+    with pytest.raises(FloatingPointError) if mode == "raise" else contextlib.nullcontext():
+        opt.step()
+    assert (p == 1).all()
+    assert sum(opt.stats().values()) == {"guard": p.numel() + 1, "skip": 1, "raise": 0}[mode]
 
 
 @pytest.mark.parametrize("value", BAD)

@@ -14,7 +14,7 @@ from . import fused, rounding, shards
 from .loading import AVERAGES, fitted
 from .options import DTYPES, Group, check_options, decoded, describe, encoded
 from .swap import swap_back, swap_in
-from .update import PLAIN, Scalars, Slot, norm, scalars, step_in_batches
+from .update import PLAIN, Scalars, Slot, scalars, squared_norm, step_in_batches
 
 
 class PACE(Optimizer):
@@ -86,13 +86,13 @@ class PACE(Optimizer):
         seed: of the stochastic rounding, which is a function of the seed, the parameter's place in
             the optimizer, its step and the element: nothing to save, the same on replay.
         nonfinite: what a gradient that is not finite, or whose square is not, does. "guard": its
-            coordinates stand still at this step, all bits of weight, moments and average kept; it
-            costs no memory traffic in the kernel. "skip": no parameter of the groups with this
+            coordinates stand still at this step, all bits of weight, moments and average kept; no
+            memory traffic in the kernel, copies of all tensors on accelerators. "skip": no parameter of the groups with this
             option steps, on any rank, and the step does not count. "raise": FloatingPointError
             before anything has changed, on all ranks. These two read the gradients once more, and
-            go by each tensor's 2-norm; all ranks of the default process group must step together.
-            "skip" keeps `step` on accelerators, and waits for none. "ignore": what torch's own
-            optimizers do, which is to lose the weights, and here the average.
+            go by each tensor's sum of squares; all ranks of the default process group must step
+            together. "skip" keeps `step` on accelerators, and waits for none. "ignore": what
+            torch's own optimizers do, which is to lose the weights, and here the average.
         maximize: ascend instead of descend.
         track_stats: measure each step for `stats()`; costs time, and scratch memory of some four
             times the parameters that are stepped together. Of sharded parameters, this rank's.
@@ -333,13 +333,13 @@ class PACE(Optimizer):
             for wanted, *_, grad in checked:
                 if wanted == mode:
                     alike[grad.device, grad.dtype].append(grad)
-            bad = [~norm(grads).isfinite() for grads in alike.values()]
+            bad = [~squared_norm(grads).isfinite() for grads in alike.values()]
             flags.append(torch.stack([no, *(x.to(no.device) for x in bad)]).any())
         raises, skips = shards.on_any_rank(torch.stack(flags))
         if "raise" in modes and raises:
             where = "a parameter on another rank"
             for mode, g, i, grad in reversed(checked):
-                if mode == "raise" and not norm([grad]).isfinite():
+                if mode == "raise" and not squared_norm([grad]).isfinite():
                     where = describe(self.param_groups, g, i)
             raise FloatingPointError(f"the gradient of {where} is not finite; nothing was changed")
         on_device = all(device.type != "cpu" for device in devices)

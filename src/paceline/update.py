@@ -311,10 +311,11 @@ def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, 
     return found | measurements(before, adamw, after, pull, gain, offsets, s.clip)
 
 
-def norm(grads: list[Tensor]) -> Tensor:
-    """The largest of their 2-norms, 0-dim: finite only if all elements and their squares are."""
+def squared_norm(grads: list[Tensor]) -> Tensor:
+    """The largest of their 2-norms, squared; 0-dim. Finite only if all elements' squares are."""
     dtype = torch.promote_types(grads[0].dtype, torch.float32)
-    return torch.stack(torch._foreach_norm(grads, 2, dtype=dtype)).max()
+    # Squared, for the norm of one element is taken without its square.
+    return torch.stack(torch._foreach_norm(grads, 2, dtype=dtype)).max().square()
 
 
 def _free(grads: list[Tensor], hold: bool | Tensor) -> list[Tensor]:
@@ -322,7 +323,7 @@ def _free(grads: list[Tensor], hold: bool | Tensor) -> list[Tensor]:
     if isinstance(hold, Tensor):
         return [~hold for _ in grads]
     on_host = grads[0].device.type == "cpu" and not torch.compiler.is_compiling()
-    if not hold or (on_host and norm(grads).isfinite()):
+    if not hold or (on_host and squared_norm(grads).isfinite()):
         return []
     limit = math.sqrt(torch.finfo(grads[0].dtype).max)
     return [g.abs() <= limit for g in grads]
