@@ -86,9 +86,10 @@ class PACE(Optimizer):
         seed: of the stochastic rounding, which is a function of the seed, the parameter's place in
             the optimizer, its step and the element: nothing to save, the same on replay.
         nonfinite: what a gradient that is not finite, or whose square is not, does. "guard": its
-            coordinates stand still at this step, all bits of weight, moments and average kept; no
-            memory traffic in the kernel, copies of all tensors on accelerators. "skip": no parameter of the groups with this
-            option steps, on any rank, and the step does not count. "raise": FloatingPointError
+            coordinates stand still at this step, all bits of weight, moments and average kept. It
+            takes no memory traffic in the kernel; on accelerators, without `fused=True`, copies of
+            what is stepped together. "skip": no parameter of the groups with this option steps, on
+            any rank, and the step does not count. "raise": FloatingPointError
             before anything has changed, on all ranks. These two read the gradients once more, and
             go by each tensor's sum of squares; all ranks of the default process group must step
             together. "skip" keeps `step` on accelerators, and waits for none. "ignore": what

@@ -312,8 +312,11 @@ def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, 
 
 
 def squared_norm(grads: list[Tensor]) -> Tensor:
-    """The largest of their 2-norms, squared; 0-dim. Finite only if all elements' squares are."""
+    """The largest of their squared 2-norms, 0-dim: finite only if all elements' squares are."""
     dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    if grads[0].device.type == "cpu":  # where torch's norm takes three times as long
+        flat = [g.to(dtype).reshape(-1) for g in grads]
+        return torch.stack([torch.dot(g, g) for g in flat]).max()
     # Squared, for the norm of one element is taken without its square.
     return torch.stack(torch._foreach_norm(grads, 2, dtype=dtype)).max().square()
 
