@@ -17,3 +17,11 @@ def test_every_promise_of_the_readme_names_a_test_that_exists():
             tests = re.findall(r"def (test_\w+)", (ROOT / "tests" / file).read_text())
             for word in re.findall(r"`(\w+)`", words):
                 assert any(word in test for test in tests), f"{file}: {word}"
+
+
+def test_links_between_the_documents_lead_somewhere():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")]
+    assert len(pages) > 5
+    for page in pages:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
