@@ -71,10 +71,10 @@ schedulefree {schedulefree}, pytorch_optimizer {pytorch_optimizer}, Python {pyth
 
 {reasons}
 
-Looked into: schedulefree recomputes the live weights from the averaged ones, which rounds; its state
-has empty entries after `train()`, so that torch.distributed.checkpoint takes it for there, and loads
-none of it; and FSDP2 computes with what an earlier forward pass gathered, until the model's
-`reshard()` is called after a swap.
+Looked into: schedulefree recomputes the live weights from the averaged ones, which rounds. Its
+state has empty entries after `train()`, so that torch.distributed.checkpoint takes it for there,
+and loads none of it. And FSDP2 computes with what an earlier forward pass gathered, until the
+model's `reshard()` is called after a swap.
 """
 
 
