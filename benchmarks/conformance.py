@@ -50,8 +50,10 @@ What a training run asks of an optimizer, as checks that anyone can run on their
 ```python
 from paceline.testing import check_optimizer
 
+
 def make(params):  # a function of a module: other processes import it
     return MyOptimizer(params, lr=0.05)
+
 
 def test_conformance():
     report = check_optimizer(make)

@@ -144,7 +144,7 @@ def _plain(x: Any, part: str) -> Any:
     )
 
 
-def _shape(value: Any) -> Any:
+def _shape(value: Any) -> str:
     return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
 
 

@@ -40,10 +40,9 @@ def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
     ours = ["pullback" in group for group in saved["param_groups"]]
     completed = []
     for theirs, own, mine in zip(saved["param_groups"], ours, groups, strict=True):
-        group = {**mine, "swapped": "", **theirs}
-        if not own:
-            group |= {key: mine[key] for key in ADAMW_ONLY & mine.keys()}
-            group = {key: x for key, x in group.items() if key in mine or key not in ADAMW_ONLY}
+        taken = theirs.keys() - (set() if own else ADAMW_ONLY)
+        group = {**mine, "swapped": "", **{key: theirs[key] for key in taken}}
+        group["swapped"] = group["swapped"] or ""  # None, in older checkpoints
         check_options(group)
         completed.append(group)
 
