@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paceline import PACE
+from paceline.averaging import PowerEMA
 from paceline.cli import main
 from paceline.study.compare import Comparison, _affordable_steps
 from paceline.study.report import Results, best_at, verdict
@@ -38,7 +39,6 @@ from paceline.train.data import (
 from paceline.train.methods import optimizer_and_options, parse_method, scheduler
 from paceline.train.model import make_gpt2
 from paceline.train.trainer import train
-from paceline.update import averaging_weight
 
 DEFAULTS = {"lr": 1e-2, "c": 3.0, "kappa": 0.3, "g": 0.5}
 TEXT = "\n".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs" for i in range(400))
@@ -333,7 +333,7 @@ def test_a_stopped_run_says_so(tiny):
 
 def test_the_twin_of_a_saturated_pull_is_a_schedule():
     """power and twin use the averaging weight that PACE itself uses."""
-    assert schedule_of("adamw:power")[9] == pytest.approx(averaging_weight(10, power=0.3))
+    assert schedule_of("adamw:power")[9] == pytest.approx(PowerEMA(0.3).weight(10))
     _, options = optimizer_and_options(method_of("pace"), 5)
     assert options == {"lr": 1e-2, "pullback": 3.0, "ema_power": 0.3, "state_dtype": None}
     _, options = optimizer_and_options(method_of("ema:state=bf16"), 5)

@@ -200,8 +200,8 @@ class LoadsAsTorch(Broken):
 
 
 class CountsRehearsals(Broken):
-    def _rehearse(self):
-        return False
+    def _rehearsal(self):
+        return []
 
 
 class SuffersBeingAsked(Broken):

@@ -9,7 +9,6 @@ from reference import Reference
 from torch.nn import Parameter
 
 from paceline import PACE
-from paceline.update import averaging_weight
 
 # Largest float32 deviation from the float64 reference that we allow, relative to the largest
 # weight. 500 steps accumulate rounding of about sqrt(500)·6e-8 = 1.3e-6 of a weight.
@@ -136,17 +135,6 @@ def test_saturated_clip_is_adamw_with_a_decaying_rate():
         opt.step()
         assert opt.stats()["clipped"] == 1
         torch.testing.assert_close(opt.state[p]["average"], exact, rtol=1e-12, atol=1e-12)
-
-
-def test_averaging_weight():
-    weight = averaging_weight
-    assert weight(1, power=0.5) == 2**-0.5
-    assert weight(5, power=0.5, start=5) == 1
-    assert weight(6, power=0.5, start=5) == 2**-0.5
-    assert weight(3, power=0.25, rate=2.0) == 7**-0.25
-    assert weight(10**9, power=1) == 1e-4  # the floor
-    assert weight(7, power=0.5, beta=0.3) == 0.3
-    assert weight(100, power=0) == 1
 
 
 @st.composite

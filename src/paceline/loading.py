@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .options import Group, check_options, decoded, describe
+from .options import Group, averaging_of, check_options, decoded, describe
 from .shards import is_sharded
 
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
@@ -43,6 +43,8 @@ def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
         taken = theirs.keys() - (set() if own else ADAMW_ONLY)
         group = {**mine, "swapped": "", **{key: theirs[key] for key in taken}}
         group["swapped"] = group["swapped"] or ""  # None, in older checkpoints
+        if own and "averaging" not in theirs:  # an older one
+            group["averaging"] = None
         check_options(group)
         completed.append(group)
 
@@ -53,11 +55,12 @@ def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
         kept = [states[key] for key in group["params"] if states.get(key)]
         # None in all the group: they are yet to begin, as after a checkpoint of AdamW.
         averaged = group["average"] and any(AVERAGES & state.keys() for state in kept)
+        keeps = set(averaging_of(group).keeps)
         for i, (key, dtype) in enumerate(zip(group["params"], swapped, strict=True)):
             state = states.get(key, {})
             unknown.discard(key)
             try:
-                _check_state(state, groups[g]["params"][i], averaged, dtype)
+                _check_state(state, groups[g]["params"][i], keeps, averaged, dtype)
             except ValueError as error:
                 raise ValueError(
                     f"{describe(groups, g, i)} cannot be loaded: {error}; nothing was changed"
@@ -80,7 +83,9 @@ def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
     return {**saved, "state": states, "param_groups": completed}
 
 
-def _check_state(state: dict[str, Any], param: Tensor, averaged: bool, swapped: str) -> None:
+def _check_state(
+    state: dict[str, Any], param: Tensor, keeps: set[str], averaged: bool, swapped: str
+) -> None:
     """Raises: ValueError: what is wrong with one parameter's state."""
     averages = AVERAGES & state.keys()
     if not state:
@@ -92,7 +97,9 @@ def _check_state(state: dict[str, Any], param: Tensor, averaged: bool, swapped: 
             f"its state lacks {missing} and has {sorted(map(str, state))}; PACE loads checkpoints "
             "of PACE and of torch.optim.AdamW"
         )
-    if extra := sorted(map(str, state.keys() - MOMENTS - AVERAGES)):
+    if averages and (missing := sorted(keeps - state.keys())):
+        raise ValueError(f"its state lacks {missing}, which its average is made of")
+    if extra := sorted(map(str, state.keys() - MOMENTS - AVERAGES - keeps)):
         raise ValueError(f"its state has {extra}, which PACE does not keep")
     if len(averages) == 2 or ((averaged or swapped) and not averages):
         raise ValueError(f"its state must have 'average' or 'offset', got {sorted(averages)}")

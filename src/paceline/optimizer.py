@@ -3,7 +3,6 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -11,13 +10,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import fused, rounding, shards
+from .averaged import AveragedOptimizer, summarize
+from .averaging import Averaging
 from .loading import AVERAGES, fitted
-from .options import DTYPES, Group, check_options, decoded, describe, encoded
-from .swap import swap_back, swap_in
-from .update import PLAIN, Scalars, Slot, scalars, squared_norm, step_in_batches
+from .options import DTYPES, EMA_OPTIONS, Group, averaging_of, check_options, describe, encoded
+from .update import PLAIN, Scalars, Slot, scalars, step_in_batches
 
 
-class PACE(Optimizer):
+class PACE(AveragedOptimizer):
     r"""AdamW whose weights are pulled, coordinate by coordinate, toward the average you return.
 
         β_t     = max((1 + γ·max(0, t - ρ))^-κ, 1e-4)
@@ -66,6 +66,10 @@ class PACE(Optimizer):
         ema_start: ρ >= 0 steps during which the average is the live weights.
         ema_every: the average takes in every this-many-th step's weights, >= 1. The pull is
             applied at every step.
+        averaging: any other average of `paceline.averaging`, or its text, as in Uniform(start=100)
+            or "ema:half_life=200", instead of what the five options before say. β_t is then what
+            its `falloff` says. LAWA and BEMA keep more state than the average, take a second pass,
+            and go with neither state_dtype nor capturable.
         clip: hold the gain to at most 1, so that the pull never goes past the average.
         average: keep an average. False, for which `pullback` must be 0, is plain AdamW.
         fused: step in one pass over memory (`paceline.fused`): True demands it, False does not use
@@ -118,6 +122,7 @@ class PACE(Optimizer):
         ema_rate: float = 1.0,
         ema_start: int = 0,
         ema_every: int = 1,
+        averaging: Averaging | str | None = None,
         clip: bool = True,
         average: bool = True,
         fused: bool | None = None,
@@ -142,6 +147,7 @@ class PACE(Optimizer):
             "ema_rate": ema_rate,
             "ema_start": ema_start,
             "ema_every": ema_every,
+            "averaging": averaging,
             "clip": clip,
             "average": average,
             "fused": fused,
@@ -157,20 +163,6 @@ class PACE(Optimizer):
         check_options(defaults)
         super().__init__(params, defaults)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_stats" not in self.__dict__:  # unpickled or copied
-            self._forget()
-            self._rehearsed = bool(state.get("_rehearsed"))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_rehearsed": self._rehearsed}
-
-    def _forget(self) -> None:
-        self._stats: dict[str, Any] | None = None
-        self._counts: Tensor | None = None  # guarded coordinates, guarded steps, skipped steps
-        self._rehearsed = False
-
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters with options of its own.
 
@@ -179,8 +171,13 @@ class PACE(Optimizer):
                 go with an option.
             RuntimeError: `fused=True`, and the kernel cannot be built here.
         """
-        if isinstance(param_group, dict) and param_group.get("ema_power") is not None:
-            param_group.setdefault("ema_beta", None)  # the group's own power, not our default beta
+        if isinstance(param_group, dict):  # a group's own average is not mixed with the default
+            if param_group.get("averaging") is not None:
+                param_group |= EMA_OPTIONS | param_group
+            elif EMA_OPTIONS.keys() & param_group.keys():
+                param_group.setdefault("averaging", None)
+            if param_group.get("ema_power") is not None:
+                param_group.setdefault("ema_beta", None)
         super().add_param_group(param_group)
         try:
             check_options(param_group)
@@ -251,7 +248,10 @@ class PACE(Optimizer):
                 Nothing has changed then.
             FloatingPointError: with `nonfinite="raise"`, as said there.
         """
-        if closure is None and self._rehearse():
+        if closure is None and (stepped := self._rehearsal()):
+            for group, p in stepped:
+                self._ready(p, group)
+            self._rehearsed = True
             return None
         if self.swapped:
             raise RuntimeError(
@@ -288,63 +288,12 @@ class PACE(Optimizer):
                 else:
                     measured[-1] += step_in_batches(slots, numbers, measure=group["track_stats"])
         held += [batch.pop("held") for group in measured for batch in group if "held" in batch]
+        for group, plan in zip(self.param_groups, plans, strict=True):
+            if plan and group["average"] and averaging_of(group).keeps:
+                self._take_in(group, bool(skip) and group["nonfinite"] == "skip")
         self._count_faults(held, skip)
-        self._stats = _summarize(measured)
+        self._stats = summarize(measured)
         return loss
-
-    def _rehearse(self) -> bool:
-        """Make the state that `torch.distributed.checkpoint` asks for, and count no step.
-
-        It has an optimizer without state step on gradients of zeros at a rate of 0, to see its
-        state or to load into it.
-        """
-        if self.state:
-            return False
-        stepped = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
-        for lr in (group["lr"] for group, _ in stepped):
-            if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
-                return False
-        # Shards first: of those all ranks see the same, and must look together.
-        for _, p in sorted(stepped, key=lambda x: not shards.is_sharded(x[1])):
-            found = p.grad.any()
-            if bool(shards.full(found) if shards.is_sharded(found) else found):
-                return False
-        for group, p in stepped:
-            self._ready(p, group)
-        self._rehearsed = bool(stepped)
-        return self._rehearsed
-
-    def _judge_gradients(self) -> bool | Tensor:
-        """Whether groups with nonfinite="skip" skip the step; a tensor if a device decides that."""
-        modes = {group["nonfinite"] for group in self.param_groups}
-        if not modes & {"raise", "skip"}:
-            return False
-        # Once: it may send messages, in which all ranks take part.
-        checked = [
-            (group["nonfinite"], g, i, shards.local_grad(p))
-            for g, group in enumerate(self.param_groups)
-            for i, p in enumerate(group["params"])
-            if group["nonfinite"] in ("raise", "skip") and p.grad is not None
-        ]
-        devices = [p.device for group in self.param_groups for p in group["params"]]
-        no = torch.zeros((), dtype=torch.bool, device=devices[0] if devices else None)
-        flags = []
-        for mode in ("raise", "skip"):
-            alike = defaultdict(list)  # of one device and dtype
-            for wanted, *_, grad in checked:
-                if wanted == mode:
-                    alike[grad.device, grad.dtype].append(grad)
-            bad = [~squared_norm(grads).isfinite() for grads in alike.values()]
-            flags.append(torch.stack([no, *(x.to(no.device) for x in bad)]).any())
-        raises, skips = shards.on_any_rank(torch.stack(flags))
-        if "raise" in modes and raises:
-            where = "a parameter on another rank"
-            for mode, g, i, grad in reversed(checked):
-                if mode == "raise" and not squared_norm([grad]).isfinite():
-                    where = describe(self.param_groups, g, i)
-            raise FloatingPointError(f"the gradient of {where} is not finite; nothing was changed")
-        on_device = all(device.type != "cpu" for device in devices)
-        return skips if on_device and "skip" in modes else bool(skips)
 
     def _count_step(self, group: Group, skip: bool | Tensor) -> None:
         steps = [self.state[p]["step"] for p in group["params"] if p.grad is not None]
@@ -353,21 +302,6 @@ class PACE(Optimizer):
                 step.add_(~skip.to(step.device))
         else:
             torch._foreach_add_(steps, 1.0)
-
-    def _count_faults(self, held: list[int | Tensor], skip: bool | Tensor) -> None:
-        """Add to what `stats()` tells, without waiting for a device."""
-        tensors = [x for x in (*held, skip) if isinstance(x, Tensor)]
-        if not tensors and not any(held) and not skip:
-            return
-        if self._counts is None:
-            self._counts = torch.zeros(3, dtype=torch.int64)
-        # The host's numbers go to a device, never the other way.
-        for device in {x.device for x in tensors if x.device.type != "cpu"}:
-            if self._counts.device.type == "cpu":
-                self._counts = self._counts.to(device)
-        total = sum(x.to(self._counts.device) if isinstance(x, Tensor) else x for x in held)
-        for count, n in zip(self._counts.unbind(), (total, total > 0, skip), strict=True):
-            count.add_(n)
 
     def _batches(
         self, group: Group, first: int, skip: bool | Tensor
@@ -419,6 +353,17 @@ class PACE(Optimizer):
                 own = (x[i] if isinstance(x, Tensor) and x.ndim else x for x in numbers)
                 yield [slot], Scalars._make(own)
 
+    def _take_in(self, group: Group, skipped: bool) -> None:
+        """Have averages that are more than one tensor take in the weights of this step."""
+        rule = averaging_of(group)
+        for p in group["params"]:
+            if p.grad is None or skipped:
+                continue
+            state = self.state[p]
+            average, *kept = (shards.local(state[key]) for key in ("average", *rule.keeps))
+            of_rule = dict(zip(rule.keeps, kept, strict=True))
+            rule.update_(int(state["step"]), [shards.local(p)], [average], [of_rule])
+
     def _ready(self, param: Tensor, group: Group) -> dict[str, Any]:
         """The parameter's state: made at its first step, in the form that the options ask for."""
         state: dict[str, Any] = self.state[param]
@@ -451,6 +396,9 @@ class PACE(Optimizer):
         elif "average" not in state or state["average"].dtype != dtype:
             source = state.get("average", param.detach())
             state["average"] = fused.empty_state(param, dtype, param.device).copy_(source)
+        rule = averaging_of(group)
+        if not state.keys() >= set(rule.keeps):
+            state |= rule.begin(param, dtype)
         return state
 
     def _check_gradients(self) -> None:
@@ -470,173 +418,7 @@ class PACE(Optimizer):
                         f"{describe(self.param_groups, g, i)}; nothing was changed"
                     )
 
-    # ---- the model to return ------------------------------------------------------------------
-
-    @property
-    def swapped(self) -> bool:
-        """Whether the average is in the parameters now, and the live weights are put aside."""
-        return any(group.get("swapped") for group in self.param_groups)
-
-    def _averages(self) -> dict[Tensor, Tensor]:
-        """Parameter -> average or offset, for those that keep one and have stepped."""
-        kept = {
-            p: self.state[p].get("average", self.state[p].get("offset"))
-            for group in self.param_groups
-            if group["average"] and not self._rehearsed
-            for p in group["params"]
-            if p in self.state
-        }
-        return {p: average for p, average in kept.items() if average is not None}
-
-    @torch.no_grad()
-    def eval(self) -> None:
-        """Put the average into the parameters; the live weights wait where the average was.
-
-        In place, without a third copy (`paceline.swap`). Free if it is there already; parameters
-        that keep no average or have not stepped stay as they are. Sharded parameters take no
-        communication.
-
-        Raises:
-            RuntimeError: the model's dtype was changed after the first step. Nothing has changed.
-        """
-        if self.swapped:
-            return
-        averages = self._averages()
-        for p, average in averages.items():
-            narrower = average.itemsize < p.itemsize
-            if narrower != ("offset" in self.state[p]) or average.dtype not in (
-                torch.bfloat16,
-                torch.promote_types(p.dtype, torch.float32),
-            ):
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(p.shape)} is {p.dtype} now, which does not go "
-                    f"with its {average.dtype} average; convert models before the first step"
-                )
-        shards.drop_gathered_copies(averages)
-        swap_in((shards.local(p), shards.local(average)) for p, average in averages.items())
-        for group in self.param_groups:
-            group["swapped"] = encoded(
-                str(p.dtype) if p in averages else "" for p in group["params"]
-            )
-
-    @torch.no_grad()
-    def train(self) -> None:
-        """Put the live weights back into the parameters. Free if they are there already.
-
-        Raises:
-            RuntimeError: the model's dtype is not that of the moment when the average came in, or
-                a checkpoint's of that moment. Nothing has changed.
-        """
-        if not self.swapped:
-            return
-        exchanged = {}
-        for group in self.param_groups:
-            for p, dtype in zip(group["params"], decoded(group["swapped"]), strict=False):
-                if not dtype:
-                    continue
-                if dtype != str(p.dtype):
-                    raise RuntimeError(
-                        f"an average was swapped into a parameter of {dtype}, which is {p.dtype} "
-                        "now; convert it back, then call train()"
-                    )
-                average = self.state[p].get("average", self.state[p].get("offset"))
-                assert average is not None
-                exchanged[p] = average
-        shards.drop_gathered_copies(exchanged)
-        swap_back((shards.local(p), shards.local(average)) for p, average in exchanged.items())
-        for group in self.param_groups:
-            group["swapped"] = ""
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Hold the average in the parameters inside a `with`; go back whatever happens there."""
-        restore = self.eval if self.swapped else self.train
-        self.eval()
-        try:
-            yield
-        finally:
-            restore()
-
-    @torch.no_grad()
-    def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
-        """The returned model's `state_dict()`: a snapshot that leaves the live weights alone.
-
-        Averaged parameters have their average in the parameter's dtype; frozen parameters, those
-        that keep no average, and buffers are copied as they are. Names of one tied parameter share
-        one tensor.
-
-        Sharded parameters are gathered, one at a time, into the CPU memory of rank 0; all ranks
-        must call this, and the others get an empty dict. To save shards as they are:
-        `with opt.averaged(): torch.distributed.checkpoint.save(get_model_state_dict(model), ...)`.
-
-        Args:
-            model: the module whose parameters this optimizer steps, itself or wrapped.
-
-        Raises:
-            ValueError: the optimizer keeps averages, but none for a parameter of this model, or one
-                of them does not show as itself in the model's `state_dict(keep_vars=True)`.
-        """
-        averages = self._averages()
-        shards.drop_gathered_copies(averages)
-        ours = [name for name, p in model.named_parameters() if p in averages]
-        if averages and not ours:
-            raise ValueError(
-                f"model must hold parameters of this optimizer, got {type(model).__name__} "
-                "with none of them"
-            )
-        returned = model.state_dict(keep_vars=True)
-        snapshots: dict[Tensor, Tensor | None] = {}
-        for name, value in returned.items():
-            if isinstance(value, Tensor):
-                if value not in snapshots:
-                    source = value if self.swapped else averages.get(value, value)
-                    if source.itemsize < value.itemsize:
-                        source = value.detach() + source
-                    snapshots[value] = shards.gathered(source.detach().to(value.dtype, copy=True))
-                returned[name] = snapshots[value]
-        for name in ours:
-            if model.get_parameter(name) not in snapshots:
-                raise ValueError(
-                    f"model must show its parameters in state_dict(), got another tensor for {name}"
-                )
-        return {} if None in snapshots.values() else returned  # on another rank than 0
-
     # ---- reports and checkpoints --------------------------------------------------------------
-
-    def stats(self) -> dict[str, Any]:
-        """Faults met so far, and what the last step did if `track_stats=True`.
-
-        Returns:
-            Since this object was made: `guarded_steps` in which non-finite gradients held
-            coordinates, `guarded_coordinates`, how many in all (of sharded parameters, this
-            rank's), and `skipped_steps`.
-
-            Of the last step, if tracked: `gain_mean`, `gain_min`, `gain_max` of λ over coordinates;
-            `clipped`, the fraction of coordinates that the clip holds at 1; 2-norms `adamw_norm` of
-            the AdamW step, `pull_norm` of the pull and `update_norm` of the whole update;
-            `distance`, the 2-norm of live weights minus average after the step. Over all tracked
-            parameters that had a gradient, and under "groups" the same for each group (None for
-            one without any). Guarded coordinates are among them with a gradient of 0.
-        """
-        counts = [0, 0, 0] if self._counts is None else self._counts.tolist()
-        names = ("guarded_coordinates", "guarded_steps", "skipped_steps")
-        numbers: dict[str, Any] = _as_numbers(self._stats or {})
-        return dict(zip(names, counts, strict=True)) | numbers
-
-    @torch.no_grad()
-    def state_dict(self) -> dict[str, Any]:
-        """torch's: `state` by parameter and `param_groups`; tensors, numbers and strings.
-
-        Saved while the average is swapped in it says so, and goes with model weights saved at the
-        same time.
-        """
-        state = super().state_dict()
-        for group in state["param_groups"]:
-            # Schedulers leave NumPy's floats, and engines refuse what is no number or string.
-            group |= {key: float(x) for key, x in group.items() if isinstance(x, float)}
-            if group["state_dtype"] is not None:
-                group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
-        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict()`; state keeps its dtype whatever the parameters'.
@@ -671,7 +453,8 @@ class PACE(Optimizer):
                         step = torch.as_tensor(value).reshape(())
                         self.state[p][key] = step.to(device, torch.float32, copy=True)
                     else:
-                        mine = fused.empty_state(p, _state_dtype(p, group), p.device)
+                        kept = value.dtype if key in averaging_of(group).keeps else None
+                        mine = fused.empty_state(p, kept or _state_dtype(p, group), p.device)
                         self.state[p][key] = mine.copy_(value)
 
         # The first sees what the user's own hooks made of the state, the second runs before theirs.
@@ -732,40 +515,3 @@ def _keys(
     # Made on the device from nothing, for a CUDA graph cannot hold a copy from the host.
     all_places = torch.arange(max(places) + 1, dtype=torch.int32, device=device)
     return list(rounding.keys(seed, torch.stack([all_places[i] for i in places]), step.int()))
-
-
-def _summarize(measured: list[list[dict[str, Tensor]]]) -> dict[str, Any] | None:
-    """Batches' measurements as those of each group and of all; tensors, so that no device waits."""
-
-    def summary(batches: list[dict[str, Tensor]]) -> dict[str, Any] | None:
-        if not batches:
-            return None
-        device = batches[0]["count"].device
-
-        def over(key: str) -> Tensor:
-            return torch.stack([batch[key].to(device, torch.float32) for batch in batches])
-
-        count = over("count").sum().clamp_min(1)
-        return {
-            "gain_mean": over("gain_sum").sum() / count,
-            "gain_min": over("gain_min").min(),
-            "gain_max": over("gain_max").max(),
-            "clipped": over("clipped").sum() / count,
-            "adamw_norm": over("adamw_sq").sum().sqrt(),
-            "pull_norm": over("pull_sq").sum().sqrt(),
-            "update_norm": over("update_sq").sum().sqrt(),
-            "distance": over("distance_sq").sum().sqrt(),
-        }
-
-    tracked = [[batch for batch in group if batch] for group in measured]
-    overall = summary([batch for group in tracked for batch in group])
-    return None if overall is None else {**overall, "groups": [summary(group) for group in tracked]}
-
-
-def _as_numbers(value: Any) -> Any:
-    """Tensors inside dicts and lists as plain floats."""
-    if isinstance(value, dict):
-        return {key: _as_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_as_numbers(item) for item in value]
-    return value.item() if isinstance(value, Tensor) else value

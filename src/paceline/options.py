@@ -1,4 +1,4 @@
-"""PACE's options: what they may be, and how a parameter is named in a message."""
+"""Options of parameter groups: what they may be, and how a parameter is named in a message."""
 
 import math
 from collections.abc import Iterable
@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .averaging import EMA, Averaging, PowerEMA, parse
+
 Group: TypeAlias = dict[str, Any]
 
 # Of a parameter: of its state.
@@ -20,56 +22,106 @@ DTYPES = {
     torch.float64: torch.float64,
 }
 NONFINITE = ("guard", "skip", "raise", "ignore")
+# PACE's own names for the options of a power or constant EMA, where no other average is asked for.
+EMA_OPTIONS: dict[str, Any] = {
+    "ema_power": 0.5,
+    "ema_beta": None,
+    "ema_rate": 1.0,
+    "ema_start": 0,
+    "ema_every": 1,
+}
+
+
+def averaging_of(group: Group) -> Averaging:
+    """The rule of a group of PACE's or Pullback's."""
+    if group["averaging"] is not None:
+        return parse(group["averaging"])
+    if group["ema_beta"] is not None:
+        return EMA(group["ema_beta"], every=group["ema_every"])
+    names = ("ema_power", "ema_rate", "ema_start", "ema_every")
+    return PowerEMA(*(group[name] for name in names))
+
+
+def require(options: Group, name: str, ok: bool, range_: str) -> None:
+    """Raises: ValueError: the option is not `ok`; the message names it, its range and its value."""
+    if not ok:
+        raise ValueError(f"{name} must be {range_}, got {options[name]!r}")
+
+
+def number(value: object) -> float:
+    """The value as a float, or NaN, which no range contains, for what is no real number."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            return float(value)
+    return math.nan
+
+
+def check_pull(options: Group) -> None:
+    """Check what every optimizer with a pull has, and make it plain numbers and text.
+
+    Raises:
+        ValueError: names the first option out of its range, and its value.
+    """
+    strength = number(options["pullback"])
+    require(options, "pullback", 0 <= strength < math.inf, "a finite number >= 0")
+    options["pullback"] = strength
+    rule = options["averaging"]
+    if rule is not None:
+        text = isinstance(rule, (str, Averaging))
+        require(options, "averaging", text, "an average of paceline.averaging, or its text")
+        options["averaging"] = str(parse(str(rule)))
+    require(options, "clip", isinstance(options["clip"], bool), "True or False")
+    known = f"one of {', '.join(NONFINITE)}"
+    require(options, "nonfinite", options["nonfinite"] in NONFINITE, known)
 
 
 def check_options(options: Group) -> None:
-    """Make the options plain numbers, so that checkpoints load with `weights_only=True`.
+    """Make PACE's options plain numbers, so that checkpoints load with `weights_only=True`.
 
     Raises:
         ValueError: names the first option out of its range, and its value.
     """
 
-    def require(name: str, ok: bool, range_: str) -> None:
-        if not ok:
-            raise ValueError(f"{name} must be {range_}, got {options[name]!r}")
+    def check(name: str, ok: bool, range_: str) -> None:
+        require(options, name, ok, range_)
 
-    def number(value: object) -> float:
-        """The value as a float, or NaN, which no range contains, for what is no real number."""
-        if isinstance(value, Real) and not isinstance(value, bool):
-            with suppress(OverflowError):
-                return float(value)
-        return math.nan
-
+    check_pull(options)
     lr = options["lr"]
     if isinstance(lr, Tensor):
         finite = lr.ndim == 0 and bool(lr.isfinite())
-        require("lr", finite and bool(lr >= 0), "a finite number >= 0, or a 0-dim tensor of one")
-    for name in ("eps", "weight_decay", "pullback") + (() if isinstance(lr, Tensor) else ("lr",)):
-        require(name, 0 <= number(options[name]) < math.inf, "a finite number >= 0")
+        check("lr", finite and bool(lr >= 0), "a finite number >= 0, or a 0-dim tensor of one")
+    for name in ("eps", "weight_decay") + (() if isinstance(lr, Tensor) else ("lr",)):
+        check(name, 0 <= number(options[name]) < math.inf, "a finite number >= 0")
         options[name] = float(options[name])
     betas = options["betas"]
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-    require("betas", pair and all(0 <= number(b) < 1 for b in betas), "two numbers in [0, 1)")
+    check("betas", pair and all(0 <= number(b) < 1 for b in betas), "two numbers in [0, 1)")
     options["betas"] = (float(betas[0]), float(betas[1]))
     power, beta = options["ema_power"], options["ema_beta"]
-    require("ema_power", power is None or 0 <= number(power) <= 1, "None or in [0, 1]")
-    require("ema_beta", beta is None or 0 < number(beta) <= 1, "None or in (0, 1]")
+    check("ema_power", power is None or 0 <= number(power) <= 1, "None or in [0, 1]")
+    check("ema_beta", beta is None or 0 < number(beta) <= 1, "None or in (0, 1]")
     if power is None and beta is None:
         raise ValueError("ema_beta must be in (0, 1] where ema_power is None, got None for both")
     options["ema_power"] = None if power is None else float(power)
     options["ema_beta"] = None if beta is None else float(beta)
-    require("ema_rate", 0 < number(options["ema_rate"]) < math.inf, "a finite number > 0")
-    require("ema_start", 0 <= number(options["ema_start"]) < math.inf, "a number of steps >= 0")
+    check("ema_rate", 0 < number(options["ema_rate"]) < math.inf, "a finite number > 0")
+    check("ema_start", 0 <= number(options["ema_start"]) < math.inf, "a number of steps >= 0")
     for name in ("ema_rate", "ema_start"):
         options[name] = float(options[name])
     every = options["ema_every"]
     whole = isinstance(every, int) and not isinstance(every, bool)
-    require("ema_every", whole and every >= 1, "a whole number of steps >= 1")
-    for name in ("clip", "average", "capturable", "stochastic_round", "maximize", "track_stats"):
-        require(name, isinstance(options[name], bool), "True or False")
+    check("ema_every", whole and every >= 1, "a whole number of steps >= 1")
+    for name, default in EMA_OPTIONS.items():
+        if options["averaging"] is not None and options[name] != default:
+            raise ValueError(
+                f"{name} must be left out where averaging is given, got {options[name]!r} beside "
+                f"averaging={options['averaging']!r}"
+            )
+    for name in ("average", "capturable", "stochastic_round", "maximize", "track_stats"):
+        check(name, isinstance(options[name], bool), "True or False")
     for name in ("fused", "foreach"):
         choice = options[name]
-        require(name, choice is None or isinstance(choice, bool), "None, True or False")
+        check(name, choice is None or isinstance(choice, bool), "None, True or False")
     if options["fused"] and (options["foreach"] is not None or options["track_stats"]):
         raise ValueError(
             "fused=True needs foreach=None and track_stats=False: "
@@ -78,10 +130,15 @@ def check_options(options: Group) -> None:
     if options["state_dtype"] == "bfloat16":  # as checkpoints have it
         options["state_dtype"] = torch.bfloat16
     narrow = options["state_dtype"] in (None, torch.bfloat16)
-    require("state_dtype", narrow, "None or torch.bfloat16")
+    check("state_dtype", narrow, "None or torch.bfloat16")
+    for name in ("state_dtype", "capturable"):
+        if options["average"] and options[name] and averaging_of(options).keeps:
+            raise ValueError(
+                f"averaging={options['averaging']!r} needs {name} left out, got {options[name]!r}: "
+                "it keeps more tensors than the average, and reads its steps on the host"
+            )
     seed = options["seed"]
-    require("seed", isinstance(seed, int) and not isinstance(seed, bool), "a whole number")
-    require("nonfinite", options["nonfinite"] in NONFINITE, f"one of {', '.join(NONFINITE)}")
+    check("seed", isinstance(seed, int) and not isinstance(seed, bool), "a whole number")
     if not options["average"] and options["pullback"] != 0:
         raise ValueError(
             f"average=False needs pullback=0, got pullback={options['pullback']!r}: "

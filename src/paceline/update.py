@@ -3,7 +3,7 @@
 With gradient g at the live weights θ_t (steps t = 1, 2, ...), scheduled learning rate η, Adam's
 bias-corrected moments m̂ and v̂, pullback strength c and running average `ema` (ema_0 = θ_1):
 
-    β_t     = max((1 + γ·max(0, t - ρ))^-κ, 1e-4)            averaging weight
+    β_t     = max((1 + γ·max(0, t - ρ))^-κ, 1e-4)            averaging weight (paceline.averaging)
     λ_t     = min(1, η·c·β_t / (sqrt(v̂_t) + ε))               gain, one for each coordinate
     θ_{t+1} = (1 - η·wd)·θ_t - η·m̂_t / (sqrt(v̂_t) + ε)        AdamW
               + λ_t·(ema_{t-1} - θ_t)                         and the pull toward the average
@@ -24,73 +24,19 @@ Source: Au & Block, Training for the Model You Return, arXiv:2606.25086 (2026).
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import rounding
+from .averaging import lerp_
+from .options import averaging_of
 
-MIN_AVERAGING_WEIGHT = 1e-4
 # Elements stepped together, which bounds the scratch; a CPU's share of them stays in its cache.
 TOGETHER = 2**24
 TOGETHER_ON_CPU = 2**18
 PLAIN = (Tensor, torch.nn.Parameter)  # not a DTensor or another subclass
-
-
-@overload
-def averaging_weight(
-    step: int,
-    *,
-    power: float | None = ...,
-    rate: float = ...,
-    start: float = ...,
-    beta: float | None = ...,
-) -> float: ...
-
-
-@overload
-def averaging_weight(
-    step: Tensor,
-    *,
-    power: float | None = ...,
-    rate: float = ...,
-    start: float = ...,
-    beta: float | None = ...,
-) -> float | Tensor: ...
-
-
-def averaging_weight(
-    step: int | Tensor,
-    *,
-    power: float | None = None,
-    rate: float = 1.0,
-    start: float = 0,
-    beta: float | None = None,
-) -> float | Tensor:
-    """Weight β_t in (0, 1] that the average gives to the newest weights at a step.
-
-        β_t = max((1 + rate·max(0, step - start))^-power, 1e-4),   or `beta` where it is given.
-
-    Until `start` the weight is 1: the average is the live weights themselves.
-
-    Args:
-        step: t, counted from 1, or a tensor of such.
-        power: κ in [0, 1]. 1 is nearly a uniform average, 0 no average at all. Not read with beta.
-        rate: γ > 0, steps⁻¹.
-        start: ρ >= 0, steps.
-        beta: a constant weight in (0, 1] instead of the power.
-
-    Source: Au & Block, arXiv:2606.25086.
-    """
-    if beta is not None:
-        return beta
-    assert power is not None
-    if isinstance(step, Tensor):
-        return ((1.0 + rate * (step - start).clamp_min(0)) ** -power).clamp_min(
-            MIN_AVERAGING_WEIGHT
-        )
-    return max(float((1.0 + rate * max(0.0, step - start)) ** -power), MIN_AVERAGING_WEIGHT)
 
 
 class Scalars(NamedTuple):
@@ -123,15 +69,7 @@ def scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
     if isinstance(lr, Tensor):
         lr = float(lr) if lr.device.type in ("cpu", "mps") else lr.double()
     beta1, beta2 = group["betas"]
-    weight = averaging_weight(
-        step,
-        power=group["ema_power"],
-        rate=group["ema_rate"],
-        start=group["ema_start"],
-        beta=group["ema_beta"],
-    )
-    falloff = weight if group["ema_beta"] is None else 1.0
-    takes_in = step % group["ema_every"] == 0
+    rule = averaging_of(group)
     return Scalars(
         beta1=beta1,
         beta2=beta2,
@@ -139,9 +77,9 @@ def scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
         root_bias2=(1.0 - beta2**step) ** 0.5,
         step_size=lr / (1.0 - beta1**step),
         shrink=1.0 - lr * group["weight_decay"],
-        gain=lr * group["pullback"] * falloff if group["pullback"] else 0.0,
+        gain=lr * group["pullback"] * rule.falloff(step) if group["pullback"] else 0.0,
         clip=group["clip"],
-        weight=weight * takes_in if isinstance(takes_in, Tensor) or takes_in else 0.0,
+        weight=rule.weight(step),
         ascend=group["maximize"],
         stochastic=group["stochastic_round"],
         hold=group["nonfinite"] not in ("ignore", "raise", "skip"),  # a misspelt one guards, too
@@ -259,15 +197,7 @@ def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, 
     torch._foreach_addcdiv_(theta, torch._foreach_mul(m, s.step_size), denom, -1.0)
     adamw = _minus(theta, before) if measure else []
 
-    gain: list[Tensor] = []
-    if pulls:
-        torch._foreach_reciprocal_(denom)
-        torch._foreach_mul_(denom, s.gain)
-        gain = denom
-        if s.clip:
-            torch._foreach_clamp_max_(gain, 1.0)
-        torch._foreach_mul_(pull, gain)
-        torch._foreach_add_(theta, pull)
+    gain = pull_(theta, pull, denom, s.gain, s.clip) if pulls else []
 
     bits = [rounding.noise(x.param, x.key, x.start) for x in slots if x.key is not None]
 
@@ -292,12 +222,7 @@ def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, 
         torch._foreach_sub_(theta, averages)
     store(params, theta, rounding.PARAM, s.stochastic)
     if moves and not offset:
-        stored = wide(params)
-        if isinstance(s.weight, Tensor):
-            for average, x in zip(averages, stored, strict=True):
-                average.lerp_(x, s.weight.to(dtype))
-        else:
-            torch._foreach_lerp_(averages, stored, s.weight)
+        lerp_(averages, wide(params), s.weight)
         store(kept, averages, rounding.AVERAGE)
     for x, old, ok in held:
         x.copy_(torch.where(ok, x, old))
@@ -309,6 +234,34 @@ def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, 
     after, averages = wide(params), wide(kept)
     offsets = averages if offset or not averages else _minus(averages, after)
     return found | measurements(before, adamw, after, pull, gain, offsets, s.clip)
+
+
+def pull_(
+    theta: list[Tensor],
+    pull: list[Tensor],
+    denom: list[Tensor],
+    gain: float | Tensor,
+    clip: bool,
+) -> list[Tensor]:
+    """θ += λ·(average - θ_t), in place, with λ = gain/denom, at most 1 if clipped.
+
+    Args:
+        theta: θ' after the optimizer's own step; updated.
+        pull: average - θ_t; scaled by λ.
+        denom: sqrt(v̂) + ε; becomes λ.
+        gain: numerator of λ.
+        clip: as `Scalars` has it.
+
+    Returns:
+        λ, in the memory of `denom`.
+    """
+    torch._foreach_reciprocal_(denom)
+    torch._foreach_mul_(denom, gain)
+    if clip:
+        torch._foreach_clamp_max_(denom, 1.0)
+    torch._foreach_mul_(pull, denom)
+    torch._foreach_add_(theta, pull)
+    return denom
 
 
 def squared_norm(grads: list[Tensor]) -> Tensor:

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from ..averaging import PowerEMA
 from ..optimizer import PACE
-from ..update import averaging_weight
 from . import InputError, Options
 
 Name = Literal["adamw", "ema", "schedule-free", "pace"]
@@ -132,7 +132,7 @@ def scheduler(
 def _implicit(method: Method, warmup: int) -> Callable[[int], float]:
     def factor(done: int) -> float:
         assert method.kappa is not None
-        beta = averaging_weight(done + 1, power=method.kappa)
+        beta = float(PowerEMA(method.kappa).weight(done + 1))
         ramp = done / warmup if done < warmup else 1.0
         return ramp * (beta if method.g is None else beta / (beta + method.g))
 

@@ -1,0 +1,475 @@
+"""Averages of the weights: what each takes in, and when. One protocol for all of them.
+
+θ_t are the weights after step t = 1, 2, ... and θ_0 those before the first. A rule says what the
+average becomes at each step; who keeps an average (`PACE`, `Pullback`, the comparison, the merging
+of checkpoints) holds the tensors and asks the rule. Every average is linear in the iterates, so
+that `coefficients` can tell how much of each is in it.
+
+Rules are also written as text, which is how parameter groups, checkpoints and the command line
+have them: the name, then options, as in `uniform:start=100`, `lawa:window=10:every=50`,
+`ema:power=0.5` and `ema:half_life=200`. `parse` reads that, `str` writes it.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+MIN_WEIGHT = 1e-4  # of a power EMA
+
+
+@dataclass(frozen=True)
+class Averaging(ABC):
+    """What an average of the iterates θ_1, θ_2, ... becomes at each step.
+
+    Most rules need the average and one number, the weight of the newest iterate:
+
+        average_t = (1 - weight(t))·average_{t-1} + weight(t)·θ_t,     average_0 = θ_0
+
+    A rule that needs more names it in `keeps`; its `weight` is 0, and `update_` does it all.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """Names of the tensors, shaped like the parameter, that it needs besides the average."""
+        return ()
+
+    def begin(self, weights: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Those tensors before the first step, from θ_0; `dtype` is the average's."""
+        return {}
+
+    def weight(self, step: int | Tensor) -> float | Tensor:
+        """Weight in [0, 1] of the newest iterate at step t = `step`, from 1, or a tensor of such.
+
+        0 at a step that takes nothing in. 1 while the average is the live weights themselves.
+        """
+        return 0.0
+
+    @abstractmethod
+    def falloff(self, step: int | Tensor) -> float | Tensor:
+        """What a pull toward this average falls with: the factor β_t in PACE's gain, in (0, 1]."""
+
+    def update_(
+        self,
+        step: int,
+        weights: list[Tensor],
+        averages: list[Tensor],
+        kept: Sequence[dict[str, Tensor]],
+    ) -> None:
+        """Take in θ_t, in place.
+
+        Args:
+            step: t, from 1.
+            weights: θ_t, floating-point tensors of any shape.
+            averages: of the same shapes, in float32 or wider; updated.
+            kept: of each, the tensors that `begin` made; updated.
+        """
+        wide = [x.to(average.dtype) for x, average in zip(weights, averages, strict=True)]
+        lerp_(averages, wide, self.weight(step))
+
+    def coefficients(self, steps: int) -> Tensor:
+        """How much of θ_0, θ_1, ..., θ_steps is in the average after `steps` steps.
+
+        Returns:
+            float64, of steps + 1 elements that add up to 1 (of BEMA's some are negative).
+        """
+        iterates = torch.eye(steps + 1, dtype=torch.float64)
+        average = iterates[0].clone()
+        kept = self.begin(iterates[0], average.dtype)
+        for step in range(1, steps + 1):
+            self.update_(step, [iterates[step]], [average], [kept])
+        return average
+
+    def __str__(self) -> str:
+        parts = [self.name]
+        for at, field in enumerate(fields(self)):
+            value = getattr(self, field.name)
+            if value is not None and (value != field.default or (at == 0 and value)):
+                parts.append(f"{field.name}={value!r}")
+        return ":".join(parts)
+
+    def _require(self, name: str, ok: bool, range_: str) -> None:
+        if not ok:
+            raise ValueError(f"{name} of {self.name} must be {range_}, got {getattr(self, name)!r}")
+
+    def _require_numbers(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kinds = (int,) if field.type is int else (int, float)
+            fine = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+            optional = value is None and field.default is None
+            kind = "a finite number" if float in kinds else "a whole number"
+            self._require(field.name, fine or optional, kind)
+            if field.name in ("every", "window"):
+                self._require(field.name, value >= 1, ">= 1")
+            if field.name == "start":
+                self._require(field.name, value >= 0, "a number of steps >= 0")
+
+
+@dataclass(frozen=True)
+class PowerEMA(Averaging):
+    """An EMA whose weight falls as a power of the step: it forgets the start, and never stops.
+
+        β_t = max((1 + γ·max(0, t - ρ))^-κ, 1e-4)
+
+    Until ρ the weight is 1: the average is the live weights themselves.
+
+    Args:
+        power: κ in [0, 1]. 1 is nearly a uniform average, 0 no average at all.
+        rate: γ > 0, steps⁻¹.
+        start: ρ >= 0, steps.
+        every: the average takes in every this-many-th iterate, >= 1.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Source: Au & Block, arXiv:2606.25086 (2026).
+    """
+
+    power: float = 0.5
+    rate: float = 1.0
+    start: float = 0
+    every: int = 1
+    name: ClassVar[str] = "ema"
+
+    def __post_init__(self) -> None:
+        self._require_numbers()
+        self._require("power", 0 <= self.power <= 1, "in [0, 1]")
+        self._require("rate", self.rate > 0, "> 0")
+
+    def falloff(self, step: int | Tensor) -> float | Tensor:
+        """β_t."""
+        weight: float | Tensor = (1.0 + self.rate * _at_least(0, step - self.start)) ** -self.power
+        return _at_least(MIN_WEIGHT, weight)
+
+    def weight(self, step: int | Tensor) -> float | Tensor:
+        """β_t at every `every`-th step."""
+        return _where(step % self.every == 0, self.falloff(step))
+
+
+@dataclass(frozen=True)
+class EMA(Averaging):
+    """An EMA with a constant weight β, which may be given by its half-life.
+
+        β = 1 - 2^(-every/half_life)
+
+    After `half_life` steps an iterate counts half as much as when it came in.
+
+    Args:
+        beta: β in (0, 1] of each iterate taken in. The "decay" of others is 1 - β.
+        half_life: > 0, steps, instead of `beta`.
+        every: the average takes in every this-many-th iterate, >= 1.
+
+    Raises:
+        ValueError: an argument is out of its range; or both beta and half_life, or none is given.
+
+    Source: as the returned model, Tarvainen & Valpola, Mean teachers are better role models,
+    arXiv:1703.01780 (2017).
+    """
+
+    beta: float | None = None
+    half_life: float | None = None
+    every: int = 1
+    name: ClassVar[str] = "ema"
+
+    def __post_init__(self) -> None:
+        self._require_numbers()
+        if (self.beta is None) == (self.half_life is None):
+            raise ValueError(
+                "an EMA must have either beta or half_life, "
+                f"got beta={self.beta!r} and half_life={self.half_life!r}"
+            )
+        self._require("beta", self.beta is None or 0 < self.beta <= 1, "in (0, 1]")
+        self._require("half_life", self.half_life is None or self.half_life > 0, "> 0")
+
+    def falloff(self, step: int | Tensor) -> float | Tensor:
+        """1: the weight does not fall."""
+        return 1.0
+
+    def weight(self, step: int | Tensor) -> float | Tensor:
+        """β at every `every`-th step."""
+        beta = self.beta
+        if beta is None:
+            assert self.half_life is not None
+            beta = -math.expm1(-math.log(2) * self.every / self.half_life)
+        return _where(step % self.every == 0, beta)
+
+
+@dataclass(frozen=True)
+class SWA(Averaging):
+    """Stochastic weight averaging: the mean of every k-th iterate from a start on.
+
+        average_t = mean of θ_{ρ+k}, θ_{ρ+2k}, ..., the last of them at or before t
+
+    Until the first of these the average is the live weights themselves.
+
+    Args:
+        start: ρ >= 0, steps.
+        every: k >= 1, steps; the length of a cycle where the learning rate goes in cycles.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Source: Izmailov et al., Averaging Weights Leads to Wider Optima, arXiv:1803.05407 (2018).
+    """
+
+    start: int = 0
+    every: int = 1
+    name: ClassVar[str] = "swa"
+
+    def __post_init__(self) -> None:
+        self._require_numbers()
+
+    def falloff(self, step: int | Tensor) -> float | Tensor:
+        """1/n, where n iterates are in."""
+        return 1.0 / _at_least(1, (step - self.start) // self.every)
+
+    def weight(self, step: int | Tensor) -> float | Tensor:
+        """1/n, where the n-th iterate comes in."""
+        since = step - self.start
+        return _where((since < self.every) | (since % self.every == 0), self.falloff(step))
+
+
+@dataclass(frozen=True)
+class Uniform(Averaging):
+    """The mean of all iterates from a start on: Polyak-Ruppert averaging.
+
+        average_t = (θ_{ρ+1} + ... + θ_t) / (t - ρ)
+
+    Until ρ + 1 the average is the live weights themselves.
+
+    Args:
+        start: ρ >= 0, steps.
+
+    Raises:
+        ValueError: start is out of its range.
+
+    Source: Polyak & Juditsky, Acceleration of Stochastic Approximation by Averaging (1992);
+    Ruppert, Efficient Estimations from a Slowly Convergent Robbins-Monro Process (1988).
+    """
+
+    start: int = 0
+    name: ClassVar[str] = "uniform"
+
+    def __post_init__(self) -> None:
+        self._require_numbers()
+
+    def falloff(self, step: int | Tensor) -> float | Tensor:
+        """1/n, where n iterates are in."""
+        return 1.0 / _at_least(1, step - self.start)
+
+    def weight(self, step: int | Tensor) -> float | Tensor:
+        """1/n, where the n-th iterate comes in."""
+        return self.falloff(step)
+
+
+@dataclass(frozen=True)
+class LAWA(Averaging):
+    """The mean of the last K snapshots, taken every k steps: latest weight averaging.
+
+        average_t = mean of θ_{k·(n-K+1)}, ..., θ_{k·n},   n = t // k, and of fewer while n < K
+
+    Until the first snapshot the average is the live weights themselves. The K snapshots are kept
+    in the parameter's dtype, which holds them exactly.
+
+    Args:
+        window: K >= 1 snapshots.
+        every: k >= 1, steps.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Source: Kaddour, Stop Wasting My Time!, arXiv:2209.14981 (2022).
+    """
+
+    window: int
+    every: int = 1
+    name: ClassVar[str] = "lawa"
+
+    def __post_init__(self) -> None:
+        self._require_numbers()
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """The snapshots, in a ring."""
+        return tuple(f"average_snapshot_{i}" for i in range(self.window))
+
+    def begin(self, weights: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Room for the snapshots."""
+        return {name: weights.detach().clone() for name in self.keeps}
+
+    def falloff(self, step: int | Tensor) -> float | Tensor:
+        """1: the window's length is constant."""
+        return 1.0
+
+    def update_(
+        self,
+        step: int,
+        weights: list[Tensor],
+        averages: list[Tensor],
+        kept: Sequence[dict[str, Tensor]],
+    ) -> None:
+        """Take a snapshot if it is time, and the mean anew: a running sum would drift."""
+        if step < self.every:
+            for average, x in zip(averages, weights, strict=True):
+                average.copy_(x)
+        if step % self.every:
+            return
+        taken = step // self.every
+        here = self.keeps[(taken - 1) % self.window]
+        there = self.keeps[: min(taken, self.window)]
+        for average, x, own in zip(averages, weights, kept, strict=True):
+            own[here].copy_(x)
+            average.zero_()
+            for name in there:
+                average.add_(own[name], alpha=1.0 / len(there))
+
+
+@dataclass(frozen=True)
+class BEMA(Averaging):
+    """The bias-corrected EMA: it takes back some of the EMA's lag behind the live weights.
+
+        β_t = (ρ + γ·t)^-κ        ema_t = (1 - β_t)·ema_{t-1} + β_t·θ_t
+        α_t = (ρ + γ·t)^-η        average_t = ema_t + α_t·(θ_t - θ_τ),     ema_τ = θ_τ
+
+    at t = τ + φ, τ + 2φ, ...; until τ the average is the live weights themselves. The defaults are
+    those published but for φ, which is 400 there: an average that has not moved by step 399 is not
+    what one expects.
+
+    Args:
+        power: κ in [0, 1], of the EMA.
+        bias_power: η in [0, 1], of the correction.
+        lag: ρ >= 1 steps of age that both begin with.
+        rate: γ > 0, steps⁻¹.
+        start: τ >= 0, steps.
+        every: φ >= 1, steps.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Source: Block & Zhang, EMA Without the Lag: Bias-Corrected Iterate Averaging Schemes,
+    arXiv:2508.00180 (2025).
+    """
+
+    power: float = 0.5
+    bias_power: float = 0.2
+    lag: float = 10
+    rate: float = 1.0
+    start: int = 0
+    every: int = 1
+    name: ClassVar[str] = "bema"
+
+    def __post_init__(self) -> None:
+        self._require_numbers()
+        self._require("power", 0 <= self.power <= 1, "in [0, 1]")
+        self._require("bias_power", 0 <= self.bias_power <= 1, "in [0, 1]")
+        self._require("lag", self.lag >= 1, ">= 1")
+        self._require("rate", self.rate > 0, "> 0")
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """The EMA, and θ_τ."""
+        return ("average_ema", "average_initial")
+
+    def begin(self, weights: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Both are θ_0; the second in the parameter's dtype, which holds it exactly."""
+        ema, initial = self.keeps
+        return {ema: weights.detach().to(dtype, copy=True), initial: weights.detach().clone()}
+
+    def falloff(self, step: int | Tensor) -> float | Tensor:
+        """β_t."""
+        weight: float | Tensor = (self.lag + self.rate * step) ** -self.power
+        return weight
+
+    def update_(
+        self,
+        step: int,
+        weights: list[Tensor],
+        averages: list[Tensor],
+        kept: Sequence[dict[str, Tensor]],
+    ) -> None:
+        """One step of both equations."""
+        since = step - self.start
+        if since > 0 and since % self.every:
+            return
+        age = self.lag + self.rate * step
+        for average, x, own in zip(averages, weights, kept, strict=True):
+            ema, initial = (own[name] for name in self.keeps)
+            if since <= 0:
+                for tensor in (average, ema, initial):
+                    tensor.copy_(x)
+                continue
+            x = x.to(average.dtype)
+            ema.lerp_(x, age**-self.power)
+            torch.sub(x, initial, out=average)
+            average.mul_(age**-self.bias_power).add_(ema)
+
+
+RULES: tuple[type[Averaging], ...] = (PowerEMA, EMA, Uniform, SWA, LAWA, BEMA)
+
+
+@lru_cache(maxsize=256)
+def parse(text: str) -> Averaging:
+    """A rule from its text: `ema` (with power, or with beta or half_life), `uniform`, `swa`, ...
+
+    `kappa` is another name of `power`.
+
+    Raises:
+        ValueError: an unknown name or option, an option without its value, or what the rule raises.
+    """
+    name, *parts = text.strip().split(":")
+    given: dict[str, Any] = {}
+    for part in parts:
+        option, equals, value = part.partition("=")
+        option = {"kappa": "power"}.get(option, option)
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not equals or math.isnan(number) or option in given:
+            raise ValueError(f"averaging {text!r}: {part!r} must be one option=number")
+        given[option] = int(number) if number.is_integer() else number
+    constant = {"beta", "half_life"} & given.keys()
+    rules = [rule for rule in RULES if rule.name == name and (rule is EMA) == bool(constant)]
+    if not rules:
+        known = ", ".join(dict.fromkeys(rule.name for rule in RULES))
+        raise ValueError(f"unknown average {name!r} in {text!r}; known: {known}")
+    options = fields(rules[0])
+    for option in given:
+        if option not in {field.name for field in options}:
+            names = [field.name for field in options]
+            raise ValueError(f"averaging {text!r} has no option {option!r}; it has {names}")
+    for field in options:
+        if field.default is MISSING and field.name not in given:
+            raise ValueError(f"averaging {text!r} needs {field.name}=")
+    try:
+        return rules[0](**given)
+    except ValueError as error:
+        raise ValueError(f"averaging {text!r}: {error}") from None
+
+
+def lerp_(averages: list[Tensor], weights: list[Tensor], weight: float | Tensor) -> None:
+    """Move averages by the weight toward the weights, in place; all of the averages' dtype."""
+    if isinstance(weight, Tensor):
+        for average, x in zip(averages, weights, strict=True):
+            average.lerp_(x, weight.to(average.dtype))
+    elif weight:
+        torch._foreach_lerp_(averages, weights, weight)
+
+
+def _at_least(least: float, x: float | Tensor) -> float | Tensor:
+    return x.clamp_min(least) if isinstance(x, Tensor) else max(least, x)
+
+
+def _where(condition: bool | Tensor, value: float | Tensor) -> float | Tensor:
+    """The value, or 0 where the condition does not hold."""
+    if isinstance(condition, Tensor):
+        return condition.double() * value
+    return value if condition else 0.0
