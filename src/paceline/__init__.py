@@ -1,7 +1,21 @@
 """paceline: train the model you return."""
 
+from .averaging import BEMA, EMA, LAWA, SWA, Averaging, PowerEMA, Uniform
 from .checkpoint import load_checkpoint, save_checkpoint
 from .optimizer import PACE
+from .pullback import Pullback
 
-__all__ = ["PACE", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "BEMA",
+    "EMA",
+    "LAWA",
+    "PACE",
+    "SWA",
+    "Averaging",
+    "PowerEMA",
+    "Pullback",
+    "Uniform",
+    "load_checkpoint",
+    "save_checkpoint",
+]
 __version__ = "0.1.0"

@@ -42,6 +42,13 @@ class AveragedOptimizer(Optimizer):
         """Whether the average is in the parameters now, and the live weights are put aside."""
         return any(group.get("swapped") for group in self.param_groups)
 
+    def _refuse_while_swapped(self) -> None:
+        if self.swapped:
+            raise RuntimeError(
+                "step() was called while the averaged weights are in the model; call train() "
+                "first. Nothing was changed"
+            )
+
     def _averages(self) -> dict[Tensor, Tensor]:
         """Parameter -> average or offset, for those that keep one and have stepped."""
         kept = {
@@ -166,7 +173,17 @@ class AveragedOptimizer(Optimizer):
                 )
         return {} if None in snapshots.values() else returned  # on another rank than 0
 
-    # ---- faults, and what a step did ---
+    # ---- faults, and what a step did ----------------------------------------------------------
+
+    def _check_gradients(self) -> None:
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_complex()):
+                    kind = "complex" if p.grad.is_complex() else "sparse"
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support {kind} gradients, got one in "
+                        f"{describe(self.param_groups, g, i)}; nothing was changed"
+                    )
 
     def _judge_gradients(self) -> bool | Tensor:
         """Whether groups with nonfinite="skip" skip the step; a tensor if a device decides that."""
@@ -235,7 +252,7 @@ class AveragedOptimizer(Optimizer):
         numbers: dict[str, Any] = _as_numbers(self._stats or {})
         return dict(zip(names, counts, strict=True)) | numbers
 
-    # ---- distributed, and checkpoints ---
+    # ---- distributed, and checkpoints ----------------------------------------------------------
 
     def _rehearsal(self) -> list[tuple[Group, Tensor]]:
         """Parameters with their groups, if this is a step that only asks for state; else none.
@@ -272,8 +289,13 @@ class AveragedOptimizer(Optimizer):
         return state
 
 
-def summarize(measured: list[list[dict[str, Tensor]]]) -> dict[str, Any] | None:
-    """Batches' measurements as those of each group and of all; tensors, so that no device waits."""
+def summarize(
+    measured: list[list[dict[str, Tensor]]], *, own_step: str = "adamw_norm"
+) -> dict[str, Any] | None:
+    """Batches' measurements as those of each group and of all; tensors, so that no device waits.
+
+    `own_step` is the name of the norm of what was done without the pull.
+    """
 
     def summary(batches: list[dict[str, Tensor]]) -> dict[str, Any] | None:
         if not batches:
@@ -289,7 +311,7 @@ def summarize(measured: list[list[dict[str, Tensor]]]) -> dict[str, Any] | None:
             "gain_min": over("gain_min").min(),
             "gain_max": over("gain_max").max(),
             "clipped": over("clipped").sum() / count,
-            "adamw_norm": over("adamw_sq").sum().sqrt(),
+            own_step: over("adamw_sq").sum().sqrt(),
             "pull_norm": over("pull_sq").sum().sqrt(),
             "update_norm": over("update_sq").sum().sqrt(),
             "distance": over("distance_sq").sum().sqrt(),

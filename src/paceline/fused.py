@@ -261,7 +261,7 @@ def compiled_step(slots: list[Slot], s: Scalars) -> list[int | Tensor]:
         gain=tensor(s.gain) if isinstance(s.gain, Tensor) or s.gain else 0.0,
     )
     small = [slot for slot in slots if slot.param.numel() < WORTH_A_LAUNCH]
-    found = list(update.step_in_batches(small, s)) if small else []
+    found = [update.step_(batch, s) for batch in update.in_batches(small)] if small else []
     for slot in slots:
         if slot.param.numel() >= WORTH_A_LAUNCH:
             flat = [None if x is None else _flat(x) for x in slot[:5]]

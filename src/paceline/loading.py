@@ -104,19 +104,23 @@ def _check_state(
     if len(averages) == 2 or ((averaged or swapped) and not averages):
         raise ValueError(f"its state must have 'average' or 'offset', got {sorted(averages)}")
     for name in sorted(state.keys() - {"step"}):
-        value = state[name]
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"its {name!r} must be a floating-point tensor, got {kind}")
-        if value.shape != param.shape:
-            raise ValueError(f"its {name!r} has shape {tuple(value.shape)}")
-        if is_sharded(value) != is_sharded(param):
-            kinds = ["a whole tensor", "a shard"]
-            raise ValueError(
-                f"its {name!r} is {kinds[is_sharded(value)]}, the parameter "
-                f"{kinds[is_sharded(param)]}; load it by "
-                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-            )
+        check_tensor(name, state[name], param)
     step = torch.as_tensor(state["step"])
     if step.numel() != 1:
         raise ValueError(f"its 'step' must be one number, got shape {tuple(step.shape)}")
+
+
+def check_tensor(name: str, value: Any, param: Tensor) -> None:
+    """Raises: ValueError: why a saved value cannot be state that is shaped like the parameter."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"its {name!r} must be a floating-point tensor, got {kind}")
+    if value.shape != param.shape:
+        raise ValueError(f"its {name!r} has shape {tuple(value.shape)}")
+    if is_sharded(value) != is_sharded(param):
+        kinds = ["a whole tensor", "a shard"]
+        raise ValueError(
+            f"its {name!r} is {kinds[is_sharded(value)]}, the parameter "
+            f"{kinds[is_sharded(param)]}; load it by "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )

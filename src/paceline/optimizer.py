@@ -14,7 +14,7 @@ from .averaged import AveragedOptimizer, summarize
 from .averaging import Averaging
 from .loading import AVERAGES, fitted
 from .options import DTYPES, EMA_OPTIONS, Group, averaging_of, check_options, describe, encoded
-from .update import PLAIN, Scalars, Slot, scalars, step_in_batches
+from .update import PLAIN, Scalars, Slot, in_batches, scalars, step_
 
 
 class PACE(AveragedOptimizer):
@@ -253,11 +253,7 @@ class PACE(AveragedOptimizer):
                 self._ready(p, group)
             self._rehearsed = True
             return None
-        if self.swapped:
-            raise RuntimeError(
-                "step() was called while the averaged weights are in the model; call train() "
-                "first. Nothing was changed"
-            )
+        self._refuse_while_swapped()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -286,7 +282,8 @@ class PACE(AveragedOptimizer):
                 if one_pass:
                     held += fused.step_(slots, numbers)
                 else:
-                    measured[-1] += step_in_batches(slots, numbers, measure=group["track_stats"])
+                    measure = group["track_stats"]
+                    measured[-1] += [step_(x, numbers, measure=measure) for x in in_batches(slots)]
         held += [batch.pop("held") for group in measured for batch in group if "held" in batch]
         for group, plan in zip(self.param_groups, plans, strict=True):
             if plan and group["average"] and averaging_of(group).keeps:
@@ -407,16 +404,9 @@ class PACE(AveragedOptimizer):
                 for device in {p.device for p in group["params"] if p.grad is not None}:
                     fused.prepare(device)
             for i, p in enumerate(group["params"]):
-                if p.grad is None:
-                    continue
-                if group["fused"]:
+                if group["fused"] and p.grad is not None:
                     self._demand_fused(g, i, RuntimeError)
-                if p.grad.layout != torch.strided or p.grad.is_complex():
-                    kind = "complex" if p.grad.is_complex() else "sparse"
-                    raise RuntimeError(
-                        f"PACE does not support {kind} gradients, got one in "
-                        f"{describe(self.param_groups, g, i)}; nothing was changed"
-                    )
+        super()._check_gradients()
 
     # ---- reports and checkpoints --------------------------------------------------------------
 

@@ -70,7 +70,6 @@ def check_pull(options: Group) -> None:
         text = isinstance(rule, (str, Averaging))
         require(options, "averaging", text, "an average of paceline.averaging, or its text")
         options["averaging"] = str(parse(str(rule)))
-    require(options, "clip", isinstance(options["clip"], bool), "True or False")
     known = f"one of {', '.join(NONFINITE)}"
     require(options, "nonfinite", options["nonfinite"] in NONFINITE, known)
 
@@ -117,7 +116,7 @@ def check_options(options: Group) -> None:
                 f"{name} must be left out where averaging is given, got {options[name]!r} beside "
                 f"averaging={options['averaging']!r}"
             )
-    for name in ("average", "capturable", "stochastic_round", "maximize", "track_stats"):
+    for name in ("clip", "average", "capturable", "stochastic_round", "maximize", "track_stats"):
         check(name, isinstance(options[name], bool), "True or False")
     for name in ("fused", "foreach"):
         choice = options[name]

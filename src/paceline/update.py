@@ -23,8 +23,8 @@ Source: Au & Block, Training for the Model You Return, arXiv:2606.25086 (2026).
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,24 +99,50 @@ class Slot(NamedTuple):
 
     def pieces(self, size: int) -> Iterator["Slot"]:
         """Itself, or if it has more than `size` elements, slices of about that size."""
-        total = self.param.numel()
-        if total <= size or type(self.param) not in PLAIN:
-            yield self
-            return
-        tensors = [x for x in self[:5] if x is not None]
-        if all(x.is_contiguous() for x in tensors):
-            tensors = [x.view(-1) for x in tensors]
-        length = len(tensors[0])
-        rows = max(1, size * length // total)
-        for row in range(0, length, rows):
-            param, grad, m, v, *average = (x[row : row + rows] for x in tensors)
-            start = self.start + row * (total // length)
-            yield Slot(param, grad, m, v, average[0] if average else None, self.key, start)
+        for start, tensors in _slices(self[:5], size):
+            yield Slot(*tensors, self.key, self.start + start)  # type: ignore[arg-type, call-arg]
 
 
-def batches(slots: Iterable[Slot], size: int) -> Iterator[list[Slot]]:
+class Follower(NamedTuple):
+    """One tensor that another optimizer has moved, with what pulls it and its average."""
+
+    param: Tensor  # θ', becomes θ_{t+1}; any shape
+    average: Tensor  # in float32 or wider; updated
+    before: Tensor | None = None  # θ_t, where there is a pull
+    second_moment: Tensor | None = None  # v; None: one gain for all coordinates
+
+    def pieces(self, size: int) -> Iterator["Follower"]:
+        """As those of a `Slot`."""
+        for _, tensors in _slices(self, size):
+            yield Follower(*tensors)  # type: ignore[arg-type]
+
+
+def _slices(
+    tensors: Sequence[Tensor | None], size: int
+) -> Iterator[tuple[int, Sequence[Tensor | None]]]:
+    """The tensors of one shape, or slices of some `size` elements with where they start."""
+    first = tensors[0]
+    assert first is not None
+    total = first.numel()
+    if total <= size or type(first) not in PLAIN:
+        yield 0, tensors
+        return
+    if all(x is None or x.is_contiguous() for x in tensors):
+        tensors = [None if x is None else x.view(-1) for x in tensors]
+        first = first.view(-1)
+    length = len(first)
+    rows = max(1, size * length // total)
+    for row in range(0, length, rows):
+        part = [None if x is None else x[row : row + rows] for x in tensors]
+        yield row * (total // length), part
+
+
+Piece = TypeVar("Piece", Slot, Follower)
+
+
+def batches(slots: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
     """The same tensors in batches of at most about `size` elements, large ones in slices."""
-    batch: list[Slot] = []
+    batch: list[Piece] = []
     elements = 0
     for slot in slots:
         for piece in slot.pieces(size):
@@ -129,13 +155,10 @@ def batches(slots: Iterable[Slot], size: int) -> Iterator[list[Slot]]:
         yield batch
 
 
-def step_in_batches(
-    slots: list[Slot], s: Scalars, *, measure: bool = False
-) -> Iterator[dict[str, Tensor]]:
-    """`step_` on batches that bound its scratch; yields what it returns for each."""
+def in_batches(slots: list[Piece]) -> Iterator[list[Piece]]:
+    """Batches that bound a step's scratch."""
     on_cpu = slots[0].param.device.type == "cpu"
-    for batch in batches(slots, TOGETHER_ON_CPU if on_cpu else TOGETHER):
-        yield step_(batch, s, measure=measure)
+    return batches(slots, TOGETHER_ON_CPU if on_cpu else TOGETHER)
 
 
 def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, Tensor]:
@@ -262,6 +285,62 @@ def pull_(
     torch._foreach_mul_(pull, denom)
     torch._foreach_add_(theta, pull)
     return denom
+
+
+def follow_(
+    slots: list[Follower],
+    *,
+    gain: float | Tensor,
+    root_bias2: float,
+    eps: float,
+    clip: bool,
+    weight: float | Tensor,
+    measure: bool = False,
+) -> dict[str, Tensor]:
+    """What PACE does beside AdamW's step, after another optimizer's: the pull, and the average.
+
+        θ_{t+1} = θ' + min(1, gain / (sqrt(v̂) + ε))·(average - θ_t)
+        average = (1 - weight)·average + weight·θ_{t+1}
+
+    Args:
+        slots: tensors of one device and dtype, changed in place; all with a pull or none, and all
+            with a second moment or none. Without one λ is min(1, gain).
+        gain: numerator of λ.
+        root_bias2: sqrt(1 - beta2^t).
+        eps: ε.
+        clip: gain at most 1.
+        weight: of the new weights in the average.
+        measure: return what `measurements` documents.
+
+    Returns:
+        The measurements, where asked for and pulled.
+    """
+    params, averages = [slot.param for slot in slots], [slot.average for slot in slots]
+    dtype = averages[0].dtype
+
+    def wide(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+        return [x.to(dtype) for x in tensors if x is not None]
+
+    before = wide(slot.before for slot in slots)
+    if before:
+        theta = wide(params)
+        moved = _minus(theta, before) if measure else []
+        pull = _minus(averages, before)
+        if slots[0].second_moment is None:
+            denom = [torch.ones_like(x) for x in pull]
+        else:
+            denom = list(torch._foreach_sqrt(wide(slot.second_moment for slot in slots)))
+            torch._foreach_div_(denom, root_bias2)
+            torch._foreach_add_(denom, eps)
+        gains = pull_(theta, pull, denom, gain, clip)
+        for param, x in zip(params, theta, strict=True):
+            if param is not x:
+                param.copy_(x)
+    after = wide(params)
+    lerp_(averages, after, weight)
+    if not before or not measure:
+        return {}
+    return measurements(before, moved, after, pull, gains, _minus(averages, after), clip)
 
 
 def squared_norm(grads: list[Tensor]) -> Tensor:
