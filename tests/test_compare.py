@@ -21,11 +21,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paceline import PACE
-from paceline.averaging import PowerEMA
+from paceline.averaging import BEMA, EMA, LAWA, SWA, PowerEMA, Uniform
 from paceline.cli import main
 from paceline.study.compare import Comparison, _affordable_steps
 from paceline.study.report import Results, best_at, verdict
-from paceline.study.runs import Run, Setting
+from paceline.study.runs import Run, Setting, share_runs
 from paceline.train import InputError
 from paceline.train.data import (
     Corpus,
@@ -36,7 +36,7 @@ from paceline.train.data import (
     standard_library_files,
     tokenize,
 )
-from paceline.train.methods import optimizer_and_options, parse_method, scheduler
+from paceline.train.methods import BASES, make_optimizer, parse_method, scheduler
 from paceline.train.model import make_gpt2
 from paceline.train.trainer import train
 
@@ -131,6 +131,46 @@ def test_methods_are_written_as_documented():
     assert method.label == "ema twin g=0.25 κ=0.3"
     assert method_of("pace").label == "pace c=3 κ=0.3"
     assert method_of("adamw:cosine").label == "adamw cosine"
+    assert method_of("uniform:start=0.25").label == "uniform start=0.25"
+    assert method_of("swa:every=5").label == "swa start=0.5 every=5"
+    assert method_of("lawa:window=4").label == "lawa every=20 window=4"
+    assert method_of("bema:eta=0.4").label == "bema κ=0.5 η=0.4"
+    assert method_of("ema:half_life=50").label == "ema half-life=50"
+    assert method_of("lookahead:alpha=0.8").label == "lookahead k=5 α=0.8"
+    assert method_of("pullback:muon:c=1").label == "pullback muon c=1 κ=0.3"
+    assert method_of("pullback:sgd:cosine:gain=scalar").label == (
+        "pullback sgd cosine c=3 κ=0.3 gain=scalar"
+    )
+
+
+def test_averages_of_methods():
+    averages = {
+        "ema": PowerEMA(0.3),
+        "ema:half_life=50": EMA(half_life=50),
+        "uniform:start=0.25": Uniform(50),
+        "swa:start=0.1:every=5": SWA(20, 5),
+        "lawa:window=4:every=7": LAWA(4, 7),
+        "bema:every=3": BEMA(every=3),
+        "bema:kappa=0.4:eta=0.1": BEMA(0.4, 0.1),
+        "adamw": None,
+    }
+    assert {text: method_of(text).averaging(200) for text in averages} == averages
+
+
+def test_methods_that_only_watch_share_their_training():
+    texts = ["adamw", "ema", "pace", "uniform", "ema:state=bf16", "lawa", "bema", "ema:wsd"]
+    texts += ["ema:twin", "uniform:twin", "uniform:twin:kappa=0.5", "ema:kappa=0.7", "adamw:wsd"]
+    runs = share_runs(map(method_of, texts), (0, 1))
+    assert [[m.label for m in run.methods] for run in runs[:6]] == [
+        ["adamw", "ema κ=0.3", "uniform start=0.5", "lawa every=20 window=10",
+         "bema κ=0.5 η=0.2", "ema κ=0.7"],
+        ["pace c=3 κ=0.3"],
+        ["ema κ=0.3 state=bf16"],
+        ["ema wsd κ=0.3", "adamw wsd"],
+        ["ema twin g=0.5 κ=0.3", "uniform twin g=0.5 κ=0.3 start=0.5"],
+        ["uniform twin g=0.5 κ=0.5 start=0.5"],
+    ]  # fmt: skip
+    assert [run.seed for run in runs] == [0] * 6 + [1] * 6
 
 
 def schedule_of(text, warmup=0, steps=50):
@@ -174,6 +214,17 @@ def test_schedules():
         ("ema:g=0.5", "has no option 'g'"),
         ("pace:kappa=1.5", "method 'pace:kappa=1.5': kappa: .*less than or equal to 1"),
         ("ema:lr=0", "lr: .*greater than 0"),
+        ("ema:half_life=5:kappa=0.3", "half_life and kappa are two ways"),
+        ("ema:twin:half_life=5", "half_life and kappa are two ways"),
+        ("ema:half_life=0", "half_life: .*greater than 0"),
+        ("uniform:start=1", "start: .*less than 1"),
+        ("uniform:kappa=0.3", "has no option 'kappa'; it has .*'start'"),
+        ("lawa:window=0", "window: .*greater than or equal to 1"),
+        ("lawa:every=1.5", "every: .*integer"),
+        ("lookahead:alpha=0", "alpha: .*greater than 0"),
+        ("pullback", "unknown optimizer '' in method 'pullback'; pullback:NAME knows sgd, adam"),
+        ("pullback:sophiah", "unknown optimizer 'sophiah'"),
+        ("pullback:muon:gain=big", "gain: Input should be 'adam', 'own' or 'scalar'"),
         ("ema:lr=nan", "lr: .*finite"),
         ("schedule-free:cosine", "unknown schedule 'cosine' in method .*; known: none"),
     ],
@@ -217,7 +268,9 @@ def tiny(tmp_path_factory):
             "eval_tokens": 512,
             **options,
         }
-        trained = train(model, tokens, method_of(text), tmp_path_factory.mktemp("log"), **options)
+        methods = [method_of(part) for part in text.split(",")]
+        trained = train(model, tokens, methods, tmp_path_factory.mktemp("log"), **options)
+        trained.trainer.curve = trained.trainer.curves[0]
         return trained, seen
 
     return tokens, run
@@ -232,7 +285,9 @@ def loss_by_hand(model, tokens):
         return model(input_ids=ids, labels=ids).loss.item()
 
 
-@pytest.mark.parametrize("method", ["adamw", "ema", "schedule-free", "pace"])
+@pytest.mark.parametrize(
+    "method", ["adamw", "ema", "uniform", "lookahead", "schedule-free", "pace", "pullback:muon"]
+)
 def test_both_models_are_scored_and_the_live_one_stays(tiny, method):
     tokens, run = tiny
     trained, _ = run(method)
@@ -249,7 +304,7 @@ def test_both_models_are_scored_and_the_live_one_stays(tiny, method):
         trainer.model.load_state_dict(optimizer.averaged_state_dict(trainer.model))
         returned = loss_by_hand(trainer.model, tokens)
         assert returned == pytest.approx(end["returned_loss"], rel=1e-5)
-    assert ("gain_mean" in end) == (method == "pace")
+    assert ("gain_mean" in end) == (method in ("pace", "pullback:muon"))
 
 
 def test_all_methods_train_on_the_same_batches_and_are_scored_on_the_same_text(tiny):
@@ -276,6 +331,62 @@ def test_watching_changes_nothing(tiny):
     live = [point["live_loss"] for point in run("adamw")[0].trainer.curve]
     ema = [point["live_loss"] for point in run("ema")[0].trainer.curve]
     assert ema == pytest.approx(live, rel=1e-6)
+
+
+def test_read_outs_are_the_averages_of_the_run_that_they_share(tiny):
+    """Each as `Pullback` keeps it around the same AdamW, from a run of its own."""
+    tokens, run = tiny
+    texts = ["adamw", "ema", "uniform", "swa:every=2", "lawa:window=2:every=3", "bema"]
+    shared, seen = run(",".join(texts))
+    assert len(seen[True]) == 12
+    trainer = shared.trainer
+    for text, curve in zip(texts[1:], trainer.curves[1:], strict=True):
+        alone, _ = run(text)
+        assert [p["live_loss"] for p in curve] == [p["live_loss"] for p in trainer.curve]
+        assert alone.trainer.curve == curve
+        with trainer.returned(method_of(text)):
+            loss = loss_by_hand(trainer.model, tokens)
+        assert loss == pytest.approx(curve[-1]["returned_loss"], rel=1e-5)
+    ends = [curve[-1]["returned_loss"] for curve in trainer.curves]
+    assert len(set(ends)) == len(ends)
+    assert loss_by_hand(trainer.model, tokens) == pytest.approx(ends[0], rel=1e-5)
+
+
+def test_a_read_out_is_what_the_optimizer_of_its_average_returns(tiny):
+    _, run = tiny
+    ema = run("ema")[0].trainer.curve
+    pull = run("pullback:adamw:c=0")[0].trainer.curve
+    for a, b in zip(ema, pull, strict=True):
+        assert a["returned_loss"] == pytest.approx(b["returned_loss"], rel=1e-6)
+        assert a["live_loss"] == pytest.approx(b["live_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_every_base_trains_and_is_pulled(tiny, base):
+    _, run = tiny
+    rate = {"sgd": 0.3, "shampoo": 0.1, "radam": 0.05}.get(base, 0.01)
+    trainer = run(f"pullback:{base}:c=0.1:lr={rate}", warmup=0)[0].trainer
+    start, end = trainer.curve[0], trainer.curve[-1]
+    assert end["live_loss"] < start["live_loss"]
+    assert end["returned_loss"] < start["returned_loss"]
+    assert end["returned_loss"] != end["live_loss"]
+    assert 0 < end["gain_mean"] <= 1
+    groups = trainer.optimizer.param_groups
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    if base == "muon":  # of width 16: attention and MLP, in and out; not the embeddings, nor biases
+        assert sum(len(group["params"]) for group in groups if group["use_muon"]) == 4
+
+
+def test_lookahead_returns_its_slow_weights(tiny):
+    tokens, run = tiny
+    trainer = run("lookahead:k=5")[0].trainer  # of 12 steps: two after the last exchange
+    end = trainer.curve[-1]
+    assert end["returned_loss"] != end["live_loss"]
+    assert loss_by_hand(trainer.model, tokens) == pytest.approx(end["live_loss"], rel=1e-5)
+    slow = trainer.optimizer.optimizer.state
+    for p in trainer.model.parameters():
+        p.data.copy_(slow[p]["slow_params"])
+    assert loss_by_hand(trainer.model, tokens) == pytest.approx(end["returned_loss"], rel=1e-5)
 
 
 def test_rate_warm_up_decay_and_clipping_reach_the_optimizer(tiny):
@@ -316,7 +427,7 @@ def test_divergence_shows(tiny):
 def test_the_saved_model_is_the_returned_one(tiny, tmp_path):
     tokens, run = tiny
     trainer = run("pace")[0].trainer
-    trainer.save_returned(str(tmp_path))
+    trainer.save_returned(method_of("pace"), str(tmp_path))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path)
     returned = trainer.curve[-1]["returned_loss"]
     assert loss_by_hand(saved, tokens) == pytest.approx(returned, rel=1e-5)
@@ -334,10 +445,14 @@ def test_a_stopped_run_says_so(tiny):
 def test_the_twin_of_a_saturated_pull_is_a_schedule():
     """power and twin use the averaging weight that PACE itself uses."""
     assert schedule_of("adamw:power")[9] == pytest.approx(PowerEMA(0.3).weight(10))
-    _, options = optimizer_and_options(method_of("pace"), 5)
-    assert options == {"lr": 1e-2, "pullback": 3.0, "ema_power": 0.3, "state_dtype": None}
-    _, options = optimizer_and_options(method_of("ema:state=bf16"), 5)
-    assert (options["pullback"], options["state_dtype"]) == (0.0, torch.bfloat16)
+    model = torch.nn.Linear(2, 2)
+    rest = {"decayed": {"weight"}, "weight_decay": 0.1, "warmup": 5}
+    pace = make_optimizer(method_of("pace"), model, **rest)
+    facts = {"lr": 1e-2, "pullback": 3.0, "ema_power": 0.3, "state_dtype": None}
+    assert facts.items() <= pace.param_groups[0].items()
+    ema = make_optimizer(method_of("ema:state=bf16"), model, **rest).param_groups
+    assert (ema[0]["pullback"], ema[0]["state_dtype"]) == (0.0, torch.bfloat16)
+    assert [(len(group["params"]), group["weight_decay"]) for group in ema] == [(1, 0.1), (1, 0)]
 
 
 # ---- the report ------------------------------------------------------------------------------
@@ -577,8 +692,8 @@ def test_a_run_that_fails_does_not_stop_the_others(text, tmp_path, capsys, monke
     out = tmp_path / "out"
     monkeypatch.chdir(tmp_path)
     (out / "tensorboard").mkdir(parents=True)
-    blocked = out / "tensorboard" / "adamw-lr0.01-seed0"
-    options = [*SMALL, "--text", text, "--methods", "adamw,ema", "--lr", "1e-2"]
+    blocked = out / "tensorboard" / "adamw-wsd-lr0.01-seed0"
+    options = [*SMALL, "--text", text, "--methods", "adamw:wsd,ema", "--lr", "1e-2"]
 
     def block(folder):  # a file where the run's folder must be
         blocked.write_text("")
@@ -587,10 +702,10 @@ def test_a_run_that_fails_does_not_stop_the_others(text, tmp_path, capsys, monke
     monkeypatch.setattr("paceline.study.compare._new_folder", block)
     assert main(["compare", *options, "--out", str(out)]) == 1
     said = capsys.readouterr().out
-    assert "Failed: adamw-lr0.01-seed0: " in said
+    assert "Failed: adamw-wsd-lr0.01-seed0: " in said
     assert "ema" in said
-    assert "adamw-lr0.01-seed0" in json.loads((out / "manifest.json").read_text())["failed"]
-    assert "Failed: adamw-lr0.01-seed0" in (out / "report.html").read_text()
+    assert "adamw-wsd-lr0.01-seed0" in json.loads((out / "manifest.json").read_text())["failed"]
+    assert "Failed: adamw-wsd-lr0.01-seed0" in (out / "report.html").read_text()
 
 
 def test_a_time_budget_shortens_all_runs_alike(tiny, tmp_path):
@@ -608,7 +723,7 @@ def test_a_time_budget_shortens_all_runs_alike(tiny, tmp_path):
         steps=10**7,
         evaluations=2,
     )
-    runs = [Run(method_of("pace"), seed) for seed in range(4)]
+    runs = [Run((method_of("pace"),), seed) for seed in range(4)]
     steps = [_affordable_steps(setting, runs, minutes, 2, 1) for minutes in (1, 30)]
     assert 1 <= steps[0] < steps[1] / 5  # noisy machines: the true ratio is about 40
     assert steps[1] < 10**7

@@ -45,7 +45,7 @@ from ..train.model import make_gpt2
 from ..train.trainer import train
 from .manifest import cores, environment, write_json
 from .report import Results, write_report
-from .runs import Run, Setting, progress_bars, quiet, run_all, show_losses
+from .runs import Run, Setting, progress_bars, quiet, run_all, share_runs, show_losses
 
 Positive = Annotated[int, Field(ge=1)]
 # On the command line one argument, separated by commas; pydantic makes numbers of the parts.
@@ -64,10 +64,16 @@ class Comparison(Options):
     Every method starts from the same weights and sees the same batches in the same order; the
     validation loss of the live weights and of the returned model is measured on the same text.
 
-    A method is written name[:schedule][:option=value]... with the names adamw, ema (AdamW whose
-    EMA is returned), schedule-free and pace, the schedules constant, cosine, wsd, power and twin,
-    and the options lr, c, kappa, g and state (fp32 or bf16, what the optimizer keeps): for example
-    ema:twin:g=0.5 or pace:c=1:kappa=0.5:lr=3e-3:state=bf16.
+    A method is written name[:schedule][:option=value]..., as in ema:twin:g=0.5 or
+    pace:c=1:kappa=0.5:lr=3e-3; schedules are constant, cosine, wsd, power and twin, and all have
+    the option lr. Names and their options:
+
+    adamw; AdamW whose average is returned: ema (kappa, or half_life in steps), uniform (start, a
+    share of the steps), swa (start, every), lawa (window, every), bema (kappa, eta, every); these
+    share one training. lookahead (k, alpha) and schedule-free around AdamW. pace (c, kappa).
+    pullback:NAME (c, kappa, gain: adam, own or scalar), the pull around sgd, adam, adamw, nadam,
+    radam, adafactor, muon, soap, shampoo, ademamix or lion. ema and pace also have state (fp32 or
+    bf16, what the optimizer keeps).
 
     The default rates, c and kappas were chosen on the default text's validation part.
     """
@@ -87,9 +93,9 @@ class Comparison(Options):
     schedule: Schedule = "constant"
     """Schedule of the methods that name none: constant; cosine (to 0); wsd (constant, then linear to 0 over the last fifth); power, lr·(1+t)^-kappa; twin, lr·b/(b+g) with b = (1+t)^-kappa, which a pull of gain g amounts to. schedule-free never has one."""
     c: Strength = 10.0
-    """Strength of the pull of pace, >= 0, in the unit of a gradient."""
+    """Strength of the pull of pace and pullback, >= 0, in the unit of a gradient."""
     kappa: Power = 0.3
-    """Power κ in [0, 1] of the averages of ema and pace, and of the schedules power and twin."""
+    """Power κ in [0, 1] of the averages of ema, pace and pullback, and of the schedules power and twin."""
     g: Gain = 1.0
     """Gain in (0, 1] that the schedule twin stands for."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Listed] = (0,)
@@ -157,15 +163,15 @@ class Comparison(Options):
             if values is not None and not len(set(values)) == len(values) > 0:
                 shown = ", ".join(map(str, values)) or "nothing"
                 raise InputError(f"{name}: give at least one, and each only once, got {shown}")
-        if len({run.name for run in self.runs}) < len(self.runs):
+        if len(set(self.compared)) < len(self.compared):
             raise InputError(f"methods: two of {', '.join(self.methods)} are the same run")
         _check_warmup(self.warmup, self.steps)
         return self
 
     @cached_property
-    def runs(self) -> list[Run]:
-        """Every run, seed by seed, so that an interrupted comparison has whole seeds first."""
-        methods: list[Method] = []
+    def compared(self) -> list[Method]:
+        """Every method at each of its rates."""
+        compared: list[Method] = []
         for text in self.methods:
             found = [
                 parse_method(
@@ -173,8 +179,13 @@ class Comparison(Options):
                 )
                 for lr in self.lr
             ]
-            methods += dict.fromkeys(found)  # one run, not one a rate, where the text has its own
-        return [Run(method, seed) for seed in self.seeds for method in methods]
+            compared += dict.fromkeys(found)  # one, not one a rate, where the text has its own
+        return compared
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """Every training, seed by seed, so that an interrupted comparison has whole seeds first."""
+        return share_runs(self.compared, self.seeds)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -229,7 +240,7 @@ def compare(options: Comparison, console: Console) -> Results:
         "configuration": json.loads(options.model_dump_json()),
     }
     write_json(folder / "manifest.json", manifest)
-    results = Results(total_runs=len(options.runs))
+    results = Results(total_runs=len(options.compared) * len(options.seeds))
     try:
         start = None
         if earlier_tokens:
@@ -262,8 +273,8 @@ def compare(options: Comparison, console: Console) -> Results:
         run_all(setting, options.runs, workers, threads, folder, console, results)
     except KeyboardInterrupt:  # before the first run: the runs see to it themselves
         results.interrupted = True
-    order = [run.name for run in options.runs]
-    results.rows.sort(key=lambda row: order.index(row["run"]))
+    order = [(method.label, method.lr) for method in options.compared]
+    results.rows.sort(key=lambda row: (row["seed"], order.index((row["label"], row["lr"]))))
     manifest |= {
         "seconds": round(time.time() - began, 1),
         "interrupted": results.interrupted,
@@ -332,7 +343,7 @@ def _pretrained(
         train(
             model,
             load_file(tokens),
-            method,
+            (method,),
             Path(scratch) / "log",
             steps=steps,
             evaluations=4,
@@ -367,9 +378,12 @@ def _affordable_steps(
     torch.set_num_threads(before)
     step = (marks[-1] - marks[10]) / (len(marks) - 11)  # the first steps warm the caches
     runtimes = [
-        entry["eval_runtime"] for entry in trainer.state.log_history if "eval_runtime" in entry
+        entry["eval_live_runtime"]
+        for entry in trainer.state.log_history
+        if "eval_live_runtime" in entry
     ]
-    evaluation = 2 * runtimes[-1] * (setting.evaluations + 1)
+    models = sum(len({m.label for m in run.methods} | {"live"}) for run in runs) / len(runs)
+    evaluation = models * runtimes[-1] * (setting.evaluations + 1)
     rounds = math.ceil(len(runs) / workers)
     # Workers get in each other's way, and take about 10 s to start.
     seconds = (60 * minutes - 10) / rounds / 1.25 - evaluation

@@ -5,7 +5,7 @@ import math
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -30,16 +30,30 @@ Row = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """One method with one seed."""
+    """One training with one seed, and the methods that read their models out of it."""
 
-    method: Method
+    methods: tuple[Method, ...]  # of one trajectory
     seed: int
 
     @property
+    def names(self) -> list[str]:
+        """Of the methods' folders, as in `pace-c10-kappa0.3-lr0.01-seed0`."""
+        labels = [f"{m.label} lr={m.lr:g} seed={self.seed}" for m in self.methods]
+        plain = str.maketrans({"κ": "kappa", "η": "eta", "α": "alpha", "=": "", " ": "-"})
+        return [label.translate(plain) for label in labels]
+
+    @property
     def name(self) -> str:
-        """Of its folders, as in `pace-c10-kappa0.3-lr0.01-seed0`."""
-        label = f"{self.method.label} lr={self.method.lr:g} seed={self.seed}"
-        return label.replace("κ", "kappa").replace("=", "").replace(" ", "-")
+        """Of the training: the first method's."""
+        return self.names[0]
+
+
+def share_runs(methods: Iterable[Method], seeds: Iterable[int]) -> list[Run]:
+    """The trainings that all methods need, seed by seed: one for those that only watch AdamW."""
+    shared: dict[Method, list[Method]] = {}
+    for method in methods:
+        shared.setdefault(method.trajectory, []).append(method)
+    return [Run(tuple(same), seed) for seed in seeds for same in shared.values()]
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,7 @@ class Setting:
         return train(
             model,
             load_file(self.tokens),
-            run.method,
+            run.methods,
             folder,
             steps=self.steps,
             evaluations=self.evaluations,
@@ -121,7 +135,7 @@ def run_all(
                     if future.cancelled():
                         continue
                     if error := future.exception():
-                        results.failed[run.name] = _reason(error)
+                        results.failed |= dict.fromkeys(run.names, _reason(error))
                         continue
                     for row in future.result() or []:
                         results.rows.append(row)
@@ -165,11 +179,12 @@ def progress_bars(console: Console) -> Progress:
 
 
 def show_losses(losses: dict[str, float]) -> str:
-    """The last evaluation's losses of the live and the returned weights."""
-    if "eval_loss" not in losses:
+    """The last evaluation's losses of the live weights and of the best returned model."""
+    if "eval_live_loss" not in losses:
         return ""
-    live = losses.get("eval_live_loss", losses["eval_loss"])
-    return f"live {live:.3f}  returned {losses['eval_loss']:.3f}"
+    live = losses["eval_live_loss"]
+    found = [x for name, x in losses.items() if name.startswith("eval_") and name.endswith("_loss")]
+    return f"live {live:.3f}  returned {min(found):.3f}"
 
 
 class _Bars:
@@ -234,22 +249,16 @@ def _run_one(setting: Setting, run: Run, folder: Path) -> list[Row] | None:
     trained = setting.train(run, folder / "tensorboard" / run.name, watch)
     if trained.stopped:
         return None
-    model = folder / "models" / run.name
-    trained.trainer.save_returned(str(model))
-    setting.tokenizer.save_pretrained(model)
-    facts = {
-        "run": run.name,
-        "label": run.method.label,
-        **run.method.model_dump(),
-        "seed": run.seed,
-        "seconds": round(time.perf_counter() - began, 2),
-    }
+    seconds = round(time.perf_counter() - began, 2)
     tokens = setting.recipe["batch"] * setting.recipe["context"]
-    return [
-        {
-            **facts,
-            **{k: v if math.isfinite(v) else None for k, v in point.items()},
-            "tokens": point["step"] * tokens,
-        }
-        for point in trained.trainer.curve
-    ]
+    rows = []
+    for name, method, curve in zip(run.names, run.methods, trained.trainer.curves, strict=True):
+        model = folder / "models" / name
+        trained.trainer.save_returned(method, str(model))
+        setting.tokenizer.save_pretrained(model)
+        facts = {"run": name, "label": method.label, **method.model_dump(), "seed": run.seed}
+        facts |= {"trained_with": run.name, "seconds": seconds}  # of all that share the training
+        for point in curve:
+            numbers = {k: v if math.isfinite(v) else None for k, v in point.items()}
+            rows.append({**facts, **numbers, "tokens": point["step"] * tokens})
+    return rows

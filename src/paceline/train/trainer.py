@@ -1,12 +1,14 @@
 """The Trainer of transformers, made right for optimizers that return another model."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
@@ -19,33 +21,113 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from ..averaging import Averaging
+from ..swap import swap_back, swap_in
 from .data import blocks, collate
-from .methods import Method, optimizer_and_options, scheduler
+from .methods import Method, make_optimizer, scheduler
+
+
+class ReadOuts:
+    """Averages of one run's weights that do not feed back, several beside one another.
+
+    Each takes in the weights after every step of the optimizer, from those at its making on.
+    """
+
+    def __init__(self, optimizer: Optimizer, rules: Sequence[Averaging]) -> None:
+        self.rules = rules
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.averages = [[p.detach().float().clone() for p in self.params] for _ in rules]
+        self.kept = [[rule.begin(p, torch.float32) for p in self.params] for rule in rules]
+        self.steps = 0
+        optimizer.register_step_post_hook(self._take_in)
+
+    @torch.no_grad()
+    def _take_in(self, *_: Any) -> None:
+        self.steps += 1
+        for rule, averages, kept in zip(self.rules, self.averages, self.kept, strict=True):
+            rule.update_(self.steps, self.params, averages, kept)
+
+    @contextmanager
+    def swapped(self, index: int) -> Iterator[None]:
+        """Hold one of the averages in the parameters."""
+        with torch.no_grad():
+            swap_in(zip(self.params, self.averages[index], strict=True))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                swap_back(zip(self.params, self.averages[index], strict=True))
 
 
 class MethodTrainer(Trainer):
-    """Trains by a `Method`, and evaluates both models on the same batches.
+    """Trains along one trajectory, and evaluates the models of all methods that it is shared by.
 
-    The returned model's loss is `eval_loss`, that of the live weights `eval_live_loss`; the two are
-    one for optimizers without an average. `curve` collects them with their step, and for PACE the
-    mean gain and the fraction of clipped coordinates at that step.
+    All on the same batches: the live weights' loss is `eval_live_loss`, the returned model's
+    `eval_loss`, of several methods the first one's, or `eval_LABEL_loss`. `curves` collects them
+    for each method with their step, and of a pull the mean gain and the fraction of clipped
+    coordinates at that step.
     """
 
-    def __init__(self, *args: Any, method: Method, warmup: int, **options: Any) -> None:
-        options["optimizer_cls_and_kwargs"] = optimizer_and_options(method, warmup)
+    def __init__(
+        self,
+        *args: Any,
+        methods: Sequence[Method],
+        warmup: int,
+        weight_decay: float,
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
-        self.method, self.warmup = method, warmup
-        self.curve: list[dict[str, float]] = []
+        self.methods, self.warmup, self.weight_decay = methods, warmup, weight_decay
+        self.trajectory = methods[0].trajectory
+        assert all(method.trajectory == self.trajectory for method in methods)
+        self.read_outs: ReadOuts | None = None
+        self.curves: list[list[dict[str, float]]] = [[] for _ in methods]
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        """The trajectory's own, with the averages that watch it."""
+        if self.optimizer is None:
+            assert self.model is not None
+            self.optimizer = make_optimizer(
+                self.trajectory,
+                self.model,
+                decayed=set(self.get_decay_parameter_names(self.model)),
+                weight_decay=self.weight_decay,
+                warmup=self.warmup,
+            )
+            rules = [method.averaging(self.args.max_steps) for method in self.methods]
+            watching = [rule for rule in rules if rule is not None]
+            if self.trajectory.only_watches and watching:
+                self.read_outs = ReadOuts(self.optimizer, watching)
+        return self.optimizer
 
     def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+        self, num_training_steps: int, optimizer: Optimizer | None = None
     ) -> LambdaLR:
-        """The method's own schedule."""
+        """The trajectory's own schedule."""
         optimizer = optimizer or self.optimizer
         assert optimizer is not None
         if self.lr_scheduler is None:
-            self.lr_scheduler = scheduler(self.method, optimizer, self.warmup, num_training_steps)
+            self.lr_scheduler = scheduler(
+                self.trajectory, optimizer, self.warmup, num_training_steps
+            )
         return self.lr_scheduler
+
+    @contextmanager
+    def returned(self, method: Method) -> Iterator[bool]:
+        """Hold in the model what a method returns; False if that is the live weights."""
+        optimizer = _unwrapped(self.optimizer)
+        if self.read_outs is not None and method.name != "adamw":
+            watching = [m for m in self.methods if m.name != "adamw"]
+            with self.read_outs.swapped(watching.index(method)):
+                yield True
+        elif hasattr(optimizer, "eval"):
+            optimizer.eval()
+            try:
+                yield True
+            finally:
+                optimizer.train()
+        else:
+            yield False
 
     def evaluate(
         self,
@@ -53,44 +135,43 @@ class MethodTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluate the returned weights, then the live ones, which stay in the model."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        returned = live = metrics[f"{metric_key_prefix}_loss"]
-        optimizer: Any = self.optimizer
-        if hasattr(_unwrapped(optimizer), "train"):
-            optimizer.train()
-            self.optimizer = None  # or the evaluation loop would put the average in again
+        """Evaluate the live weights, which stay in the model, and what each method returns."""
+
+        def loss_of(name: str) -> float:
+            # Without the optimizer, which the evaluation loop would put its average in for.
+            optimizer, self.optimizer = self.optimizer, None
             try:
-                more = super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_live")
+                found = super(MethodTrainer, self).evaluate(eval_dataset, ignore_keys, name)
             finally:
                 self.optimizer = optimizer
-            live = more[f"{metric_key_prefix}_live_loss"]
-            metrics.update(more)
+            metrics.update(found)
+            return found[f"{name}_loss"]
+
+        metrics: dict[str, float] = {}
+        live = loss_of(f"{metric_key_prefix}_live")
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        point = {
-            "step": self.state.global_step,
-            "train_loss": losses[-1] if losses else math.nan,  # mean since the last evaluation
-            "live_loss": live,
-            "returned_loss": returned,
-        }
-        if self.method.name == "pace" and self.state.global_step:
-            stats = _unwrapped(optimizer).stats()
-            point |= {"gain_mean": stats["gain_mean"], "clipped": stats["clipped"]}
-        self.curve.append(point)
+        for index, (method, curve) in enumerate(zip(self.methods, self.curves, strict=True)):
+            name = f"{metric_key_prefix}_{method.label}" if index else metric_key_prefix
+            with self.returned(method) as differs:
+                loss = loss_of(name) if differs else live
+            metrics.setdefault(f"{name}_loss", loss)
+            point = {
+                "step": self.state.global_step,
+                "train_loss": losses[-1] if losses else math.nan,  # mean since the last evaluation
+                "live_loss": live,
+                "returned_loss": loss,
+            }
+            if method.c and self.state.global_step:
+                stats = _unwrapped(self.optimizer).stats()
+                point |= {"gain_mean": stats["gain_mean"], "clipped": stats["clipped"]}
+            curve.append(point)
         return metrics
 
-    def save_returned(self, folder: str) -> None:
-        """Write the model to return, whatever the moment, as a folder that `transformers` loads."""
-        optimizer = _unwrapped(self.optimizer)
-        swaps = hasattr(optimizer, "eval")
-        if swaps:
-            optimizer.eval()
-        try:
+    def save_returned(self, method: Method, folder: str) -> None:
+        """Write what a method returns, whatever the moment, as a folder `transformers` loads."""
+        with self.returned(method):
             model: Any = self.model
             model.save_pretrained(folder)
-        finally:
-            if swaps:
-                optimizer.train()
 
 
 def _unwrapped(optimizer: Any) -> Any:
@@ -108,7 +189,7 @@ class Trained(NamedTuple):
 def train(
     model: PreTrainedModel,
     tokens: dict[str, Tensor],
-    method: Method,
+    methods: Sequence[Method],
     folder: Path,
     *,
     steps: int,
@@ -125,12 +206,12 @@ def train(
     """Train a causal language model on blocks of tokens.
 
     Equal `seed`, `batch`, `context` and `steps` give equal batches in equal order, whatever the
-    method.
+    methods.
 
     Args:
         model: trained in place.
         tokens: `train` and `validation`, 1-D integer tensors.
-        method: optimizer, learning rate and schedule.
+        methods: one, or several that share their trajectory.
         folder: gets the TensorBoard events.
         steps: optimizer steps.
         batch: blocks a step.
@@ -149,7 +230,6 @@ def train(
         max_steps=steps,
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=64,
-        weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
         seed=seed,
         data_seed=seed,
@@ -168,8 +248,9 @@ def train(
     trainer = MethodTrainer(
         model,
         arguments,
-        method=method,
+        methods=methods,
         warmup=warmup,
+        weight_decay=weight_decay,
         data_collator=collate,
         train_dataset=TensorDataset(blocks(tokens["train"], context)),
         eval_dataset=TensorDataset(validation),
