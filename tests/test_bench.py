@@ -19,6 +19,7 @@ def test_measures_every_optimizer(monkeypatch, tmp_path, capsys, kernel):
     state = {name: round(row["state_bytes_per_parameter"], 1) for name, row in rows.items()}
     count = 4 * 3 / (64 * 33 + 10 + 24)  # each tensor's float32 step number
     adamw, pace = round(8 + count, 1), round(12 + count, 1)
+    wrapped = round(12 + 2 * count, 1)  # AdamW's and the average's
     assert state == {
         "AdamW fused": adamw,
         "AdamW foreach": adamw,
@@ -29,6 +30,8 @@ def test_measures_every_optimizer(monkeypatch, tmp_path, capsys, kernel):
         "PACE loop": pace,
         "PACE foreach": pace,
         "PACE compiled": pace,
+        "Pullback(AdamW fused), c = 0": wrapped,
+        "Pullback(AdamW fused)": wrapped,
         "PACE fused": pace,
         "PACE fused bf16 state": round(6 + count, 1),
     }

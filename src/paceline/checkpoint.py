@@ -63,7 +63,7 @@ def save_checkpoint(
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def load_checkpoint(
@@ -182,10 +182,10 @@ def _set_random_state(state: dict[str, Any]) -> None:
         numpy.random.set_state(state["numpy"])
 
 
-def _sync(folder: Path) -> None:
-    """See to it that a renamed file is found after a power failure, where the system can."""
+def sync(path: Path) -> None:
+    """See to it that a file or folder is as it is now after a power failure, where possible."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -26,14 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .study.bench import Bench, bench
         from .study.compare import Comparison, compare
         from .train import InputError
+        from .train.merge import Merge, merge
     except ModuleNotFoundError as error:
         print(f"paceline: {error}; pip install 'paceline[train]'", file=sys.stderr)
         return 2
     try:
-        commands = {"compare": Comparison, "bench": Bench}
+        commands = {"compare": Comparison, "bench": Bench, "average": Merge}
         options = _parse(commands, arguments or ["--help"])
         if isinstance(options, Bench):
             bench(options, Console())
+            return 0
+        if isinstance(options, Merge):
+            merge(options, Console())
             return 0
         results = compare(options, Console())
     except InputError as error:

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import fused, update
 from ..optimizer import PACE
+from ..pullback import Pullback
 from ..train import InputError, Options
 from .manifest import environment, write_json
 
@@ -154,6 +155,13 @@ def _pace(**options: Any) -> Callable[..., Stepper]:
     return _of(PACE, pullback=0.1, **options)
 
 
+def _around_adamw(pullback: float) -> Callable[..., Stepper]:
+    def wrapped(params: list[Parameter]) -> torch.optim.Optimizer:
+        return Pullback(torch.optim.AdamW(params, fused=True), pullback=pullback)
+
+    return _of(wrapped)
+
+
 def _contenders() -> list[Contender]:
     AdamW = torch.optim.AdamW
     one_by_one = _pace(foreach=False, fused=False)
@@ -161,7 +169,8 @@ def _contenders() -> list[Contender]:
     compiled = patch.object(fused, "step_", fused.compiled_step)
     bf16 = torch.bfloat16
     # Bytes: parameters, moments and averages are read and written (8 each in float32), gradients
-    # read (4); the EMA of swa_utils reads the weights once more.
+    # read (4); the EMA of swa_utils and that of Pullback read the weights once more; its pull
+    # copies the weights (8), and reads the copy and v, and reads and writes the weights (16).
     return [
         Contender(BASELINE, _of(AdamW, fused=True), 28),
         Contender("AdamW foreach", _of(AdamW, foreach=True), 28),
@@ -172,6 +181,8 @@ def _contenders() -> list[Contender]:
         Contender("PACE loop", one_by_one, 36),
         Contender("PACE foreach", _pace(fused=False), 36),
         Contender("PACE compiled", _patched(_pace(fused=True), compiled), 36),
+        Contender("Pullback(AdamW fused), c = 0", _around_adamw(0.0), 40),
+        Contender("Pullback(AdamW fused)", _around_adamw(0.1), 60),
         Contender("PACE fused", _pace(fused=True), 36),
         Contender("PACE fused bf16 state", _pace(fused=True, state_dtype=bf16), 24),
     ]

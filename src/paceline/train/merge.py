@@ -1,0 +1,435 @@
+"""`paceline average`: the checkpoints that a run has kept, merged by a rule of averaging.
+
+Every average is linear in the iterates, so what it would have been is a weighted sum of them. It is
+made one tensor at a time and written as it is made: the memory needed is that of the largest tensor
+a few times, not that of a model.
+"""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tyro.conf import Positional, arg
+
+from ..averaging import parse
+from ..checkpoint import sync
+from . import InputError, Options
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+FACTS = "paceline.json"
+# What a merged folder must not take from a checkpoint: weights that are not merged, and the state
+# of the training.
+LEFT_OUT = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth"),
+    *("*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.distcp", "pytorch_model*"),
+    *("optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "latest", "zero_to_fp32.py"),
+)
+# As the format names them. Not floating-point numbers below 16 bits: those have scales elsewhere,
+# and a product of averages is no average.
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
+    "BOOL": torch.bool,
+}
+CHECKPOINTS = arg(metavar="CHECKPOINT…", help_behavior_hint="(required)")
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Merge(Options):
+    """Merge checkpoints that a run has kept into the model that an average of them is.
+
+    Checkpoints are folders of a model (model.safetensors, whole or in shards), or of an adapter
+    (adapter_model.safetensors), or .safetensors files, all of one kind; or one folder of a run,
+    which stands for all the checkpoint-N in it. If all names end in -NUMBER, they are put in the
+    order of these numbers, otherwise they stay as given.
+
+    They are taken as the iterates of steps 1, 2, ..., the first also as the weights before step 1.
+    So start, every, window, lag and half_life of a rule count checkpoints here. A rule is written
+    name[:option=value]... with these names and options:
+
+    uniform[:start=0], the mean of all;
+
+    ema[:power=0.5][:rate=1][:start=0][:every=1], or ema:beta=B or ema:half_life=H [:every=1];
+
+    swa[:start=0][:every=1], the mean of every so-many-th;
+
+    lawa:window=K[:every=1], the mean of the last K;
+
+    bema[:power=0.5][:bias_power=0.2][:lag=10][:rate=1][:start=0][:every=1].
+
+    The sum is made in float32, of float64 tensors in float64, and rounded once. Integers and masks
+    are those of the last checkpoint, whose configuration and tokenizer are copied, too.
+    """
+
+    checkpoints: Annotated[Positional[tuple[Path, ...]], CHECKPOINTS]
+    """Two or more, or the folder of a run."""
+    rule: str = "uniform"
+    """What is averaged how; its start, every and the like count checkpoints."""
+    out: Path
+    """Folder, or .safetensors file where such are merged, that is made; it must not exist."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What floating-point tensors are written in. Default: as in the checkpoints."""
+
+
+class Entry(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Checkpoint(NamedTuple):
+    """What the headers of a checkpoint's files say."""
+
+    path: Path
+    kind: str
+    tensors: dict[str, Entry]
+
+
+def merge(options: Merge, console: Console) -> None:
+    """Write the average of the checkpoints; whole under its final name, or not at all.
+
+    Args:
+        options: what to merge, how, and where to.
+        console: for the order of the checkpoints, and the weight of each.
+
+    Raises:
+        InputError: something given cannot be used, or the result not be written. Nothing is there
+            then that was not before.
+    """
+    try:
+        rule = parse(options.rule)
+    except ValueError as error:
+        raise InputError(f"rule: {error}") from error
+    try:
+        paths, order = _in_order(options.checkpoints)
+        checkpoints = [_read(path) for path in paths]
+        _check(checkpoints, options.out)
+        coefficients = rule.coefficients(len(checkpoints))
+        coefficients[1] += coefficients[0]  # the first checkpoint is the initial weights, too
+        weights: list[float] = coefficients[1:].tolist()
+
+        table = Table(box=MARKDOWN)
+        table.add_column(f"checkpoint, {order}", overflow="fold")
+        table.add_column(str(rule), justify="right", no_wrap=True)
+        for path, weight in zip(paths, weights, strict=True):
+            table.add_row(Text(str(path)), f"{weight:.4g}")
+        console.print(table)
+        if checkpoints[-1].kind == "an adapter folder":
+            console.print("The adapters' factors are averaged, each by itself, not their products.")
+        facts = {
+            "rule": str(rule),
+            "checkpoints": [str(path) for path in paths],
+            "weights": weights,
+            "dtype": options.dtype or "as in the checkpoints",
+            "paceline": version("paceline"),
+        }
+        _write(checkpoints, weights, options, facts, console)
+    except OSError as error:
+        name = error.filename or options.out
+        raise InputError(f"{name}: {error.strerror or error}") from error
+    console.print(Text(f"Merged: {options.out}"), soft_wrap=True)
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def _in_order(paths: Sequence[Path]) -> tuple[Sequence[Path], str]:
+    """The checkpoints meant, first to last, and what puts them so."""
+    if len(paths) == 1:
+        folders = [path for path in paths[0].glob("checkpoint-*") if path.is_dir()]
+        paths = [path for path in folders if _number(path) is not None] or paths
+    numbered = [(number, path) for path in paths if (number := _number(path)) is not None]
+    if len(numbered) < len(paths):
+        return paths, "as given"
+    return [path for _, path in sorted(numbered, key=lambda pair: pair[0])], "by number"
+
+
+def _number(path: Path) -> int | None:
+    found = re.search(r"-(\d+)$", path.name.removesuffix(".safetensors"))
+    return int(found[1]) if found else None
+
+
+def _read(path: Path) -> Checkpoint:
+    """A checkpoint's headers.
+
+    Raises:
+        InputError: it is not there, not whole, or not of safetensors.
+    """
+    index = None
+    if path.is_file():
+        kind, files = "a file", [path]
+    elif not path.is_dir():
+        raise InputError(f"no such file or folder: {path}")
+    elif (path / WEIGHTS).is_file():
+        kind, files = "a model folder", [path / WEIGHTS]
+    elif (path / INDEX).is_file():
+        kind, index = "a model folder", _json(path / INDEX).get("weight_map")
+        shards = set(index.values()) if isinstance(index, dict) else set()
+        # Names only: what is read here is also written, below the folder made and nowhere else.
+        if not shards or not all(isinstance(x, str) and Path(x).name == x for x in shards):
+            raise InputError(f"{path / INDEX} has no weight_map of tensors to files beside it")
+        files = [path / shard for shard in sorted(shards)]
+    elif (path / ADAPTER).is_file():
+        kind, files = "an adapter folder", [path / ADAPTER]
+    else:
+        hint = ""
+        if any(path.glob("*_model*.bin")):
+            hint = "; convert its .bin by from_pretrained() and save_pretrained()"
+        raise InputError(f"{path} holds neither {WEIGHTS}, {INDEX} nor {ADAPTER}{hint}")
+    tensors = {}
+    for file in files:
+        with _opened(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no dict
+                part = opened.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    raise InputError(
+                        f"{file}: tensor {name!r} is of dtype {part.get_dtype()}, "
+                        "which cannot be averaged"
+                    )
+                tensors[name] = Entry(file, DTYPES[part.get_dtype()], tuple(part.get_shape()))
+    if missing := (index or {}).keys() - tensors.keys():
+        raise InputError(f"{path / INDEX} lists {min(missing)!r}, which none of its files has")
+    return Checkpoint(path, kind, tensors)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} cannot be read as safetensors: {error}") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return value
+
+
+def _check(checkpoints: Sequence[Checkpoint], out: Path) -> None:
+    """Raise InputError if these cannot be merged, or not to there."""
+    if len(checkpoints) < 2:
+        raise InputError(f"give at least two checkpoints, got {len(checkpoints)}")
+    first, last = checkpoints[0], checkpoints[-1]
+    if len({checkpoint.path.resolve() for checkpoint in checkpoints}) < len(checkpoints):
+        raise InputError("checkpoints: one is given twice")
+    for other in checkpoints[1:]:
+        if other.kind != first.kind:
+            raise InputError(f"{first.path} is {first.kind}, and {other.path} is {other.kind}")
+        for name in sorted(first.tensors.keys() | other.tensors.keys()):
+            theirs = [_described(checkpoint, name) for checkpoint in (first, other)]
+            if theirs[0] != theirs[1]:
+                raise InputError(
+                    f"tensor {name!r} is {theirs[0]} in {first.path} and {theirs[1]} in "
+                    f"{other.path}"
+                )
+    config = last.path / "config.json"
+    if config.is_file() and "quantization_config" in _json(config):
+        raise InputError(f"{last.path} is a quantized model, which cannot be averaged")
+    if (out.suffix == ".safetensors") != (last.kind == "a file"):
+        be = "end in .safetensors" if last.kind == "a file" else "be a folder, as the checkpoints"
+        raise InputError(f"out: {out} must {be}")
+    if out.exists() or out.is_symlink():
+        raise InputError(f"out: {out} is there already; name another")
+    if not out.parent.is_dir():
+        raise InputError(f"out: there is no folder {out.parent} for {out.name}")
+
+
+def _described(checkpoint: Checkpoint, name: str) -> str:
+    if not (entry := checkpoint.tensors.get(name)):
+        return "missing"
+    return f"{NAMES[entry.dtype]} of shape {entry.shape}"
+
+
+# ---- the average, tensor by tensor -------------------------------------------------------------
+
+
+def _average(
+    name: str, checkpoints: Sequence[Checkpoint], weights: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    """The merged tensor of that name, in that dtype.
+
+    Raises:
+        InputError: it or one of its parts has an element that is not finite.
+    """
+    last = checkpoints[-1]
+    if not dtype.is_floating_point:  # masks, counters: a mean of them would be none
+        return _load(last, name)
+    wide = torch.promote_types(last.tensors[name].dtype, torch.float32)
+    average = torch.zeros(last.tensors[name].shape, dtype=wide)
+    so_far = 0.0
+    # A mean that takes in one after the other leaves what is equal in all exactly as it is, which a
+    # sum does not. From the last to the first: BEMA's one negative weight is then no divisor.
+    for checkpoint, weight in zip(reversed(checkpoints), reversed(weights), strict=True):
+        if weight:
+            so_far += weight
+            average.lerp_(_load(checkpoint, name).to(wide), weight / so_far)
+    average = average.to(dtype)
+    if not _is_finite(average):
+        raise InputError(f"the average of {name!r} is too large for {dtype}; give another --dtype")
+    return average
+
+
+def _load(checkpoint: Checkpoint, name: str) -> Tensor:
+    # Opened anew for each tensor: the pages of an open file that were read stay in memory.
+    with _opened(checkpoint.tensors[name].file) as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    if not _is_finite(tensor):
+        raise InputError(f"tensor {name!r} of {checkpoint.path} holds a NaN or infinity")
+    return tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(x) for x in torch.aminmax(tensor))  # unlike isfinite(), in no memory
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def _write(
+    checkpoints: Sequence[Checkpoint],
+    weights: Sequence[float],
+    options: Merge,
+    facts: dict[str, Any],
+    console: Console,
+) -> None:
+    """Everything, beside the final name; then renamed."""
+    last, out = checkpoints[-1], options.out
+    entries = {
+        name: entry._replace(dtype=getattr(torch, options.dtype))
+        if options.dtype and entry.dtype.is_floating_point
+        else entry
+        for name, entry in last.tensors.items()
+    }
+    progress = Progress(console=console, transient=True)
+    bar = progress.add_task("merging", total=len(entries))
+
+    def average(name: str) -> Tensor:
+        progress.advance(bar)
+        return _average(name, checkpoints, weights, entries[name].dtype)
+
+    partial = out.with_name(f".{out.name}.partial")  # one name, so that kills leave one thing
+    _remove(partial)
+    try:
+        progress.start()
+        if last.kind == "a file":
+            extra = {"paceline": json.dumps(facts, ensure_ascii=False)}
+            _write_safetensors(partial, last.path, entries, average, extra)
+        else:
+            partial.mkdir()
+            for file in sorted({entry.file for entry in entries.values()}):
+                part = {name: entry for name, entry in entries.items() if entry.file == file}
+                _write_safetensors(partial / file.name, file, part, average, {})
+            if not (last.path / WEIGHTS).is_file() and last.kind == "a model folder":
+                index = {
+                    "metadata": {"total_size": sum(map(_size, entries.values()))},
+                    "weight_map": {name: entry.file.name for name, entry in entries.items()},
+                }
+                _write_json(partial / INDEX, index)
+            _copy_the_rest(last.path, partial, options.dtype)
+            _write_json(partial / FACTS, facts)
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        partial.rename(out)
+    except BaseException:
+        _remove(partial)
+        raise
+    finally:
+        progress.stop()
+    sync(out.parent)
+
+
+def _write_safetensors(
+    path: Path,
+    like: Path,
+    entries: dict[str, Entry],
+    tensor: Callable[[str], Tensor],
+    metadata: dict[str, str],
+) -> None:
+    """A safetensors file, of which only one tensor has to be in memory.
+
+    The format: the header's length in 8 bytes, little-endian; the header, JSON, with shape, dtype
+    and place of each tensor; then their bytes.
+
+    Args:
+        path: the file.
+        like: another such file, whose metadata are kept.
+        entries: the tensors to be, by name.
+        tensor: makes one.
+        metadata: more of it.
+    """
+    with _opened(like) as opened:
+        metadata = (opened.metadata() or {}) | {"format": "pt"} | metadata
+    # Wide numbers first, as others write it: all are then at multiples of their size.
+    names = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        start, end = end, end + _size(entries[name])
+        header[name] = {
+            "dtype": NAMES[entries[name].dtype],
+            "shape": entries[name].shape,
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(tensor(name).reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _size(entry: Entry) -> int:
+    return math.prod(entry.shape) * entry.dtype.itemsize
+
+
+def _copy_the_rest(source: Path, target: Path, dtype: str | None) -> None:
+    """What is needed with the weights: configurations, tokenizer, and what is beside them."""
+    for path in source.iterdir():
+        if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in LEFT_OUT):
+            shutil.copyfile(path, target / path.name)
+    config = target / "config.json"
+    if dtype and config.is_file():  # or they would be loaded in the dtype of before
+
+        def renamed(part: dict[str, Any]) -> dict[str, Any]:
+            return part | {key: dtype for key in ("dtype", "torch_dtype") if key in part}
+
+        _write_json(config, json.loads(config.read_text("utf-8"), object_hook=renamed))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,666 @@
+"""Merging of checkpoints: the sum, the formats, memory, and what is refused."""
+
+import io
+import json
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from paceline.averaging import RULES, parse
+from paceline.cli import main
+from paceline.train import merge as merging
+from paceline.train.merge import Merge
+
+
+def config(**options):
+    sizes = {"vocab_size": 50, "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2}
+    return GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, **options)
+
+
+def gpt2(seed, **options):
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(config(**options))
+
+
+def mean(states, name):
+    return sum(state[name].double() for state in states) / len(states)
+
+
+def average(*arguments, status=0):
+    assert main(["average", *map(str, arguments)]) == status
+
+
+def tree(folder):
+    """All that is there, and what is in it."""
+    return {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")}
+
+
+def header(path):
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), len(data) - 8 - length
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Three plain files, and their x."""
+    torch.manual_seed(0)
+    states = [{"x": torch.randn(5, 3), "y": torch.randn(4)} for _ in range(3)]
+    paths = [tmp_path / f"step-{n}.safetensors" for n in (90, 200, 1000)]
+    for path, state in zip(paths, states, strict=True):
+        save_file(state, path, {"format": "pt", "from": path.stem})
+    return paths, states
+
+
+# ---- the sum -----------------------------------------------------------------------------------
+
+
+def bema_by_hand(bias_power):
+    """Its weights for three checkpoints, κ = 0.5, ρ = 10, γ = 1, from θ_0 = θ_1."""
+    ema = [1.0, 0.0, 0.0]
+    for t in (1, 2, 3):
+        beta = (10 + t) ** -0.5
+        ema = [(1 - beta) * e + beta * (t == i + 1) for i, e in enumerate(ema)]
+    alpha = 13**-bias_power
+    return [ema[0] - alpha, ema[1], ema[2] + alpha]
+
+
+# η for which the first two weights add up to nothing, and so divide nothing
+BALANCED = -math.log(1 - 13**-0.5) / math.log(13)
+
+
+@pytest.mark.parametrize(
+    ("rule", "weights"),
+    [
+        ("uniform", [1 / 3, 1 / 3, 1 / 3]),
+        ("uniform:start=1", [0, 1 / 2, 1 / 2]),
+        ("uniform:start=7", [0, 0, 1]),
+        ("ema:beta=0.5", [1 / 4, 1 / 4, 1 / 2]),
+        ("ema:power=1", [1 / 2, 1 / 4, 1 / 4]),
+        ("swa:every=2", [0, 1, 0]),
+        ("lawa:window=2", [0, 1 / 2, 1 / 2]),
+        ("bema", bema_by_hand(0.2)),
+        (f"bema:bias_power={BALANCED}", bema_by_hand(BALANCED)),
+    ],
+)
+def test_rules(rule, weights, files, tmp_path, capsys):
+    paths, states = files
+    out = tmp_path / "out.safetensors"
+    average(paths[2], paths[0], paths[1], "--rule", rule, "--out", out)  # sorted by number
+    merged = load_file(out)
+    assert merged.keys() == {"x", "y"}
+    for name, tensor in merged.items():
+        direct = sum(w * s[name].double() for w, s in zip(weights, states, strict=True))
+        torch.testing.assert_close(tensor.double(), direct, rtol=0, atol=5e-7)
+    with safe_open(out, "pt") as opened:
+        metadata = opened.metadata()
+    facts = json.loads(metadata.pop("paceline"))
+    assert metadata == {"format": "pt", "from": "step-1000"}
+    assert facts.pop("weights") == pytest.approx(weights, abs=1e-12)
+    assert facts.pop("rule") == (rule if rule.startswith("ema") else str(parse(rule)))
+    assert facts.pop("checkpoints") == [str(path) for path in paths]
+    assert facts == {"dtype": "as in the checkpoints", "paceline": merging.version("paceline")}
+    said = capsys.readouterr().out
+    assert "checkpoint, by number" in said
+    assert [f"{float(w):.4g}" for w in re.findall(r"\| +([\d.e-]+) \|$", said, re.M)] == [
+        f"{w:.4g}" for w in weights
+    ]
+    assert "Merged: " in said
+
+
+@pytest.mark.parametrize("rule", ["uniform", "ema:power=0.3", "bema", "bema:lag=1:every=2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_equal_in_all_stays_as_it_is(rule, dtype, tmp_path):
+    """Bit for bit: frozen parameters, for one."""
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    paths = [tmp_path / f"{n}.safetensors" for n in range(7)]
+    for path in paths:
+        save_file({"x": x}, path)
+    average(*paths, "--rule", rule, "--out", tmp_path / "out.safetensors")
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["x"], x)
+
+
+def test_the_default_rule_and_the_order_given(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths, states = files
+    paths[1].rename("last[b].safetensors")
+    average(
+        "step-1000.safetensors", "last[b].safetensors", "step-90.safetensors", "--out=o.safetensors"
+    )
+    torch.testing.assert_close(load_file("o.safetensors")["x"], mean(states, "x").float())
+    said = capsys.readouterr().out
+    assert "checkpoint, as given" in said
+    assert re.search(r"step-1000\b.*last\[b\]\..*step-90\b", said, re.DOTALL)
+    average("last[b].safetensors", paths[2], "--rule=lawa:window=1", "--out=2.safetensors")
+    assert torch.equal(load_file("2.safetensors")["x"], states[2]["x"])
+    Path("last[b].safetensors").rename("X" * 150)
+    Path("Y" * 150).symlink_to(paths[0])
+    average("X" * 150, "Y" * 150, "--out=3.safetensors")
+    said = capsys.readouterr().out
+    assert said.count("X") == said.count("Y") == 150  # nothing cut short
+
+
+def test_a_number_ends_the_name(files):
+    paths, _ = files
+    assert merging._number(paths[0]) == 90
+    for name in ("checkpoint-7a", "checkpoint7", "7", "-", "a-1.5"):
+        assert merging._number(Path(name)) is None
+    assert merging._in_order([Path("b-2"), Path("a-2"), Path("c-1")]) == (
+        [Path("c-1"), Path("b-2"), Path("a-2")],
+        "by number",
+    )
+    assert merging._in_order([Path("b-2"), Path("a")]) == ([Path("b-2"), Path("a")], "as given")
+
+
+def test_all_dtypes_and_shapes(tmp_path):
+    """Wide sums, one rounding; integers and masks are the last checkpoint's."""
+    torch.manual_seed(1)
+    paths, states = [], []
+    for n in range(4):
+        state = {
+            "half": torch.randn(33).half(),
+            "brain": torch.randn(33).bfloat16(),
+            "single": torch.randn(2, 1, 3),
+            "double": torch.randn(7, dtype=torch.float64),
+            "scalar": torch.randn(()),
+            "empty": torch.zeros(0, 4),
+            "mask": torch.rand(5) > 0.5,
+            "count": torch.tensor(n),
+            "byte": torch.full((3,), n, dtype=torch.uint8),
+            "word": torch.full((3,), n, dtype=torch.uint16),
+        }
+        paths.append(tmp_path / f"{n}.safetensors")
+        states.append(state)
+        save_file(state, paths[-1])
+    average(*paths, "--out", tmp_path / "own.safetensors")
+    average(*paths, "--out", tmp_path / "cast.safetensors", "--dtype", "bfloat16")
+    own, cast = load_file(tmp_path / "own.safetensors"), load_file(tmp_path / "cast.safetensors")
+    for name, x in states[-1].items():
+        assert own[name].shape == cast[name].shape == x.shape
+        assert own[name].dtype == x.dtype
+        if not x.is_floating_point():
+            assert torch.equal(own[name], x)
+            assert torch.equal(cast[name], x)
+            continue
+        direct = mean(states, name)
+        half_a_step = torch.finfo(x.dtype).eps / 2  # what one rounding costs at most
+        tolerance = {"rtol": 1.01 * half_a_step, "atol": 0}
+        if x.dtype.itemsize > 2:
+            tolerance = {"rtol": 0, "atol": 8 * half_a_step}
+        torch.testing.assert_close(own[name].double(), direct, **tolerance)
+        assert cast[name].dtype == torch.bfloat16
+        torch.testing.assert_close(cast[name].double(), direct, rtol=2**-8 * 1.01, atol=0)
+    assert torch.equal(cast["brain"], own["brain"])
+    with safe_open(tmp_path / "cast.safetensors", "pt") as opened:
+        assert opened.metadata()["format"] == "pt"  # though the checkpoints have no metadata
+        assert json.loads(opened.metadata()["paceline"])["dtype"] == "bfloat16"
+    for name in ("own", "cast"):
+        entries, size = header(tmp_path / f"{name}.safetensors")
+        entries.pop("__metadata__")
+        sizes = {"F64": 8, "I64": 8, "F32": 4, "F16": 2, "BF16": 2, "U16": 2, "BOOL": 1, "U8": 1}
+        for entry in entries.values():  # as aligned as a mapped file has to be
+            assert entry["data_offsets"][0] % sizes[entry["dtype"]] == 0
+        assert max(entry["data_offsets"][1] for entry in entries.values()) == size
+        with (tmp_path / f"{name}.safetensors").open("rb") as file:
+            assert int.from_bytes(file.read(8), "little") % 8 == 0
+
+
+# ---- models ------------------------------------------------------------------------------------
+
+
+def test_a_run_of_a_tied_model(tmp_path, capsys):
+    """Also what of a checkpoint goes with the merged weights, and what does not."""
+    run = tmp_path / "run"
+    models = {n: gpt2(n) for n in (200, 30, 1000)}
+    for n, model in models.items():
+        model.save_pretrained(run / f"checkpoint-{n}")
+        (run / f"checkpoint-{n}" / "tokenizer.json").write_text(f"of {n}")
+    last = run / "checkpoint-1000"
+    kept = {"config.json", "generation_config.json", "tokenizer.json"}
+    left = ["optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "rng_state_0.pth"]
+    left += ["trainer_state.json", "training_args.bin", "pytorch_model.bin", "scaler.pt", "latest"]
+    left += ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"]
+    left += ["other.safetensors", "model.safetensors.index.json", "tf_model.h5", "zero_to_fp32.py"]
+    left += ["flax_model.msgpack", "m.gguf", "m.onnx", "m.distcp", "m.pth", "m.bin.index.json"]
+    left += ["optimizer", "scheduler.json", "rng_state", "pytorch_model.index"]
+    for name in left:
+        (last / name).write_text("{}")
+    for name in ("global_step1000", "pytorch_model_fsdp_0"):
+        (last / name).mkdir()
+        (last / name / "shard").write_text("x")
+    (run / "checkpoint-best").mkdir()
+    (run / "checkpoint-5").write_text("no folder")
+    out = tmp_path / "out"
+    average(run, "--out", out)
+    assert {path.name for path in out.iterdir()} == kept | {"model.safetensors", "paceline.json"}
+    assert (out / "tokenizer.json").read_text() == "of 1000"
+    facts = json.loads((out / "paceline.json").read_text())
+    assert facts["checkpoints"] == [str(run / f"checkpoint-{n}") for n in (30, 200, 1000)]
+    assert facts["weights"] == pytest.approx([1 / 3] * 3)
+    assert header(out / "model.safetensors")[0]["__metadata__"] == {"format": "pt"}
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    states = [model.state_dict() for model in models.values()]
+    for name, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(tensor, mean(states, name).float(), rtol=0, atol=1e-6)
+    assert "factors" not in capsys.readouterr().out
+    mode = (out / "model.safetensors").stat().st_mode
+    assert mode == (out / "config.json").stat().st_mode
+
+
+def test_shards_are_as_in_the_last_checkpoint(tmp_path):
+    models = [gpt2(n, tie_word_embeddings=False) for n in range(3)]
+    folders = [tmp_path / name for name in "abc"]
+    for model, folder, size in zip(models, folders, ("1GB", "5KB", "3KB"), strict=True):
+        model.save_pretrained(folder, max_shard_size=size)
+    shards = {path.name for path in folders[2].glob("*.safetensors")}
+    assert len(shards) > 3
+    states = [model.state_dict() for model in models]
+    direct = {name: mean(states, name).float() for name in states[0]}
+    out = tmp_path / "out"
+    average(*folders, "--out", out)
+    assert {path.name for path in out.glob("*.safetensors")} == shards
+    index, like = (
+        json.loads((folder / "model.safetensors.index.json").read_text())
+        for folder in (out, folders[2])
+    )
+    assert index["weight_map"] == like["weight_map"]
+    assert index["metadata"]["total_size"] == like["metadata"]["total_size"]
+    for shard in shards:
+        names = load_file(out / shard).keys()
+        assert names == {name for name, file in like["weight_map"].items() if file == shard}
+    average(*folders, "--out", tmp_path / "half", "--dtype", "float16")
+    index = json.loads((tmp_path / "half" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == like["metadata"]["total_size"] / 2
+    average(*folders[::-1], "--out", tmp_path / "whole")
+    assert not (tmp_path / "whole" / "model.safetensors.index.json").exists()
+    for folder in (out, tmp_path / "whole"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert loaded.lm_head.weight is not loaded.transformer.wte.weight
+        assert loaded.state_dict().keys() == direct.keys()
+        for name, tensor in loaded.state_dict().items():
+            torch.testing.assert_close(tensor, direct[name], rtol=0, atol=1e-6)
+
+
+def test_bfloat16_models(tmp_path):
+    models = [gpt2(n).bfloat16() for n in range(2)]
+    folders = [tmp_path / name for name in "ab"]
+    for model, folder in zip(models, folders, strict=True):
+        model.save_pretrained(folder)
+    states = [model.state_dict() for model in models]
+    for dtype in (None, "float32", "float16"):
+        out = tmp_path / str(dtype)
+        average(*folders, "--out", out, *(["--dtype", dtype] if dtype else []))
+        loaded = AutoModelForCausalLM.from_pretrained(out)  # in the dtype that config.json has
+        expected = getattr(torch, dtype or "bfloat16")
+        assert loaded.dtype == expected
+        for name, tensor in loaded.state_dict().items():
+            assert torch.equal(tensor, mean(states, name).to(expected)), name
+    before, after = (json.loads((tmp_path / x / "config.json").read_text()) for x in ("b", "None"))
+    assert before == after
+
+
+def test_the_dtype_in_every_part_of_a_configuration(tmp_path):
+    for n in range(2):
+        folder = tmp_path / f"model-{n}"
+        folder.mkdir()
+        save_file({"x": torch.ones(2)}, folder / "model.safetensors")
+        parts = {"text_config": {"dtype": "float32", "n": [1]}, "torch_dtype": None, "name": "é"}
+        (folder / "config.json").write_text(json.dumps(parts))
+    average(tmp_path / "model-0", tmp_path / "model-1", "--out", tmp_path / "o", "--dtype=bfloat16")
+    assert json.loads((tmp_path / "o" / "config.json").read_text()) == {
+        "text_config": {"dtype": "bfloat16", "n": [1]},
+        "torch_dtype": "bfloat16",
+        "name": "é",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters(tmp_path, capsys):
+    base = gpt2(0)
+    base.save_pretrained(tmp_path / "base")
+    folders, states = [], []
+    for n in range(2):
+        torch.manual_seed(n)
+        lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+        lora.init_lora_weights = False  # both factors random
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora)
+        folders.append(tmp_path / f"lora-{n}")
+        model.save_pretrained(folders[-1])
+        states.append(model.state_dict())
+    average(*folders, "--out", tmp_path / "out")
+    assert "factors are averaged" in capsys.readouterr().out
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    average(*folders, "--out", tmp_path / "half", "--dtype", "bfloat16")
+    half = load_file(tmp_path / "half" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out").state_dict()
+    assert sum("lora" in name for name in loaded) == 4
+    for name, tensor in loaded.items():
+        torch.testing.assert_close(tensor, mean(states, name).float(), rtol=0, atol=1e-6)
+
+
+# ---- memory, kills, full disks -----------------------------------------------------------------
+
+PEAK = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from paceline.train.merge import Merge, merge
+
+def run(names, out):
+    merge(Merge(checkpoints=tuple(map(Path, names)), out=Path(out)), Console(file=sys.stderr))
+
+def resident(kind):  # kB
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(kind)))
+
+run(sys.argv[1:3], "first.safetensors")  # loads what is loaded once
+Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
+before = resident("VmRSS:")
+run(sys.argv[3:], "out.safetensors")
+print(resident("VmHWM:") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_that_of_a_few_tensors(dtype, tmp_path):
+    """All that is resident: of the process's own, and of the files it has mapped."""
+    for n in range(2):
+        save_file({"x": torch.zeros(4)}, tmp_path / f"first-{n}.safetensors")
+    state = {f"x{i}": torch.full((2**18,), i, dtype=dtype) for i in range(40)}
+    for n in range(3):
+        save_file(state, tmp_path / f"{n}.safetensors")
+    names = ["first-0", "first-1", "0", "1", "2"]
+    command = [sys.executable, "-c", PEAK, *(f"{name}.safetensors" for name in names)]
+    # glibc: what is freed is no longer resident, at whatever size
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    one = 2**20  # bytes of a tensor in float32; a checkpoint has 40 of them
+    # The sum and one more in float32, what of it is in the file, and 1 MB for all that is else.
+    assert int(run.stdout) * 1024 < (2 + dtype.itemsize / 4 * (dtype != torch.float32)) * one + one
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["x7"], state["x7"])
+
+
+def test_interrupted_it_leaves_nothing(tmp_path, files, monkeypatch, capsys):
+    paths, _ = files
+    for n in range(2):
+        gpt2(n).save_pretrained(tmp_path / f"model-{n}", max_shard_size="5KB")
+    folders = [tmp_path / "model-0", tmp_path / "model-1"]
+    before = tree(tmp_path)
+    load, calls = merging._load, []
+    out = None
+
+    def interrupted(checkpoint, name):
+        calls.append(name)
+        assert not out.exists()  # all the while nothing is under the final name
+        assert (out.parent / f".{out.name}.partial").exists()
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return load(checkpoint, name)
+
+    monkeypatch.setattr(merging, "_load", interrupted)
+    for given, name in ((folders, "out"), (paths, "out.safetensors")):
+        calls.clear()
+        out = tmp_path / name
+        average(*given, "--out", out, status=130)
+        assert tree(tmp_path) == before
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, files, capsys):
+    paths, _ = files
+    for n in range(2):
+        gpt2(n).save_pretrained(tmp_path / f"model-{n}")
+    folders = [tmp_path / "model-0", tmp_path / "model-1"]
+    before = tree(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for given, name, limit in ((folders, "out", 5000), (paths, "out.safetensors", 300)):
+        capsys.readouterr()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            status = main(["average", *map(str, given), "--out", str(tmp_path / name)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert status == 2
+        assert tree(tmp_path) == before
+        assert capsys.readouterr().err == f"paceline: {tmp_path / name}: File too large\n"
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    for n in range(2):
+        gpt2(n).save_pretrained(tmp_path / f"model-{n}")
+    out, synced = tmp_path / "out", []
+
+    def sync(path):
+        assert out.exists() == (path == tmp_path)
+        synced.append(path.name)
+
+    monkeypatch.setattr(merging, "sync", sync)
+    average(tmp_path / "model-0", tmp_path / "model-1", "--out", out)
+    names = [path.name for path in out.iterdir()]
+    assert sorted(synced) == sorted([*names, ".out.partial", tmp_path.name])
+
+
+def test_a_bar_on_a_terminal(tmp_path, files):
+    shown = io.StringIO()
+    paths, _ = files
+    options = Merge(checkpoints=tuple(paths), out=tmp_path / "out.safetensors")
+    merging.merge(options, Console(file=shown, force_terminal=True, width=100))
+    assert "merging" in shown.getvalue()
+    assert "100%" in shown.getvalue()
+    assert shown.getvalue().rindex("\x1b[?25h") > shown.getvalue().index("\x1b[?25l")  # the cursor
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from rich.console import Console
+from paceline.train import merge as merging
+
+point, out, *paths = sys.argv[1:]
+load, calls = merging._load, []
+
+def killed(*_):
+    calls.append(0)
+    if point == "renaming" or len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return load(*_)
+
+if point == "renaming":
+    Path.rename = killed
+else:
+    merging._load = killed
+options = merging.Merge(checkpoints=tuple(map(Path, paths)), out=Path(out))
+merging.merge(options, Console())
+"""
+
+
+@pytest.mark.parametrize("point", ["writing", "renaming"])
+def test_a_kill_leaves_nothing_that_could_be_taken_for_a_model(point, tmp_path, files):
+    for n in range(2):
+        gpt2(n).save_pretrained(tmp_path / f"model-{n}")
+    folders = [str(tmp_path / "model-0"), str(tmp_path / "model-1")]
+    for given, name in ((folders, "out"), (map(str, files[0]), "out.safetensors")):
+        given, out = list(given), tmp_path / name
+        run = subprocess.run([sys.executable, "-c", KILLED, point, out, *given], check=False)
+        assert run.returncode == -signal.SIGKILL
+        assert not out.exists()
+        assert (tmp_path / f".{name}.partial").exists()
+        (tmp_path / f".{name}.partial" / "stale").write_text("") if name == "out" else None
+        average(*given, "--out", out)  # goes over what is left there
+        assert not (tmp_path / f".{name}.partial").exists()
+        assert name != "out" or not (out / "stale").exists()
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+def put(folder, state, name="model.safetensors"):
+    folder.mkdir(exist_ok=True)
+    save_file(state, folder / name)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder of good and bad checkpoints; the current folder."""
+    monkeypatch.chdir(tmp_path)
+    good = {"w": torch.ones(2, 3), "b": torch.ones(3)}
+    for name, state in {
+        "A": good,
+        "B": good,
+        "LESS": {"w": torch.ones(2, 3)},
+        "MORE": good | {"c": torch.ones(1)},
+        "SHAPE": good | {"b": torch.ones(1, 3)},
+        "DTYPE": good | {"b": torch.ones(3).half()},
+        "NAN": good | {"b": torch.tensor([1.0, float("nan"), 1.0])},
+        "INF": good | {"w": torch.ones(2, 3).index_fill(1, torch.tensor(1), float("inf"))},
+        "MINUS": good | {"w": torch.ones(2, 3).index_fill(1, torch.tensor(2), -float("inf"))},
+        "HUGE": good | {"w": torch.full((2, 3), 1e6)},
+        "QUANT": good,
+        "FP8": {"w": torch.ones(2, 3).to(torch.float8_e4m3fn)},
+        "CUT": good,
+    }.items():
+        put(tmp_path / name, state)
+        save_file(state, f"{name}.safetensors")
+    put(tmp_path / "LORA", good, "adapter_model.safetensors")
+    (tmp_path / "QUANT" / "config.json").write_text('{"quantization_config": {}}')
+    data = (tmp_path / "CUT" / "model.safetensors").read_bytes()
+    (tmp_path / "CUT" / "model.safetensors").write_bytes(data[:-1])
+    (tmp_path / "GARBAGE.safetensors").write_text("no header at all")
+    (tmp_path / "EMPTY.safetensors").write_text("")
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "BIN").mkdir()
+    (tmp_path / "BIN" / "pytorch_model-00001-of-00002.bin").write_text("")
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "LINK").symlink_to("nowhere")
+    for name, index in {
+        "NOJSON": "{",
+        "LIST": "[]",
+        "NOMAP": "{}",
+        "NOFILES": '{"weight_map": {}}',
+        "OUTSIDE": '{"weight_map": {"w": "../A/model.safetensors"}}',
+        "NUMBER": '{"weight_map": {"w": 1}}',
+        "LOST": '{"weight_map": {"w": "lost.safetensors"}}',
+        "LISTED": '{"weight_map": {"w": "part.safetensors", "z": "part.safetensors"}}',
+    }.items():
+        put(tmp_path / name, good, "part.safetensors")
+        (tmp_path / name / "model.safetensors.index.json").write_text(index)
+    (tmp_path / "RUN" / "checkpoint-1").mkdir(parents=True)
+    put(tmp_path / "RUN" / "checkpoint-1", good)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "give at least two checkpoints, got 0"),
+        ("A", "give at least two checkpoints, got 1"),
+        ("RUN", "give at least two checkpoints, got 1"),
+        ("A nowhere", "no such file or folder: nowhere"),
+        ("A " + "x" * 300, "xxx: File name too long"),
+        (
+            "A EMPTY",
+            "model.safetensors, model.safetensors.index.json nor adapter_model.safetensors\n",
+        ),
+        ("A BIN", "BIN holds neither .*; convert its .bin by from_pretrained() and save_pre"),
+        ("A B A", "checkpoints: one is given twice"),
+        ("A ./RUN/../A", "checkpoints: one is given twice"),
+        ("A B.safetensors", "A is a model folder, and B.safetensors is a file"),
+        ("A B LORA", "A is a model folder, and LORA is an adapter folder"),
+        ("A B LESS", "tensor 'b' is F32 of shape (3,) in A and missing in LESS"),
+        ("A MORE", "tensor 'c' is missing in A and F32 of shape (1,) in MORE"),
+        ("A SHAPE", "tensor 'b' is F32 of shape (3,) in A and F32 of shape (1, 3) in SHAPE"),
+        ("A B DTYPE", "tensor 'b' is F32 of shape (3,) in A and F16 of shape (3,) in DTYPE"),
+        ("A NAN B", "tensor 'b' of NAN holds a NaN or infinity"),
+        ("INF A", "tensor 'w' of INF holds a NaN or infinity"),
+        ("A MINUS", "tensor 'w' of MINUS holds a NaN or infinity"),
+        ("A HUGE --dtype float16", "the average of 'w' is too large for torch.float16"),
+        ("A.safetensors NAN.safetensors --out o.safetensors", "tensor 'b' of NAN.safe"),
+        ("A QUANT", "QUANT is a quantized model"),
+        ("A FP8", "FP8/model.safetensors: tensor 'w' is of dtype F8_E4M3, which cannot be"),
+        ("A CUT", "CUT/model.safetensors cannot be read as safetensors: "),
+        ("A.safetensors GARBAGE.safetensors", "GARBAGE.safetensors cannot be read as safetens"),
+        ("A.safetensors EMPTY.safetensors", "EMPTY.safetensors cannot be read as safetensors"),
+        ("notes.txt A", "notes.txt cannot be read as safetensors"),
+        ("A NOJSON", "NOJSON/model.safetensors.index.json is not JSON: "),
+        ("A LIST", "LIST/model.safetensors.index.json is not a JSON object"),
+        ("A NOMAP", "NOMAP/model.safetensors.index.json has no weight_map of tensors to files"),
+        ("A NOFILES", "NOFILES/model.safetensors.index.json has no weight_map"),
+        ("A OUTSIDE", "OUTSIDE/model.safetensors.index.json has no weight_map"),
+        ("A NUMBER", "NUMBER/model.safetensors.index.json has no weight_map"),
+        ("A LOST", "LOST/lost.safetensors cannot be read as safetensors: No such file"),
+        ("A LISTED", "LISTED/model.safetensors.index.json lists 'z', which none of its files has"),
+        ("A B --out EMPTY", "out: EMPTY is there already; name another"),
+        ("A B --out LINK", "out: LINK is there already; name another"),
+        ("A B --out notes.txt", "out: notes.txt is there already"),
+        ("A B --out no/where", "out: there is no folder no for where"),
+        ("A B --out notes.txt/x", "out: there is no folder notes.txt for x"),
+        ("A B --out o.safetensors", "out: o.safetensors must be a folder, as the checkpoints"),
+        ("A.safetensors B.safetensors", "out: OUT must end in .safetensors"),
+        ("A B --rule mean", "rule: unknown average 'mean' in 'mean'; known: ema, uniform, swa, l"),
+        ("A B --rule ema:start", "rule: averaging 'ema:start': 'start' must be one option=number"),
+        ("A B --rule swa:window=2", "rule: averaging 'swa:window=2' has no option 'window'"),
+        ("A B --rule lawa", "rule: averaging 'lawa' needs window="),
+        ("A B --rule ema:beta=2", "rule: .*beta of ema must be in (0, 1], got 2"),
+        ("A B --dtype int8", "int8"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, place, capsys):
+    before = tree(place)
+    arguments = arguments.split()
+    if "--out" not in arguments:
+        arguments += ["--out", "OUT"]
+    average(*arguments, status=2)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("paceline: ")
+    assert re.search(re.escape(message).replace(r"\.\*", ".*"), error), error
+    assert tree(place) == before
+
+
+def test_all_headers_are_checked_before_anything_is_written(place, monkeypatch):
+    monkeypatch.setattr(merging, "_write", lambda *_: pytest.fail("something was written"))
+    for bad in ("CUT", "SHAPE", "LESS"):
+        average("A", "B", bad, "--out", "OUT", status=2)
+
+
+def test_what_has_no_weight_is_not_read(place):
+    average("NAN", "A", "B", "--rule", "lawa:window=2", "--out", "OUT")
+    assert torch.equal(load_file("OUT/model.safetensors")["b"], torch.ones(3))
+
+
+def test_every_option_is_explained(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["average", "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    for name in Merge.model_fields.keys() - {"checkpoints"}:
+        (entry,) = re.findall(
+            rf"^[│ ] --{name}(?![\w-]).*?(?=^[│ ] --|\Z)", said, re.DOTALL | re.MULTILINE
+        )
+        assert len(re.findall(r"[A-Za-z]{2,}", entry)) > 4, entry
+    assert "count checkpoints" in " ".join(said.split())
+    for rule in RULES:
+        assert re.search(rf"^{rule.name}[\[:]", said, re.MULTILINE)
