@@ -33,3 +33,9 @@ def kernel():
     """For tests of the one-pass kernel: skipped where it cannot be built."""
     if _why_no_kernel():
         pytest.skip(_why_no_kernel())
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "slow: takes over some 5 seconds; -m 'not slow' leaves it out"
+    )

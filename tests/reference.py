@@ -56,3 +56,46 @@ class Reference:
         if t % self.uf == 0:
             self.ema = (1 - averaging) * self.ema + averaging * self.theta
         return gain
+
+
+class Followed:
+    """SGD with momentum, pulled toward a power EMA of its iterates; gain "own" or "scalar"."""
+
+    def __init__(
+        self,
+        theta,
+        *,
+        momentum=0.0,
+        weight_decay=0.0,
+        pullback,
+        gain,
+        beta2=0.999,
+        eps=1e-8,
+        clip=True,
+        power=0.5,
+    ):
+        self.theta = np.array(theta, dtype=np.float64)
+        self.average = self.theta.copy()
+        self.buffer = np.zeros_like(self.theta)
+        self.v = np.zeros_like(self.theta)
+        self.t = 0
+        self.momentum, self.wd, self.c, self.gain = momentum, weight_decay, pullback, gain
+        self.beta2, self.eps, self.clip, self.power = beta2, eps, clip, power
+
+    def step(self, g, lr):
+        g = np.asarray(g, dtype=np.float64)
+        self.t += 1
+        self.buffer = self.momentum * self.buffer + g + self.wd * self.theta
+        moved = self.theta - lr * self.buffer
+        beta = (1 + self.t) ** -self.power
+        if self.gain == "own":
+            self.v = self.beta2 * self.v + (1 - self.beta2) * g**2
+            v_hat = self.v / (1 - self.beta2**self.t)
+            gain = lr * self.c * beta / (np.sqrt(v_hat) + self.eps)
+        else:
+            gain = np.full_like(self.theta, self.c)
+        if self.clip:
+            gain = np.minimum(1.0, gain)
+        self.theta = moved + gain * (self.average - self.theta)
+        self.average = (1 - beta) * self.average + beta * self.theta
+        return gain

@@ -7,6 +7,7 @@ from torch.nn import Parameter
 
 from paceline import PACE
 from paceline.averaging import BEMA, EMA, LAWA, SWA, PowerEMA, Uniform, parse
+from paceline.options import averaging_of
 
 
 def ema(weight, every=1):
@@ -143,6 +144,10 @@ def test_text():
     assert parse("ema:kappa=0.3") == PowerEMA(0.3)
     assert parse("ema:half_life=200") == EMA(half_life=200)
     assert parse(" lawa:window=3:every=10") == LAWA(3, every=10)
+    assert parse("uniform:start=1e3") == Uniform(1000)
+    for number in (1e-7, 1 / 3, 5e-324, 123456789.5, 1e16):
+        assert parse(str(EMA(half_life=number))) == EMA(half_life=number)
+    assert str(PowerEMA(np.float64(0.3))) == "ema:power=0.3"  # as a sweep has it
 
 
 BAD = [
@@ -195,6 +200,14 @@ def test_bad_input(make, says):
     with pytest.raises(ValueError, match="^[^\n]+$") as error:
         make()
     assert says in str(error.value)
+
+
+def test_a_groups_rule_is_made_once():
+    """It is asked for at each step of each parameter, and costs as much as a small one's step."""
+    (group,) = PACE([Parameter(torch.zeros(2))], pullback=0.0).param_groups
+    assert averaging_of(group) is averaging_of(group) == PowerEMA()
+    group["ema_every"] = 3
+    assert averaging_of(group) == PowerEMA(every=3)
 
 
 def test_groups_with_averages_of_their_own():

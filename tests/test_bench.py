@@ -33,6 +33,7 @@ def test_measures_every_optimizer(monkeypatch, tmp_path, capsys, kernel):
         "Pullback(AdamW fused), c = 0": wrapped,
         "Pullback(AdamW fused)": wrapped,
         "PACE fused": pace,
+        "PACE fused, BEMA": round(20 + count, 1),
         "PACE fused bf16 state": round(6 + count, 1),
     }
     for name, row in rows.items():

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from paceline import PACE, load_checkpoint, save_checkpoint
+from paceline.averaging import parse
 from paceline.testing import SCHEDULERS
 
 # ---- killed at any moment --------------------------------------------------------------------
@@ -81,11 +82,12 @@ def test_killed_at_twenty_moments_a_run_ends_as_if_it_had_not_been(run, tmp_path
 # ---- state_dict ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("averaging", [None, "lawa:window=3:every=2", "bema:start=2"])
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_resume_is_bit_for_bit(dtype, swapped):
+def test_resume_is_bit_for_bit(dtype, swapped, averaging):
     model, generator = problem(dtype)
-    opt = PACE(model.parameters(), lr=0.05, pullback=0.3)
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3, averaging=averaging)
     advance(model, opt, generator, 7)
     if swapped:
         opt.eval()
@@ -111,7 +113,67 @@ def test_resume_is_bit_for_bit(dtype, swapped):
     advance(model2, opt2, generator2, 7)
     assert_same(snapshot(model2, opt2), snapshot(model, opt))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    assert opt2.state[model2[0].weight]["average"].dtype == wide
+    for name, value in opt2.state[model2[0].weight].items():
+        exact = "snapshot" in name or "initial" in name  # the parameter's own bits
+        assert value.dtype == (torch.float32 if name == "step" else dtype if exact else wide)
+
+
+@pytest.mark.parametrize("averaging", ["lawa:window=2", "bema"])
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+    ],
+)
+def test_a_model_goes_on_in_another_dtype(before, now, averaging):
+    """What the average is made of holds the weights exactly in that one, too."""
+    model, generator = problem(before)
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3, averaging=averaging)
+    advance(model, opt, generator, 3)
+    other, generator = problem(now)
+    resumed = PACE(other.parameters(), lr=0.05, pullback=0.3)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(opt.state_dict())
+    advance(other, resumed, generator, 1)
+    state, weight = resumed.state[other[0].weight], other[0].weight.detach()
+    if averaging == "bema":
+        begun = opt.state[model[0].weight]
+        ema = begun["average_ema"] + 14**-0.5 * (weight - begun["average_ema"])
+        expected = ema + 14**-0.2 * (weight - begun["average_initial"])
+    else:
+        assert torch.equal(state["average_snapshot_1"], weight)  # of step 4
+        expected = (weight + model[0].weight.detach()) / 2
+    torch.testing.assert_close(state["average"], expected.to(now), atol=1e-6, rtol=1e-6)
+
+
+def test_another_rule_in_mid_run_begins_anew_and_is_saved():
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3, averaging="lawa:window=4")
+    advance(model, opt, generator, 6)
+    for text in ("lawa:window=2", "bema", "uniform"):
+        opt.param_groups[0]["averaging"] = text
+        advance(model, opt, generator, 2)
+        other, _ = problem(seed=1)
+        resumed = PACE(other.parameters(), pullback=0.0)
+        resumed.load_state_dict(opt.state_dict())
+        assert parse(resumed.param_groups[0]["averaging"]) == parse(text)
+        keeps = set(parse(text).keeps)
+        assert resumed.state[other[0].weight].keys() - {"average"} >= keeps
+        assert len(resumed.state[other[0].weight]) == 4 + len(keeps)
+
+
+def test_a_checkpoint_from_before_there_were_rules_keeps_its_ema():
+    saved = broken("nothing")
+    del saved["param_groups"][0]["averaging"]
+    model, generator = problem()
+    opt = named(model, averaging="lawa:window=2")
+    opt.load_state_dict(saved)
+    assert opt.param_groups[0]["averaging"] is None
+    assert opt.param_groups[0]["ema_power"] == 0.5
+    advance(model, opt, generator, 1)
+    assert len(opt.state[model[0].weight]) == 4
 
 
 def test_loaded_state_is_a_copy_and_stats_are_not_the_old_ones():
@@ -192,7 +254,12 @@ def test_state_that_was_asked_for_before_the_first_step_is_not_yet_an_average(co
     assert_same(snapshot(model, opt), snapshot(other, fresh))
 
 
-FORMS = [{}, {"state_dtype": torch.bfloat16, "stochastic_round": True}]
+FORMS = [
+    {},
+    {"state_dtype": torch.bfloat16, "stochastic_round": True},
+    {"averaging": "lawa:window=2"},
+    {"averaging": "bema"},
+]
 WAYS = [
     {"full_state_dict": True},
     {"cpu_offload": True},
@@ -279,6 +346,8 @@ def broken(kind):
         saved["param_groups"].append(group)
     elif kind == "option":
         group["ema_every"] = 0
+    elif kind == "no snapshots":
+        group["averaging"] = "lawa:window=2"
     elif kind == "swapped without":
         group["swapped"] = "torch.float32*6"
         del saved["state"][2]
@@ -303,6 +372,7 @@ WRONG = {
     "sizes": r"groups have \[5\] parameters, the optimizer's \[6\]",
     "groups": r"groups have \[6, 6\] parameters, the optimizer's \[6\]",
     "option": "ema_every must be a whole number of steps >= 1, got 0",
+    "no snapshots": r"'0.weight' .* lacks \['average_snapshot_0', 'average_snapshot_1'\], which",
     "swapped without": "'1.weight' .* has no state for it, but had its average swapped in",
 }
 

@@ -25,7 +25,7 @@ from paceline.averaging import BEMA, EMA, LAWA, SWA, PowerEMA, Uniform
 from paceline.cli import main
 from paceline.study.compare import Comparison, _affordable_steps
 from paceline.study.report import Results, best_at, verdict
-from paceline.study.runs import Run, Setting, share_runs
+from paceline.study.runs import Run, Setting, share_runs, show_losses
 from paceline.train import InputError
 from paceline.train.data import (
     Corpus,
@@ -372,6 +372,7 @@ def test_every_base_trains_and_is_pulled(tiny, base):
     assert end["returned_loss"] != end["live_loss"]
     assert 0 < end["gain_mean"] <= 1
     groups = trainer.optimizer.param_groups
+    assert {group["initial_lr"] for group in groups} == {rate}
     assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
     if base == "muon":  # of width 16: attention and MLP, in and out; not the embeddings, nor biases
         assert sum(len(group["params"]) for group in groups if group["use_muon"]) == 4
@@ -453,6 +454,15 @@ def test_the_twin_of_a_saturated_pull_is_a_schedule():
     ema = make_optimizer(method_of("ema:state=bf16"), model, **rest).param_groups
     assert (ema[0]["pullback"], ema[0]["state_dtype"]) == (0.0, torch.bfloat16)
     assert [(len(group["params"]), group["weight_decay"]) for group in ema] == [(1, 0.1), (1, 0)]
+    (ema, _) = make_optimizer(method_of("ema:half_life=7:state=bf16"), model, **rest).param_groups
+    assert (ema["averaging"], ema["state_dtype"]) == ("ema:half_life=7", torch.bfloat16)
+
+
+def test_a_bar_shows_the_best_returned_model_also_while_the_live_one_is_ahead():
+    losses = {"eval_live_loss": 2.0, "eval_loss": 2.5, "eval_ema κ=0.7_loss": 2.25, "loss": 1.0}
+    assert show_losses(losses) == "live 2.000  returned 2.250"
+    assert show_losses({"eval_live_loss": 2.0}) == "live 2.000  returned 2.000"  # AdamW alone
+    assert show_losses({"loss": 1.0}) == ""
 
 
 # ---- the report ------------------------------------------------------------------------------
@@ -463,6 +473,7 @@ def row(label, lr, seed, returned, **facts):
     facts = {"name": name, "schedule": "constant", "kappa": 0.3, "g": None, **facts}
     return {
         "run": f"{label}-{lr}-{seed}",
+        "trained_with": f"{label}-{lr}-{seed}",
         "label": label,
         "lr": lr,
         "seed": seed,
@@ -748,6 +759,9 @@ def test_a_time_budget_shortens_all_runs_alike(tiny, tmp_path):
         (["--methods", "sgd"], "unknown method 'sgd'"),
         (["--methods", "ema,ema"], "methods: give at least one, and each only once"),
         (["--methods", "ema,ema:kappa=0.3"], "are the same run"),
+        (["--methods", "ema,ema:state=fp32"], "are the same run"),
+        (["--methods", "pace,pace:kappa=0.30000001"], "are the same run"),  # in the same folder
+        (["--lr", "0.01,0.0100000001"], "are the same run"),
         (["--kapa", "0.3"], "Unrecognized options: --kapa, 0.3; did you mean --kappa?"),
         (["--kappa", "1.5"], "kappa: Input should be less than or equal to 1, got 1.5"),
         (["--kappa", "much"], "--kappa"),

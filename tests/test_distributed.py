@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import Ranks
-from torch import nn
+from torch import nn, optim
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from paceline import PACE, save_checkpoint, update
+from paceline import PACE, Pullback, save_checkpoint, update
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -121,6 +121,9 @@ OPTIONS = {
     "capturable": {"capturable": True},
     "skip": {"nonfinite": "skip"},
     "raise": {"nonfinite": "raise"},
+    "uniform": {"averaging": "uniform:start=1"},
+    "lawa": {"averaging": "lawa:window=2:every=2"},
+    "bema": {"averaging": "bema:start=1"},
 }
 
 
@@ -132,6 +135,64 @@ def test_two_ranks_give_the_trajectory_of_one_process(engine, options, parts, cl
         request.getfixturevalue("kernel")
     alone = run(None, OPTIONS[options], parts, clip)
     for mine in ranks(run, engine, OPTIONS[options], parts, clip):
+        for a, b in zip(mine, alone, strict=True):
+            assert_close(a, b)
+
+
+BASES = {
+    "AdamW": lambda params: optim.AdamW(params, lr=0.05),
+    "SGD": lambda params: optim.SGD(params, lr=0.05, momentum=0.9),
+}
+AROUND = {
+    "no pull": {},
+    "adam": {"pullback": 2.0},
+    "own": {"pullback": 2.0, "gain": "own", "averaging": "bema:start=1"},
+    "scalar": {"pullback": 0.3, "gain": "scalar", "averaging": "lawa:window=2"},
+    "measured": {"pullback": 2.0, "track_stats": True},
+}
+
+
+def pullback(model, base, around):
+    return Pullback(BASES[base](model.parameters()), **AROUND[around])
+
+
+def run_around(engine, base, around):
+    """What is held after each step, with one skipped for a NaN on one rank; and swapped."""
+    model = wrapped(net(), engine)
+    opt = pullback(model, base, around)
+    moments = []
+    for step in range(STEPS):
+        if step == 2:
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            grad = next(model.parameters()).grad
+            grad = grad.to_local() if engine == "fsdp" else grad
+            if engine != "fsdp" or dist.get_rank() == 1:
+                grad[-1, 3] = float("nan")
+            opt.step()
+            moments.append(held(model, opt))
+            assert opt.stats()["skipped_steps"] == 1
+            opt.zero_grad()
+        advance(model, opt, engine, 1, first=step)
+        moments.append(held(model, opt))
+    for swap in (opt.eval, opt.train):
+        swap()
+        moments.append(held(model, opt))
+    assert_equal(moments[2], moments[1])  # the skipped one
+    for p in model.parameters():
+        state = opt.state[p]
+        if engine == "fsdp":
+            shaped = [x for key, x in state.items() if "step" not in key]
+            assert all(x.placements == p.placements for x in shaped)
+    return moments
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_around_another_optimizer_two_ranks_go_where_one_process_goes(engine, base, around, ranks):
+    alone = run_around(None, base, around)
+    for mine in ranks(run_around, engine, base, around):
         for a, b in zip(mine, alone, strict=True):
             assert_close(a, b)
 
@@ -445,7 +506,12 @@ def load_and_go_on(engine, folder, form, saved_at=3):
 
 # A float32 average is exact over any number of ranks; with bfloat16 state only the gradients'
 # own rounding differs, which may flip a stochastic one: a unit in the last place of 8 bits.
-FORMS = {"float32": ({}, 1e-6), "bfloat16 state": ({"state_dtype": torch.bfloat16}, 2**-6)}
+FORMS = {
+    "float32": ({}, 1e-6),
+    "bfloat16 state": ({"state_dtype": torch.bfloat16}, 2**-6),
+    "lawa": ({"averaging": "lawa:window=3"}, 1e-6),
+    "bema": ({"averaging": "bema"}, 1e-6),
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.distributed.*:UserWarning")
@@ -466,6 +532,61 @@ def test_saved_on_two_ranks_and_loaded_on_one_and_the_reverse(
         assert_close(end, one, close, close)
     for end in again:
         assert_equal(end, two)
+
+
+def save_and_go_on_around(engine, folder, base, around, swapped):
+    model = wrapped(net(), engine)
+    opt = pullback(model, base, around)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+    advance(model, opt, engine, 3)
+    if swapped:
+        opt.eval()
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+    dcp.save(state, checkpoint_id=folder)
+    opt.train()
+    advance(model, opt, engine, 2, first=3)
+    return held(model, opt)
+
+
+def load_and_go_on_around(engine, folder, base, around):
+    model = wrapped(net(), engine)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(7.0)
+    opt = pullback(model, base, around)
+    opt.param_groups[0]["lr"] = 9.0
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+    dcp.load(state, checkpoint_id=folder, no_dist=engine is None)
+    set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    opt.train()
+    advance(model, opt, engine, 2, first=3)
+    return held(model, opt)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed.*:UserWarning")
+@pytest.mark.parametrize("around", ["no pull", "adam", "own"])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_around_another_optimizer_shards_are_saved_and_loaded(
+    swapped, base, around, ranks, tmp_path
+):
+    for two in ranks(save_and_go_on_around, "fsdp", str(tmp_path), base, around, swapped):
+        assert_close(load_and_go_on_around(None, str(tmp_path), base, around), two)
+        for end in ranks(load_and_go_on_around, "fsdp", str(tmp_path), base, around):
+            assert_equal(end, two)
+
+
+def whole_state_into_shards(state):
+    model = wrapped(net(), "fsdp")
+    with pytest.raises(ValueError, match="'average' is a whole tensor.*set_optimizer_state_dict"):
+        pullback(model, "SGD", "own").load_state_dict(state)
+
+
+def test_around_another_optimizer_a_whole_average_is_not_loaded_into_a_shard(ranks):
+    model = net()
+    opt = pullback(model, "SGD", "own")
+    advance(model, opt, None, 1)
+    ranks(whole_state_into_shards, opt.state_dict())
 
 
 # ---- exports ---------------------------------------------------------------------------------

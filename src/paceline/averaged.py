@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import shards
+from .averaging import Averaging
 from .options import Group, decoded, describe, encoded
 from .swap import swap_back, swap_in
 from .update import squared_norm
@@ -243,9 +244,10 @@ class AveragedOptimizer(Optimizer):
             Of the last step, if tracked: `gain_mean`, `gain_min`, `gain_max` of λ over coordinates;
             `clipped`, the fraction of coordinates that the clip holds at 1; 2-norms `adamw_norm` of
             the AdamW step, `pull_norm` of the pull and `update_norm` of the whole update;
-            `distance`, the 2-norm of live weights minus average after the step. Over all tracked
-            parameters that had a gradient, and under "groups" the same for each group (None for
-            one without any). Guarded coordinates are among them with a gradient of 0.
+            `distance`, the 2-norm of live weights minus average after the step (LAWA's and BEMA's
+            from before they took it in). Over all tracked parameters that had a gradient, and under
+            "groups" the same for each group (None for one without any). Guarded coordinates are
+            among them with a gradient of 0.
         """
         counts = [0, 0, 0] if self._counts is None else self._counts.tolist()
         names = ("guarded_coordinates", "guarded_steps", "skipped_steps")
@@ -263,7 +265,7 @@ class AveragedOptimizer(Optimizer):
         if self.state:
             return []
         stepped = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
-        for lr in (group["lr"] for group, _ in stepped):
+        for lr in (group.get("lr", 1.0) for group, _ in stepped):
             if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
                 return []
         # Shards first: of those all ranks see the same, and must look together.
@@ -284,6 +286,8 @@ class AveragedOptimizer(Optimizer):
         for group in state["param_groups"]:
             # Schedulers leave NumPy's floats, and engines refuse what is no number or string.
             group |= {key: float(x) for key, x in group.items() if isinstance(x, float)}
+            if isinstance(group["averaging"], Averaging):
+                group["averaging"] = str(group["averaging"])
             if group.get("state_dtype") is not None:
                 group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
         return state

@@ -71,8 +71,10 @@ class Averaging(ABC):
             averages: of the same shapes, in float32 or wider; updated.
             kept: of each, the tensors that `begin` made; updated.
         """
-        wide = [x.to(average.dtype) for x, average in zip(weights, averages, strict=True)]
-        lerp_(averages, wide, self.weight(step))
+        weight = self.weight(step)
+        if isinstance(weight, Tensor) or weight:
+            wide = [x.to(average.dtype) for x, average in zip(weights, averages, strict=True)]
+            lerp_(averages, wide, weight)
 
     def coefficients(self, steps: int) -> Tensor:
         """How much of θ_0, θ_1, ..., θ_steps is in the average after `steps` steps.
@@ -92,7 +94,8 @@ class Averaging(ABC):
         for at, field in enumerate(fields(self)):
             value = getattr(self, field.name)
             if value is not None and (value != field.default or (at == 0 and value)):
-                parts.append(f"{field.name}={value!r}")
+                plain = value if isinstance(value, int) else float(value)  # NumPy's say their type
+                parts.append(f"{field.name}={plain!r}")
         return ":".join(parts)
 
     def _require(self, name: str, ok: bool, range_: str) -> None:
@@ -316,7 +319,7 @@ class LAWA(Averaging):
         averages: list[Tensor],
         kept: Sequence[dict[str, Tensor]],
     ) -> None:
-        """Take a snapshot if it is time, and the mean anew: a running sum would drift."""
+        """Take a snapshot if it is time, and the mean of all anew: a running one would drift."""
         if step < self.every:
             for average, x in zip(averages, weights, strict=True):
                 average.copy_(x)
@@ -327,9 +330,8 @@ class LAWA(Averaging):
         there = self.keeps[: min(taken, self.window)]
         for average, x, own in zip(averages, weights, kept, strict=True):
             own[here].copy_(x)
-            average.zero_()
-            for name in there:
-                average.add_(own[name], alpha=1.0 / len(there))
+            for count, name in enumerate(there, 1):  # what is equal in all stays as it is
+                average.lerp_(own[name].to(average.dtype), 1.0 / count)
 
 
 @dataclass(frozen=True)
@@ -407,7 +409,7 @@ class BEMA(Averaging):
                     tensor.copy_(x)
                 continue
             x = x.to(average.dtype)
-            ema.lerp_(x, age**-self.power)
+            ema.lerp_(x.to(ema.dtype), age**-self.power)
             torch.sub(x, initial, out=average)
             average.mul_(age**-self.bias_power).add_(ema)
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from . import fused, rounding, shards
 from .averaged import AveragedOptimizer, summarize
 from .averaging import Averaging
-from .loading import AVERAGES, fitted
+from .loading import AVERAGES, MOMENTS, fitted
 from .options import DTYPES, EMA_OPTIONS, Group, averaging_of, check_options, describe, encoded
 from .update import PLAIN, Scalars, Slot, in_batches, scalars, step_
 
@@ -69,7 +69,7 @@ class PACE(AveragedOptimizer):
         averaging: any other average of `paceline.averaging`, or its text, as in Uniform(start=100)
             or "ema:half_life=200", instead of what the five options before say. β_t is then what
             its `falloff` says. LAWA and BEMA keep more state than the average, take a second pass,
-            and go with neither state_dtype nor capturable.
+            also over guarded coordinates, and go with neither state_dtype nor capturable.
         clip: hold the gain to at most 1, so that the pull never goes past the average.
         average: keep an average. False, for which `pullback` must be 0, is plain AdamW.
         fused: step in one pass over memory (`paceline.fused`): True demands it, False does not use
@@ -394,8 +394,13 @@ class PACE(AveragedOptimizer):
             source = state.get("average", param.detach())
             state["average"] = fused.empty_state(param, dtype, param.device).copy_(source)
         rule = averaging_of(group)
-        if not state.keys() >= set(rule.keeps):
+        kept = state.keys() - MOMENTS - AVERAGES
+        if kept != set(rule.keeps):  # it has begun, or is another than before
+            for key in kept:
+                del state[key]
             state |= rule.begin(param, dtype)
+        for key in rule.keeps:  # the parameter may be wider than before
+            state[key] = state[key].to(torch.promote_types(state[key].dtype, param.dtype))
         return state
 
     def _check_gradients(self) -> None:
@@ -417,7 +422,8 @@ class PACE(AveragedOptimizer):
         the same time: `train()` then brings back the live weights.
 
         One of `torch.optim.AdamW` is a start: moments, steps and AdamW's options are taken over, a
-        warning says so, and the averages begin from the weights that are there at the next step.
+        warning says so, and the averages begin from the weights that are there at the next step,
+        as if all steps before had been there: give Uniform, SWA and BEMA that step as their start.
 
         Raises:
             ValueError: state of another class, missing, left over, misshapen, or of a shard; groups

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import lru_cache
 from itertools import groupby
 from numbers import Real
 from typing import Any, TypeAlias
@@ -34,12 +35,17 @@ EMA_OPTIONS: dict[str, Any] = {
 
 def averaging_of(group: Group) -> Averaging:
     """The rule of a group of PACE's or Pullback's."""
-    if group["averaging"] is not None:
-        return parse(group["averaging"])
-    if group["ema_beta"] is not None:
-        return EMA(group["ema_beta"], every=group["ema_every"])
-    names = ("ema_power", "ema_rate", "ema_start", "ema_every")
-    return PowerEMA(*(group[name] for name in names))
+    rule = group["averaging"]
+    if rule is not None:  # text, but for what was set between steps
+        return rule if isinstance(rule, Averaging) else parse(rule)
+    return _ema(*(group[name] for name in EMA_OPTIONS))
+
+
+@lru_cache(maxsize=256)  # asked for at every step of every parameter, and checked when made
+def _ema(power: float, beta: float | None, rate: float, start: float, every: int) -> Averaging:
+    if beta is not None:
+        return EMA(beta, every=every)
+    return PowerEMA(power, rate, start, every)
 
 
 def require(options: Group, name: str, ok: bool, range_: str) -> None:

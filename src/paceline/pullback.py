@@ -62,8 +62,8 @@ class Pullback(AveragedOptimizer):
     Every option below but `base` can be set for each parameter group, in the base's groups.
 
     Args:
-        base: any torch optimizer that moves the weights in `step()` only, and, where a pull is
-            asked for, has not stepped.
+        base: any torch optimizer that moves the weights in `step()` only, keeps all of its state
+            in `state` and `param_groups`, and, where a pull is asked for, has not stepped.
         pullback: strength c >= 0; with the gains "adam" and "own" in the unit of a gradient, with
             "scalar" the gain itself.
         averaging: an average of `paceline.averaging`, or its text. Its steps go on from the base's
@@ -71,7 +71,8 @@ class Pullback(AveragedOptimizer):
         gain: where v̂ comes from. "adam": from the base's `exp_avg_sq` (with amsgrad
             `max_exp_avg_sq`), with the group's betas[1] and eps, for each parameter for which the
             base keeps that in the parameter's own coordinates; for others as "own", which is a
-            second moment kept here. "scalar": there is none, λ is min(1, c) for all coordinates.
+            second moment kept here, and right for bases that keep `exp_avg_sq` scaled or corrected
+            (Prodigy, StableAdamW). "scalar": there is none, λ is min(1, c) for all coordinates.
         gain_beta2: decay in [0, 1) of its own second moment.
         gain_eps: ε >= 0 beside its own second moment, in the unit of a gradient.
         gain_clip: hold the gain to at most 1, so that the pull never goes past the average.
@@ -118,8 +119,7 @@ class Pullback(AveragedOptimizer):
         _check_base(base, ours)
         self.base, self._ours = base, ours
         completed = [self._completed(i) for i in range(len(base.param_groups))]
-        # Some make their state with themselves, and count 0 steps in it.
-        stepped = any(state and state.get("step", 1) != 0 for state in base.state.values())
+        stepped = any(map(_has_stepped, base.state.values()))
         if stepped and any(group["pullback"] for group in completed):
             raise ValueError(
                 "base must not have stepped yet where a pull is asked for, got a "
@@ -129,22 +129,31 @@ class Pullback(AveragedOptimizer):
             group |= complete | {"swapped": ""}
         self._forget()
         # In place of Optimizer's __init__, which would make groups and a state of its own.
-        super().__setstate__(self._shared())
+        super().__setstate__({"defaults": base.defaults | ours})
 
-    def _shared(self) -> dict[str, Any]:
-        """What this optimizer has in common with its base: the same objects."""
-        return {
-            "defaults": {**self.base.defaults, **self._ours},
-            "state": self.base.state,
-            "param_groups": self.base.param_groups,
-        }
+    # The same objects as the base's, whoever assigns new ones.
+
+    @property
+    def state(self) -> Any:
+        """The base's state, with ours in it."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def param_groups(self) -> Any:
+        """The base's groups, with our options in them."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: Any) -> None:
+        self.base.param_groups = value
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"base": self.base, "_ours": self._ours, "_rehearsed": self._rehearsed}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        super().__setstate__(state | self._shared())
+        names = ("base", "defaults", "_ours", "_rehearsed")
+        return {name: getattr(self, name) for name in names}
 
     def _completed(self, index: int) -> Group:
         """One of the base's groups with all of our options, checked."""
@@ -235,8 +244,9 @@ class Pullback(AveragedOptimizer):
             shards.local(x.param).copy_(shards.local(x.before))
             self._begin(x)
         for group, before in zip(self.param_groups, groups, strict=True):
+            counts = {"step": 0} if "step" in group else {}  # some count there: to be loaded, too
             group.clear()
-            group |= before
+            group |= counts | before
         self._rehearsed = True
 
     def _plan(self) -> list["_Planned"]:
@@ -254,12 +264,14 @@ class Pullback(AveragedOptimizer):
         plan = []
         for group in self.param_groups:
             pulls = group["pullback"] != 0
+            needed = {AVERAGE, *averaging_of(group).keeps}
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state.get(p, {})
-                done = state.get(STEP, state.get("step", group.get("step", 0)))
-                before = p.detach().clone() if pulls or AVERAGE not in state else None
+                # A base's count for all the group is not that of one that joins it now.
+                done = state.get(STEP, state.get("step", group.get("step", 0) if state else 0))
+                before = p.detach().clone() if pulls or not state.keys() >= needed else None
                 square = None
                 if pulls and not _has_second_moment(p, state, group):  # at a first step: yet
                     square = shards.local_grad(p).to(DTYPES[p.dtype]).square()
@@ -275,10 +287,14 @@ class Pullback(AveragedOptimizer):
         dtype = DTYPES[x.param.dtype]
         if AVERAGE not in state:
             assert x.before is not None
-            state[STEP] = torch.tensor(x.done)
+            state[STEP] = torch.tensor(x.done, dtype=torch.float32)
             state[AVERAGE] = x.before.to(dtype, copy=True)
-            state |= averaging_of(x.group).begin(x.before, dtype)
+        rule = averaging_of(x.group)
+        if not state.keys() >= set(rule.keeps):  # it may have been given another in mid-run
+            assert x.before is not None
+            state |= rule.begin(x.before, dtype)
         if x.square is None or _has_second_moment(x.param, state, x.group):
+            state.pop(OWN, None)  # or it would be out of date when it is needed again
             return
         if OWN not in state:
             # Steps that were taken without it count as if they had had this gradient, too.
@@ -345,21 +361,22 @@ class Pullback(AveragedOptimizer):
         # A copy, for torch's optimizers would share the tensors with where they come from.
         theirs = {key: _copied(state) for key, state in saved["state"].items()}
         self.base.load_state_dict(saved | {"state": theirs})
-        super().__setstate__(self._shared())
         keys = [key for group in saved["param_groups"] for key in group["params"]]
         params = [(p, group) for group in self.param_groups for p in group["params"]]
         for key, (p, group) in zip(keys, params, strict=True):
             source = saved["state"].get(key, {})
             # The base may have cast ours to the parameter's dtype: take it from the source again.
-            for name in {AVERAGE, OWN, *averaging_of(group).keeps} & source.keys():
-                mine = torch.empty_like(p, dtype=source[name].dtype, requires_grad=False)
+            kept = averaging_of(group).keeps
+            for name in {AVERAGE, OWN, *kept} & source.keys():
+                dtype = source[name].dtype if name in kept else DTYPES[p.dtype]
+                mine = torch.empty_like(p, dtype=dtype, requires_grad=False)
                 self.state[p][name] = mine.copy_(source[name])
             if STEP in source:
-                self.state[p][STEP] = torch.tensor(float(source[STEP]))
+                self.state[p][STEP] = torch.tensor(float(source[STEP]), dtype=torch.float32)
         self._stats, self._rehearsed = None, False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-        if any(state and AVERAGE not in state for state in saved["state"].values()):
+        if any(_has_stepped(state) and AVERAGE not in state for state in saved["state"].values()):
             warnings.warn(
                 f"the checkpoint keeps no averages, as those of {type(self.base).__name__}: its "
                 "state is taken over, and averages begin from the weights that are there at the "
@@ -379,8 +396,6 @@ class Pullback(AveragedOptimizer):
         pairs = zip(saved["param_groups"], self.param_groups, strict=True)
         for g, (theirs, mine) in enumerate(pairs):
             group = {name: mine[name] for name in self._ours} | {"swapped": ""} | theirs
-            _check_options(group)
-            groups.append(group)
             lacks = sorted(self.base.defaults.keys() - theirs.keys())
             others = sorted(theirs.keys() - mine.keys() - SCHEDULED)
             if lacks and others:
@@ -388,11 +403,19 @@ class Pullback(AveragedOptimizer):
                     f"group {g} of the checkpoint is not of {type(self.base).__name__}: it lacks "
                     f"{lacks} and has {others}; nothing was changed"
                 )
+            _check_options(group)
+            groups.append(group)
             swapped = decoded(group["swapped"]) or [""] * len(theirs["params"])
+            kept = [states.get(key, {}) for key in theirs["params"]]
+            # Of none in the group: a pull that was asked for since the last step.
+            pulled = any(
+                OWN in state or _has_second_moment(p, state, group)
+                for p, state in zip(mine["params"], kept, strict=True)
+            )
             for i, (key, dtype) in enumerate(zip(theirs["params"], swapped, strict=True)):
                 state = states.get(key, {})
                 try:
-                    _check_state(state, mine["params"][i], group, dtype)
+                    _check_state(state, mine["params"][i], group, pulled, dtype)
                 except ValueError as error:
                     raise ValueError(
                         f"{describe(self.param_groups, g, i)} cannot be loaded: {error}; "
@@ -400,6 +423,12 @@ class Pullback(AveragedOptimizer):
                     ) from None
                 if state.get(STEP) == 0 and not dtype:
                     del states[key]  # saved before its first step, which begins all of it anew
+        known = {key for group in groups for key in group["params"]}
+        if unknown := sorted(map(str, states.keys() - known)):
+            raise ValueError(
+                f"the checkpoint has state for {unknown[0]!r}, which is in none of its groups; "
+                "nothing was changed"
+            )
         return {**saved, "state": states, "param_groups": groups}
 
 
@@ -417,10 +446,12 @@ class _Planned(NamedTuple):
     square: Tensor | None  # g², this rank's part, where a second moment of our own may need it
 
 
-def _check_state(state: dict[str, Any], param: Tensor, group: Group, swapped: str) -> None:
+def _check_state(
+    state: dict[str, Any], param: Tensor, group: Group, pulled: bool, swapped: str
+) -> None:
     """Raises: ValueError: what is wrong with that of a parameter's saved state which is ours."""
     needed = {AVERAGE, STEP, *averaging_of(group).keeps}
-    if group["pullback"] and not _has_second_moment(param, state, group):
+    if pulled and group["pullback"] and not _has_second_moment(param, state, group):
         needed.add(OWN)
     if not swapped and not state.keys() & {AVERAGE, STEP, OWN}:
         return  # it had no gradient yet, or is the base's alone
@@ -463,11 +494,26 @@ def _check_base(base: Optimizer, ours: dict[str, Any]) -> None:
                 f"base must move the weights in step() only, got a {name}, whose "
                 f"{' and '.join(f'{method}()' for method in methods)} may move them, too"
             )
-    if taken := sorted((base.defaults.keys() | {"swapped"}) & ours.keys()):
+    if taken := sorted(base.defaults.keys() & ours.keys()):
         raise ValueError(f"base must not have options of our names, got a {name} with {taken}")
+    if any("swapped" in group for group in base.param_groups):
+        raise ValueError(f"base must not have been in a Pullback before, got a {name} that was")
+    if extra := sorted(base.state_dict().keys() - {"state", "param_groups"}):
+        raise ValueError(
+            f"base must keep all of its state in state and param_groups, got a {name}, whose "
+            f"state_dict() has {extra}"
+        )
     for group in base.param_groups:
         if group.get("pullback", ours["pullback"]) and group.get("gain", ours["gain"]) != "scalar":
             require({"lr": name}, "lr", "lr" in group, "an option of the base's groups")
+
+
+def _has_stepped(state: dict[str, Any]) -> bool:
+    """Whether this state is of a parameter that has stepped.
+
+    Some bases make their state with themselves, and count 0 steps in it.
+    """
+    return bool(state and state.get("step", 1) != 0)
 
 
 def _has_second_moment(param: Tensor, state: dict[str, Any], group: Group) -> bool:

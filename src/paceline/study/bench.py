@@ -171,6 +171,7 @@ def _contenders() -> list[Contender]:
     # Bytes: parameters, moments and averages are read and written (8 each in float32), gradients
     # read (4); the EMA of swa_utils and that of Pullback read the weights once more; its pull
     # copies the weights (8), and reads the copy and v, and reads and writes the weights (16).
+    # BEMA reads θ and θ_0 (8), and reads and writes its EMA and the average (16), besides PACE.
     return [
         Contender(BASELINE, _of(AdamW, fused=True), 28),
         Contender("AdamW foreach", _of(AdamW, foreach=True), 28),
@@ -184,6 +185,7 @@ def _contenders() -> list[Contender]:
         Contender("Pullback(AdamW fused), c = 0", _around_adamw(0.0), 40),
         Contender("Pullback(AdamW fused)", _around_adamw(0.1), 60),
         Contender("PACE fused", _pace(fused=True), 36),
+        Contender("PACE fused, BEMA", _pace(fused=True, averaging="bema"), 60),
         Contender("PACE fused bf16 state", _pace(fused=True, state_dtype=bf16), 24),
     ]
 

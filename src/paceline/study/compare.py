@@ -163,7 +163,8 @@ class Comparison(Options):
             if values is not None and not len(set(values)) == len(values) > 0:
                 shown = ", ".join(map(str, values)) or "nothing"
                 raise InputError(f"{name}: give at least one, and each only once, got {shown}")
-        if len(set(self.compared)) < len(self.compared):
+        names = [name for run in share_runs(self.compared, (0,)) for name in run.names]
+        if len(set(names)) < len(names):
             raise InputError(f"methods: two of {', '.join(self.methods)} are the same run")
         _check_warmup(self.warmup, self.steps)
         return self
@@ -363,28 +364,37 @@ def _pretrained(
 def _affordable_steps(
     setting: Setting, runs: list[Run], minutes: float, workers: int, threads: int
 ) -> int:
-    """Steps for which all runs fit into the time, from a short run in this process."""
+    """Steps for which all runs fit into the time, from short runs of each kind in this process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    probes: dict[tuple[str, str | None], tuple[float, float]] = {}
+    per_step = evaluating = 0.0
+    for run in sorted(runs, key=lambda run: -len(run.methods)):
+        kind = run.methods[0].trajectory
+        if (kind.name, kind.base) not in probes:
+            probes[kind.name, kind.base] = _probe(setting, run)
+        step, evaluation = probes[kind.name, kind.base]
+        models = {method for method in run.methods if method.name != "adamw"} | {"live"}
+        per_step += step
+        evaluating += evaluation * len(models) * (setting.evaluations + 1)
+    torch.set_num_threads(before)
+    # Workers get in each other's way, take about 10 s to start, and may wait for the last run.
+    share = math.ceil(len(runs) / workers) / len(runs)
+    seconds = (60 * minutes - 10) / share / 1.25 - evaluating
+    return max(1, min(setting.steps, int(seconds / per_step)))
+
+
+def _probe(setting: Setting, run: Run) -> tuple[float, float]:
+    """Seconds that a step of the run takes, and one evaluation of one model."""
     marks: list[float] = []
 
     def watch(step: int, losses: dict[str, float]) -> bool:
         marks.append(time.perf_counter())
         return False
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    probe = dataclasses.replace(setting, steps=60, evaluations=1)
+    short = dataclasses.replace(setting, steps=40, evaluations=1)
     with TemporaryDirectory() as scratch:
-        trainer = probe.train(runs[-1], Path(scratch), watch).trainer
-    torch.set_num_threads(before)
-    step = (marks[-1] - marks[10]) / (len(marks) - 11)  # the first steps warm the caches
-    runtimes = [
-        entry["eval_live_runtime"]
-        for entry in trainer.state.log_history
-        if "eval_live_runtime" in entry
-    ]
-    models = sum(len({m.label for m in run.methods} | {"live"}) for run in runs) / len(runs)
-    evaluation = models * runtimes[-1] * (setting.evaluations + 1)
-    rounds = math.ceil(len(runs) / workers)
-    # Workers get in each other's way, and take about 10 s to start.
-    seconds = (60 * minutes - 10) / rounds / 1.25 - evaluation
-    return max(1, min(setting.steps, int(seconds / step)))
+        log = short.train(run, Path(scratch), watch).trainer.state.log_history
+    runtimes = [entry["eval_live_runtime"] for entry in log if "eval_live_runtime" in entry]
+    # The first steps warm the caches.
+    return (marks[-1] - marks[10]) / (len(marks) - 11), runtimes[-1]

@@ -265,11 +265,15 @@ def curves(results: Results) -> Figure:
     figure = Figure(figsize=(1.5 + 4.6 * len(columns), 4.4), layout="constrained", dpi=150)
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axis, lr in zip(axes, columns, strict=True):
+        trainings: set[str] = set()  # whose live weights are drawn
         for index, label in enumerate(cells):
             rows = [r for r in results.rows if r["label"] == label and r["lr"] == lr]
             if rows:
                 colour = COLOURS[index % len(COLOURS)]
-                _curve(axis, rows, label, colour, DASHES[index // len(COLOURS) % len(DASHES)])
+                dash = DASHES[index // len(COLOURS) % len(DASHES)]
+                live = {r["trained_with"] for r in rows}
+                _curve(axis, rows, label, colour, dash, with_live=not live <= trainings)
+                trainings |= live
         axis.set_title(f"learning rate {lr:g}")
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
@@ -296,7 +300,15 @@ def curves(results: Results) -> Figure:
     return figure
 
 
-def _curve(axis: Axes, rows: list[dict[str, Any]], label: str, colour: str, dash: str) -> None:
+def _curve(
+    axis: Axes,
+    rows: list[dict[str, Any]],
+    label: str,
+    colour: str,
+    dash: str,
+    *,
+    with_live: bool,
+) -> None:
     steps = sorted({row["step"] for row in rows})
 
     def values(key: str) -> list[list[float]]:
@@ -304,7 +316,7 @@ def _curve(axis: Axes, rows: list[dict[str, Any]], label: str, colour: str, dash
 
     returned, live = values("returned_loss"), values("live_loss")
     axis.plot(steps, list(map(fmean, returned)), dash, color=colour, label=label, lw=1.8)
-    if live != returned:
+    if with_live and live != returned:
         axis.plot(steps, list(map(fmean, live)), ":", color=colour, lw=0.9, label="_live")
     if any(len(group) > 1 for group in returned):
         low, high = list(map(min, returned)), list(map(max, returned))

@@ -184,7 +184,8 @@ def show_losses(losses: dict[str, float]) -> str:
         return ""
     live = losses["eval_live_loss"]
     found = [x for name, x in losses.items() if name.startswith("eval_") and name.endswith("_loss")]
-    return f"live {live:.3f}  returned {min(found):.3f}"
+    found.remove(live)  # which AdamW alone returns
+    return f"live {live:.3f}  returned {min(found, default=live):.3f}"
 
 
 class _Bars:

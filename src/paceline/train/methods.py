@@ -48,8 +48,10 @@ BASES: dict[str, Callable[[list[dict[str, Any]], float], Optimizer]] = {
     "nadam": lambda groups, lr: torch.optim.NAdam(groups, lr=lr, decoupled_weight_decay=True),
     "radam": lambda groups, lr: torch.optim.RAdam(groups, lr=lr, decoupled_weight_decay=True),
     "adafactor": lambda groups, lr: torch.optim.Adafactor(groups, lr=lr),
-    # With its updates scaled like AdamW's, for one rate is for both of its parts.
-    "muon": lambda groups, lr: pytorch_optimizer.Muon(groups, lr=lr, use_adjusted_lr=True),
+    # One rate for both of its parts, with Muon's updates scaled like AdamW's.
+    "muon": lambda groups, lr: pytorch_optimizer.Muon(
+        groups, lr=lr, adamw_lr=lr, use_adjusted_lr=True
+    ),
     "soap": lambda groups, lr: pytorch_optimizer.SOAP(groups, lr=lr),
     "shampoo": lambda groups, lr: pytorch_optimizer.Shampoo(
         groups, lr=lr, weight_decouple=True, preconditioning_compute_steps=10
@@ -172,8 +174,8 @@ def parse_method(text: str, *, schedule: Schedule = "constant", **defaults: floa
             known = "none" if name == "schedule-free" else ", ".join(get_args(Schedule))
             raise InputError(f"unknown schedule {part!r} in method {text!r}; known: {known}")
     options = {"lr": ..., **OPTIONS[name]}
-    if schedule in ("power", "twin"):
-        options.setdefault("kappa", ...)
+    if schedule in ("power", "twin"):  # whose κ is also the average's
+        options["kappa"] = ...
     if schedule == "twin":
         options["g"] = ...
     for option in own:
@@ -209,12 +211,15 @@ def make_optimizer(
         {"params": [p for n, p in named.items() if n not in decayed], "weight_decay": 0.0},
     ]
     if method.name == "pace" or method.state == "bf16":
+        average: dict[str, Any] = {"ema_power": method.kappa}
+        if method.half_life is not None:
+            average = {"averaging": EMA(half_life=method.half_life)}
         return PACE(
             groups,
             lr=method.lr,
             pullback=method.c or 0.0,
-            ema_power=method.kappa,
             state_dtype=torch.bfloat16 if method.state == "bf16" else None,
+            **average,
         )
     if method.name == "schedule-free":
         free: Optimizer = schedulefree.AdamWScheduleFree(groups, lr=method.lr, warmup_steps=warmup)

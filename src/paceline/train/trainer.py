@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ class MethodTrainer(Trainer):
         self.methods, self.warmup, self.weight_decay = methods, warmup, weight_decay
         self.trajectory = methods[0].trajectory
         assert all(method.trajectory == self.trajectory for method in methods)
-        self.read_outs: ReadOuts | None = None
+        self.read_outs: dict[Method, Callable[[], AbstractContextManager[None]]] = {}
         self.curves: list[list[dict[str, float]]] = [[] for _ in methods]
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
@@ -94,10 +95,12 @@ class MethodTrainer(Trainer):
                 weight_decay=self.weight_decay,
                 warmup=self.warmup,
             )
-            rules = [method.averaging(self.args.max_steps) for method in self.methods]
-            watching = [rule for rule in rules if rule is not None]
+            rules = {method: method.averaging(self.args.max_steps) for method in self.methods}
+            watching = {method: rule for method, rule in rules.items() if rule is not None}
             if self.trajectory.only_watches and watching:
-                self.read_outs = ReadOuts(self.optimizer, watching)
+                averages = ReadOuts(self.optimizer, list(watching.values()))
+                for index, method in enumerate(watching):
+                    self.read_outs[method] = partial(averages.swapped, index)
         return self.optimizer
 
     def create_scheduler(
@@ -116,9 +119,8 @@ class MethodTrainer(Trainer):
     def returned(self, method: Method) -> Iterator[bool]:
         """Hold in the model what a method returns; False if that is the live weights."""
         optimizer = _unwrapped(self.optimizer)
-        if self.read_outs is not None and method.name != "adamw":
-            watching = [m for m in self.methods if m.name != "adamw"]
-            with self.read_outs.swapped(watching.index(method)):
+        if method in self.read_outs:
+            with self.read_outs[method]():
                 yield True
         elif hasattr(optimizer, "eval"):
             optimizer.eval()
