@@ -132,8 +132,8 @@ def test_methods_are_written_as_documented():
     assert method_of("pace").label == "pace c=3 κ=0.3"
     assert method_of("adamw:cosine").label == "adamw cosine"
     assert method_of("uniform:start=0.25").label == "uniform start=0.25"
-    assert method_of("swa:every=5").label == "swa start=0.5 every=5"
-    assert method_of("lawa:window=4").label == "lawa every=20 window=4"
+    assert method_of("swa:every=5").label == "swa start=0.75 every=5"
+    assert method_of("lawa:window=4").label == "lawa every=40 window=4"
     assert method_of("bema:eta=0.4").label == "bema κ=0.5 η=0.4"
     assert method_of("ema:half_life=50").label == "ema half-life=50"
     assert method_of("lookahead:alpha=0.8").label == "lookahead k=5 α=0.8"
@@ -162,13 +162,13 @@ def test_methods_that_only_watch_share_their_training():
     texts += ["ema:twin", "uniform:twin", "uniform:twin:kappa=0.5", "ema:kappa=0.7", "adamw:wsd"]
     runs = share_runs(map(method_of, texts), (0, 1))
     assert [[m.label for m in run.methods] for run in runs[:6]] == [
-        ["adamw", "ema κ=0.3", "uniform start=0.5", "lawa every=20 window=10",
+        ["adamw", "ema κ=0.3", "uniform start=0.75", "lawa every=40 window=10",
          "bema κ=0.5 η=0.2", "ema κ=0.7"],
         ["pace c=3 κ=0.3"],
         ["ema κ=0.3 state=bf16"],
         ["ema wsd κ=0.3", "adamw wsd"],
-        ["ema twin g=0.5 κ=0.3", "uniform twin g=0.5 κ=0.3 start=0.5"],
-        ["uniform twin g=0.5 κ=0.5 start=0.5"],
+        ["ema twin g=0.5 κ=0.3", "uniform twin g=0.5 κ=0.3 start=0.75"],
+        ["uniform twin g=0.5 κ=0.5 start=0.75"],
     ]  # fmt: skip
     assert [run.seed for run in runs] == [0] * 6 + [1] * 6
 

@@ -75,7 +75,7 @@ class Comparison(Options):
     radam, adafactor, muon, soap, shampoo, ademamix or lion. ema and pace also have state (fp32 or
     bf16, what the optimizer keeps).
 
-    The default rates, c and kappas were chosen on the default text's validation part.
+    The default rates and options were chosen on the default text's validation part.
     """
 
     methods: Annotated[tuple[str, ...], Listed] = (
@@ -83,7 +83,11 @@ class Comparison(Options):
         "adamw:wsd",
         "ema",
         "ema:kappa=0.7",
+        "uniform",
+        "lawa",
+        "bema",
         "ema:twin",
+        "lookahead",
         "schedule-free",
         "pace",
     )

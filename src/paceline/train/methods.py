@@ -63,9 +63,9 @@ BASES: dict[str, Callable[[list[dict[str, Any]], float], Optimizer]] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "ema": {"kappa": ..., "half_life": None, "state": None},
-    "uniform": {"start": 0.5},
-    "swa": {"start": 0.5, "every": 10},
-    "lawa": {"window": 10, "every": 20},
+    "uniform": {"start": 0.75},
+    "swa": {"start": 0.75, "every": 50},
+    "lawa": {"window": 10, "every": 40},
     "bema": {"kappa": 0.5, "eta": 0.2, "every": None},
     "lookahead": {"k": 5, "alpha": 0.5},
     "schedule-free": {},
