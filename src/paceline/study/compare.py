@@ -87,7 +87,6 @@ class Comparison(Options):
         "lawa",
         "bema",
         "ema:twin",
-        "lookahead",
         "schedule-free",
         "pace",
     )
