@@ -1302,3 +1302,20 @@ def test_another_average_can_be_asked_for():
     last = params[0].detach().clone()
     go(params, opt, 1, 5)
     torch.testing.assert_close(opt.state[params[0]][AVERAGE], (last + params[0].detach()) / 2)
+
+
+def test_a_smaller_window_in_mid_run_begins_anew():
+    """Or its mean would have snapshots in it that are not the last."""
+    p = Parameter(torch.zeros(3))
+    opt = Pullback(optim.SGD([p], lr=1.0), averaging="lawa:window=4")
+    seen = []
+    for step in range(9):
+        if step == 6:
+            opt.param_groups[0]["averaging"] = "lawa:window=2"
+        p.grad = torch.full((3,), float(step + 1))
+        opt.step()
+        seen.append(p.detach().clone())
+    assert sorted(k for k in opt.state[p] if "snapshot" in k) == [
+        f"average_snapshot_{i}" for i in range(2)
+    ]
+    torch.testing.assert_close(opt.state[p]["average"], (seen[-1] + seen[-2]) / 2)

@@ -264,14 +264,15 @@ class Pullback(AveragedOptimizer):
         plan = []
         for group in self.param_groups:
             pulls = group["pullback"] != 0
-            needed = {AVERAGE, *averaging_of(group).keeps}
+            keeps = set(averaging_of(group).keeps)
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state.get(p, {})
                 # A base's count for all the group is not that of one that joins it now.
                 done = state.get(STEP, state.get("step", group.get("step", 0) if state else 0))
-                before = p.detach().clone() if pulls or not state.keys() >= needed else None
+                begins = AVERAGE not in state or _kept(state) != keeps
+                before = p.detach().clone() if pulls or begins else None
                 square = None
                 if pulls and not _has_second_moment(p, state, group):  # at a first step: yet
                     square = shards.local_grad(p).to(DTYPES[p.dtype]).square()
@@ -290,8 +291,10 @@ class Pullback(AveragedOptimizer):
             state[STEP] = torch.tensor(x.done, dtype=torch.float32)
             state[AVERAGE] = x.before.to(dtype, copy=True)
         rule = averaging_of(x.group)
-        if not state.keys() >= set(rule.keeps):  # it may have been given another in mid-run
+        if (kept := _kept(state)) != set(rule.keeps):  # it has begun, or is another than before
             assert x.before is not None
+            for name in kept:
+                del state[name]
             state |= rule.begin(x.before, dtype)
         if x.square is None or _has_second_moment(x.param, state, x.group):
             state.pop(OWN, None)  # or it would be out of date when it is needed again
@@ -457,10 +460,15 @@ def _check_state(
         return  # it had no gradient yet, or is the base's alone
     if missing := sorted(needed - state.keys()):
         raise ValueError(f"its state lacks {missing}")
-    for name in sorted((needed | {OWN}) & state.keys() - {STEP, "exp_avg_sq"}):
+    for name in sorted((needed | {OWN}) & state.keys() - {STEP}):
         check_tensor(name, state[name], param)
     if torch.as_tensor(state[STEP]).numel() != 1:
         raise ValueError(f"its {STEP!r} must be one number")
+
+
+def _kept(state: dict[str, Any]) -> set[str]:
+    """Names of what an averaging rule keeps in a parameter's state."""
+    return {name for name in state if name.startswith(f"{AVERAGE}_")} - {STEP}
 
 
 def _copied(value: Any) -> Any:
