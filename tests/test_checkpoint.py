@@ -476,7 +476,7 @@ def test_a_save_that_fails_leaves_the_file_before_it_and_the_mode(tmp_path, monk
     swapped = snapshot(model, opt)
 
     def full(run, file):
-        file.write(b"half of it")
+        Path(file).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)

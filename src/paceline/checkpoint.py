@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .files import whole
 from .shards import is_sharded
 
 
@@ -44,7 +45,6 @@ def save_checkpoint(
     if any(is_sharded(p) for p in model.parameters()):
         raise ValueError("model must not be sharded; save it by torch.distributed.checkpoint")
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")  # one name, so that kills leave one file
     states = {name: _state(part) for name, part in parts.items() if _has_state(part)}
     with _live_weights(optimizer):
         run = {
@@ -54,16 +54,8 @@ def save_checkpoint(
             "states": {name: _plain(state, name) for name, state in states.items()},
             "values": {name: _plain(parts[name], name) for name in parts.keys() - states.keys()},
         }
-        try:
-            with partial.open("wb") as file:
-                torch.save(run, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    sync(path.parent)
+        with whole(path) as partial:
+            torch.save(run, partial)
 
 
 def load_checkpoint(
@@ -180,13 +172,3 @@ def _set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
     if "numpy" in state and (numpy := sys.modules.get("numpy")):
         numpy.random.set_state(state["numpy"])
-
-
-def sync(path: Path) -> None:
-    """See to it that a file or folder is as it is now after a power failure, where possible."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

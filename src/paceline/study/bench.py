@@ -25,7 +25,7 @@ from .. import fused, update
 from ..optimizer import PACE
 from ..pullback import Pullback
 from ..train import InputError, Options
-from .manifest import environment, write_json
+from ..train.manifest import environment, write_json
 
 Model = Literal["gpt2", "small", "training"]
 Device = Literal["cpu", "cuda"]

@@ -27,8 +27,9 @@ from torch import Tensor
 from tyro.conf import Positional, arg
 
 from ..averaging import parse
-from ..checkpoint import sync
+from ..files import whole
 from . import InputError, Options
+from .manifest import write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -335,35 +336,23 @@ def _write(
         progress.advance(bar)
         return _average(name, checkpoints, weights, entries[name].dtype)
 
-    partial = out.with_name(f".{out.name}.partial")  # one name, so that kills leave one thing
-    _remove(partial)
-    try:
-        progress.start()
+    extra = {"paceline": json.dumps(facts, ensure_ascii=False)}
+    with progress, whole(out) as partial:
         if last.kind == "a file":
-            extra = {"paceline": json.dumps(facts, ensure_ascii=False)}
             _write_safetensors(partial, last.path, entries, average, extra)
-        else:
-            partial.mkdir()
-            for file in sorted({entry.file for entry in entries.values()}):
-                part = {name: entry for name, entry in entries.items() if entry.file == file}
-                _write_safetensors(partial / file.name, file, part, average, {})
-            if not (last.path / WEIGHTS).is_file() and last.kind == "a model folder":
-                index = {
-                    "metadata": {"total_size": sum(map(_size, entries.values()))},
-                    "weight_map": {name: entry.file.name for name, entry in entries.items()},
-                }
-                _write_json(partial / INDEX, index)
-            _copy_the_rest(last.path, partial, options.dtype)
-            _write_json(partial / FACTS, facts)
-        for path in (*partial.rglob("*"), partial):
-            sync(path)
-        partial.rename(out)
-    except BaseException:
-        _remove(partial)
-        raise
-    finally:
-        progress.stop()
-    sync(out.parent)
+            return
+        partial.mkdir()
+        for file in sorted({entry.file for entry in entries.values()}):
+            part = {name: entry for name, entry in entries.items() if entry.file == file}
+            _write_safetensors(partial / file.name, file, part, average, {})
+        if not (last.path / WEIGHTS).is_file() and last.kind == "a model folder":
+            index = {
+                "metadata": {"total_size": sum(map(_size, entries.values()))},
+                "weight_map": {name: entry.file.name for name, entry in entries.items()},
+            }
+            write_json(partial / INDEX, index)
+        _copy_the_rest(last.path, partial, options.dtype)
+        write_json(partial / FACTS, facts)
 
 
 def _write_safetensors(
@@ -421,15 +410,4 @@ def _copy_the_rest(source: Path, target: Path, dtype: str | None) -> None:
         def renamed(part: dict[str, Any]) -> dict[str, Any]:
             return part | {key: dtype for key in ("dtype", "torch_dtype") if key in part}
 
-        _write_json(config, json.loads(config.read_text("utf-8"), object_hook=renamed))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        write_json(config, json.loads(config.read_text("utf-8"), object_hook=renamed))

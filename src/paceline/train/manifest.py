@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..files import whole
+
 PACKAGES = (
     *("paceline", "torch", "transformers", "accelerate", "tokenizers"),
     *("schedulefree", "numpy", "pydantic", "tyro"),
@@ -43,9 +45,9 @@ def cores() -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file that is there whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _cpu() -> str:
