@@ -9,7 +9,7 @@ DEMO ?= runs/demo-$(shell date +%Y-%m-%d_%H%M%S)
 # Rebuilt when what it is made from changes.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,test,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,eval,test,dev]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -19,7 +19,7 @@ bench: $(VENV)/installed
 	$(BIN)/paceline bench
 
 test: $(VENV)/installed
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile  # two processes of one thread each
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -297,13 +297,14 @@ def test_both_models_are_scored_and_the_live_one_stays(tiny, method):
     start, end = trainer.curve[0], trainer.curve[-1]
     assert start["live_loss"] == start["returned_loss"]
     assert end["train_loss"] < start["returned_loss"]
-    assert loss_by_hand(trainer.model, tokens) == pytest.approx(end["live_loss"], rel=1e-5)
-    assert (end["live_loss"] == end["returned_loss"]) == (method == "adamw")
-    optimizer = trainer.optimizer.optimizer
-    if isinstance(optimizer, PACE):
-        trainer.model.load_state_dict(optimizer.averaged_state_dict(trainer.model))
-        returned = loss_by_hand(trainer.model, tokens)
-        assert returned == pytest.approx(end["returned_loss"], rel=1e-5)
+    with trainer.live():
+        assert loss_by_hand(trainer.model, tokens) == pytest.approx(end["live_loss"], rel=1e-5)
+        assert (end["live_loss"] == end["returned_loss"]) == (method == "adamw")
+        optimizer = trainer.optimizer.optimizer
+        if isinstance(optimizer, PACE):
+            trainer.model.load_state_dict(optimizer.averaged_state_dict(trainer.model))
+            returned = loss_by_hand(trainer.model, tokens)
+            assert returned == pytest.approx(end["returned_loss"], rel=1e-5)
     assert ("gain_mean" in end) == (method in ("pace", "pullback:muon"))
 
 
@@ -383,7 +384,8 @@ def test_lookahead_returns_its_slow_weights(tiny):
     trainer = run("lookahead:k=5")[0].trainer  # of 12 steps: two after the last exchange
     end = trainer.curve[-1]
     assert end["returned_loss"] != end["live_loss"]
-    assert loss_by_hand(trainer.model, tokens) == pytest.approx(end["live_loss"], rel=1e-5)
+    with trainer.live():
+        assert loss_by_hand(trainer.model, tokens) == pytest.approx(end["live_loss"], rel=1e-5)
     slow = trainer.optimizer.optimizer.state
     for p in trainer.model.parameters():
         p.data.copy_(slow[p]["slow_params"])
@@ -433,7 +435,8 @@ def test_the_saved_model_is_the_returned_one(tiny, tmp_path):
     returned = trainer.curve[-1]["returned_loss"]
     assert loss_by_hand(saved, tokens) == pytest.approx(returned, rel=1e-5)
     live = trainer.curve[-1]["live_loss"]
-    assert loss_by_hand(trainer.model, tokens) == pytest.approx(live, rel=1e-5)
+    with trainer.live():
+        assert loss_by_hand(trainer.model, tokens) == pytest.approx(live, rel=1e-5)
 
 
 def test_a_stopped_run_says_so(tiny):
@@ -447,7 +450,7 @@ def test_the_twin_of_a_saturated_pull_is_a_schedule():
     """power and twin use the averaging weight that PACE itself uses."""
     assert schedule_of("adamw:power")[9] == pytest.approx(PowerEMA(0.3).weight(10))
     model = torch.nn.Linear(2, 2)
-    rest = {"decayed": {"weight"}, "weight_decay": 0.1, "warmup": 5}
+    rest = {"decayed": {"weight"}, "weight_decay": 0.1, "warmup": 5, "steps": 10}
     pace = make_optimizer(method_of("pace"), model, **rest)
     facts = {"lr": 1e-2, "pullback": 3.0, "ema_power": 0.3, "state_dtype": None}
     assert facts.items() <= pace.param_groups[0].items()

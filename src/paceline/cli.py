@@ -2,11 +2,38 @@
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Command(NamedTuple):
+    """Where a command is, which is imported when it is called: some take seconds."""
+
+    module: str
+    options: str  # a class of it: what tyro parses, with its help
+    function: (
+        str  # of it: takes such options and a console; an integer it returns is the exit status
+    )
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("train.run", "Train", "train_command", "train a language model by a recipe"),
+    "data": Command("train.run", "Show", "show_command", "show what a recipe trains on"),
+    "verify-resume": Command(
+        "train.verify", "Verify", "verify", "prove that a killed run ends as if it had not been"
+    ),
+    "eval": Command("train.evaluate", "Evaluation", "evaluate", "score models by lm-eval's tasks"),
+    "average": Command("train.merge", "Merge", "merge", "merge the checkpoints of a run"),
+    "compare": Command("study.compare", "Comparison", "compare_command", "compare methods"),
+    "bench": Command("study.bench", "Bench", "bench", "measure what optimizers cost"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,37 +47,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"paceline {version('paceline')}")
         return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: paceline COMMAND [OPTIONS]\n\nTrain the model you return.\n")
+        print("\n".join(f"  {name:14} {command.summary}" for name, command in COMMANDS.items()))
+        print("\npaceline COMMAND --help explains the options of each.")
+        return 0
+    errors = sys.stderr if os.environ.get("RANK", "0") == "0" else io.StringIO()  # one speaks
     try:
         from rich.console import Console
 
-        from .study.bench import Bench, bench
-        from .study.compare import Comparison, compare
-        from .train import InputError
-        from .train.merge import Merge, merge
+        from .train import InputError, unknown
     except ModuleNotFoundError as error:
-        print(f"paceline: {error}; pip install 'paceline[train]'", file=sys.stderr)
-        return 2
+        return _missing(error)
+    name, *rest = arguments
     try:
-        commands = {"compare": Comparison, "bench": Bench, "average": Merge}
-        options = _parse(commands, arguments or ["--help"])
-        if isinstance(options, Bench):
-            bench(options, Console())
-            return 0
-        if isinstance(options, Merge):
-            merge(options, Console())
-            return 0
-        results = compare(options, Console())
+        if name not in COMMANDS:
+            raise InputError(unknown(name, COMMANDS, "command"))
+        command = COMMANDS[name]
+        module = import_module(f"paceline.{command.module}")
+        options = _parse(name, getattr(module, command.options), rest)
+        console = Console(quiet=errors is not sys.stderr)
+        status = getattr(module, command.function)(options, console)
+        return status if isinstance(status, int) else 0
+    except ModuleNotFoundError as error:
+        return _missing(error)
     except InputError as error:
-        print(f"paceline: {error}", file=sys.stderr)
+        print(f"paceline: {' '.join(str(error).split())}", file=errors)
         return 2
     except KeyboardInterrupt:
-        print("paceline: interrupted before there were results", file=sys.stderr)
+        print("paceline: interrupted before there were results", file=errors)
         return 130
-    return 130 if results.interrupted else 1 if results.failed else 0
 
 
-def _parse(commands: dict[str, Any], arguments: Sequence[str]) -> Any:
-    """The options of the command named by the first argument.
+def _missing(error: ModuleNotFoundError) -> int:
+    print(f"paceline: {error}; pip install 'paceline[train]'", file=sys.stderr)
+    return 2
+
+
+def _parse(name: str, options: Any, arguments: list[str]) -> Any:
+    """The options of a command.
 
     Raises:
         InputError: with tyro's boxed message condensed to one line.
@@ -59,14 +94,16 @@ def _parse(commands: dict[str, Any], arguments: Sequence[str]) -> Any:
 
     from .train import InputError
 
+    # What a recipe says, where one is named, is what the options start from.
+    starting = getattr(options, "starting", lambda arguments: None)(arguments)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.extras.subcommand_cli_from_dict(
-                commands,
-                prog="paceline",
-                description="Train the model you return.",
+            return tyro.cli(
+                options,
+                prog=f"paceline {name}",
                 args=arguments,
+                default=tyro.MISSING_NONPROP if starting is None else starting,
                 config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as stop:
@@ -76,5 +113,8 @@ def _parse(commands: dict[str, Any], arguments: Sequence[str]) -> Any:
     _, *lines = [line.strip("╭╮╰╯│ ") for line in said.getvalue().splitlines()]
     text = "\n".join("" if not line.strip("─-") else line for line in lines)
     message, *hints = [" ".join(part.split()) for part in re.split(r"\n\n+", text.strip())]
-    near = re.search(r"Perhaps you meant: (--[\w-]+)", " ".join(hints))
-    raise InputError(message + (f"; did you mean {near[1]}?" if near else ""))
+    near = re.findall(r"Perhaps you meant: (--[\w-]+)", " ".join(hints))
+    if not near and (wrong := re.match(r"Unrecognized options: (--[\w-]+)", message)):
+        known = [f"--{field.replace('_', '-')}" for field in options.model_fields]
+        near = get_close_matches(wrong[1], known, n=1)
+    raise InputError(message + (f"; did you mean {near[0]}?" if near else ""))

@@ -31,6 +31,7 @@ from ..train.data import (
     tokenize,
     torch_files,
 )
+from ..train.manifest import cores, environment, write_json
 from ..train.methods import (
     WSD_DECAY_SHARE,
     Gain,
@@ -42,10 +43,10 @@ from ..train.methods import (
     parse_method,
 )
 from ..train.model import make_gpt2
+from ..train.terminal import progress_bars, quiet, show_losses
 from ..train.trainer import train
-from .manifest import cores, environment, write_json
 from .report import Results, write_report
-from .runs import Run, Setting, progress_bars, quiet, run_all, share_runs, show_losses
+from .runs import Run, Setting, run_all, share_runs
 
 Positive = Annotated[int, Field(ge=1)]
 # On the command line one argument, separated by commas; pydantic makes numbers of the parts.
@@ -209,6 +210,12 @@ def _check_warmup(warmup: int, steps: int) -> None:
             f"warmup: {warmup} steps leave nothing of {steps}; "
             "give a smaller --warmup, or more --steps or --minutes"
         )
+
+
+def compare_command(options: Comparison, console: Console) -> int:
+    """`compare`, as an exit status."""
+    results = compare(options, console)
+    return 130 if results.interrupted else 1 if results.failed else 0
 
 
 def compare(options: Comparison, console: Console) -> Results:
@@ -377,9 +384,8 @@ def _affordable_steps(
         if (kind.name, kind.base) not in probes:
             probes[kind.name, kind.base] = _probe(setting, run)
         step, evaluation = probes[kind.name, kind.base]
-        models = {method for method in run.methods if method.name != "adamw"} | {"live"}
         per_step += step
-        evaluating += evaluation * len(models) * (setting.evaluations + 1)
+        evaluating += evaluation * _evaluated(run) * (setting.evaluations + 1)
     torch.set_num_threads(before)
     # Workers get in each other's way, take about 10 s to start, and may wait for the last run.
     share = math.ceil(len(runs) / workers) / len(runs)
@@ -398,6 +404,11 @@ def _probe(setting: Setting, run: Run) -> tuple[float, float]:
     short = dataclasses.replace(setting, steps=40, evaluations=1)
     with TemporaryDirectory() as scratch:
         log = short.train(run, Path(scratch), watch).trainer.state.log_history
-    runtimes = [entry["eval_live_runtime"] for entry in log if "eval_live_runtime" in entry]
+    runtimes = [entry["eval_runtime"] for entry in log if "eval_runtime" in entry]
     # The first steps warm the caches.
-    return (marks[-1] - marks[10]) / (len(marks) - 11), runtimes[-1]
+    return (marks[-1] - marks[10]) / (len(marks) - 11), runtimes[-1] / _evaluated(run)
+
+
+def _evaluated(run: Run) -> int:
+    """Models that one evaluation of the run scores: the live one, and what differs from it."""
+    return len({method for method in run.methods if method.name != "adamw"}) + 1

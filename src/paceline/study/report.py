@@ -1,22 +1,19 @@
 """What a comparison says: in the terminal, as curves, and as one page that needs no network."""
 
-import io
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import jinja2
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; then dashes tell apart more.
-COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+from ..train.page import COLOURS, render, svg
+
 DASHES = ("-", "--", ":")
 
 
@@ -98,23 +95,19 @@ def write_report(
         console.print(f"• {sentence}", highlight=False, markup=False)
     figure = curves(results)
     FigureCanvasAgg(figure).print_png(str(folder / "curves.png"))
-    svg = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "paceline"}):
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("paceline.study", "."), autoescape=True, trim_blocks=True
-    )
-    page = environment.get_template("report.html.j2").render(
+    render(
+        folder / "report.html",
+        "paceline.study",
+        "report.html.j2",
         cells=cells,
         rates=rates(cells),
         best={lr: best_at(cells, lr) for lr in rates(cells)},
         sentences=sentences,
-        svg=svg.getvalue()[svg.getvalue().index("<svg") :],
+        svg=svg(figure),
         manifest=manifest,
         results=results,
         finished=finished,
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
     console.print(f"\nReport: {folder / 'report.html'}", highlight=False, markup=False)
 
 

@@ -1,5 +1,7 @@
 """Training language models with the optimizers of this package; needs the extra `[train]`."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,4 +22,14 @@ class Options(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0]) if first["loc"] else "options"
+            if first["type"] == "extra_forbidden":
+                raise InputError(unknown(name, type(self).model_fields)) from error
             raise InputError(f"{name}: {first['msg']}, got {first['input']!r}") from error
+
+
+def unknown(name: str, known: Iterable[str], what: str = "key") -> str:
+    """The line for a name that is not known, with the nearest one that is."""
+    known = sorted(known)
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return f"unknown {what} {name!r}; {hint}"

@@ -90,7 +90,7 @@ def read_corpus(files: Iterable[Path], max_characters: int, held_out: Iterable[s
         InputError: there is no text.
     """
     held_out = tuple(held_out)
-    documents = [d for d in dict.fromkeys(map(_read, files)) if d and not d.endswith(held_out)]
+    documents = [d for d in dict.fromkeys(map(read_text, files)) if d and not d.endswith(held_out)]
     random.Random(0).shuffle(documents)
     kept: list[str] = []
     size = 0
@@ -115,21 +115,26 @@ def read_corpus(files: Iterable[Path], max_characters: int, held_out: Iterable[s
     if validation:
         chosen = set(validation)
         return Corpus([d for d in kept if d not in chosen], validation)
-    cuts = [_last_tenth(document) for document in kept]
+    cuts = [last_tenth(document) for document in kept]
     return Corpus(
         [d[:cut] for d, cut in zip(kept, cuts, strict=True) if cut],
         [d[cut:] for d, cut in zip(kept, cuts, strict=True)],
     )
 
 
-def _last_tenth(document: str) -> int:
+def last_tenth(document: str) -> int:
     """Where the last tenth begins: at the start of a line, if one is near."""
     cut = int((1 - VALIDATION_SHARE) * len(document))
     line = document.rfind("\n", cut - len(document) // 20, cut) + 1
     return line or cut
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """A file's text; "" of one that is none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         text = file.read_bytes().decode()
     except UnicodeDecodeError:

@@ -194,9 +194,17 @@ def parse_method(text: str, *, schedule: Schedule = "constant", **defaults: floa
 
 
 def make_optimizer(
-    method: Method, model: Module, *, decayed: set[str], weight_decay: float, warmup: int
+    method: Method,
+    model: Module,
+    *,
+    decayed: set[str],
+    weight_decay: float,
+    warmup: int,
+    steps: int,
+    betas: tuple[float, float] = (0.9, 0.999),
+    stochastic_round: bool = False,
 ) -> Optimizer:
-    """The optimizer of a method's trajectory.
+    """The optimizer of a method, which keeps the average that the method returns.
 
     Args:
         method: what to step by.
@@ -204,38 +212,48 @@ def make_optimizer(
         decayed: names of the parameters that decay.
         weight_decay: of those, decoupled (but for sgd, adam and adafactor's own way).
         warmup: steps of warm-up, for optimizers that warm up by themselves.
+        steps: of the run, for averages that begin at a share of it.
+        betas: of Adam's moments; not for bases of pullback.
+        stochastic_round: of bfloat16 parameters, where PACE writes them.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups: list[dict[str, Any]] = [
         {"params": [p for n, p in named.items() if n in decayed], "weight_decay": weight_decay},
         {"params": [p for n, p in named.items() if n not in decayed], "weight_decay": 0.0},
     ]
-    if method.name == "pace" or method.state == "bf16":
-        average: dict[str, Any] = {"ema_power": method.kappa}
-        if method.half_life is not None:
-            average = {"averaging": EMA(half_life=method.half_life)}
+    average = method.averaging(steps)
+    if method.name == "pace" or average is not None:
         return PACE(
             groups,
             lr=method.lr,
+            betas=betas,
             pullback=method.c or 0.0,
             state_dtype=torch.bfloat16 if method.state == "bf16" else None,
-            **average,
+            stochastic_round=stochastic_round,
+            **({"ema_power": method.kappa} if average is None else {"averaging": average}),
         )
     if method.name == "schedule-free":
-        free: Optimizer = schedulefree.AdamWScheduleFree(groups, lr=method.lr, warmup_steps=warmup)
+        free: Optimizer = schedulefree.AdamWScheduleFree(
+            groups, lr=method.lr, betas=betas, warmup_steps=warmup
+        )
         return free
     if method.name == "lookahead":
         assert method.k is not None
         assert method.alpha is not None
-        return _Lookahead(torch.optim.AdamW(groups, lr=method.lr), k=method.k, alpha=method.alpha)
+        base = torch.optim.AdamW(groups, lr=method.lr, betas=betas)
+        return _Lookahead(base, k=method.k, alpha=method.alpha)
     if method.base is None:
-        return torch.optim.AdamW(groups, lr=method.lr)
+        return torch.optim.AdamW(groups, lr=method.lr, betas=betas)
     if method.base == "muon":
         groups = _split_for_muon(groups, model)
     assert method.c is not None
     assert method.kappa is not None
-    base = BASES[method.base](groups, method.lr)
-    return Pullback(base, method.c, PowerEMA(method.kappa), gain=method.gain or "adam")
+    return Pullback(
+        BASES[method.base](groups, method.lr),
+        method.c,
+        PowerEMA(method.kappa),
+        gain=method.gain or "adam",
+    )
 
 
 def _split_for_muon(groups: list[dict[str, Any]], model: Any) -> list[dict[str, Any]]:
@@ -258,19 +276,19 @@ def _split_for_muon(groups: list[dict[str, Any]], model: Any) -> list[dict[str, 
 class _Lookahead(pytorch_optimizer.Lookahead):
     """Lookahead whose slow weights, the model that it returns, go in and out by the usual names."""
 
-    _slow = False
+    swapped = False
 
     def eval(self) -> None:
         """Put the slow weights into the parameters."""
-        if not self._slow:
+        if not self.swapped:
             self.backup_and_load_cache()
-            self._slow = True
+            self.swapped = True
 
     def train(self) -> None:
         """Put the fast weights back."""
-        if self._slow:
+        if self.swapped:
             self.clear_and_load_backup()
-            self._slow = False
+            self.swapped = False
 
 
 def scheduler(method: Method, optimizer: Optimizer, warmup: int, steps: int) -> LambdaLR:

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from ..averaging import Averaging
+from ..integrations.transformers import PaceTrainer
 from ..swap import swap_back, swap_in
 from .data import blocks, collate
 from .methods import Method, make_optimizer, scheduler
@@ -49,18 +49,62 @@ class ReadOuts:
             rule.update_(self.steps, self.params, averages, kept)
 
     @contextmanager
-    def swapped(self, index: int) -> Iterator[None]:
+    def swapped(self, index: int) -> Iterator[bool]:
         """Hold one of the averages in the parameters."""
         with torch.no_grad():
             swap_in(zip(self.params, self.averages[index], strict=True))
         try:
-            yield
+            yield True
         finally:
             with torch.no_grad():
                 swap_back(zip(self.params, self.averages[index], strict=True))
 
 
-class MethodTrainer(Trainer):
+class OneMethodTrainer(PaceTrainer):
+    """Trains by a method of `paceline.train.methods`: its optimizer and its schedule."""
+
+    def __init__(
+        self,
+        *args: Any,
+        method: Method,
+        warmup: int,
+        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        stochastic_round: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        self.method, self.warmup, self.weight_decay = method, warmup, weight_decay
+        self.betas, self.stochastic_round = betas, stochastic_round
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        """The method's own."""
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(
+                self.method,
+                model,
+                decayed=set(self.get_decay_parameter_names(model)),
+                weight_decay=self.weight_decay,
+                warmup=self.warmup,
+                steps=self.args.max_steps,
+                betas=self.betas,
+                stochastic_round=self.stochastic_round,
+            )
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Optimizer | None = None
+    ) -> LambdaLR:
+        """The method's own schedule."""
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None
+        if self.lr_scheduler is None:
+            self.lr_scheduler = scheduler(self.method, optimizer, self.warmup, num_training_steps)
+        return self.lr_scheduler
+
+
+class MethodTrainer(OneMethodTrainer):
     """Trains along one trajectory, and evaluates the models of all methods that it is shared by.
 
     All on the same batches: the live weights' loss is `eval_live_loss`, the returned model's
@@ -69,102 +113,52 @@ class MethodTrainer(Trainer):
     coordinates at that step.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        methods: Sequence[Method],
-        warmup: int,
-        weight_decay: float,
-        **options: Any,
-    ) -> None:
-        super().__init__(*args, **options)
-        self.methods, self.warmup, self.weight_decay = methods, warmup, weight_decay
-        self.trajectory = methods[0].trajectory
-        assert all(method.trajectory == self.trajectory for method in methods)
-        self.read_outs: dict[Method, Callable[[], AbstractContextManager[None]]] = {}
+    def __init__(self, *args: Any, methods: Sequence[Method], **options: Any) -> None:
+        super().__init__(*args, method=methods[0].trajectory, **options)
+        self.methods = methods
+        assert all(method.trajectory == self.method for method in methods)
+        self.read_outs: dict[Method, Callable[[], AbstractContextManager[bool]]] = {}
         self.curves: list[list[dict[str, float]]] = [[] for _ in methods]
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """The trajectory's own, with the averages that watch it."""
-        if self.optimizer is None:
-            assert self.model is not None
-            self.optimizer = make_optimizer(
-                self.trajectory,
-                self.model,
-                decayed=set(self.get_decay_parameter_names(self.model)),
-                weight_decay=self.weight_decay,
-                warmup=self.warmup,
-            )
-            rules = {method: method.averaging(self.args.max_steps) for method in self.methods}
-            watching = {method: rule for method, rule in rules.items() if rule is not None}
-            if self.trajectory.only_watches and watching:
-                averages = ReadOuts(self.optimizer, list(watching.values()))
-                for index, method in enumerate(watching):
-                    self.read_outs[method] = partial(averages.swapped, index)
-        return self.optimizer
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rules = {method: method.averaging(self.args.max_steps) for method in self.methods}
+        watching = {method: rule for method, rule in rules.items() if rule is not None}
+        if made and self.method.only_watches and watching:
+            averages = ReadOuts(optimizer, list(watching.values()))
+            for index, method in enumerate(watching):
+                self.read_outs[method] = partial(averages.swapped, index)
+        return optimizer
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: Optimizer | None = None
-    ) -> LambdaLR:
-        """The trajectory's own schedule."""
-        optimizer = optimizer or self.optimizer
-        assert optimizer is not None
-        if self.lr_scheduler is None:
-            self.lr_scheduler = scheduler(
-                self.trajectory, optimizer, self.warmup, num_training_steps
-            )
-        return self.lr_scheduler
-
-    @contextmanager
-    def returned(self, method: Method) -> Iterator[bool]:
+    def returned(self, method: Method) -> AbstractContextManager[bool]:
         """Hold in the model what a method returns; False if that is the live weights."""
-        optimizer = _unwrapped(self.optimizer)
-        if method in self.read_outs:
-            with self.read_outs[method]():
-                yield True
-        elif hasattr(optimizer, "eval"):
-            optimizer.eval()
-            try:
-                yield True
-            finally:
-                optimizer.train()
-        else:
-            yield False
+        return self.read_outs.get(method, self.averaged)()
 
-    def evaluate(
-        self,
-        eval_dataset: Dataset[Any] | dict[str, Dataset[Any]] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Evaluate the live weights, which stay in the model, and what each method returns."""
+    def returned_models(self) -> dict[str, Callable[[], AbstractContextManager[bool]]]:
+        """Of all methods, the first one's under the plain name."""
+        return {
+            f"_{method.label}" if index else "": partial(self.returned, method)
+            for index, method in enumerate(self.methods)
+        }
 
-        def loss_of(name: str) -> float:
-            # Without the optimizer, which the evaluation loop would put its average in for.
-            optimizer, self.optimizer = self.optimizer, None
-            try:
-                found = super(MethodTrainer, self).evaluate(eval_dataset, ignore_keys, name)
-            finally:
-                self.optimizer = optimizer
-            metrics.update(found)
-            return found[f"{name}_loss"]
-
-        metrics: dict[str, float] = {}
-        live = loss_of(f"{metric_key_prefix}_live")
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate the live weights and what each method returns; a point for each curve."""
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        for index, (method, curve) in enumerate(zip(self.methods, self.curves, strict=True)):
-            name = f"{metric_key_prefix}_{method.label}" if index else metric_key_prefix
-            with self.returned(method) as differs:
-                loss = loss_of(name) if differs else live
-            metrics.setdefault(f"{name}_loss", loss)
+        for suffix, method, curve in zip(
+            self.returned_models(), self.methods, self.curves, strict=True
+        ):
             point = {
                 "step": self.state.global_step,
                 "train_loss": losses[-1] if losses else math.nan,  # mean since the last evaluation
-                "live_loss": live,
-                "returned_loss": loss,
+                "live_loss": metrics["eval_live_loss"],
+                "returned_loss": metrics[f"eval{suffix}_loss"],
             }
             if method.c and self.state.global_step:
-                stats = _unwrapped(self.optimizer).stats()
+                optimizer: Any = self.optimizer
+                stats = getattr(optimizer, "optimizer", optimizer).stats()
                 point |= {"gain_mean": stats["gain_mean"], "clipped": stats["clipped"]}
             curve.append(point)
         return metrics
@@ -174,11 +168,6 @@ class MethodTrainer(Trainer):
         with self.returned(method):
             model: Any = self.model
             model.save_pretrained(folder)
-
-
-def _unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside accelerate's wrapper, which has `train` and `eval` either way."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 class Trained(NamedTuple):

@@ -1,0 +1,225 @@
+"""transformers' Trainer, and those built on it, for optimizers that return an average."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from ..files import put, remove
+
+
+class PaceTrainer(Trainer):
+    """A Trainer that evaluates, saves and leaves behind the model that the optimizer returns.
+
+        trainer = PaceTrainer(model, arguments, train_dataset=..., eval_dataset=...,
+                              optimizer_cls_and_kwargs=(PACE, {"lr": 1e-3, "pullback": 0.1}))
+        trainer.train()
+
+    Around any other Trainer it comes first: `class Mine(PaceTrainer, SFTTrainer): pass`. It works
+    with PACE, Pullback, and every optimizer whose `eval()` puts what it returns into the model and
+    whose `train()` takes it out again, as Schedule-Free's; with others it is a plain Trainer.
+
+    - Evaluations measure both models on the same batches: `eval_loss` and all other metrics are of
+      the returned one, `eval_live_loss` and so on of the live weights. The best checkpoint and
+      early stopping go by the returned one.
+    - Every model folder that it saves, checkpoints too, holds the returned model, whatever the
+      step; the live weights are in the checkpoint's optimizer state. A checkpoint has its name when
+      it is whole. Resuming restores live weights and average bit for bit.
+    - After `train()` the model holds what is returned (the best of it, with
+      `load_best_model_at_end`).
+
+    Metrics of a prefix other than `eval` get `_live` after it. Predictions are the returned
+    model's.
+    """
+
+    _best_loaded = False
+    _saving = False
+
+    # ---- which weights the model holds -------------------------------------------------------
+
+    def _swapping(self) -> Any:
+        """The optimizer, out of accelerate's wrapper; None if it has nothing else to return."""
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        swaps = callable(getattr(optimizer, "eval", None)) and callable(optimizer.train)
+        return optimizer if swaps and not self._best_loaded else None
+
+    @contextmanager
+    def averaged(self) -> Iterator[bool]:
+        """Hold the returned model's weights in the model; False if those are the live ones."""
+        with self._holding(average=True) as differs:
+            yield differs
+
+    @contextmanager
+    def live(self) -> Iterator[bool]:
+        """Hold the live weights in the model; False if it never holds others."""
+        with self._holding(average=False) as differs:
+            yield differs
+
+    @contextmanager
+    def _holding(self, *, average: bool) -> Iterator[bool]:
+        optimizer = self._swapping()
+        before = optimizer is not None and _swapped(optimizer)
+        try:
+            if optimizer is not None:
+                optimizer.eval() if average else optimizer.train()
+            yield optimizer is not None and bool(optimizer.state)
+        finally:
+            if optimizer is not None:
+                optimizer.eval() if before else optimizer.train()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as ever, and leave in the model what is returned."""
+        self._best_loaded = False
+        output = super().train(*args, **kwargs)
+        if optimizer := self._swapping():
+            optimizer.eval()
+        return output
+
+    # ---- evaluation ---------------------------------------------------------------------------
+
+    def returned_models(self) -> dict[str, Callable[[], AbstractContextManager[bool]]]:
+        """What is evaluated beside the live weights: a suffix for its metrics -> how to hold it.
+
+        Each context yields whether it holds anything else than the live weights.
+        """
+        return {"": self.averaged}
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The Trainer's, for the live weights and then for each returned model."""
+
+        def loop(prefix: str) -> EvalLoopOutput:
+            # Without the optimizer, whose average the loop would put in.
+            optimizer, self.optimizer = self.optimizer, None
+            try:
+                output = super(PaceTrainer, self).evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, prefix
+                )
+            finally:
+                self.optimizer = optimizer
+            # TRL's trainers gather more on the way, and would log it with all weights mixed.
+            gathered = getattr(self, "_metrics", {}).get("eval", {})
+            more = {f"{prefix}_{name}": sum(x) / len(x) for name, x in gathered.items()}
+            gathered.clear()
+            return output._replace(metrics={**(output.metrics or {}), **more})
+
+        if description == "Prediction":
+            with self.averaged():
+                return loop(metric_key_prefix)
+        live_prefix = f"{metric_key_prefix}_live"
+        with self.live():
+            live = loop(live_prefix)
+        outputs = []
+        for suffix, holding in self.returned_models().items():
+            prefix = metric_key_prefix + suffix
+            with holding() as differs:
+                outputs.append(loop(prefix) if differs else _renamed(live, live_prefix, prefix))
+        metrics = {k: x for output in (live, *outputs) for k, x in (output.metrics or {}).items()}
+        return outputs[0]._replace(metrics=metrics)
+
+    # ---- saving and resuming --------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the returned model, whatever the moment."""
+        with self.averaged():
+            super().save_model(output_dir, _internal_call)
+
+    def save_live_model(self, output_dir: str) -> None:
+        """Save the live weights, in a folder like those of `save_model`."""
+        with self.live():
+            super().save_model(output_dir, _internal_call=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = Path(super()._get_output_dir(trial))
+        return str(folder / ".partial" if self._saving else folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save model and optimizer with the average swapped in, beside the final name; rename."""
+        folder = Path(super()._get_output_dir(trial))
+        partial, name = folder / ".partial", f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            remove(partial)
+        self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        self._saving = True
+        try:
+            with self.averaged():
+                super()._save_checkpoint(model, trial)
+            self._name_best(partial, folder, name)
+            self.accelerator.wait_for_everyone()
+            for is_first in (True, False):  # on one disk or on each machine's own
+                if self.is_local_process_zero() and is_first == self.is_world_process_zero():
+                    if (partial / name).exists():
+                        put(partial / name, folder / name)
+                    remove(partial)
+                self.accelerator.wait_for_everyone()
+        except BaseException:
+            self.state.best_model_checkpoint = best
+            remove(partial)
+            raise
+        finally:
+            self._saving = False
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,  # a run that goes back to an earlier one keeps what it saves
+            )
+
+    def _name_best(self, partial: Path, folder: Path, name: str) -> None:
+        """Have the state call the best checkpoint by the name that it has or is about to get."""
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        named = self.state.best_model_checkpoint == str(best)
+        if not named and (best.name == name or best.exists()):
+            self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self.state.save_to_json(str(partial / name / "trainer_state.json"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer = self._swapping()
+        if checkpoint is not None and optimizer is not None:
+            for part in ("*optimizer*", "scheduler.pt"):  # the Trainer loads both or neither
+                if not any(Path(checkpoint).glob(part)):
+                    raise ValueError(
+                        f"{checkpoint} has no optimizer state, and so no live weights to resume "
+                        "from; start a new run from it as a model instead"
+                    )
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and optimizer is not None:
+            optimizer.train()
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._best_loaded = True  # the optimizer's average is another one's
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed from its last checkpoint, a run that ends within an epoch would take a step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+
+def _swapped(optimizer: Any) -> bool:
+    """Whether what it returns is in the model now."""
+    mine: bool | None = getattr(optimizer, "swapped", None)
+    mode = getattr(optimizer, "train_mode", True)  # of wrappers, whose groups are another's
+    return not optimizer.param_groups[0].get("train_mode", mode) if mine is None else mine
+
+
+def _renamed(output: EvalLoopOutput, before: str, after: str) -> EvalLoopOutput:
+    """The same with another prefix, which is not put before names that have it already."""
+    metrics = {k.removeprefix(f"{before}_"): x for k, x in (output.metrics or {}).items()}
+    return output._replace(
+        metrics={k if k.startswith(f"{after}_") else f"{after}_{k}": x for k, x in metrics.items()}
+    )

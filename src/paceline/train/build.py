@@ -1,0 +1,429 @@
+"""From a recipe to a trainer: data, tokenizer, model, and how they are stepped."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import pyarrow.compute as pc
+import torch
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    set_seed,
+)
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from . import InputError, sources, unknown
+from .chat import conversation_encoder, use_chatml
+from .data import make_tokenizer
+from .model import make_gpt2
+from .recipe import Recipe
+from .trainer import OneMethodTrainer
+
+# ---- the trainer --------------------------------------------------------------------------------
+
+
+class _PerToken(SFTTrainer):
+    """TRL's trainer, but evaluation losses are means over all tokens learned, not over batches."""
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        self._sum, self._learned = 0.0, 0
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        ours = torch.tensor([self._sum, self._learned], device=self.args.device)
+        total, learned = self.accelerator.reduce(ours, "sum").tolist()
+        loss = {f"{metric_key_prefix}_loss": total / learned}
+        return output._replace(metrics={**(output.metrics or {}), **loss})
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The Trainer's; where processes would get the first sequences again, to have as many each,
+        they get some of which nothing is learned.
+        """
+        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        missing = -len(data) % (self.args.per_device_eval_batch_size * self.args.world_size)
+        if missing and self.args.world_size > 1:
+            nothing = {**data[0], "labels": [-100] * len(data[0]["labels"])}
+            more = Dataset.from_list([nothing] * missing, features=data.features)
+            data = concatenate_datasets([data, more])
+        return super().get_eval_dataloader(data)
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        learned = int((inputs["labels"][..., 1:] != -100).sum())
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        if learned:
+            self._sum += loss.item() * learned
+            self._learned += learned
+        return loss, logits, labels
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None for checkpoints: ours goes with the model."""
+
+
+class RunTrainer(OneMethodTrainer, _PerToken):
+    """One of our methods, for conversations and for text, that keeps account of the data's order.
+
+    `order` is a sum over all sequences trained on, of a hash of their tokens times a factor of the
+    step, modulo 2^64: equal however a batch is split into micro-batches and processes.
+    """
+
+    order: Any = 0  # a tensor on the device, so that nothing waits for it
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's, noted."""
+        self.order = self.order + (2 * self.state.global_step + 1) * _fingerprint(inputs)
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's, with what the pull does."""
+        if "loss" in logs and self.method.c:
+            optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+            stats = optimizer.stats() or {}
+            logs |= {k: x for k, x in stats.items() if isinstance(x, float)}
+        logs.pop("train_loss", None)  # of a resumed run only a part of the sum, over all steps
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        total = self.accelerator.reduce(torch.as_tensor(self.order, device=self.args.device), "sum")
+        kept: Any = self.state.stateful_callbacks
+        kept["paceline"] = {
+            "order": int(total),
+            # What the next line of metrics is of, besides the steps to come.
+            "logged": self._globalstep_last_logged,
+            "loss": float(self.accelerator.reduce(self._tr_loss.clone(), "mean")),
+            "metrics": dict(self._metrics["train"]),
+            "tokens": self._total_train_tokens,
+        }
+        super()._save_checkpoint(model, trial)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        position = super()._init_training_state(*args, **kwargs)
+        self.state.save_steps = int(self.args.save_steps)  # which may be others than before
+        kept: Any = self.state.stateful_callbacks
+        self._resumed: dict[str, Any] = dict(kept.get("paceline", {}))
+        self.order = self._resumed.get("order", 0) if self.is_world_process_zero() else 0
+        return position
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._resumed:
+            self._globalstep_last_logged = self._resumed["logged"]
+            self._tr_loss = self._tr_loss + self._resumed["loss"]
+            self._metrics["train"].update(self._resumed["metrics"])
+            self._total_train_tokens = self._resumed["tokens"]
+            self._resumed = {}
+        super()._run_epoch(*args, **kwargs)
+
+
+def _fingerprint(inputs: dict[str, Any]) -> Tensor:
+    ids = inputs["input_ids"]
+    # Several sequences in a row, where they are packed, each with places of its own.
+    in_a_row = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
+    places = inputs.get("position_ids", in_a_row)
+    sequence = (places == 0).flatten().cumsum(0) - 1
+    real = inputs.get("attention_mask", torch.ones_like(ids))
+    hashes = ((ids + 1) * real * _mixed(places + 1)).flatten()
+    return _mixed(torch.zeros_like(hashes).index_add(0, sequence, hashes)).sum()
+
+
+def _mixed(x: Tensor) -> Tensor:
+    x = x * -0x61C8864680B583EB  # 2^64 over the golden ratio; products wrap
+    return x ^ (x >> 32)
+
+
+# ---- building -----------------------------------------------------------------------------------
+
+
+def processes() -> Any:
+    """Accelerate's account of this process among others, on CPUs too."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def build(recipe: Recipe, folder: Path, *, only_data: bool = False) -> RunTrainer:
+    """Data, tokenizer, model, and a trainer that writes its checkpoints into `folder`.
+
+    With `only_data`, the model is a stand-in: the data are as they would be for the real one.
+
+    Raises:
+        InputError: something in the recipe cannot be had or used, or does not go together.
+    """
+    state = processes()
+    micro, accumulation = _split_batch(recipe, state.num_processes)
+    check_fsdp(recipe, state)
+    set_seed(recipe.seed)
+    conversations = recipe.task == "sft"
+    with state.main_process_first():  # the others find it in the cache
+        data = sources.load_sources(
+            recipe.data or (("chitchat",) if conversations else ("python",)),
+            kind="messages" if conversations else "text",
+            config=recipe.data_config,
+            split=recipe.split,
+            eval_names=recipe.eval_data,
+            eval_split=recipe.eval_split,
+            eval_examples=recipe.eval_examples,
+            examples=recipe.examples,
+            text_column=recipe.text_column,
+            streaming=recipe.streaming,
+            seed=recipe.seed,
+        )
+        tokenizer = _tokenizer(recipe, data.train)
+        if conversations:
+            encode = conversation_encoder(tokenizer)
+            data = sources.Sources(
+                *(
+                    part.map(lambda row: encode(row["messages"]), remove_columns=["messages"])
+                    for part in data
+                )
+            )
+    model = _stand_in(tokenizer) if only_data else _model(recipe, tokenizer)
+    pure = recipe.precision == "pure-bf16"
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        max_length=recipe.context,
+        packing=recipe.packing or not conversations,
+        packing_strategy="bfd" if conversations else "wrapped",
+        max_steps=1,  # until the data's length is known
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=recipe.max_grad_norm,
+        use_cpu=state.device.type == "cpu",
+        bf16=recipe.precision == "bf16",
+        gradient_checkpointing=False,  # TRL's other default for the same
+        activation_checkpointing=recipe.gradient_checkpointing and not recipe.fsdp,
+        torch_compile=recipe.compile,
+        fsdp=recipe.fsdp or None,  # type: ignore[arg-type]  # its own documentation's
+        fsdp_config={"activation_checkpointing": recipe.gradient_checkpointing}
+        if recipe.fsdp
+        else None,
+        ddp_find_unused_parameters=False,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        eval_strategy="steps",
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,  # a diverged batch is a diverged loss
+        save_strategy="steps",
+        save_total_limit=recipe.keep_checkpoints,
+        report_to=[name for name in recipe.report_to if name != "tensorboard"],
+        disable_tqdm=True,
+        dataloader_num_workers=recipe.loaders,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    steps = _given_steps(recipe)
+    trainer = RunTrainer(
+        model,
+        arguments,
+        method=recipe.parsed,
+        warmup=0,
+        weight_decay=recipe.weight_decay,
+        betas=recipe.betas,
+        stochastic_round=pure,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(
+            r=recipe.lora_rank,
+            lora_alpha=recipe.lora_alpha,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        if recipe.lora_rank and not only_data
+        else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.data_collator = _Predicted(trainer.data_collator)
+    evaluation: Any = trainer.eval_dataset
+    if not len(evaluation):
+        given = ", ".join(recipe.eval_data or recipe.data or ("the default",))
+        raise InputError(
+            f"data: of what is to evaluate on, {given}, nothing could be learned within a --context "
+            f"of {recipe.context} tokens"
+        )
+    kept = min(recipe.eval_examples, len(evaluation))  # documents are many sequences
+    trainer.eval_dataset = evaluation.select([i * len(evaluation) // kept for i in range(kept)])
+    if isinstance(trainer.train_dataset, Dataset):
+        count = len(trainer.train_dataset)
+        if count < recipe.batch:
+            raise InputError(
+                f"batch: {recipe.batch} sequences a step are more than the {count} there are; give "
+                "a smaller --batch or more --data"
+            )
+        # A step short of sequences would count as a whole one; each epoch leaves out the same few.
+        trainer.train_dataset = trainer.train_dataset.select(range(count - count % recipe.batch))
+        steps = steps or _steps(recipe, trainer.train_dataset)
+    assert steps is not None
+    trainer.warmup = round(recipe.warmup if recipe.warmup >= 1 else recipe.warmup * steps)
+    if trainer.warmup >= steps:
+        raise InputError(f"warmup: {trainer.warmup} steps leave nothing of {steps}")
+    arguments.max_steps = steps
+    arguments.eval_steps = math.ceil(steps / recipe.evaluations)
+    arguments.save_steps = recipe.save_every or arguments.eval_steps
+    return trainer
+
+
+class _Predicted:
+    """A collator's batches without labels for first tokens, which nothing predicts.
+
+    The Trainer divides the loss by the number of labels.
+    """
+
+    def __init__(self, collator: Callable[[Any], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: Any) -> dict[str, Any]:
+        batch = self.collator(examples)
+        batch["labels"][:, 0] = -100
+        return batch
+
+
+def check_fsdp(recipe: Recipe, state: Any) -> None:
+    """Refuse to share out what cannot be; accelerate would keep all in each without a word.
+
+    Raises:
+        InputError: there is one process, or none with an accelerator.
+    """
+    if recipe.fsdp and (state.num_processes == 1 or state.device.type == "cpu"):
+        raise InputError(
+            "fsdp: it shares out a model among several processes with an accelerator each, here is "
+            f"{state.num_processes} on {state.device.type}; start by torchrun on such a machine"
+        )
+
+
+def _split_batch(recipe: Recipe, processes: int) -> tuple[int, int]:
+    """Sequences that a process works on at a time, and how often in a step."""
+    micro = recipe.micro_batch or recipe.batch // processes
+    if micro == 0 or recipe.batch % (micro * processes):
+        raise InputError(
+            f"batch: {recipe.batch} sequences a step cannot be split into micro-batches of "
+            f"{max(micro, 1)} on {processes} processes; give a --batch or --micro-batch that can"
+        )
+    return micro, recipe.batch // (micro * processes)
+
+
+def _given_steps(recipe: Recipe) -> int | None:
+    if recipe.tokens is not None and (recipe.streaming or recipe.task == "pretrain"):
+        return math.ceil(recipe.tokens / (recipe.batch * recipe.context))
+    return recipe.steps
+
+
+def _steps(recipe: Recipe, data: Dataset) -> int:
+    """Steps of so many epochs or tokens, of sequences that are not all full."""
+    if recipe.tokens is None:
+        return math.ceil((recipe.epochs or 1) * (len(data) // recipe.batch))
+    lengths = pc.list_value_length(data.data.column("input_ids"))
+    return math.ceil(recipe.tokens / (recipe.batch * pc.mean(lengths).as_py()))
+
+
+@contextmanager
+def _had(what: str, name: str) -> Iterator[None]:
+    """Say in one line why a part of a model could not be had."""
+    local = sources.is_here(name)
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise InputError(f"{what}: no such folder: {name}")
+    there = local or sources.hub_is_there()
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        if not there:
+            raise sources.unreachable(what, name, f"--{what}") from error
+        raise InputError(f"{what}: {name}: {' '.join(str(error).split())}") from error
+
+
+def _tokenizer(recipe: Recipe, data: sources.Data) -> PreTrainedTokenizerBase:
+    tokenizer: Any
+    if recipe.tokenizer == "bpe":
+        if isinstance(data, IterableDataset):
+            raise InputError("tokenizer: bpe cannot be learned from a stream; name another")
+        tokenizer = make_tokenizer(list(_texts(data)), recipe.vocabulary)
+    else:
+        name = recipe.tokenizer or recipe.model
+        assert name is not None
+        with _had("tokenizer" if recipe.tokenizer else "model", name):
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.eos_token is None:
+        raise InputError("tokenizer: it has no token for the end of a text")
+    chosen = recipe.chat_template
+    if chosen == "chatml" or (chosen is None and recipe.task == "sft" and not _speaks(tokenizer)):
+        use_chatml(tokenizer)
+    elif chosen is not None:
+        try:
+            tokenizer.chat_template = Path(chosen).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise InputError(
+                f"chat_template: {chosen!r} is neither chatml nor a file of text: {reason}"
+            ) from error
+    return tokenizer
+
+
+def _speaks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.chat_template is not None
+
+
+def _texts(data: Dataset) -> Iterator[str]:
+    for row in data:
+        if "text" in row:
+            yield row["text"]
+        else:
+            yield from (message["content"] for message in row["messages"])
+
+
+def _stand_in(tokenizer: PreTrainedTokenizerBase) -> Any:
+    return make_gpt2(tokenizer, width=8, layers=1, heads=1, positions=8, seed=0)
+
+
+def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
+    options: dict[str, Any] = {
+        "dtype": torch.bfloat16 if recipe.precision == "pure-bf16" else torch.float32
+    }
+    if recipe.attention:
+        options["attn_implementation"] = recipe.attention
+    changes = dict(recipe.config or {})
+    if recipe.model is None:
+        special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **changes})
+    else:
+        with _had("model", recipe.model):
+            config = AutoConfig.from_pretrained(recipe.model)
+        for key, value in changes.items():
+            if not hasattr(config, key):
+                raise InputError(f"config: {unknown(key, config.to_dict())}")
+            setattr(config, key, value)
+    room = getattr(config.get_text_config(), "max_position_embeddings", recipe.context)
+    if recipe.context > room:
+        raise InputError(f"context: {recipe.context} tokens are more than the model's {room}")
+    try:
+        if recipe.model is None or recipe.from_scratch:
+            model = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            with _had("model", recipe.model):
+                model = AutoModelForCausalLM.from_pretrained(recipe.model, config=config, **options)
+    except (ImportError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"model: {' '.join(str(error).split())}") from error
+    # A folder may hold fewer embeddings than the tokenizer has entries, never the other way about.
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    for settings in (model.config.get_text_config(), model.generation_config):
+        ends = settings.eos_token_id if settings is not None else None
+        if settings is not None and tokenizer.eos_token_id not in (
+            ends if isinstance(ends, list) else [ends]
+        ):
+            settings.eos_token_id = tokenizer.eos_token_id
+    return model

@@ -1,0 +1,147 @@
+"""Conversations as tokens, with a mask of what the assistant says: what is learned."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from jinja2 import TemplateError
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+from . import InputError
+
+START, END = "<|im_start|>", "<|im_end|>"
+# ChatML. What is between the generation marks is the assistant's, its end of turn with it.
+CHATML = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- message['content'] + '<|im_end|>' -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+PROBE = [
+    {"role": "user", "content": "Q1"},
+    {"role": "assistant", "content": "A1"},
+    {"role": "user", "content": "Q2"},
+    {"role": "assistant", "content": "A2"},
+]
+
+Encoded = dict[str, list[int]]
+
+
+def use_chatml(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have a tokenizer write ChatML, and take its end of turn for the end."""
+    known = tokenizer.get_vocab()
+    if missing := [token for token in (START, END) if token not in known]:
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": missing}, replace_extra_special_tokens=False
+        )
+    tokenizer.chat_template = CHATML
+    tokenizer.eos_token = END
+
+
+def conversation_encoder(
+    tokenizer: PreTrainedTokenizerBase,
+) -> Callable[[list[dict[str, str]]], Encoded]:
+    """A function from messages to `input_ids` and `assistant_masks`, by the chat template.
+
+    The mask is 1 for each token of what the assistant says and for the end of its turn: by the
+    template's own generation marks; by those of a training template that TRL knows for it; or else
+    by rendering the conversation turn by turn, if its template writes each turn the same whatever
+    follows. In the last case a turn before all others is not learned.
+
+    Raises:
+        InputError: none of the three is possible; of the function, too, where the template refuses
+            a conversation.
+    """
+    template: Any = tokenizer.chat_template
+    marked = has_generation_markers(template)
+    if not marked:
+        with _rendering(), suppress(ValueError):  # of TRL, where it knows none
+            template, marked = get_training_chat_template(tokenizer), True
+
+    def encode(messages: list[dict[str, str]]) -> Encoded:
+        with _rendering():
+            if not marked:
+                return _by_turns(tokenizer, messages)
+            encoded: Any = tokenizer.apply_chat_template(
+                messages,
+                chat_template=template,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+        return {name: encoded[name] for name in ("input_ids", "assistant_masks")}
+
+    if not any(encode(PROBE)["assistant_masks"]):
+        raise InputError("chat_template: it writes, or marks, nothing of what the assistant says")
+    return encode
+
+
+@contextmanager
+def _rendering() -> Iterator[None]:
+    """Say in one line what a template says, or what is wrong with it."""
+    try:
+        yield
+    except TemplateError as error:
+        raise InputError(f"chat_template: {' '.join(str(error).split())}") from error
+
+
+def _by_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Encoded:
+    text, spans = _spans(tokenizer, messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    masks = [
+        int(any(start < b and a < end for start, end in spans))  # a token across the border, too
+        for a, b in encoded["offset_mapping"]
+    ]
+    return {"input_ids": encoded["input_ids"], "assistant_masks": masks}
+
+
+def _spans(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation, and from where to where the assistant speaks in it."""
+
+    def render(part: list[dict[str, str]], **options: Any) -> str:
+        text: Any = tokenizer.apply_chat_template(part, tokenize=False, **options)
+        return str(text)
+
+    text, spans = render(messages), []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and i:  # nothing cannot be rendered
+            before = render(messages[:i], add_generation_prompt=True)
+            until = render(messages[: i + 1]).rstrip()
+            if not text.startswith(before) or not text.startswith(until):
+                raise InputError(
+                    "chat_template: the tokenizer's template writes a turn differently when "
+                    "others follow, so what the assistant says cannot be told apart; give one with "
+                    "{% generation %} marks by --chat-template FILE, or --chat-template chatml"
+                )
+            spans.append((len(before), len(until)))
+    return text, spans
+
+
+def show(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int], console: Console
+) -> None:
+    """Print an example as its tokens read, with those that are learned in green.
+
+    Where there are no colours, ⟦ ⟧ are around them.
+    """
+    learned = [label != -100 for label in labels]
+    text = Text()
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or learned[end] != learned[start]:
+            part = str(tokenizer.decode(ids[start:end]))
+            if learned[start] and not console.color_system:
+                part = f"⟦{part}⟧"
+            text.append(part, style="bold green" if learned[start] else "dim")
+            start = end
+    console.print(text)

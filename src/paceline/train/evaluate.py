@@ -1,0 +1,367 @@
+"""`paceline eval`: tasks of lm-eval, for the live weights and for the returned model of a run."""
+
+import importlib.util
+import io
+import json
+import logging
+import math
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, stdev
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from tyro.conf import Positional, arg
+
+from . import InputError, Options
+from .manifest import environment, write_json
+from .recipe import Names, Positive
+from .sources import hub_is_there
+
+RUN = {"live": "live", "returned": "model"}  # what is compared, and its folder in a run's
+SEED = 1234  # lm-eval's own, for the same few-shot examples as its command shows
+RESAMPLINGS = 1000  # for the standard errors that have no formula
+Results = dict[str, dict[str, dict[str, dict[str, Any]]]]
+
+
+class Evaluation(Options):
+    """Score a model on tasks of lm-eval: of a run, its live weights and the model it returns.
+
+    MODEL is the folder of a run of `paceline train`, whose live weights (live/) and returned model
+    (model/) are compared on the same examples; or any folder of a model, or a name on the Hub.
+
+    What follows ± is a standard error; that of a difference is over the examples, each one's two
+    scores being a pair. A metric that is no mean over examples has none for its difference.
+
+    Log-likelihoods are summed in float32, also of bfloat16 models, where lm-eval by itself rounds
+    them to bfloat16.
+    """
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """Folder of a run or of a model, or a name on the Hub."""
+    tasks: Annotated[tuple[str, ...], Names]
+    """Names of tasks, groups or tags, separated by commas."""
+    include: Path | None = None
+    """Folder with task files (YAML) of your own; those on local data need no network."""
+    limit: Positive | None = None
+    """Examples of each task, >= 1, from its first on. Default: all."""
+    few_shot: Annotated[int, Field(ge=0)] | None = None
+    """Solved examples before each, >= 0; tasks made for none get none. Default: the task's own."""
+    batch: Positive = 8
+    """Sequences computed at a time, >= 1."""
+    chat: bool = False
+    """Put each request into the chat template, as fine-tuned models expect it."""
+    device: str | None = None
+    """Where to compute: cpu, cuda, cuda:1, mps... Default: an accelerator, if there is one."""
+    out: Path | None = None
+    """JSON file to write, or to replace. Default: eval.json in the folder of a run, else none."""
+
+
+def evaluate(options: Evaluation, console: Console) -> dict[str, Any]:
+    """Evaluate, print a table, and write the JSON file if there is to be one.
+
+    Args:
+        options: what to evaluate, on what.
+        console: for a progress bar and the table.
+
+    Returns:
+        What the file holds. `results` has by task, metric and "live", "returned" and "difference"
+        (returned - live), or "model" alone: `value` and `stderr`, in the metric's own unit.
+
+    Raises:
+        InputError: something given cannot be used, or not be reached.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("lm-eval is not installed: pip install 'paceline[eval]'")
+    models = _models(options.model)
+    device = _device(options.device)
+    out = options.out or (Path(options.model, "eval.json") if "returned" in models else None)
+    if out and (out.is_dir() or not out.parent.is_dir()):
+        raise InputError(f"out: {out} is no file that can be written")
+    facts = {"command": shlex.join(["paceline", *sys.argv[1:]]), **environment()}
+    hub_is_there()  # or its libraries would try for a minute
+    with _quiet(console) as progress:
+        reading = progress.add_task("tasks", total=None)
+        tasks = _tasks(options)
+        progress.remove_task(reading)
+        tokenizer = [*models.values()][-1]
+        scored = {
+            name: _score(name, path, tokenizer, tasks, options, device, progress)
+            for name, path in models.items()
+        }
+    last = [*scored.values()][-1]
+    results = _compare(scored)
+    console.print(_table(results, last))
+    facts["versions"] |= {package: version(package) for package in ("lm_eval", "datasets")}
+    facts |= {
+        "models": models,
+        "device": device,
+        "seed": SEED,
+        **options.model_dump(mode="json", include={"limit", "few_shot", "batch", "chat"}),
+        "tasks": {
+            name: {
+                "version": last["versions"][name],
+                "few_shot": last["n-shot"][name],
+                "examples": last["n-samples"][name],
+                "config": json.loads(json.dumps(config, default=str)),
+            }
+            for name, config in last["configs"].items()
+        },
+        "results": results,
+    }
+    if out:
+        try:
+            write_json(out, facts)
+        except OSError as error:
+            raise InputError(f"out: {out}: {error.strerror or error}") from error
+        console.print(Text(f"Written: {out}"), soft_wrap=True)
+    return facts
+
+
+# ---- what is given ------------------------------------------------------------------------------
+
+
+def _models(given: str) -> dict[str, str]:
+    """What to evaluate, by what it is: folders, or the name on the Hub."""
+    path = Path(given)
+    run = {name: str(path / part) for name, part in RUN.items() if _is_model(path / part)}
+    if "returned" in run:
+        return run
+    if path.exists() and not _is_model(path):
+        raise InputError(
+            f"{given} is neither the folder of a run (with model/ and live/) nor that of a model "
+            "(with config.json)"
+        )
+    return {"model": given}
+
+
+def _is_model(path: Path) -> bool:
+    return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
+
+
+def _device(given: str | None) -> str:
+    if given is None:
+        there = torch.accelerator.is_available()
+        return str(torch.accelerator.current_accelerator()) if there else "cpu"
+    try:
+        torch.empty(0, device=given)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
+        raise InputError(f"device: {given!r} cannot be used: {_line(error)}") from error
+    return given
+
+
+def _tasks(options: Evaluation) -> Any:
+    """The tasks and groups asked for, with their data: a `TaskDict` of lm-eval.
+
+    Raises:
+        InputError: one is not known, or cannot be made.
+    """
+    from lm_eval.tasks import TaskManager
+
+    names, include = [*options.tasks], options.include
+    if include and not include.is_dir():
+        raise InputError(f"include: no such folder: {include}")
+    # The user's own alone, if they are enough: to read all of lm-eval's files takes 9 seconds.
+    manager = TaskManager(include_path=include, include_defaults=False)
+    if not set(names) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=include)
+    for name in names:
+        if name not in manager.all_tasks:
+            near = get_close_matches(name, manager.all_tasks)
+            hint = f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists them"
+            raise InputError(f"unknown task {name!r}; {hint}")
+    try:
+        tasks = manager.load(names)
+    except Exception as error:  # a task file can hold, need and run anything
+        hint = ""
+        if isinstance(error, ConnectionError):
+            hint = "; --include takes tasks of your own, on local data"
+        raise InputError(f"tasks: {_line(error)}{hint}") from error
+    for task in tasks["tasks"].values():  # as lm-eval's command does
+        own = task.get_config("num_fewshot")
+        if own is None or (own and options.few_shot is not None):
+            task.set_config("num_fewshot", options.few_shot or 0)
+    return tasks
+
+
+def _line(error: BaseException) -> str:
+    """What it says, in one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+# ---- evaluating ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def _quiet(console: Console) -> Iterator[Progress]:
+    """Show bars, and nothing of what the libraries log, print and draw: they have no one switch."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("requests"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(file=console.file),  # which stays what it is when stdout is redirected
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with progress, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield progress
+    finally:
+        logging.disable(before)
+
+
+def _score(
+    name: str,
+    path: str,
+    tokenizer: str,
+    tasks: Any,
+    options: Evaluation,
+    device: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """What lm-eval finds for one model, with each example's scores.
+
+    Args:
+        name: of its bar.
+        path: the model, a folder or a name on the Hub.
+        tokenizer: likewise.
+        tasks: as `_tasks` makes them; they can be used again.
+        options: of the command.
+        device: where to compute.
+        progress: gets a bar of the requests answered.
+
+    Raises:
+        InputError: the model cannot be loaded, or lm-eval refuses a task.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be loaded: {_line(error)}") from error
+    lm = HFLM(
+        pretrained=model.to(device),
+        tokenizer=loaded,
+        batch_size=options.batch,
+        softmax_dtype="float32",
+    )
+    bar = progress.add_task(name, total=None)
+
+    def answered(*_: Any) -> None:
+        requests = sum(len(task.instances) for task in tasks["tasks"].values())
+        progress.update(bar, advance=1, total=requests)
+
+    lm.set_cache_hook(SimpleNamespace(add_partial=answered))
+    set_seed(SEED)
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(SEED)
+    try:  # not simple_evaluate(), which runs git and pip to describe the machine
+        return lm_eval.evaluate(
+            lm=lm,
+            task_dict=tasks,
+            limit=options.limit,
+            bootstrap_iters=RESAMPLINGS,
+            apply_chat_template=options.chat,
+        )
+    except (ValueError, AssertionError) as error:
+        shots = options.few_shot
+        hint = f"; --few-shot {shots} may be more examples than there are" if shots else ""
+        raise InputError(f"tasks: {_line(error)}{hint}") from error
+
+
+# ---- results ------------------------------------------------------------------------------------
+
+
+def _compare(scored: dict[str, dict[str, Any]]) -> Results:
+    """Value and standard error by task, metric, and model or "difference" of the two."""
+    results: Results = {}
+    for task, row in [*scored.values()][-1]["results"].items():
+        for key, value in row.items():  # acc,FILTER and acc_stderr,FILTER among others
+            metric, comma, which = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            cells: dict[str, dict[str, Any]] = {}
+            for name, found in scored.items():
+                numbers = found["results"][task]
+                stderr = numbers.get(f"{metric}_stderr,{which}")  # or a remark that there is none
+                stderr = float(stderr) if isinstance(stderr, int | float) else None
+                cells[name] = {"value": float(numbers[key]), "stderr": stderr}
+            if len(cells) == 2:
+                live, returned = (cell["value"] for cell in cells.values())
+                stderr = _paired_stderr([*scored.values()], task, key)
+                cells["difference"] = {"value": returned - live, "stderr": stderr}
+            results.setdefault(task, {})[key.removesuffix(",none")] = cells
+    return results
+
+
+def _paired_stderr(scored: list[dict[str, Any]], task: str, key: str) -> float | None:
+    """Standard error of the mean difference over the examples; None if the metric is no mean.
+
+    With n examples' differences d: stdev(d) / √n, of n - 1 degrees of freedom.
+    """
+    metric, _, which = key.partition(",")
+    columns = []
+    for found in scored:
+        samples = found["samples"].get(task, ())  # a group has none
+        column = [sample.get(metric) for sample in samples if sample["filter"] == which]
+        numbers = [float(x) for x in column if isinstance(x, int | float)]
+        if len(numbers) < max(2, len(column)):
+            return None
+        if not math.isclose(fmean(numbers), found["results"][task][key], abs_tol=1e-12):
+            return None
+        columns.append(numbers)
+    differences = [after - before for before, after in zip(*columns, strict=True)]
+    return stdev(differences) / math.sqrt(len(differences))
+
+
+def _table(results: Results, found: dict[str, Any]) -> Table:
+    table = Table(box=MARKDOWN)
+    for title in ("task", "metric"):
+        table.add_column(title, overflow="fold")
+    first = next((cells for metrics in results.values() for cells in metrics.values()), {})
+    for name in first:
+        table.add_column(name, justify="right", no_wrap=True)
+    for task, metrics in results.items():
+        shots = found["n-shot"].get(task)
+        for metric, cells in metrics.items():
+            better = found["higher_is_better"].get(task, {}).get(metric.partition(",")[0])
+            table.add_row(
+                Text(f"{task}, {shots}-shot" if shots else task),
+                Text(metric + {True: " ↑", False: " ↓", None: ""}[better]),
+                *(
+                    f"{cell['value']:{'+' if name == 'difference' else ''}.4f}"
+                    + (f" ±{cell['stderr']:.4f}" if cell["stderr"] is not None else "")
+                    for name, cell in cells.items()
+                ),
+            )
+    return table

@@ -1,0 +1,37 @@
+"""What long commands show while they go on."""
+
+import datasets
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def quiet() -> None:
+    """Leave the terminal to our own bars and tables."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def progress_bars(console: Console) -> Progress:
+    """Bars whose tasks have a field `losses`, as `show_losses` writes it."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[losses]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def show_losses(losses: dict[str, float]) -> str:
+    """The last evaluation's losses of the live weights and of the best returned model."""
+    if "eval_live_loss" not in losses:
+        return ""
+    live = losses["eval_live_loss"]
+    found = [x for name, x in losses.items() if name.startswith("eval_") and name.endswith("_loss")]
+    found.remove(live)  # which AdamW alone returns
+    return f"live {live:.3f}  returned {min(found, default=live):.3f}"

@@ -1,0 +1,242 @@
+"""`paceline verify-resume`: a run that is killed and resumed, beside one that is not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from . import InputError
+from .manifest import write_json
+from .recipe import Recipe
+from .run import RECIPE, Train, last_checkpoint, named, stored, train
+
+MOMENTS = ("evaluation", "save", "step")  # taken in turn
+
+
+class Verify(Recipe):
+    """Prove that a killed run of a recipe ends as if it had not been: by doing it.
+
+    Trains by the recipe once from beginning to end; and once more, killed with SIGKILL in the
+    middle of an evaluation, of a save, of a step, and so on, and resumed each time. Prints what is
+    equal, bit for bit, and what is not, and by how much.
+    """
+
+    recipe: tyro.conf.Positional[str | None] = None
+    """YAML file, or the name of a shipped one."""
+    out: Path | None = None
+    """Folder for both runs, new or empty. Default: runs/verify-<time>."""
+    kills: Annotated[int, Field(ge=1)] = 3
+    """How often the second run is killed, >= 1."""
+    processes: Annotated[int, Field(ge=1)] = 1
+    """Processes of the runs (torchrun's), >= 1."""
+    resume_processes: Annotated[int, Field(ge=1)] | None = None
+    """Processes of the second run once it was killed, which then is equal up to rounding only."""
+
+    @classmethod
+    def starting(cls, arguments: list[str]) -> "Verify | None":
+        """The recipe that the arguments name."""
+        return named(cls, arguments)
+
+
+def verify(options: Verify, console: Console) -> int:
+    """Train both, print the certificate, and write it to certificate.json.
+
+    Returns:
+        0 if everything is as it must be, else 1.
+
+    Raises:
+        InputError: the recipe cannot be trained; or a run failed, for another reason than a kill.
+    """
+    out = options.out or Path("runs") / f"verify-{datetime.now():%Y-%m-%d_%H%M%S}"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"out: {out} is not an empty folder; name another")
+    out.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe(**options.model_dump(include=set(Recipe.model_fields)))
+    (out / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    whole, killed = out / "whole", out / "killed"
+    resumed_on = options.resume_processes or options.processes
+
+    def run(title: str, log: str, moment: dict[str, Any], to: Path, processes: int) -> int:
+        begun = (to / RECIPE).is_file()
+        where = ["--resume", str(to)] if begun else [str(out / RECIPE), "--out", str(to)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        several = [*launcher, str(processes)] if processes > 1 else []
+        command = [sys.executable, *several, "-m", __name__, json.dumps(moment), *where]
+        with console.status(title), (out / f"{log}.log").open("w") as file:
+            status = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
+        if not moment and status:
+            *_, last = (out / f"{log}.log").read_text().strip().splitlines() or ["no word"]
+            raise InputError(f"the run in {to} failed: {last.removeprefix('paceline: ')}")
+        return status
+
+    run("training without a kill", "whole", {}, whole, options.processes)
+    facts = json.loads((whole / "manifest.json").read_text(encoding="utf-8"))
+    batches = -(-facts["data"]["evaluation_sequences"] // (recipe.micro_batch or recipe.batch))
+    rng = random.Random(0)
+    kills = []
+    for number in range(options.kills):
+        # Evaluations and saves come after it, the last at the end.
+        after = facts["steps"] * (number + rng.random()) / options.kills
+        moment = {
+            "at": MOMENTS[number % len(MOMENTS)],
+            "step": min(int(after), facts["steps"] - 1),
+            "count": 1 + rng.randrange(2 * batches),
+        }
+        title = f"training until kill {number + 1}, in the middle of {moment['at']}"
+        on = resumed_on if number else options.processes
+        status = run(title, f"kill-{number + 1}", moment, killed, on)
+        if status == 0 or not (killed / RECIPE).is_file():
+            raise InputError(
+                f"kill {number + 1} did not happen; see {out / f'kill-{number + 1}.log'}"
+            )
+        kills.append({**moment, "resumed from": getattr(last_checkpoint(killed), "name", "start")})
+    run("training to the end", "end", {}, killed, resumed_on)
+    rows = list(_compare(whole, killed))
+    exact = all(row["equal"] for row in rows)
+    same_size = resumed_on == options.processes
+    order = next(row["equal"] for row in rows if row["what"] == "data order")
+    passed = exact or (order and not same_size)
+    write_json(
+        out / "certificate.json",
+        {
+            "passed": passed,
+            "rows": rows,
+            "kills": kills,
+            "processes": [options.processes, resumed_on],
+            "manifest": facts,
+        },
+    )
+    table = Table("", "", title=f"Killed {len(kills)} times and resumed, beside never killed")
+    for row in rows:
+        drift = "bit for bit equal" if row["equal"] else row["drift"]
+        table.add_row(row["what"], drift, style="" if row["equal"] or passed else "red")
+    console.print(table)
+    for kill in kills:
+        console.print(
+            f"• killed in the middle of {kill['at']} after step {kill['step']}, "
+            f"resumed from {kill['resumed from']}",
+            highlight=False,
+        )
+    console.print(f"Certificate: {out / 'certificate.json'}", highlight=False, markup=False)
+    return 0 if passed else 1
+
+
+def _compare(whole: Path, killed: Path) -> Iterator[dict[str, Any]]:
+    for what, name in (("live weights", "live"), ("returned model", "model")):
+        a, b = (_weights(run / name) for run in (whole, killed))
+        yield _row(what, a, b)
+    ends = [last_checkpoint(run) or run for run in (whole, killed)]
+    if all((end / "optimizer.pt").is_file() for end in ends):
+        a, b = (_optimizer(end) for end in ends)
+        yield _row("optimizer", a, b)
+    states = [json.loads((end / "trainer_state.json").read_text("utf-8")) for end in ends]
+    orders = [state["stateful_callbacks"]["paceline"]["order"] for state in states]
+    yield {
+        "what": "data order",
+        "equal": orders[0] == orders[1],
+        "drift": "other sequences, or in another order",
+    }
+    losses = [
+        {
+            f"{key} {entry['step']}": torch.tensor(entry[key], dtype=torch.float64)
+            for entry in state["log_history"]
+            for key in ("eval_live_loss", "eval_loss")
+            if key in entry
+        }
+        for state in states
+    ]
+    yield _row("evaluation losses", *losses)
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: x for file in files for name, x in load_file(file).items()}
+
+
+def _optimizer(checkpoint: Path) -> dict[str, Tensor]:
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    return {
+        f"{index} {name}": x
+        for index, of_parameter in state.items()
+        for name, x in of_parameter.items()
+        if isinstance(x, Tensor)
+    }
+
+
+def _row(what: str, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Any]:
+    """Whether all tensors are equal bit for bit; if not, their distance, and how large it is."""
+    equal = a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(_bits(a[k]), _bits(b[k])) for k in a
+    )
+    if a.keys() != b.keys():
+        return {"what": what, "equal": False, "drift": "not the same tensors"}
+    norm = sum(x.double().square().sum() for x in a.values()) ** 0.5
+    far = sum((a[k].double() - b[k].double()).square().sum() for k in a) ** 0.5
+    largest = max((float((a[k].double() - b[k].double()).abs().max()) for k in a), default=0.0)
+    drift = f"{float(far / norm):.1e} of the norm apart, {largest:.1e} at most"
+    return {"what": what, "equal": equal, "drift": "" if equal else drift}
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(-1).view(torch.uint8) if x.ndim else x[None].view(torch.uint8)
+
+
+# ---- in the runs -------------------------------------------------------------------------------
+
+
+class _Kill(TrainerCallback):
+    """SIGKILL for its own process: after a step, or in the next evaluation or save from there."""
+
+    def __init__(self, at: str, step: int, count: int) -> None:
+        self.at, self.step, self.count = at, step, count
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step < self.step:
+            return
+        if self.at == "step":
+            _die()
+        if self.at == "save":
+            torch.save = _die
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.at == "evaluation" and state.global_step >= self.step:
+            self.count -= 1
+            if not self.count:
+                _die()
+
+
+def _die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _main() -> int:
+    moment, where, *rest = sys.argv[1:]
+    callbacks = [_Kill(**json.loads(moment))] if json.loads(moment) else []
+    if where == "--resume":
+        options = Train(resume=Path(rest[0]), **stored(Path(rest[0])))
+    else:
+        options = Train(out=Path(rest[1]), recipe=where, **stored(Path(where).parent))
+    try:
+        return 0 if train(options, Console(), callbacks) else 130
+    except InputError as error:
+        print(f"paceline: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
