@@ -253,8 +253,8 @@ def build(recipe: Recipe, folder: Path, *, only_data: bool = False) -> RunTraine
     if not len(evaluation):
         given = ", ".join(recipe.eval_data or recipe.data or ("the default",))
         raise InputError(
-            f"data: of what is to evaluate on, {given}, nothing could be learned within a --context "
-            f"of {recipe.context} tokens"
+            f"data: of what is to evaluate on, {given}, nothing could be learned within a "
+            f"--context of {recipe.context} tokens"
         )
     kept = min(recipe.eval_examples, len(evaluation))  # documents are many sequences
     trainer.eval_dataset = evaluation.select([i * len(evaluation) // kept for i in range(kept)])
