@@ -189,6 +189,13 @@ def test_options_come_before_the_recipe_too(capsys):
     assert before == printed("demo-sft", "--seed", "3", capsys=capsys)
 
 
+def test_what_an_option_is_given_is_no_recipe(capsys):
+    expected = printed("--model", "x", capsys=capsys)
+    assert printed("--model", "x", "--out", "demo-sft", capsys=capsys) == expected
+    named = printed("demo-sft", "--text-column", "x.yaml", capsys=capsys)
+    assert named == printed("--text-column", "x.yaml", "demo-sft", capsys=capsys)
+
+
 @pytest.mark.parametrize("number", ["1e-3", "1E-3", "+1e-3", ".1e-2", "1.e-3", "0.001", "1.0e-03"])
 def test_numbers_as_one_writes_them(number, folder):
     text = f"model: x\nlr: {number}\nconfig: {{model_type: gpt2, layer_norm_epsilon: {number}}}\n"

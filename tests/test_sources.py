@@ -145,6 +145,10 @@ FORMS = {
     "rows.csv": lambda path: write_csv(path, PAIRS),
     "UPPER.JSONL": lambda path: write_lines(path, MESSAGES),
     "one": lambda path: write_lines(f"{path}/x.jsonl", MESSAGES),
+    "card": lambda path: [
+        write_lines(f"{path}/x.jsonl", MESSAGES),
+        Path(path, "README.md").write_text("# Without a head\n"),
+    ],
     "files": lambda path: [
         write_lines(f"{path}/{n % 2}/{n}.jsonl", MESSAGES[5 * n : 5 * n + 5]) for n in range(4)
     ],
@@ -940,6 +944,8 @@ def test_a_token_across_the_border_is_learned():
     ("template", "message"),
     [
         (LAST, "the tokenizer's template writes a turn differently when others follow"),
+        (LAST.replace("if loop.last", "if loop.last and m.role == 'assistant'"), "the tokenizer's"),
+        (UNMARKED.replace("<|im_start|>assistant", "<|im_start|>bot"), "the tokenizer's template"),
         ("{% for %}", "Expected an expression"),
         ("{% for m in mesages %}{{ m.content }}{% endfor %}", "it writes, or marks, nothing"),
         ("hello", "it writes, or marks, nothing"),
@@ -966,6 +972,7 @@ def test_how_to_do_without_such_a_template():
 
 def test_chatml_ends_turns_and_texts_with_the_same_token():
     plain = make_tokenizer(["hello"], 300)
+    plain.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
     size = len(plain)
     use_chatml(plain)
     assert plain.eos_token == END
@@ -973,6 +980,7 @@ def test_chatml_ends_turns_and_texts_with_the_same_token():
     use_chatml(plain)  # once is enough
     assert len(plain) == size + 2
     assert plain.bos_token == "<|endoftext|>"
+    assert {"<|tool|>", START, END} <= set(plain.all_special_tokens)
     asked = plain.apply_chat_template([user("q")], tokenize=False, add_generation_prompt=True)
     assert asked == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
 

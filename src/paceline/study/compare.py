@@ -14,7 +14,6 @@ from typing import Annotated, Any, Self
 
 import torch
 import transformers
-import tyro
 from pydantic import Field, model_validator
 from rich.console import Console
 from safetensors.torch import load_file
@@ -43,20 +42,11 @@ from ..train.methods import (
     parse_method,
 )
 from ..train.model import make_gpt2
+from ..train.recipe import Names, Positive
 from ..train.terminal import progress_bars, quiet, show_losses
 from ..train.trainer import train
 from .report import Results, write_report
 from .runs import Run, Setting, run_all, share_runs
-
-Positive = Annotated[int, Field(ge=1)]
-# On the command line one argument, separated by commas; pydantic makes numbers of the parts.
-Listed = tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="A,B,…",
-    instance_from_str=lambda arguments: tuple(arguments[0].split(",")),
-    is_instance=lambda value: isinstance(value, tuple),
-    str_from_instance=lambda value: [",".join(map(str, value))],
-)
 
 
 class Comparison(Options):
@@ -79,7 +69,7 @@ class Comparison(Options):
     The default rates and options were chosen on the default text's validation part.
     """
 
-    methods: Annotated[tuple[str, ...], Listed] = (
+    methods: Annotated[tuple[str, ...], Names] = (
         "adamw",
         "adamw:wsd",
         "ema",
@@ -92,7 +82,7 @@ class Comparison(Options):
         "pace",
     )
     """Methods to compare, separated by commas."""
-    lr: Annotated[tuple[Rate, ...], Listed] = (3e-3, 1e-2)
+    lr: Annotated[tuple[Rate, ...], Names] = (3e-3, 1e-2)
     """Peak learning rates > 0, separated by commas; each method is run at each of them."""
     schedule: Schedule = "constant"
     """Schedule of the methods that name none: constant; cosine (to 0); wsd (constant, then linear to 0 over the last fifth); power, lr·(1+t)^-kappa; twin, lr·b/(b+g) with b = (1+t)^-kappa, which a pull of gain g amounts to. schedule-free never has one."""
@@ -102,7 +92,7 @@ class Comparison(Options):
     """Power κ in [0, 1] of the averages of ema, pace and pullback, and of the schedules power and twin."""
     g: Gain = 1.0
     """Gain in (0, 1] that the schedule twin stands for."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Listed] = (0,)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Names] = (0,)
     """Seeds >= 0 of the order of the batches (and of the initial weights with --from-scratch), separated by commas; every method is run with each of them."""
     steps: Positive = 2000
     """Fine-tuning steps of each run, >= 1."""

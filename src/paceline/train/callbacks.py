@@ -29,7 +29,8 @@ class AtTheEnd(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == args.max_steps:
-            control.should_log = control.should_evaluate = control.should_save = True
+            control.should_log = control.should_evaluate = True
+            control.should_save = args.save_strategy != "no"
 
 
 class Stop(TrainerCallback):

@@ -37,7 +37,7 @@ from .chat import show
 from .data import content_key
 from .manifest import environment, write_json
 from .page import write_page
-from .recipe import Recipe, read_recipe, shipped
+from .recipe import Recipe, read_recipe
 from .terminal import progress_bars, quiet
 
 RECIPE = "recipe.yaml"
@@ -105,11 +105,15 @@ Command = TypeVar("Command", bound=Recipe)
 
 
 def named(command: type[Command], arguments: list[str]) -> Command | None:
-    """The command with the values of the recipe that is named: first, or surely one."""
-    for place, name in enumerate(arguments):
-        surely = name in shipped() or Path(name).suffix in (".yaml", ".yml")
-        if not name.startswith("-") and (place == 0 or surely):
+    """The command with the values of the recipe that is named among the options, if one is."""
+    before = ""
+    for name in arguments:
+        option = before.startswith("--") and "=" not in before
+        field = command.model_fields.get(before.strip("-").removeprefix("no-").replace("-", "_"))
+        switch = before == "--print" or (field is not None and field.annotation is bool)
+        if not name.startswith("-") and (switch or not option):
             return command(**{"recipe": name, **read_recipe(name)})
+        before = name
     return None
 
 

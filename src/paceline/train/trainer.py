@@ -16,7 +16,6 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    TrainerCallback,
     TrainingArguments,
 )
 from transformers.integrations.integration_utils import TensorBoardCallback
@@ -24,6 +23,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from ..averaging import Averaging
 from ..integrations.transformers import PaceTrainer
 from ..swap import swap_back, swap_in
+from .callbacks import AtTheEnd
 from .data import blocks, collate
 from .methods import Method, make_optimizer, scheduler
 
@@ -256,7 +256,7 @@ def train(
     return Trained(trainer, stopped=trainer.state.global_step < steps)
 
 
-class _Watch(TrainerCallback):
+class _Watch(AtTheEnd):
     def __init__(self, watch: Callable[[int, dict[str, float]], bool], every: int) -> None:
         self.watch, self.every = watch, every
         self.losses: dict[str, float] = {}
@@ -264,17 +264,7 @@ class _Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         self.losses.update(logs or {})
 
-    def on_step_begin(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
-    ) -> None:
-        # Statistics are only read at evaluations, and take longer than such small steps.
-        step = state.global_step + 1
-        for group in optimizer.param_groups:
-            if "track_stats" in group:
-                group["track_stats"] = step % args.eval_steps == 0 or step == args.max_steps
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == args.max_steps:  # the end counts, a multiple of eval_steps or not
-            control.should_log = control.should_evaluate = True
+        super().on_step_end(args, state, control)
         if state.global_step % self.every == 0 and self.watch(state.global_step, self.losses):
             control.should_training_stop = True
