@@ -17,9 +17,7 @@ class Command(NamedTuple):
 
     module: str
     options: str  # a class of it: what tyro parses, with its help
-    function: (
-        str  # of it: takes such options and a console; an integer it returns is the exit status
-    )
+    function: str  # of it: takes such options and a console; may return an exit status
     summary: str
 
 

@@ -66,7 +66,6 @@ class Progress(TrainerCallback):
     def __init__(self, progress: Any) -> None:
         self.progress = progress
         self.task = progress.add_task("training", total=None, losses="")
-        self.evaluated = 0
         self.losses: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -231,8 +231,7 @@ def stored(run: Path) -> dict[str, Any]:
     """
     if not (run / RECIPE).is_file():
         raise InputError(f"resume: {run} is no folder of a run: it has no {RECIPE}")
-    values: dict[str, Any] = yaml.safe_load((run / RECIPE).read_text(encoding="utf-8"))
-    return values
+    return read_recipe(str(run / RECIPE))
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -277,7 +276,7 @@ def _begin(trainer: RunTrainer, recipe: Recipe, folder: Path, console: Console) 
         if facts["data"]["digest"] != digest:
             raise InputError(
                 "data: it is not what the run began with; bring that back to go on exactly, or "
-                f"start a new run from {folder}/checkpoints as a --model"
+                f"start a new run from one of {folder}/checkpoints as its --model"
             )
     checkpoint = last_checkpoint(folder)
     model: Any = trainer.model
