@@ -4,16 +4,21 @@
     python benchmarks/smollm2.py models/smollm2-135m runs/smollm2 > table.md
 
 Each run is one of `paceline train`, resumed if it was begun before. An EMA only watches AdamW, so
-AdamW's row is the live weights of the EMA's run.
+AdamW's row is the live weights of the EMA's run. A cell is the mean over the seeds and, of the
+differences to AdamW with the same seed, the least and the largest.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 
 RATES = (1e-4, 3e-4)
+SEEDS = (0, 1, 2)
 METHODS = ("ema:kappa=0.5", "schedule-free", "pace:c=0.03:kappa=0.3")
 OPTIONS = {
     "data": "chitchat",
@@ -23,7 +28,7 @@ OPTIONS = {
     "warmup": 5,
     "examples": 480,
     "eval-examples": 64,
-    "evaluations": 2,
+    "evaluations": 1,
     "save-every": 30,
     "keep-checkpoints": 1,
     "precision": "bf16",
@@ -35,26 +40,32 @@ def main() -> None:
     parser.add_argument("model", help="folder of the model")
     parser.add_argument("out", type=Path, help="folder for the runs")
     arguments = parser.parse_args()
-    rows = {}
-    for lr in RATES:
-        for method in METHODS:
-            folder = arguments.out / f"{method.replace(':', '-')}-lr{lr:g}"
-            options = {"model": arguments.model, "method": method, "lr": lr, **OPTIONS}
-            start = [f"--{key}={value}" for key, value in options.items()] + [f"--out={folder}"]
-            if (folder / "recipe.yaml").exists():
-                start = [f"--resume={folder}"]
-            command = [sys.executable, "-m", "paceline", "train", *start]
-            subprocess.run(command, check=True, stdout=sys.stderr)
-            lines = (folder / "metrics.jsonl").read_text().splitlines()
-            found = [entry for entry in map(json.loads, lines) if "eval_loss" in entry]
-            rows["untrained", lr] = found[0]["eval_loss"]
-            rows[method, lr] = found[-1]["eval_loss"]
-            if method.startswith("ema"):
-                rows["adamw", lr] = found[-1]["eval_live_loss"]
+    losses = defaultdict(list)  # of a method at a rate, by seed
+    for seed, lr, method in itertools.product(SEEDS, RATES, METHODS):
+        folder = arguments.out / f"{method.replace(':', '-')}-lr{lr:g}-seed{seed}"
+        options = {"model": arguments.model, "method": method, "lr": lr, "seed": seed, **OPTIONS}
+        start = [f"--{key}={value}" for key, value in options.items()] + [f"--out={folder}"]
+        if (folder / "recipe.yaml").exists():
+            start = [f"--resume={folder}"]
+        command = [sys.executable, "-m", "paceline", "train", *start]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        found = [entry for entry in map(json.loads, lines) if "eval_loss" in entry]
+        losses[method, lr].append(found[-1]["eval_loss"])
+        if method.startswith("ema"):
+            losses["untrained", lr].append(found[0]["eval_loss"])
+            losses["adamw", lr].append(found[-1]["eval_live_loss"])
     print("| returned by | " + " | ".join(f"lr {lr:g}" for lr in RATES) + " |")
     print("|---|" + "---:|" * len(RATES))
     for method in ("untrained", "adamw", *METHODS):
-        print(f"| {method} | " + " | ".join(f"{rows[method, lr]:.3f}" for lr in RATES) + " |")
+        cells = []
+        for lr in RATES:
+            row = losses[method, lr]
+            differences = [x - y for x, y in zip(row, losses["adamw", lr], strict=True)]
+            cells.append(
+                f"{mean(row):.3f} ({min(differences):+.3f} to {max(differences):+.3f} of adamw)"
+            )
+        print(f"| {method} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

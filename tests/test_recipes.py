@@ -321,6 +321,8 @@ def test_a_recipe_that_may_not_be_read(monkeypatch, refused):
     ("values", "message"),
     [
         ({"task": "rl"}, "task: Input should be 'sft' or 'pretrain', got 'rl'"),
+        ({"batch": True}, "batch: this is no switch, got True"),  # in YAML: yes
+        ({"c": False}, "c: this is no switch, got False"),
         ({"model": 3}, "model: Input should be a valid string, got 3"),
         ({"model": None}, "model: give one, or the config of a new one"),
         ({"config": "gpt2"}, "config: Input should be a valid dictionary"),

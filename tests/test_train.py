@@ -967,6 +967,19 @@ def test_verify_resume_kills_and_certifies(values, tmp_path, capsys, monkeypatch
     assert_ended_alike(out / "whole", out / "killed")
 
 
+@pytest.mark.slow
+def test_verify_resume_at_another_number_of_processes(values, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    recipe, out = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "out"
+    options = ["--kills", "1", "--resume-processes", "2", "--out", str(out)]
+    assert main(["verify-resume", str(recipe), *options]) == 0
+    assert "of the norm apart" in capsys.readouterr().out
+    certificate = read(out / "certificate.json")
+    assert certificate["processes"] == [1, 2]
+    assert read(out / "killed" / "manifest.json")["resumed"][-1]["processes"] == 2
+    near(out / "killed", out / "whole")
+
+
 # ---- several processes ---------------------------------------------------------------------------
 
 

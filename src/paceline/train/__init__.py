@@ -17,6 +17,10 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
+        for name, value in values.items():  # yes and off are switches in YAML, not 1 and 0
+            field = type(self).model_fields.get(name)
+            if isinstance(value, bool) and field and field.annotation is not bool:
+                raise InputError(f"{name}: this is no switch, got {value}")
         try:
             super().__init__(**values)
         except ValidationError as error:

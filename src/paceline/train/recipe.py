@@ -184,6 +184,8 @@ class Recipe(Options):
             raise InputError(
                 "steps, epochs, tokens: give one of them; None takes back a recipe's own"
             )
+        if self.steps is not None and self.warmup >= max(1, self.steps):
+            raise InputError(f"warmup: {self.warmup:g} steps leave nothing of {self.steps}")
         if self.streaming and self.epochs is not None:
             raise InputError("epochs: a stream has no known length; give steps or tokens")
         if self.streaming and self.steps is None and self.tokens is None:
