@@ -1,5 +1,7 @@
 """What long commands show while they go on."""
 
+import warnings
+
 import datasets
 import transformers
 from rich.console import Console
@@ -11,6 +13,8 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    # What peft calls of transformers' is none of the user's business.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 
 def progress_bars(console: Console) -> Progress:
