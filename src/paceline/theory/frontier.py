@@ -1,0 +1,271 @@
+"""The fair frontier: what each method comes to at its own best parameters.
+
+Two questions. In the limit: how small is the returned model's excess loss, for what it forgets the
+start by? And at a horizon T from a distant start: how small is it at all? Every method has all of
+its parameters searched, and `floor` is what the best of all estimators would make of the same
+gradients.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import differential_evolution
+
+from .quadratic import (
+    Array,
+    Lookahead,
+    Method,
+    Pull,
+    Quadratic,
+    ScheduleFree,
+    half_life,
+    largest_gain,
+    limiting_error,
+    lookahead_error,
+    moments,
+    require,
+    spectral_radius,
+)
+
+EVERY = 10  # steps between Lookahead's synchronisations
+
+
+@dataclass(frozen=True)
+class Family:
+    """A method with parameters to be searched.
+
+    Args:
+        box: name -> (least, largest) of each.
+        make: the method, from the parameters as columns (m, 1), the problem, and the steps that
+            there are, None for no end. Adam's second moment is held fixed at the noise's variance.
+        contains: the family that this one is where its further parameters are next to nothing.
+    """
+
+    box: dict[str, tuple[float, float]]
+    make: Callable[[dict[str, Array], Quadratic, int | None], Method]
+    contains: str | None = None
+
+
+def _deviation(problem: Quadratic) -> Array:
+    """√v of Adam where the noise outweighs the signal."""
+    return np.asarray(np.sqrt(np.broadcast_to(problem.noise, (problem.size,))))
+
+
+def _adam(x: dict[str, Array], problem: Quadratic) -> Array:
+    return x["lr"] / (_deviation(problem) + x.get("eps", np.zeros(())))
+
+
+def _weight(x: dict[str, Array]) -> "Array | Callable[[int], Array]":
+    """The averaging weight: β where there is no end, else k^-κ."""
+    return x["beta"] if "beta" in x else lambda k: k ** -x["kappa"]
+
+
+def _clipped_pull(x: dict[str, Array], problem: Quadratic) -> "Array | Callable[[int], Array]":
+    """PACE's gain: min(1, η·c·β/√v)."""
+    weight, strength = _weight(x), x["lr"] * x["c"] / _deviation(problem)
+    if callable(weight):
+        return lambda k: np.minimum(1, strength * weight(k))
+    return np.minimum(1, strength * weight)
+
+
+RATE, WEIGHT, POWER = {"lr": (1e-4, 1.9)}, {"beta": (1e-4, 1.0)}, {"kappa": (0.01, 1.0)}
+GAIN, STRENGTH, EPSILON = {"gain": (1e-12, 1.0)}, {"c": (1e-9, 1e4)}, {"eps": (1e-6, 1e3)}
+
+
+def _families(weight: dict[str, tuple[float, float]]) -> dict[str, Family]:
+    return {
+        "SGD": Family(RATE, lambda x, p, _: Pull(x["lr"])),
+        "EMA": Family(RATE | weight, lambda x, p, _: Pull(x["lr"], _weight(x))),
+        "pull, one gain": Family(
+            RATE | weight | GAIN, lambda x, p, _: Pull(x["lr"], _weight(x), x["gain"]), "EMA"
+        ),
+        f"Lookahead, K = {EVERY}": Family(
+            RATE | {"alpha": (1e-3, 1.0)}, lambda x, p, _: Lookahead(x["lr"], EVERY, x["alpha"])
+        ),
+        "Adam, EMA": Family(RATE | weight, lambda x, p, _: Pull(_adam(x, p), _weight(x))),
+        "Adam with ε, EMA": Family(
+            {"lr": (1e-4, 1e3)} | weight | EPSILON,
+            lambda x, p, _: Pull(_adam(x, p), _weight(x)),
+            "Adam, EMA",
+        ),
+        "PACE": Family(
+            RATE | weight | STRENGTH,
+            lambda x, p, _: Pull(_adam(x, p), _weight(x), _clipped_pull(x, p)),
+            "Adam, EMA",
+        ),
+    }
+
+
+IN_THE_LIMIT = _families(WEIGHT)
+AT_A_HORIZON = {
+    **_families(POWER),
+    "SGD, decay": Family(
+        RATE, lambda x, p, steps: Pull(lambda k: x["lr"] * (1 - (k - 1) / (steps or k)))
+    ),
+    "uniform tail": Family(
+        RATE | {"start": (1e-2, 0.99)},
+        lambda x, p, steps: Pull(
+            x["lr"], lambda k: 1 / np.maximum(1, np.ceil(k - x["start"] * (steps or 0)))
+        ),
+    ),
+    "Schedule-Free": Family(
+        RATE | {"mu": (1e-2, 0.999)}, lambda x, p, _: ScheduleFree(x["lr"], x["mu"])
+    ),
+}
+
+
+class Best(NamedTuple):
+    """The least excess loss of a family, and the parameters that it has it at."""
+
+    loss: float
+    parameters: dict[str, float]
+
+
+def search(
+    objective: Callable[[dict[str, Array]], Array],
+    box: dict[str, tuple[float, float]],
+    candidates: int,
+    rounds: int,
+    known: Best | None = None,
+) -> Best:
+    """The least of an objective over a box, by SciPy's differential evolution of logarithms.
+
+    Args:
+        objective: of columns (m, 1) of parameters, an array (m,); infinite where not allowed.
+        box: name -> (least, largest) > 0.
+        candidates: in each round, for each parameter.
+        rounds: of candidates.
+        known: what it is not to be worse than; parameters that it lacks are at their least.
+
+    Returns:
+        An infinite loss, and no parameters, where nothing is allowed.
+    """
+
+    def columns(x: Array) -> dict[str, Array]:
+        return {name: np.exp(row).reshape(-1, 1) for name, row in zip(box, x, strict=True)}
+
+    def values(x: Array) -> Array:
+        found = objective(columns(x.reshape(len(box), -1)))
+        return np.where(found > 0, found, math.inf)  # not a number: it diverged
+
+    start = None
+    if known is not None and known.parameters:
+        start = [math.log(known.parameters.get(name, low)) for name, (low, _) in box.items()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # differences of infinities
+        result = differential_evolution(
+            values,
+            [(math.log(low), math.log(high)) for low, high in box.values()],
+            popsize=candidates,
+            maxiter=rounds,
+            tol=1e-6,
+            rng=0,
+            polish=False,
+            vectorized=True,
+            updating="deferred",
+            x0=start,
+        )
+    if not math.isfinite(result.fun):
+        return Best(math.inf, {})
+    return Best(float(result.fun), {k: float(v[0, 0]) for k, v in columns(result.x).items()})
+
+
+def best_in_the_limit(
+    family: Family, problem: Quadratic, forgets: float = math.inf, known: Best | None = None
+) -> Best:
+    """The least excess loss in the limit, among parameters that forget fast enough.
+
+    Args:
+        family: one of `IN_THE_LIMIT`.
+        problem: independent coordinates.
+        forgets: largest half-life of the slowest coordinate, steps, > 0.
+        known: the best of a family that is this one without some of its parameters.
+    """
+    curvature = problem.curvature
+
+    def objective(x: dict[str, Array]) -> Array:
+        method = family.make(x, problem, None)
+        lr = method.lr
+        a = lr * curvature
+        stable = a < 2
+        a = np.where(stable, a, 1.0)
+        noise = lr**2 * problem.noise
+        if isinstance(method, Lookahead):
+            error = lookahead_error(a, method.every, method.alpha, noise, problem.drift)
+            alpha = method.alpha
+            radius = (1 - alpha + alpha * abs(1 - a) ** method.every) ** (1 / method.every)
+        else:
+            assert isinstance(method, Pull)
+            beta, gain = method.beta, method.gain
+            stable &= gain < largest_gain(a, beta)
+            gain = np.where(stable, gain, 0.0)
+            error = limiting_error(a, beta, gain, noise, problem.drift)
+            radius = spectral_radius(a, beta, gain)
+        allowed = stable & (half_life(np.minimum(radius, 1 - 1e-15)) <= forgets)
+        return np.where(allowed.all(-1), problem.loss(error), math.inf)
+
+    return search(objective, family.box, candidates=40, rounds=120, known=known)
+
+
+def best_at_a_horizon(
+    family: Family, problem: Quadratic, steps: int, known: Best | None = None
+) -> Best:
+    """The least excess loss after so many steps from the problem's start.
+
+    Args:
+        family: one of `AT_A_HORIZON`.
+        problem: independent coordinates.
+        steps: T >= 1; for Lookahead's sake a multiple of `EVERY`.
+        known: the best of a family that is this one without some of its parameters.
+
+    Raises:
+        ValueError: steps are out of range.
+    """
+    require("steps", steps, 1, math.inf)
+
+    def objective(x: dict[str, Array]) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):  # what diverges is not the least
+            for k, state in enumerate(moments(family.make(x, problem, steps), problem)):
+                if k == steps:
+                    return problem.loss(state.second(problem))
+        raise AssertionError
+
+    return search(objective, family.box, candidates=30, rounds=25, known=known)
+
+
+def floor(problem: Quadratic, steps: int | None = None) -> float:
+    """The least expected excess loss that any estimator has, of the same noisy gradients.
+
+    A gradient tells the place of a minimum up to noise of variance s_g²/α². Without drift, from T
+    of them and a start at a distance of known size, the variance left is 1/(1/start² + Tα²/s_g²);
+    with drift, in the limit, that of the Kalman filter, (q² + √(q⁴ + 4q²s_g²/α²))/2.
+
+    Args:
+        problem: independent coordinates.
+        steps: T; None: in the limit.
+    """
+    curvature, start = problem.curvature, problem.start
+    seen = problem.noise / curvature**2
+    if steps is None:
+        drift = problem.drift
+        return float(problem.loss((drift + np.sqrt(drift**2 + 4 * drift * seen)) / 2))
+    return float(problem.loss(1 / (1 / start**2 + steps / seen)))
+
+
+def frontier(
+    families: dict[str, Family], find: Callable[[Family, Best | None], Best]
+) -> dict[str, Best]:
+    """The best of each family, none worse than that of a family that it contains.
+
+    Args:
+        families: those that others contain come before these.
+        find: `best_in_the_limit` or `best_at_a_horizon` for a problem.
+    """
+    found: dict[str, Best] = {}
+    for name, family in families.items():
+        found[name] = find(family, found.get(family.contains or ""))
+    return found

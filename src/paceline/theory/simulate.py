@@ -1,0 +1,196 @@
+"""Monte Carlo of the theory, by the optimizers that people use: many runs beside each other.
+
+Each run is a row of one parameter, in float64, and sees noise of its own; `paceline.PACE` and
+`Pullback` step all of them at once, for they work on every element by itself.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..averaged import AveragedOptimizer
+from ..averaging import Averaging
+from ..pullback import Pullback
+from .quadratic import Array, Quadratic, require
+
+Make = Callable[[list[Parameter]], AveragedOptimizer]
+
+
+class Estimate(NamedTuple):
+    """A mean over independent runs, and its standard error."""
+
+    mean: Array
+    error: Array
+
+    @property
+    def interval(self) -> tuple[Array, Array]:
+        """95 %, by the normal distribution."""
+        return self.mean - 1.96 * self.error, self.mean + 1.96 * self.error
+
+
+class Estimates(NamedTuple):
+    """Of the live weights and of the returned model."""
+
+    live: Estimate
+    returned: Estimate
+
+
+def estimate(samples: Tensor) -> Estimate:
+    """Mean and standard error over the first axis, of at least two runs."""
+    error = samples.std(0) / math.sqrt(len(samples))
+    return Estimate(samples.mean(0).numpy(), error.numpy())
+
+
+def _read_out(optimizer: AveragedOptimizer, weights: Tensor) -> tuple[Tensor, Tensor]:
+    live = weights.detach().clone()
+    with optimizer.averaged():
+        return live, weights.detach().clone()
+
+
+def simulate(
+    make: Make, problem: Quadratic, steps: int, runs: int = 1000, seed: int = 0
+) -> Estimates:
+    """E θᵢ² of each coordinate after some steps on a quadratic, by a real optimizer.
+
+    Args:
+        make: an optimizer of a list with one parameter, (runs, n) in float64; its learning rate
+            times the curvature is the theory's a.
+        problem: curvature, noise of the gradients, drift and start; normal noise.
+        steps: >= 0.
+        runs: independent ones, >= 2.
+        seed: of the noise; two optimizers with the same seed see the same noise.
+
+    Returns:
+        Estimates of arrays (n,).
+
+    Raises:
+        ValueError: steps or runs are out of range.
+    """
+    require("steps", steps, 0, math.inf)
+    require("runs", runs, 2, math.inf)
+    generator = torch.Generator().manual_seed(seed)
+    hessian = torch.from_numpy(problem.curvature)
+    shape = (runs, problem.size)
+
+    def factor(variance: object) -> Tensor:
+        """L with L·Lᵀ the covariance; for coordinates, the standard deviations."""
+        given = np.asarray(variance, dtype=np.float64)
+        if not problem.general:
+            return torch.from_numpy(np.sqrt(np.broadcast_to(given, shape[1:])))
+        values, vectors = np.linalg.eigh(given)
+        return torch.from_numpy(vectors * np.sqrt(values.clip(0)))
+
+    noise, drift = factor(problem.noise), factor(problem.drift)
+
+    def drawn(deviation: Tensor) -> Tensor:
+        normal = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return normal @ deviation.T if problem.general else normal * deviation
+
+    minimum = torch.zeros(shape, dtype=torch.float64)
+    start = torch.from_numpy(np.array(np.broadcast_to(np.asarray(problem.start), shape[1:])))
+    weights = Parameter(start.repeat(runs, 1))
+    optimizer = make([weights])
+    for _ in range(steps):
+        distance = weights.detach() - minimum
+        slope = distance @ hessian if problem.general else distance * hessian
+        weights.grad = slope + drawn(noise)
+        optimizer.step()
+        if drift.any():
+            minimum += drawn(drift)
+    live, returned = _read_out(optimizer, weights)
+    return Estimates(estimate((live - minimum) ** 2), estimate((returned - minimum) ** 2))
+
+
+# ---- convex and Lipschitz -----------------------------------------------------------------------
+
+
+class Stylised(NamedTuple):
+    """SGD with an average by a rule, and a pull toward it whose gain is g·β_t."""
+
+    averaging: Averaging
+    pull: float = 0.0  # g, with g·β_t <= 1
+
+
+def convex_errors(
+    methods: Sequence[Stylised],
+    steps: int,
+    *,
+    runs: int = 32,
+    coordinates: int = 16,
+    rate: float = 1.0,
+    seed: int = 0,
+) -> list[Estimate]:
+    """Excess loss of what the methods return on a convex Lipschitz problem, at one horizon.
+
+        f(x) = Σ 2^-i·|xᵢ - 1|,  i = 1 ... n,     from x = 0,     subgradients with N(0, 1) noise
+
+    has at every horizon T coordinates whose slope is lost in the noise of T steps, so that no
+    method that steps by η = rate/√T does better than a constant over √T. The methods see the same
+    noise.
+
+    Args:
+        methods: rules that need the average alone.
+        steps: T >= 1.
+        runs: independent ones, >= 2.
+        coordinates: n >= 1; 2^-n is well below 1/√T.
+        rate: times 1/√T, the learning rate, > 0.
+        seed: of the noise.
+
+    Returns:
+        For each method, mean and standard error of f over the runs.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    for name, value, low in (
+        ("steps", steps, 1),
+        ("runs", runs, 2),
+        ("coordinates", coordinates, 1),
+    ):
+        require(name, value, low, math.inf)
+    require("rate", rate, 0, math.inf, open_="low")
+    generator = torch.Generator().manual_seed(seed)
+    slopes = 0.5 ** torch.arange(1, coordinates + 1, dtype=torch.float64)
+    shape = (runs, coordinates)
+    weights = [Parameter(torch.zeros(shape, dtype=torch.float64)) for _ in methods]
+    groups = [{"params": [p]} for p in weights]
+    optimizer = Pullback(torch.optim.SGD(groups, lr=rate / math.sqrt(steps)), gain="scalar")
+    for group, method in zip(optimizer.param_groups, methods, strict=True):
+        group["averaging"] = str(method.averaging)
+    for k in range(1, steps + 1):
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        for p, group, method in zip(weights, optimizer.param_groups, methods, strict=True):
+            p.grad = slopes * torch.sign(p.detach() - 1) + noise
+            if method.pull:
+                group["pullback"] = method.pull * float(method.averaging.weight(k))
+        optimizer.step()
+    found = [_read_out(optimizer, p)[1] for p in weights]
+    return [estimate(((x - 1).abs() * slopes).sum(-1)) for x in found]
+
+
+def slope(horizons: Sequence[int], errors: Sequence[Estimate]) -> Estimate:
+    """Of log error against log T, by least squares, with its standard error.
+
+    Args:
+        horizons: T, two or more.
+        errors: an estimate at each, independent of each other.
+
+    Raises:
+        ValueError: there are not as many of both, or fewer than two.
+    """
+    if len(horizons) != len(errors) or len(horizons) < 2:
+        raise ValueError(
+            f"horizons and errors must be two or more, as many of each, got {len(horizons)} and "
+            f"{len(errors)}"
+        )
+    x = np.log(np.asarray(horizons, dtype=np.float64))
+    x -= x.mean()
+    means = np.array([e.mean for e in errors])
+    relative = np.array([e.error for e in errors]) / means
+    share = x / (x @ x)
+    return Estimate(np.asarray(share @ np.log(means)), np.asarray(np.sqrt(share**2 @ relative**2)))
