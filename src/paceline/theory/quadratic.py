@@ -551,7 +551,7 @@ def _step(method: Method, problem: Quadratic, k: int) -> tuple[Array, Array]:
 
 
 def _times(a: Array, b: Array) -> Array:
-    return np.einsum("ij...,jk...->ik...", a, b)
+    return np.asarray(np.einsum("ij...,jk...->ik...", a, b))
 
 
 def moments(method: Method, problem: Quadratic) -> Iterator[Moments]:
