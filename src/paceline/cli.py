@@ -19,6 +19,7 @@ class Command(NamedTuple):
     options: str  # a class of it: what tyro parses, with its help
     function: str  # of it: takes such options and a console; may return an exit status
     summary: str
+    extra: str = "train"  # of the package, that it needs
 
 
 COMMANDS = {
@@ -31,6 +32,17 @@ COMMANDS = {
     "average": Command("train.merge", "Merge", "merge", "merge the checkpoints of a run"),
     "compare": Command("study.compare", "Comparison", "compare_command", "compare methods"),
     "bench": Command("study.bench", "Bench", "bench", "measure what optimizers cost"),
+    **{
+        f"theory {name}": Command("theory.lab", options, "show", summary, "theory")
+        for name, options, summary in (
+            ("limit", "Limit", "the limiting error, three ways"),
+            ("family", "Instances", "instances of unbounded improvement over an EMA"),
+            ("control", "Control", "from the optimal controller to PACE's gain"),
+            ("frontier", "Frontier", "each method at its own best parameters"),
+            ("twin", "Twin", "the EMA that a pull amounts to"),
+            ("rate", "Rate", "the rate on a convex Lipschitz problem"),
+        )
+    },
 }
 
 
@@ -45,9 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"paceline {version('paceline')}")
         return 0
-    if not arguments or arguments[0] in ("-h", "--help"):
+    group = arguments[:-1] if arguments[-1:] in (["-h"], ["--help"]) else arguments
+    if group in ([], ["theory"]):
         print("usage: paceline COMMAND [OPTIONS]\n\nTrain the model you return.\n")
-        print("\n".join(f"  {name:14} {command.summary}" for name, command in COMMANDS.items()))
+        for name, command in COMMANDS.items():
+            if name.split()[: len(group)] == group:
+                print(f"  {name:16} {command.summary}")
         print("\npaceline COMMAND --help explains the options of each.")
         return 0
     errors = sys.stderr if os.environ.get("RANK", "0") == "0" else io.StringIO()  # one speaks
@@ -56,8 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         from .train import InputError, unknown
     except ModuleNotFoundError as error:
-        return _missing(error)
-    name, *rest = arguments
+        return _missing(error, "theory" if arguments[0] == "theory" else "train")
+    words = 2 if arguments[0] == "theory" else 1  # theory is six commands
+    name, rest = " ".join(arguments[:words]), arguments[words:]
     try:
         if name not in COMMANDS:
             raise InputError(unknown(name, COMMANDS, "command"))
@@ -68,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = getattr(module, command.function)(options, console)
         return status if isinstance(status, int) else 0
     except ModuleNotFoundError as error:
-        return _missing(error)
+        return _missing(error, COMMANDS[name].extra)
     except InputError as error:
         print(f"paceline: {' '.join(str(error).split())}", file=errors)
         return 2
@@ -77,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _missing(error: ModuleNotFoundError) -> int:
-    print(f"paceline: {error}; pip install 'paceline[train]'", file=sys.stderr)
+def _missing(error: ModuleNotFoundError, extra: str) -> int:
+    print(f"paceline: {error}; pip install 'paceline[{extra}]'", file=sys.stderr)
     return 2
 
 

@@ -9,11 +9,12 @@ g(t) = (1 - e^{-a(T-t)})/a. It obeys dz = g·u dt + g·σ dW, so that
 
     u*(t) = -(g(t)·P(t)/ρ)·z_t,      1/P(t) = T² + (1/ρ)·∫_t^T g(s)² ds
 
-In discrete time, for any number of coordinates and any averaging weights w_0 ... w_T,
+In discrete time, for any number of coordinates and any average,
 
-    x_{k+1} = A·x_k + u_k + ξ_k,     S_k = Σ_{j<=k} w_j·x_j,     minimise  E S_TᵀM·S_T + ρ·Σ E|u_k|²
+    x_{k+1} = (1-a)·x_k + u_k + ξ_k,      x̄_k = (1-β_k)·x̄_{k-1} + β_k·x_k,      x̄_0 = x_0
+    minimise  E x̄_TᵀM·x̄_T + ρ·Σ E|u_k|²
 
-is solved exactly by a Riccati recursion on (x, S).
+is solved exactly by a Riccati recursion on (x, x̄).
 
 Source: the problem is that of Au & Block, arXiv:2606.25086 (2026); the solutions are ours.
 """
@@ -119,25 +120,30 @@ def long_horizon_gain(horizon: ArrayLike, a: ArrayLike, penalty: ArrayLike) -> A
 # ---- any number of coordinates, discrete time ---------------------------------------------------
 
 
-def uniform_weights(steps: int) -> Array:
-    """w_0 ... w_T of the mean of all iterates."""
-    return np.full(steps + 1, 1 / (steps + 1))
+def newest_weights(weights: ArrayLike) -> Array:
+    """β_1 ... β_T of the average Σ w_k·x_k: β_k = w_k / (w_0 + ... + w_k).
 
+    Equal weights give 1/(k+1).
 
-def ema_weights(steps: int, beta: float) -> Array:
-    """w_0 ... w_T of an EMA of weight β in (0, 1], which begins with x_0.
+    Args:
+        weights: w_0 ... w_T, of any sign, that add up to 1.
 
     Raises:
-        ValueError: β is out of its range.
+        ValueError: they do not, or a partial sum is 0.
     """
-    require("beta", beta, 0, 1, open_="low")
-    weights = beta * (1 - beta) ** np.arange(steps, -1.0, -1.0)
-    weights[0] = (1 - beta) ** steps
-    return weights
+    weights = require("weights", weights, -math.inf, math.inf)
+    if weights.ndim != 1 or len(weights) < 2:
+        raise ValueError(f"weights must be two or more in a row, got the shape {weights.shape}")
+    so_far = np.cumsum(weights)
+    if abs(so_far[-1] - 1) > 1e-9:
+        raise ValueError(f"weights must add up to 1, they are {so_far[-1] - 1:+g} off")
+    if (so_far == 0).any():
+        raise ValueError(f"the first {int(so_far.argmin()) + 1} weights must not add up to 0")
+    return np.asarray(weights[1:] / so_far[1:])
 
 
 class Outcome(NamedTuple):
-    """What a controller comes to: E S_TᵀM·S_T, Σ E|u|², and both with the penalty."""
+    """What a controller comes to: E x̄_TᵀM·x̄_T, Σ E|u|², and both with the penalty."""
 
     error: float
     effort: float
@@ -150,7 +156,8 @@ class Regulator:
 
     Args:
         curvature: a = η·H: (n,), coordinates in (0, 2), or (d, d), symmetric.
-        weights: w_0 ... w_T of the iterates in what is returned, any numbers.
+        beta: β_1 ... β_T, the newest iterate's weight in the average, as `newest_weights` or a
+            rule of `paceline.averaging` has them.
         penalty: ρ > 0.
         noise: variance of a step's noise, >= 0, for each coordinate or all; or (d, d).
         start: x_0, for each coordinate or all.
@@ -161,7 +168,7 @@ class Regulator:
     """
 
     curvature: Numbers
-    weights: Numbers
+    beta: Numbers
     penalty: float
     noise: Numbers = 1.0
     start: Numbers = 0.0
@@ -174,9 +181,9 @@ class Regulator:
         values = np.linalg.eigvalsh(_symmetric("curvature", matrix, d))
         require("curvature", values, 0, 2, open_="both")
         require("penalty", self.penalty, 0, math.inf, open_="low")
-        weights = require("weights", self.weights, -math.inf, math.inf)
-        if weights.ndim != 1 or len(weights) < 2:
-            raise ValueError(f"weights must be two or more in a row, got the shape {weights.shape}")
+        beta = require("beta", self.beta, -math.inf, math.inf)
+        if beta.ndim != 1 or not len(beta):
+            raise ValueError(f"beta must be one or more in a row, got the shape {beta.shape}")
         noise = np.asarray(self.noise, dtype=np.float64)
         covariance = noise if noise.ndim == 2 else np.diag(np.broadcast_to(noise, (d,)))
         terminal = np.eye(d) if self.terminal is None else np.asarray(self.terminal, np.float64)
@@ -189,7 +196,7 @@ class Regulator:
         start = require("start", self.start, -math.inf, math.inf)
         for name, value in (
             ("curvature", matrix),
-            ("weights", weights),
+            ("beta", beta),
             ("noise", covariance),
             ("start", np.broadcast_to(start, (d,))),
             ("terminal", terminal),
@@ -199,22 +206,22 @@ class Regulator:
     @property
     def steps(self) -> int:
         """T."""
-        return len(self.weights) - 1
+        return len(self.beta)
 
     def _step(self, k: int) -> tuple[Array, Array]:
-        """(x, S)_{k+1} = A·(x, S)_k + B·(u_k + ξ_k)."""
-        one, weight = np.eye(len(self.curvature)), self.weights[k + 1]
-        decay = one - self.curvature
+        """(x, x̄)_{k+1} = A·(x, x̄)_k + B·(u_k + ξ_k)."""
+        one, new = np.eye(len(self.curvature)), self.beta[k]
+        stay = one - self.curvature
         return (
-            np.block([[decay, 0 * one], [weight * decay, one]]),
-            np.vstack([one, weight * one]),
+            np.block([[stay, 0 * one], [new * stay, (1 - new) * one]]),
+            np.vstack([one, new * one]),
         )
 
     def solve(self) -> tuple[Array, Outcome]:
         """The best of all controllers, and what it comes to.
 
         Returns:
-            gains (T, d, 2d), with u_k = -gains[k] @ (x_k, S_k); and their outcome.
+            gains (T, d, 2d), with u_k = -gains[k] @ (x_k, x̄_k); and their outcome.
         """
         d = len(self.curvature)
         value = np.zeros((2 * d, 2 * d))
@@ -228,43 +235,35 @@ class Regulator:
             value = (value + value.T) / 2
         return gains, self.outcome(gains)
 
-    def toward_average(self, gains: ArrayLike) -> Array:
-        """Those of u_k = -λ_k·(x_k - x̄_k), with the average of the iterates so far, weighted by w.
+    def feedback(self, live: ArrayLike, average: ArrayLike) -> Array:
+        """The gains of u_k = -live_k·x_k - average_k·x̄_k, each coordinate by itself.
 
         Args:
-            gains: λ, which broadcasts to (T, d).
+            live: broadcasts to (T, d).
+            average: broadcasts to (T, d). `feedback(λ, -λ)` is a pull of gain λ to the average.
 
         Returns:
-            gains on (x, S), (T, d, 2d).
+            gains (T, d, 2d).
         """
-        d, weights = len(self.curvature), self.weights
-        pull = np.broadcast_to(np.asarray(gains, dtype=np.float64), (self.steps, d))
-        so_far = np.cumsum(weights)[:-1, None]
-        one = np.eye(d)
-        return np.concatenate([pull[..., None] * one, -(pull / so_far)[..., None] * one], axis=-1)
-
-    def toward_minimum(self, live: ArrayLike, total: ArrayLike) -> Array:
-        """Those of u_k = -live_k·x_k - total_k·S_k; both broadcast to (T, d)."""
         shape = (self.steps, len(self.curvature))
-        parts = [np.broadcast_to(np.asarray(x, dtype=np.float64), shape) for x in (live, total)]
+        parts = [np.broadcast_to(np.asarray(x, dtype=np.float64), shape) for x in (live, average)]
         return np.concatenate([x[..., None] * np.eye(shape[1]) for x in parts], axis=-1)
 
     def outcome(self, gains: Array) -> Outcome:
         """Error and effort of a linear controller, exactly.
 
         Args:
-            gains: (T, d, 2d), with u_k = -gains[k] @ (x_k, S_k).
+            gains: (T, d, 2d), with u_k = -gains[k] @ (x_k, x̄_k).
         """
-        noise, terminal = self.noise, self.terminal
-        start = np.concatenate([self.start, self.weights[0] * self.start])
+        start = np.concatenate([self.start, self.start])
         second, effort = np.outer(start, start), 0.0
         for k, gain in enumerate(gains):
             a, b = self._step(k)
             effort += float(np.trace(gain @ second @ gain.T))
             closed = a - b @ gain
-            second = closed @ second @ closed.T + b @ noise @ b.T
-        d = len(terminal)
-        error = float(np.trace(terminal @ second[d:, d:]))
+            second = closed @ second @ closed.T + b @ self.noise @ b.T
+        d = len(self.terminal)
+        error = float(np.trace(self.terminal @ second[d:, d:]))
         return Outcome(error, effort, error + self.penalty * effort)
 
 

@@ -257,15 +257,17 @@ def floor(problem: Quadratic, steps: int | None = None) -> float:
 
 
 def frontier(
-    families: dict[str, Family], find: Callable[[Family, Best | None], Best]
+    families: dict[str, Family], best: Callable[..., Best], problem: Quadratic, *limits: float
 ) -> dict[str, Best]:
     """The best of each family, none worse than that of a family that it contains.
 
     Args:
         families: those that others contain come before these.
-        find: `best_in_the_limit` or `best_at_a_horizon` for a problem.
+        best: `best_in_the_limit` or `best_at_a_horizon`.
+        problem: independent coordinates.
+        limits: what else it takes: the half-life, or the steps.
     """
     found: dict[str, Best] = {}
     for name, family in families.items():
-        found[name] = find(family, found.get(family.contains or ""))
+        found[name] = best(family, problem, *limits, known=found.get(family.contains or ""))
     return found

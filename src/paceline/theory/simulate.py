@@ -127,11 +127,11 @@ def convex_errors(
 ) -> list[Estimate]:
     """Excess loss of what the methods return on a convex Lipschitz problem, at one horizon.
 
-        f(x) = Σ 2^-i·|xᵢ - 1|,  i = 1 ... n,     from x = 0,     subgradients with N(0, 1) noise
+        f(x) = Σ 2^-i·|xᵢ - 1/i|,  i = 1 ... n,    from x = 0,    subgradients with N(0, 1/i²) noise
 
-    has at every horizon T coordinates whose slope is lost in the noise of T steps, so that no
-    method that steps by η = rate/√T does better than a constant over √T. The methods see the same
-    noise.
+    At every horizon T it has coordinates whose slope is lost in the noise of T steps, so that no
+    method that steps by η = rate/√T does better than a constant over √T, while distance and noise
+    are bounded for any n. The methods see the same noise.
 
     Args:
         methods: rules that need the average alone.
@@ -156,6 +156,7 @@ def convex_errors(
     require("rate", rate, 0, math.inf, open_="low")
     generator = torch.Generator().manual_seed(seed)
     slopes = 0.5 ** torch.arange(1, coordinates + 1, dtype=torch.float64)
+    places = 1 / torch.arange(1, coordinates + 1, dtype=torch.float64)
     shape = (runs, coordinates)
     weights = [Parameter(torch.zeros(shape, dtype=torch.float64)) for _ in methods]
     groups = [{"params": [p]} for p in weights]
@@ -163,14 +164,14 @@ def convex_errors(
     for group, method in zip(optimizer.param_groups, methods, strict=True):
         group["averaging"] = str(method.averaging)
     for k in range(1, steps + 1):
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        noise = places * torch.randn(shape, generator=generator, dtype=torch.float64)
         for p, group, method in zip(weights, optimizer.param_groups, methods, strict=True):
-            p.grad = slopes * torch.sign(p.detach() - 1) + noise
+            p.grad = slopes * torch.sign(p.detach() - places) + noise
             if method.pull:
                 group["pullback"] = method.pull * float(method.averaging.weight(k))
         optimizer.step()
     found = [_read_out(optimizer, p)[1] for p in weights]
-    return [estimate(((x - 1).abs() * slopes).sum(-1)) for x in found]
+    return [estimate(((x - places).abs() * slopes).sum(-1)) for x in found]
 
 
 def slope(horizons: Sequence[int], errors: Sequence[Estimate]) -> Estimate:
