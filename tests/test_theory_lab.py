@@ -1,7 +1,6 @@
 """`paceline theory`: what it prints, draws and refuses."""
 
 import json
-import math
 import re
 
 import numpy as np
@@ -188,9 +187,9 @@ def test_numbers_in_commands_are_those_that_were_given():
     assert Frontier().command == "paceline theory frontier"
 
 
-def test_unstable_methods_have_no_bar(found):
-    # Nothing is drawn for what no parameters can do; the table shows a dash.
-    from paceline.theory.lab import _written
-
-    assert _written(math.inf) == "—"
-    assert _written(0.12345) == "0.1235"
+def test_what_no_parameters_can_do_is_a_dash_and_null(tmp_path, capsys):
+    # In a fifth of a step nothing forgets half of a curvature that is an eighth of the largest.
+    small = ["--coordinates", "8", "--half-lives", "0.2", "--steps", "10", "--drift", "0.01"]
+    assert main(["theory", "frontier", *small, "--json", "--out", str(tmp_path)]) == 0
+    rows = table(json.loads(capsys.readouterr().out))
+    assert [row["SGD"] is None for row in rows] == [False, True, True]

@@ -109,7 +109,8 @@ def show(options: Lab, console: Console) -> None:
         InputError: a number is out of its range; by how much.
     """
     try:
-        finding = options.find()
+        with console.status(options.command):
+            finding = options.find()
     except ValueError as error:
         raise InputError(str(error)) from error
     paths = [options.out / f"{options.name}.{kind}" for kind in ("svg", "png")]
@@ -123,13 +124,18 @@ def show(options: Lab, console: Console) -> None:
     if options.as_json:
         said = {
             "command": options.command,
-            "tables": [table._asdict() for table in finding.tables],
+            "tables": [
+                {
+                    "title": title,
+                    "columns": columns,
+                    "rows": [[_plain(x) for x in row] for row in rows],
+                }
+                for title, columns, rows in finding.tables
+            ],
             "notes": finding.notes,
             "figures": [str(path) for path in paths],
         }
-        console.print(
-            json.dumps(said, default=float), highlight=False, markup=False, soft_wrap=True
-        )
+        console.print(json.dumps(said), highlight=False, markup=False, soft_wrap=True)
         return
     for title, columns, rows in finding.tables:
         table = Table(title=title)
@@ -141,6 +147,11 @@ def show(options: Lab, console: Console) -> None:
     for note in finding.notes:
         console.print(f"• {note}", highlight=False, markup=False)
     console.print(f"Figure: {paths[0]}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _plain(x: Any) -> "str | float | None":
+    """For JSON, which has no infinity."""
+    return x if isinstance(x, str) else float(x) if math.isfinite(x) else None
 
 
 def _written(x: float) -> str:
@@ -481,7 +492,8 @@ class Frontier(Lab):
 
 def _relative(found: dict[str, Any]) -> list[float]:
     plain = found["EMA"].loss
-    return [plain, *(best.loss / plain for best in found.values())]
+    possible = math.isfinite(plain)
+    return [plain, *(best.loss / plain if possible else math.nan for best in found.values())]
 
 
 def _bars(tables: Sequence[Rows], problems: Sequence[str]) -> Figure:
