@@ -188,8 +188,8 @@ def test_numbers_in_commands_are_those_that_were_given():
 
 
 def test_what_no_parameters_can_do_is_a_dash_and_null(tmp_path, capsys):
-    # In a fifth of a step nothing forgets half of a curvature that is an eighth of the largest.
-    small = ["--coordinates", "8", "--half-lives", "0.2", "--steps", "10", "--drift", "0.01"]
+    # In a step nothing that is stable forgets half of a curvature an eighth of the largest.
+    small = ["--coordinates", "8", "--half-lives", "1", "--steps", "10", "--drift", "0.01"]
     assert main(["theory", "frontier", *small, "--json", "--out", str(tmp_path)]) == 0
     rows = table(json.loads(capsys.readouterr().out))
     assert [row["SGD"] is None for row in rows] == [False, True, True]

@@ -110,7 +110,7 @@ def long_horizon_gain(horizon: ArrayLike, a: ArrayLike, penalty: ArrayLike) -> A
     """What the certainty-equivalent gain is long before the end, for aT >> 1: 1/(ρa²T² + T).
 
     It falls with the curvature, and is never more than 1/T. Arguments and errors are those of
-    `optimal_value`.
+    `optimal_value` at t = 0.
     """
     _, horizon, a = _horizon(0.0, horizon, a)
     penalty = require("penalty", penalty, 0, math.inf, open_="low")
@@ -137,8 +137,9 @@ def newest_weights(weights: ArrayLike) -> Array:
     so_far = np.cumsum(weights)
     if abs(so_far[-1] - 1) > 1e-9:
         raise ValueError(f"weights must add up to 1, they are {so_far[-1] - 1:+g} off")
-    if (so_far == 0).any():
-        raise ValueError(f"the first {int(so_far.argmin()) + 1} weights must not add up to 0")
+    nothing = abs(so_far[1:]) <= 1e-12 * abs(weights).max()
+    if nothing.any():
+        raise ValueError(f"the first {int(nothing.argmax()) + 2} weights must not add up to 0")
     return np.asarray(weights[1:] / so_far[1:])
 
 
@@ -161,7 +162,7 @@ class Regulator:
         penalty: ρ > 0.
         noise: variance of a step's noise, >= 0, for each coordinate or all; or (d, d).
         start: x_0, for each coordinate or all.
-        terminal: M, (d, d), symmetric and not indefinite. Default: the identity.
+        terminal: M, (d, d), symmetric and positive semidefinite. Default: the identity.
 
     Raises:
         ValueError: an argument is out of its range, by how much.
@@ -184,6 +185,10 @@ class Regulator:
         beta = require("beta", self.beta, -math.inf, math.inf)
         if beta.ndim != 1 or not len(beta):
             raise ValueError(f"beta must be one or more in a row, got the shape {beta.shape}")
+        for name in ("noise", "start"):
+            shape = np.shape(getattr(self, name))
+            if shape not in ((), (1,), (d,)) and (name, len(shape)) != ("noise", 2):
+                raise ValueError(f"{name} must be of the shape () or ({d},), got {shape}")
         noise = np.asarray(self.noise, dtype=np.float64)
         covariance = noise if noise.ndim == 2 else np.diag(np.broadcast_to(noise, (d,)))
         terminal = np.eye(d) if self.terminal is None else np.asarray(self.terminal, np.float64)
@@ -254,7 +259,14 @@ class Regulator:
 
         Args:
             gains: (T, d, 2d), with u_k = -gains[k] @ (x_k, x̄_k).
+
+        Raises:
+            ValueError: they are of another shape.
         """
+        d = len(self.curvature)
+        if np.shape(gains) != (self.steps, d, 2 * d):
+            shape = (self.steps, d, 2 * d)
+            raise ValueError(f"gains must be of the shape {shape}, got {np.shape(gains)}")
         start = np.concatenate([self.start, self.start])
         second, effort = np.outer(start, start), 0.0
         for k, gain in enumerate(gains):
@@ -262,7 +274,6 @@ class Regulator:
             effort += float(np.trace(gain @ second @ gain.T))
             closed = a - b @ gain
             second = closed @ second @ closed.T + b @ self.noise @ b.T
-        d = len(self.terminal)
         error = float(np.trace(self.terminal @ second[d:, d:]))
         return Outcome(error, effort, error + self.penalty * effort)
 

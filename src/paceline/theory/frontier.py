@@ -2,8 +2,8 @@
 
 Two questions. In the limit: how small is the returned model's excess loss, for what it forgets the
 start by? And at a horizon T from a distant start: how small is it at all? Every method has all of
-its parameters searched, and `floor` is what the best of all estimators would make of the same
-gradients.
+its parameters searched, in boxes for problems whose largest curvature and noise are about 1; and
+`floor` is what the best linear estimator would make of the same gradients.
 """
 
 import math
@@ -29,6 +29,7 @@ from .quadratic import (
     moments,
     require,
     spectral_radius,
+    whole,
 )
 
 EVERY = 10  # steps between Lookahead's synchronisations
@@ -65,15 +66,15 @@ def _weight(x: dict[str, Array]) -> "Array | Callable[[int], Array]":
 
 
 def _clipped_pull(x: dict[str, Array], problem: Quadratic) -> "Array | Callable[[int], Array]":
-    """PACE's gain: min(1, η·c·β/√v)."""
+    """PACE's gain: min(1, η·c·β_k/√v); with a constant weight it has no such factor."""
     weight, strength = _weight(x), x["lr"] * x["c"] / _deviation(problem)
     if callable(weight):
         return lambda k: np.minimum(1, strength * weight(k))
-    return np.minimum(1, strength * weight)
+    return np.minimum(1, strength)
 
 
-RATE, WEIGHT, POWER = {"lr": (1e-4, 1.9)}, {"beta": (1e-4, 1.0)}, {"kappa": (0.01, 1.0)}
-GAIN, STRENGTH, EPSILON = {"gain": (1e-12, 1.0)}, {"c": (1e-9, 1e4)}, {"eps": (1e-6, 1e3)}
+RATE, WEIGHT, POWER = {"lr": (1e-4, 1e3)}, {"beta": (1e-4, 1.0)}, {"kappa": (0.01, 1.0)}
+GAIN, STRENGTH, EPSILON = {"gain": (1e-12, 1.0)}, {"c": (1e-9, 1e4)}, {"eps": (1e-9, 1e3)}
 
 
 def _families(weight: dict[str, tuple[float, float]]) -> dict[str, Family]:
@@ -88,7 +89,7 @@ def _families(weight: dict[str, tuple[float, float]]) -> dict[str, Family]:
         ),
         "Adam, EMA": Family(RATE | weight, lambda x, p, _: Pull(_adam(x, p), _weight(x))),
         "Adam with ε, EMA": Family(
-            {"lr": (1e-4, 1e3)} | weight | EPSILON,
+            RATE | weight | EPSILON,
             lambda x, p, _: Pull(_adam(x, p), _weight(x)),
             "Adam, EMA",
         ),
@@ -135,11 +136,13 @@ def search(
     """The least of an objective over a box, by SciPy's differential evolution of logarithms.
 
     Args:
-        objective: of columns (m, 1) of parameters, an array (m,); infinite where not allowed.
+        objective: of columns (m, 1) of parameters, an array (m,), >= 0; anything else than such
+            numbers is not allowed.
         box: name -> (least, largest) > 0.
         candidates: in each round, for each parameter.
         rounds: of candidates.
-        known: what it is not to be worse than; parameters that it lacks are at their least.
+        known: what it is not to be worse than; it starts from there, with the parameters that it
+            lacks at their least, and returns it if it finds nothing better.
 
     Returns:
         An infinite loss, and no parameters, where nothing is allowed.
@@ -150,16 +153,19 @@ def search(
 
     def values(x: Array) -> Array:
         found = objective(columns(x.reshape(len(box), -1)))
-        return np.where(found > 0, found, math.inf)  # not a number: it diverged
+        return np.where(found >= 0, found, math.inf)  # what diverged is anything
 
-    start = None
+    ends, start = np.log(np.array(list(box.values()))), None
     if known is not None and known.parameters:
-        start = [math.log(known.parameters.get(name, low)) for name, (low, _) in box.items()]
+        filled = {name: known.parameters.get(name, low) for name, (low, _) in box.items()}
+        known = Best(known.loss, filled)
+        hair = 1e-12 * (ends[:, 1] - ends[:, 0])  # SciPy's own rounding
+        start = np.clip(np.log(list(filled.values())), ends[:, 0] + hair, ends[:, 1] - hair)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # differences of infinities
         result = differential_evolution(
             values,
-            [(math.log(low), math.log(high)) for low, high in box.values()],
+            ends.tolist(),
             popsize=candidates,
             maxiter=rounds,
             tol=1e-6,
@@ -169,6 +175,8 @@ def search(
             updating="deferred",
             x0=start,
         )
+    if known is not None and not result.fun < known.loss:
+        return known
     if not math.isfinite(result.fun):
         return Best(math.inf, {})
     return Best(float(result.fun), {k: float(v[0, 0]) for k, v in columns(result.x).items()})
@@ -184,7 +192,12 @@ def best_in_the_limit(
         problem: independent coordinates.
         forgets: largest half-life of the slowest coordinate, steps, > 0.
         known: the best of a family that is this one without some of its parameters.
+
+    Raises:
+        ValueError: the problem is not of independent coordinates, or the half-life out of range.
     """
+    _independent(problem)
+    require("forgets", min(forgets, 1e300), 0, math.inf, open_="low")
     curvature = problem.curvature
 
     def objective(x: dict[str, Array]) -> Array:
@@ -223,9 +236,11 @@ def best_at_a_horizon(
         known: the best of a family that is this one without some of its parameters.
 
     Raises:
-        ValueError: steps are out of range.
+        ValueError: the problem is not of independent coordinates, or steps no number of steps.
     """
+    _independent(problem)
     require("steps", steps, 1, math.inf)
+    whole("steps", steps)
 
     def objective(x: dict[str, Array]) -> Array:
         with np.errstate(over="ignore", invalid="ignore"):  # what diverges is not the least
@@ -238,22 +253,38 @@ def best_at_a_horizon(
 
 
 def floor(problem: Quadratic, steps: int | None = None) -> float:
-    """The least expected excess loss that any estimator has, of the same noisy gradients.
+    """The least expected excess loss that a linear estimator has, of the same noisy gradients.
 
-    A gradient tells the place of a minimum up to noise of variance s_g²/α². Without drift, from T
-    of them and a start at a distance of known size, the variance left is 1/(1/start² + Tα²/s_g²);
-    with drift, in the limit, that of the Kalman filter, (q² + √(q⁴ + 4q²s_g²/α²))/2.
+    A gradient tells the place of a minimum up to noise of variance r = s_g²/α². Of a start at a
+    distance of known size, but not direction, T of them and the drift make the variance
+
+        V_0 = start²,      V_{k+1} = V_k·r/(V_k + r) + q²
+
+    and in the limit (q² + √(q⁴ + 4q²r))/2: a Kalman filter. With normal noise and a normal start
+    of that variance no other estimator does better, either.
 
     Args:
         problem: independent coordinates.
-        steps: T; None: in the limit.
+        steps: T >= 1; None: in the limit.
+
+    Raises:
+        ValueError: the problem is not of independent coordinates, or steps no number of steps.
     """
-    curvature, start = problem.curvature, problem.start
-    seen = problem.noise / curvature**2
+    _independent(problem)
+    seen, drift = problem.noise / problem.curvature**2, problem.drift
     if steps is None:
-        drift = problem.drift
         return float(problem.loss((drift + np.sqrt(drift**2 + 4 * drift * seen)) / 2))
-    return float(problem.loss(1 / (1 / start**2 + steps / seen)))
+    require("steps", steps, 1, math.inf)
+    whole("steps", steps)
+    left = np.broadcast_to(problem.start, (problem.size,)) ** 2
+    for _ in range(steps):
+        left = left * seen / np.maximum(left + seen, 1e-300) + drift
+    return float(problem.loss(left))
+
+
+def _independent(problem: Quadratic) -> None:
+    if problem.general:
+        raise ValueError("curvature must be a vector, of independent coordinates, got a matrix")
 
 
 def frontier(

@@ -484,7 +484,7 @@ class Frontier(Lab):
             [
                 "Losses are divided by the EMA's; smaller is better. Adam's second moment is held "
                 "at the noise's variance.",
-                "floor: what the best estimator makes of the same gradients; no method is below.",
+                "floor: what the best linear estimator makes of the same gradients.",
             ],
             _bars(tables, list(problems)),
         )
@@ -510,7 +510,7 @@ def _bars(tables: Sequence[Rows], problems: Sequence[str]) -> Figure:
             axis.invert_yaxis()
             axis.axvline(1, color="grey", ls="--", lw=0.8)
             finite = [x for row in rows for x in row[3:] if math.isfinite(x)]
-            axis.set(xscale="log", xlim=(min(0.9, *finite) * 0.97, max(1.1, *finite) * 1.1))
+            axis.set(xscale="log", xlim=(min([0.9, *finite]) * 0.97, max([1.1, *finite]) * 1.1))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter("{x:g}")
             axis.tick_params(axis="x", which="both", labelsize=7)

@@ -6,7 +6,7 @@ A method keeps the live weights θ and, with an average, its own state; all of i
 
     x_{k+1} = A_k·x_k + B_k·ξ_k - 1·δ_k,      ξ_k ~ N(0, s²),   δ_k ~ N(0, q²)
 
-where δ is how far the minimum moves in a step, which drives all of the state away from it. So
+where δ is how far the minimum moves in a step, away from all of the state but momentum. So
 
     mean_{k+1} = A_k·mean_k,      cov_{k+1} = A_k·cov_k·A_kᵀ + s²·B_k·B_kᵀ + q²·1·1ᵀ
 
@@ -76,11 +76,6 @@ def _coordinate(a: ArrayLike, beta: ArrayLike, c: ArrayLike) -> tuple[Array, Arr
     )
 
 
-def _recurrence(a: Array, beta: Array, c: Array) -> tuple[Array, Array]:
-    """φ1 and φ2 of θ̂_{k+1} = φ1·θ̂_k + φ2·θ̂_{k-1} + β·ξ_k."""
-    return 2 - a - beta - c * (1 - beta), -(1 - beta) * (1 - a - c)
-
-
 def largest_gain(a: ArrayLike, beta: ArrayLike) -> Array:
     """The gain below which PACE is stable.
 
@@ -106,8 +101,8 @@ def better_gain(a: ArrayLike, beta: ArrayLike) -> Array:
         c* = ((2-a)·(2-β)/(1+w) - (1-w)) / (1-β),      w = (1-a)·(1-β)
 
     It is short of the stability bound by aβ(1-w) / (2(1+w)(1-β)), and at least 1 for all a in
-    (0, 1]: a pull that does not go past the average never does harm to the limiting error. For
-    larger a it can be negative: no pull helps there.
+    (0, 1]: without drift a pull that does not go past the average never does harm to the limiting
+    error. For larger a it can be negative: no pull helps there.
 
     Args:
         a: learning rate times curvature, in (0, 2); any shape.
@@ -137,9 +132,12 @@ def spectral_radius(a: ArrayLike, beta: ArrayLike, c: ArrayLike) -> Array:
     Raises:
         ValueError: an argument is out of its range. Unstable parameters have a radius >= 1.
     """
-    phi1, phi2 = _recurrence(*_coordinate(a, beta, c))
-    root = np.emath.sqrt(phi1**2 + 4 * phi2)
-    return np.asarray(np.maximum(abs(phi1 + root), abs(phi1 - root)) / 2)
+    a, beta, c = _coordinate(a, beta, c)
+    # In u = 1 - z the roots are real, with the sum a + β + s and the product aβ; the slow one by
+    # division, for it may be far smaller than what it would be a difference of.
+    s = c * (1 - beta)
+    fast = (a + beta + s + np.sqrt((a - beta) ** 2 + 2 * s * (a + beta) + s**2)) / 2
+    return np.asarray(np.maximum(abs(1 - a * beta / fast), abs(1 - fast)))
 
 
 def half_life(radius: ArrayLike) -> Array:
@@ -192,17 +190,24 @@ def limiting_error(
 
 
 def _limiting_error(a: Array, beta: Array, c: Array, noise: Array, drift: Array) -> Array:
-    # The formula above with its differences of nearly equal numbers worked out:
-    # 1 - φ2 = 1+w-s, 1 + φ2 = 1-w+s, 1 - φ1 - φ2 = aβ, 1 + φ1 - φ2 = (2-a)(2-β) - 2s.
+    # The formula above with its differences of nearly equal numbers worked out; with φ1 = 1-φ2-aβ.
     s, w = c * (1 - beta), (1 - a) * (1 - beta)
-    phi2 = s - w
-    of_noise = beta**2 * noise * (1 - phi2)
-    # (1+φ2²)(1-φ2) + 2φ1φ2 = (1-φ2)(1+φ2)² - 2φ2·aβ, with φ1 = 1-φ2-aβ
-    of_drift = drift * ((1 - phi2) * (1 + phi2) ** 2 - 2 * phi2 * a * beta)
-    one_minus = a + beta - a * beta + s  # 1 + φ2
-    return np.asarray(
-        (of_noise + of_drift) / (one_minus * a * beta * ((2 - a) * (2 - beta) - 2 * s))
-    )
+    phi2, one_minus, one_plus = s - w, 1 + w - s, a + beta - a * beta + s
+    of_noise = beta**2 * noise * one_minus
+    of_drift = drift * (one_minus * one_plus**2 - 2 * phi2 * a * beta)
+    last = (2 - a) * (2 - beta) - 2 * s  # 1 + φ1 - φ2
+    return np.asarray((of_noise + of_drift) / (one_plus * a * beta * last))
+
+
+def whole(name: str, values: ArrayLike) -> None:
+    """Refuse numbers that are not whole.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for value in np.ravel(values):
+        if value != np.floor(value):
+            raise ValueError(f"{name} must be whole, got {value:g}")
 
 
 def lookahead_error(
@@ -232,6 +237,7 @@ def lookahead_error(
     """
     a = require("a", a, 0, 2, open_="both")
     every, alpha = require("every", every, 1, math.inf), require("alpha", alpha, 0, 1, open_="low")
+    whole("every", every)
     noise, drift = require("noise", noise, 0, math.inf), require("drift", drift, 0, math.inf)
     stay, kept = 1 - a, 1 - alpha
     f = stay**every
@@ -273,6 +279,13 @@ class Quadratic:
             require("curvature", curvature, 0, math.inf, open_="low")
             for name in ("noise", "drift"):
                 object.__setattr__(self, name, require(name, getattr(self, name), 0, math.inf))
+            for name in ("noise", "drift", "start"):
+                last = np.shape(getattr(self, name))[-1:]
+                if last not in ((), (1,), curvature.shape):
+                    raise ValueError(
+                        f"{name} must be one or as many as the {len(curvature)} of curvature, got "
+                        f"{last[0]}"
+                    )
         else:
             least = _least_eigenvalue("curvature", curvature)
             if least <= 0:
@@ -341,6 +354,7 @@ class Blocks(NamedTuple):
 
     transition: list[list[Any]]
     noise: list[Any]  # how much of ξ enters each block
+    place: list[float]  # 1 for a place, which begins at the start and drifts; 0 for a velocity
 
 
 @dataclass(frozen=True)
@@ -352,6 +366,10 @@ class Method(ABC):
     """
 
     lr: Numbers  # or a Schedule
+
+    def __post_init__(self) -> None:
+        if not callable(self.lr):
+            require("lr", self.lr, 0, math.inf, open_="low")
 
     @property
     @abstractmethod
@@ -395,14 +413,13 @@ class Pull(Method):
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, high, open_ in (
-            ("lr", math.inf, "low"),
-            ("beta", 1, "low"),
-            ("gain", math.inf, ""),
-        ):
+        super().__post_init__()
+        for name, high, open_ in (("beta", 1, "low"), ("gain", math.inf, "")):
             if not callable(getattr(self, name)):
                 require(name, getattr(self, name), 0, high, open_=open_)
         require("momentum", self.momentum, 0, 1, open_="high")
+        if self.momentum and callable(self.lr):
+            raise ValueError("momentum goes with a constant lr; got a function for it")
 
     @property
     def constant(self) -> bool:
@@ -411,13 +428,13 @@ class Pull(Method):
 
     def blocks(self, k: int, a: Any, one: Any) -> Blocks:
         """One step."""
-        beta, gain, mu = _at(self.beta, k), _at(self.gain, k), self.momentum
+        beta, gain, mu = _shared("beta", self.beta, k, one), _at(self.gain, k), self.momentum
         c = gain * one if np.ndim(one) == 0 or np.ndim(gain) == 0 else np.diag(gain)
         rest = 1 - mu
         live = [one - rest * a - c, c]
         average = [beta * live[0], (1 - beta) * one + beta * c]
         if not mu:
-            return Blocks([live, average], [1.0, beta])
+            return Blocks([live, average], [1.0, beta], [1, 1])
         # The state m holds η·m, with the sign of a step.
         return Blocks(
             [
@@ -426,6 +443,7 @@ class Pull(Method):
                 [average[0], beta * mu * one, average[1]],
             ],
             [rest, rest, beta * rest],
+            [1, 0, 1],
         )
 
 
@@ -449,6 +467,7 @@ class ScheduleFree(Method):
     mu: Numbers = 0.9
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require("mu", self.mu, 0, 1, open_="high")
 
     @property
@@ -458,8 +477,9 @@ class ScheduleFree(Method):
 
     def blocks(self, k: int, a: Any, one: Any) -> Blocks:
         """One step."""
-        z, x, new = one - (1 - self.mu) * a, -self.mu * a, 1 / k
-        return Blocks([[z, x], [new * z, (1 - new) * one + new * x]], [1.0, new])
+        # The gradient's product with a point between z and x: of a matrix, its columns.
+        z, x, new = one - a * (1 - self.mu), -a * self.mu, 1 / k
+        return Blocks([[z, x], [new * z, (1 - new) * one + new * x]], [1.0, new], [1, 1])
 
 
 @dataclass(frozen=True)
@@ -478,7 +498,9 @@ class Lookahead(Method):
     alpha: Numbers = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require("every", self.every, 1, math.inf)
+        whole("every", self.every)
         require("alpha", self.alpha, 0, 1, open_="low")
 
     @property
@@ -493,14 +515,23 @@ class Lookahead(Method):
 
     def blocks(self, k: int, a: Any, one: Any) -> Blocks:
         """One step."""
+        alpha = _shared("alpha", self.alpha, k, one)
         if k % self.every:
-            return Blocks([[one - a, 0 * one], [0 * one, one]], [1.0, 0.0])
-        slow = [self.alpha * (one - a), (1 - self.alpha) * one]
-        return Blocks([slow, slow], [self.alpha, self.alpha])
+            return Blocks([[one - a, 0 * one], [0 * one, one]], [1.0, 0.0], [1, 1])
+        slow = [alpha * (one - a), (1 - alpha) * one]
+        return Blocks([slow, slow], [alpha, alpha], [1, 1])
 
 
 def _at(value: Any, k: int) -> Array:
     return np.asarray(value(k) if callable(value) else value, dtype=np.float64)
+
+
+def _shared(name: str, value: Any, k: int, one: Any) -> Array:
+    """A number that all coordinates of a matrix share; without one, any that broadcast."""
+    at = _at(value, k)
+    if np.ndim(one) and at.ndim:
+        raise ValueError(f"{name} must be one number for a curvature that is a matrix")
+    return at
 
 
 # ---- moments ------------------------------------------------------------------------------------
@@ -527,18 +558,18 @@ class Moments(NamedTuple):
         return np.asarray(np.outer(self.mean[part], self.mean[part]) + self.cov[part, part])
 
 
-def _step(method: Method, problem: Quadratic, k: int) -> tuple[Array, Array]:
-    """A_k, and the covariance of what is added in step k; the axes of matrices are the first."""
+def _step(method: Method, problem: Quadratic, k: int) -> tuple[Array, Array, list[float]]:
+    """A_k, the covariance of what is added, and which blocks are places; matrix axes first."""
     lr, curvature = _at(method.lr, k), problem.curvature
     noise, drift = problem.noise, problem.drift
     if problem.general:
         one = np.eye(problem.size)
         rates = lr * one if lr.ndim == 0 else np.diag(lr)
-        rows, enters = method.blocks(k, rates @ curvature, one)
+        rows, enters, place = method.blocks(k, rates @ curvature, one)
         b = np.vstack([x * rates for x in enters])
-        ones = np.vstack([one] * len(enters))
-        return np.block(rows), b @ noise @ b.T + ones @ drift @ ones.T
-    rows, enters = method.blocks(k, lr * curvature, 1.0)
+        moved = np.vstack([x * one for x in place])
+        return np.block(rows), b @ noise @ b.T + moved @ drift @ moved.T, place
+    rows, enters, place = method.blocks(k, lr * curvature, 1.0)
     shape = np.broadcast_shapes(
         *(np.shape(x) for row in rows for x in row),
         *(np.shape(x) for x in enters),
@@ -546,8 +577,10 @@ def _step(method: Method, problem: Quadratic, k: int) -> tuple[Array, Array]:
     )
     a = np.array([[np.broadcast_to(x, shape) for x in row] for row in rows])
     noise = lr**2 * noise
-    q = np.array([[np.broadcast_to(x * y * noise + drift, shape) for y in enters] for x in enters])
-    return a, q
+    each = list(zip(enters, place, strict=True))
+    added = [[x * y * noise + p * r * drift for y, r in each] for x, p in each]
+    q = np.array([[np.broadcast_to(x, shape) for x in row] for row in added])
+    return a, q, place
 
 
 def _times(a: Array, b: Array) -> Array:
@@ -563,17 +596,16 @@ def moments(method: Method, problem: Quadratic) -> Iterator[Moments]:
         method: its numbers broadcast against the coordinates of the problem.
         problem: the quadratic.
     """
-    a, q = _step(method, problem, 1)
+    a, q, place = _step(method, problem, 1)
     d = problem.size if problem.general else 1
     mean = np.zeros(a.shape[1:])
-    for block in range(len(a) // d):
-        if not (isinstance(method, Pull) and method.momentum and block == 1):
-            mean[block * d : (block + 1) * d] = problem.start
+    for block, is_place in enumerate(place):
+        mean[block * d : (block + 1) * d] = is_place * problem.start
     cov, k = np.zeros_like(a), 0
     while True:
         yield Moments(mean, cov)
         k += 1
-        a, q = _step(method, problem, k)
+        a, q, _ = _step(method, problem, k)
         mean = np.einsum("ij...,j...->i...", a, mean)
         cov = _times(_times(a, cov), np.swapaxes(a, 0, 1)) + q
 
@@ -589,9 +621,9 @@ def transition(method: Method, problem: Quadratic) -> tuple[Array, Array]:
     """
     if not method.constant:
         raise ValueError(f"{type(method).__name__} changes with the step; it has no limit")
-    a, q = _step(method, problem, 1)
+    a, q, _ = _step(method, problem, 1)
     for k in range(2, method.period + 1):
-        b, added = _step(method, problem, k)
+        b, added, _ = _step(method, problem, k)
         a, q = _times(b, a), _times(_times(b, q), np.swapaxes(b, 0, 1)) + added
     return a, q
 

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from ..averaged import AveragedOptimizer
 from ..averaging import Averaging
 from ..pullback import Pullback
-from .quadratic import Array, Quadratic, require
+from .quadratic import Array, Quadratic, require, whole
 
 Make = Callable[[list[Parameter]], AveragedOptimizer]
 
@@ -71,8 +71,9 @@ def simulate(
     Raises:
         ValueError: steps or runs are out of range.
     """
-    require("steps", steps, 0, math.inf)
-    require("runs", runs, 2, math.inf)
+    for name, value, low in (("steps", steps, 0), ("runs", runs, 2)):
+        require(name, value, low, math.inf)
+        whole(name, value)
     generator = torch.Generator().manual_seed(seed)
     hessian = torch.from_numpy(problem.curvature)
     shape = (runs, problem.size)
@@ -110,10 +111,10 @@ def simulate(
 
 
 class Stylised(NamedTuple):
-    """SGD with an average by a rule, and a pull toward it whose gain is g·β_t."""
+    """SGD with an average by a rule, and a pull toward it whose gain is min(1, g·β_t)."""
 
     averaging: Averaging
-    pull: float = 0.0  # g, with g·β_t <= 1
+    pull: float = 0.0  # g >= 0
 
 
 def convex_errors(
@@ -129,9 +130,8 @@ def convex_errors(
 
         f(x) = Σ 2^-i·|xᵢ - 1/i|,  i = 1 ... n,    from x = 0,    subgradients with N(0, 1/i²) noise
 
-    At every horizon T it has coordinates whose slope is lost in the noise of T steps, so that no
-    method that steps by η = rate/√T does better than a constant over √T, while distance and noise
-    are bounded for any n. The methods see the same noise.
+    At every horizon T it has coordinates whose slope is lost in the noise of T steps, while
+    distance and noise are bounded for any n. The methods see the same noise.
 
     Args:
         methods: rules that need the average alone.
@@ -153,7 +153,12 @@ def convex_errors(
         ("coordinates", coordinates, 1),
     ):
         require(name, value, low, math.inf)
+        whole(name, value)
     require("rate", rate, 0, math.inf, open_="low")
+    for method in methods:
+        require("pull", method.pull, 0, math.inf)
+        if method.averaging.keeps:
+            raise ValueError(f"averaging must need the average alone, got {method.averaging}")
     generator = torch.Generator().manual_seed(seed)
     slopes = 0.5 ** torch.arange(1, coordinates + 1, dtype=torch.float64)
     places = 1 / torch.arange(1, coordinates + 1, dtype=torch.float64)
@@ -182,9 +187,9 @@ def slope(horizons: Sequence[int], errors: Sequence[Estimate]) -> Estimate:
         errors: an estimate at each, independent of each other.
 
     Raises:
-        ValueError: there are not as many of both, or fewer than two.
+        ValueError: there are not as many of both, or fewer than two different ones.
     """
-    if len(horizons) != len(errors) or len(horizons) < 2:
+    if len(horizons) != len(errors) or len(set(horizons)) < 2:
         raise ValueError(
             f"horizons and errors must be two or more, as many of each, got {len(horizons)} and "
             f"{len(errors)}"

@@ -1,6 +1,7 @@
 r"""What a pull amounts to: an EMA at another learning rate, its twin.
 
-Write what the average makes of noise as a transfer function, with z = 1 - u and s = c(1-β):
+Write what the average makes of noise as a transfer function, with z = 1 - u and s = c(1-β), and
+leave out a shift by one step that is in both:
 
     β / G_pull(u) = u²      - (a + β + s)·u + aβ
     β / G_twin(u) = u² / r  - (a + β + s)·u + aβ,        r = β / (β + s)
@@ -50,7 +51,7 @@ def twin_ratio(a: ArrayLike, beta: ArrayLike, c: ArrayLike, *, simple: bool = Fa
         ------------------------------  ·  (1  or, if simple,  ----------------------- ), x = cβ
            2 - a·β / (1 + w - s)                                  a + β + c(1-β) - aβ
 
-    with w = (1-a)(1-β), s = c(1-β). It is above 1 for every c > 0 in the stable range: by
+    with w = (1-a)(1-β), s = c(1-β). It is above 1 for every c > 0 and β < 1 in the stable range: by
     aβ/2·(1/(1+w-s) - r/2) to leading order, and if simple, by βc/(a+β+c) more.
 
     Args:
@@ -74,8 +75,8 @@ def twin_modes(a: ArrayLike, beta: ArrayLike, c: ArrayLike) -> tuple[Array, Arra
     """What is left of the start after each step in the long run: spectral radii of pull and twin.
 
     With u = 1 - z, the pull's two modes have u1 + u2 = a + β + s and u1·u2 = aβ; the twin's are
-    ra and β. So Σ 1/u, the sum of the start's share in the average over all steps, is the same
-    (a + β + s)/(aβ), but for the pull one mode has more of it: its slow one is slower, by up to
+    ra and β. So Σ 1/u is the same, (a + β + s)/(aβ), and with it the sum over all steps of the
+    start's share in the average. But the pull's slow mode has more of it, and is slower: by up to
     2 (at ra = β), and by 1 + a/(β+s) or so where the twin's average is the faster one.
 
     Args:
@@ -84,26 +85,30 @@ def twin_modes(a: ArrayLike, beta: ArrayLike, c: ArrayLike) -> tuple[Array, Arra
         c: gain, >= 0 and below `largest_gain(a, beta)`; broadcasts.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or the recursion is not stable.
     """
+    limiting_error(a, beta, c)  # raises
     return spectral_radius(a, beta, c), spectral_radius(np.asarray(a) * twin_rate(beta, c), beta, 0)
 
 
 def twin_epsilon(lr: ArrayLike, c: ArrayLike, beta: ArrayLike, eps: float = 1e-8) -> Array:
     """The ε with which AdamW, with a passive average, is the twin of PACE where nothing is clipped.
 
-    PACE's gain is η·c·β/(√v̂+ε), so that the twin's step is
+    With the weight β_t of a power EMA the gain is η·c·β_t/(√v̂+ε), so that the twin's step is
 
         η·r·m̂/(√v̂+ε) = η·m̂ / (√v̂ + ε + (1-β)·η·c)
+
+    With a constant weight the gain lacks the factor β, and c counts 1/β times as much.
 
     Args:
         lr: learning rate η > 0.
         c: PACE's strength >= 0, in the unit of a gradient.
         beta: averaging weight in (0, 1].
-        eps: PACE's own ε.
+        eps: PACE's own ε, >= 0.
 
     Raises:
         ValueError: an argument is out of its range.
     """
     lr, c = require("lr", lr, 0, math.inf, open_="low"), require("c", c, 0, math.inf)
+    require("eps", eps, 0, math.inf)
     return np.asarray(eps + (1 - require("beta", beta, 0, 1, open_="low")) * lr * c)
