@@ -300,8 +300,8 @@ class Instances(Lab):
         return Finding(
             [Rows(f"a = β = e, c = {c:g}", columns, rows)],
             [
-                "β* and β*, η*: EMAs that forget the start as slowly as the pull. With a smaller β "
-                "alone it is as good; with the learning rate chosen, too, twice as good.",
+                "β* and β*, η*: EMAs that forget the start as slowly as the pull, by a smaller β "
+                "alone, or with a smaller learning rate, too.",
             ],
             figure,
         )
@@ -360,9 +360,9 @@ class Control(Lab):
         return Finding(
             tables,
             [
-                "The optimum owes its gain to knowing the minimum μ*: with the running mean in its "
-                "place nearly all of it is lost, and from a distance the pull does harm.",
-                "The derived gain is at most 1/T long before the end; PACE's are larger by orders.",
+                "Training does not know the minimum μ*: the pull toward the running mean is what is "
+                "left of the optimum without it.",
+                f"Long before the end the derived gain is at most 1/T = {1 / self.horizon:.2g}.",
             ],
             figure,
         )
@@ -708,8 +708,7 @@ class Rate(Lab):
         return Finding(
             [Rows("Excess loss on Σ 2^-i·|xᵢ - 1/i|", columns, rows)],
             [
-                "The mean of all iterates keeps the rate of -1/2, with the pull at a larger "
-                "constant; averages that forget the start do better here, pulled or not.",
+                "What the paper promises is a slope of -1/2 at least, up to a factor of the average.",
             ],
             figure,
         )
