@@ -151,6 +151,7 @@ def test_rate_has_a_slope_for_each_average_with_and_without_a_pull(found):
         ("limit --a 0", "a must be in (0, inf), got 0, which is the end itself"),
         ("limit --a 2.5", "not stable: a must be below 2, got 2.5, 0.5 above"),
         ("limit --beta 1.5", "beta must be in (0, 1], got 1.5, 0.5 above"),
+        ("limit --a 1e-5 --beta 1e-5", "c = 0 forgets so slowly that the experiment would take"),
         ("limit --runs 1", "--runs: Input should be greater than or equal to 2"),
         ("family --gain 3", "not stable: c must be below 2 at a = 0.0001"),
         ("family --e 0.1 -0.1", "a must be in (0, inf), got -0.1, 0.1 below"),

@@ -56,6 +56,7 @@ from .quadratic import (
 from .simulate import Stylised, convex_errors, simulate, slope
 from .twin import twin_epsilon, twin_modes, twin_rate, twin_ratio
 
+LONGEST = 100_000  # steps of an experiment
 Share = Annotated[float, Field(gt=0, le=1)]
 Steps = Annotated[int, Field(ge=1)]
 
@@ -197,11 +198,8 @@ class Limit(Lab):
         """Compute it."""
         a, beta = self.a, self.beta
         formula, plain = limiting_error(a, beta, self.c), limiting_error(a, beta, 0)
-        radius, best, bound = (
-            spectral_radius(a, beta, self.c),
-            better_gain(a, beta),
-            largest_gain(a, beta),
-        )
+        radius = spectral_radius(a, beta, self.c)
+        best, bound = better_gain(a, beta), largest_gain(a, beta)
         problem, rows, measured = Quadratic([a], start=0.0), [], []
         for gain, exact, rho in zip(self.c, formula, radius, strict=True):
 
@@ -210,6 +208,11 @@ class Limit(Lab):
                 return Pullback(base, gain, rule, gain="scalar", gain_clip=False)
 
             steps = math.ceil(math.log(1e-4) / (2 * math.log(max(rho, 1e-9))))
+            if steps > LONGEST:
+                raise ValueError(
+                    f"c = {gain:g} forgets so slowly that the experiment would take {steps} steps, "
+                    f"more than {LONGEST}"
+                )
             found = simulate(make, problem, steps, self.runs, self.seed).returned
             measured.append(found)
             equation = limit(Pull(1.0, beta, gain), problem).second(problem)
@@ -228,15 +231,8 @@ class Limit(Lab):
         left.legend()
         right.plot(c, half_life(spectral_radius(a, beta, c)))
         right.set(xlabel="gain c", ylabel="half-life of the start, steps", yscale="log")
-        columns = [
-            "c",
-            "formula",
-            "Lyapunov",
-            "measured, 95 %",
-            "EMA / this",
-            "radius",
-            "half-life",
-        ]
+        columns = ["c", "formula", "Lyapunov", "measured, 95 %", "EMA / this"]
+        columns += ["radius", "half-life"]
         return Finding(
             [Rows(f"Limiting error at a = {a:g}, β = {beta:g}", columns, rows)],
             [
@@ -360,8 +356,8 @@ class Control(Lab):
         return Finding(
             tables,
             [
-                "Training does not know the minimum μ*: the pull toward the running mean is what is "
-                "left of the optimum without it.",
+                "Training does not know the minimum μ*: the pull toward the running mean is what "
+                "is left of the optimum without it.",
                 f"Long before the end the derived gain is at most 1/T = {1 / self.horizon:.2g}.",
             ],
             figure,
@@ -708,7 +704,7 @@ class Rate(Lab):
         return Finding(
             [Rows("Excess loss on Σ 2^-i·|xᵢ - 1/i|", columns, rows)],
             [
-                "What the paper promises is a slope of -1/2 at least, up to a factor of the average.",
+                "The paper's promise: a slope of -1/2 or steeper, up to a factor of the average.",
             ],
             figure,
         )
