@@ -48,7 +48,9 @@ def responses(name, x, problem, i, steps):
     """Of the returned weights of coordinate i: to the start, each gradient's noise, each move."""
     alpha, deviation = problem.curvature[i], math.sqrt(of(problem, "noise")[i])
     adam = "Adam" in name or name == "PACE"
-    lr = x["lr"] / (deviation + x.get("eps", 0)) if adam else x["lr"]
+    noisiest = math.sqrt(of(problem, "noise").max())  # whose rate is the one that is searched
+    eta = x["lr"] * (noisiest + x.get("eps", 0)) if adam else x["lr"]
+    lr = eta / (deviation + x.get("eps", 0)) if adam else x["lr"]
     theta = np.zeros(1 + 2 * steps)
     theta[0] = 1
     average, fast, total, many = theta, theta, 0 * theta, 0
@@ -73,7 +75,7 @@ def responses(name, x, problem, i, steps):
         gain = x.get("gain", 0.0)
         if name == "PACE":
             falls = 1 if "beta" in x else weight  # a constant weight is no factor of the gain
-            gain = min(1, x["lr"] * x["c"] * falls / deviation)
+            gain = min(1, eta * x["c"] * falls / deviation)
         theta = theta - rate * (alpha * theta + noise) + gain * (average - theta)
         average = (1 - weight) * average + weight * theta
         if name == "uniform tail":
@@ -149,21 +151,22 @@ def test_what_make_makes():
     sgd = IN_THE_LIMIT["SGD"].make(x, problem, None)
     assert (sgd.beta, sgd.gain, sgd.momentum) == (1, 0, 0)
     adam = IN_THE_LIMIT["Adam, EMA"].make(x, problem, None)
-    np.testing.assert_allclose(adam.lr, [[0.25, 5.0], [0.05, 1.0]])  # over √v, coordinatewise
+    # η/√v, coordinatewise, with an η that the noisiest coordinate has 0.5 and 0.1 of
+    np.testing.assert_allclose(adam.lr, [[0.5, 10.0], [0.1, 2.0]])
     damped = IN_THE_LIMIT["Adam with ε, EMA"].make(x | columns({"eps": [2, 0.4]}), problem, None)
-    np.testing.assert_allclose(damped.lr, [[0.5 / 4, 0.5 / 2.1], [0.1 / 2.4, 0.1 / 0.5]])
+    np.testing.assert_allclose(damped.lr, [[0.5, 0.5 * 4 / 2.1], [0.1, 0.1 * 2.4 / 0.5]])
     assert adam.gain == damped.gain == 0
-    # η·c/√v with c = 1 is 0.25 and 5; 0.05 and 1: at most 1
+    # η·c/√v with c = 1 is 0.5 and 10; 0.1 and 2: at most 1
     x |= columns({"c": [1, 1]})
     pace = IN_THE_LIMIT["PACE"].make(x, problem, None)
-    np.testing.assert_allclose(pace.gain, [[0.25, 1.0], [0.05, 1.0]])
+    np.testing.assert_allclose(pace.gain, [[0.5, 1.0], [0.1, 1.0]])
     np.testing.assert_allclose(pace.lr, adam.lr)
     at_end = AT_A_HORIZON["PACE"].make(
         {"kappa": np.array([[0.5]]), "lr": np.array([[0.5]]), "c": np.array([[1.0]])}, problem, 9
     )
     np.testing.assert_allclose(at_end.beta(4), 0.5)
-    np.testing.assert_allclose(at_end.gain(4), [[0.125, 1.0]])
-    np.testing.assert_allclose(at_end.gain(100), [[0.025, 0.5]])
+    np.testing.assert_allclose(at_end.gain(4), [[0.25, 1.0]])
+    np.testing.assert_allclose(at_end.gain(400), [[0.025, 0.5]])
     decay = AT_A_HORIZON["SGD, decay"].make(x, problem, 10)
     np.testing.assert_allclose(decay.lr(1), x["lr"])
     np.testing.assert_allclose(decay.lr(10), x["lr"] / 10)

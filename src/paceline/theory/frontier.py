@@ -1,9 +1,10 @@
 """The fair frontier: what each method comes to at its own best parameters.
 
 Two questions. In the limit: how small is the returned model's excess loss, for what it forgets the
-start by? And at a horizon T from a distant start: how small is it at all? Every method has all of
-its parameters searched, in boxes for problems whose largest curvature and noise are about 1; and
-`floor` is what the best linear estimator would make of the same gradients.
+start by? And at a horizon T from a distant start: how small is it at all? Every method has its
+learning rate and the parameters of its average searched, in boxes for problems whose largest
+curvature and noise are about 1; fixed are Lookahead's K, Adam's momentum at 0, and ε where it is
+not named. `floor` is what the best linear estimator would make of the same gradients.
 """
 
 import math
@@ -56,8 +57,13 @@ def _deviation(problem: Quadratic) -> Array:
     return np.asarray(np.sqrt(np.broadcast_to(problem.noise, (problem.size,))))
 
 
+def _eta(x: dict[str, Array], problem: Quadratic) -> Array:
+    """Adam's η, of which lr is what the noisiest coordinate has: not tied to the size of ε."""
+    return np.asarray(x["lr"] * (_deviation(problem).max() + x.get("eps", np.zeros(()))))
+
+
 def _adam(x: dict[str, Array], problem: Quadratic) -> Array:
-    return x["lr"] / (_deviation(problem) + x.get("eps", np.zeros(())))
+    return np.asarray(_eta(x, problem) / (_deviation(problem) + x.get("eps", np.zeros(()))))
 
 
 def _weight(x: dict[str, Array]) -> "Array | Callable[[int], Array]":
@@ -67,7 +73,7 @@ def _weight(x: dict[str, Array]) -> "Array | Callable[[int], Array]":
 
 def _clipped_pull(x: dict[str, Array], problem: Quadratic) -> "Array | Callable[[int], Array]":
     """PACE's gain: min(1, η·c·β_k/√v); with a constant weight it has no such factor."""
-    weight, strength = _weight(x), x["lr"] * x["c"] / _deviation(problem)
+    weight, strength = _weight(x), _eta(x, problem) * x["c"] / _deviation(problem)
     if callable(weight):
         return lambda k: np.minimum(1, strength * weight(k))
     return np.minimum(1, strength)

@@ -178,7 +178,7 @@ class Limit(Lab):
     """The returned model's limiting error on one coordinate, by formula, equation and experiment.
 
     With a step's noise of variance 1. The experiment is the library's own Pullback around torch's
-    SGD, until less than 1e-4 of the start is left.
+    SGD, until less than 1 % of a start would be left.
     """
 
     name = "limit"
@@ -330,7 +330,7 @@ class Control(Lab):
         """Compute it."""
         a = self.a * _power_law(self.coordinates)
         noise, t = self.a * a, np.arange(self.horizon, dtype=np.float64)[:, None]
-        columns = ["", "knows μ*", "error", "Σ E u²", "cost", "/ best"]
+        columns = ["", "chosen", "knows μ*", "error", "Σ E u²", "cost", "/ best"]
         tables, all_rows = [], []
         for start in self.starts:
             rows = self._chain(a, noise, start, t)
@@ -348,11 +348,11 @@ class Control(Lab):
         left.legend(fontsize=8)
         at = np.arange(len(all_rows[0]))
         for i, (start, rows) in enumerate(zip(self.starts, all_rows, strict=True)):
-            right.barh(at + 0.4 * i, [float(row[2]) for row in rows], 0.4, label=f"from {start:g}")
+            right.barh(at + 0.4 * i, [float(row[3]) for row in rows], 0.4, label=f"from {start:g}")
         right.set_yticks(at + 0.2, [str(row[0]) for row in all_rows[0]], fontsize=7)
         right.invert_yaxis()
         right.set(xlabel="error of the returned model", xscale="log")
-        right.legend(fontsize=8)
+        right.legend(fontsize=8, loc="lower left")
         return Finding(
             tables,
             [
@@ -376,28 +376,29 @@ class Control(Lab):
         def pulled(problem: Regulator, gain: Any) -> Outcome:
             return problem.outcome(problem.feedback(gain, -np.asarray(gain)))
 
-        def ema(beta: float, gain: Any = 0.0) -> Outcome:
-            return pulled(Regulator(a, np.full(steps, beta), rho, noise, start), gain)
+        def with_ema(beta: float) -> Regulator:
+            return Regulator(a, np.full(steps, beta), rho, noise, start)
 
-        beta = _least(lambda x: ema(x).cost, 1e-4, 1.0)
-        c = _least(lambda x: ema(beta, np.minimum(1, x / root)).cost, 1e-9, 1e3)
-        free = _least(lambda x: ema(beta, np.minimum(1, x / root)).error, 1e-9, 1e3)
+        beta = _least(lambda x: pulled(with_ema(x), 0.0).cost, 1e-4, 1.0)
+        ema = with_ema(beta)
+        c = _least(lambda x: pulled(ema, np.minimum(1, x / root)).error, 1e-9, 1e3)
         named = [
-            ("no control, mean of all", "—", uniform.outcome(np.zeros_like(gains))),
-            ("exact optimum", "yes", best),
-            ("continuous time's gain", "yes", uniform.outcome(foreseen)),
+            ("mean of all, no control", "", "—", uniform.outcome(np.zeros_like(gains))),
+            ("exact optimum", "", "yes", best),
+            ("gain of continuous time", "", "yes", uniform.outcome(foreseen)),
             (
-                "toward the running mean",
+                "the same to the running mean",
+                "",
                 "no",
                 pulled(uniform, certainty_equivalent_gain(t, steps, a, rho)),
             ),
-            ("… gain of long horizons", "no", pulled(uniform, lasting)),
-            (f"no control, EMA, β = {beta:.2g}", "—", ema(beta)),
-            ("… gain of long horizons", "no", ema(beta, lasting)),
-            (f"… min(1, c/√v), c = {c:.1g}", "no", ema(beta, np.minimum(1, c / root))),
-            (f"… for the error, c = {free:.1g}", "no", ema(beta, np.minimum(1, free / root))),
+            ("gain of long horizons", "", "no", pulled(uniform, lasting)),
+            ("EMA, no control", f"β = {beta:.2g}", "—", pulled(ema, 0.0)),
+            ("EMA, exact optimum", "", "yes", ema.solve()[1]),
+            ("EMA, gain of long horizons", "", "no", pulled(ema, lasting)),
+            ("EMA, min(1, c/√v)", f"c = {c:.1g}", "no", pulled(ema, np.minimum(1, c / root))),
         ]
-        return [[name, knows, *x, x.cost / best.cost] for name, knows, x in named]
+        return [[*names, *x, x.cost / best.cost] for *names, x in named]
 
 
 def _least(cost: Any, low: float, high: float) -> float:
@@ -441,6 +442,7 @@ class Frontier(Lab):
             "one curvature": (np.ones(1), np.ones(1)),
             "power law": (spectrum, np.ones(self.coordinates)),
             "power law, noise ∝ curvature": (spectrum, spectrum),
+            "power law, noise ∝ 1/curvature": (spectrum, 1 / spectrum),
         }
         limits, drifts, horizons = [], [], []
         for name, (curvature, noise) in problems.items():
@@ -482,7 +484,7 @@ class Frontier(Lab):
                 "at the noise's variance.",
                 "floor: what the best linear estimator makes of the same gradients.",
             ],
-            _bars(tables, list(problems)),
+            _dots(tables, list(problems)),
         )
 
 
@@ -492,26 +494,37 @@ def _relative(found: dict[str, Any]) -> list[float]:
     return [plain, *(best.loss / plain if possible else math.nan for best in found.values())]
 
 
-def _bars(tables: Sequence[Rows], problems: Sequence[str]) -> Figure:
-    figure, axes = _figure(3, 3)
+def _dots(tables: Sequence[Rows], problems: Sequence[str]) -> Figure:
+    figure, axes = _figure(len(problems), len(tables))
     for line, table in zip(axes, tables, strict=True):
         for axis, problem in zip(line, problems, strict=True):
             rows = [row for row in table.rows if row[0] == problem]
             names, at = table.columns[3:], np.arange(len(table.columns) - 3)
+            found = [x for row in rows for x in row[3:] if math.isfinite(x)]
             for i, row in enumerate(rows):
-                height = 0.8 / len(rows)
-                values = [x if math.isfinite(x) else 0 for x in row[3:]]
-                axis.barh(at + height * i, values, height, label=f"{table.columns[1]} {row[1]:g}")
-            axis.set_yticks(at + 0.4 - height / 2, names, fontsize=7)
+                places = at + (i - (len(rows) - 1) / 2) * 0.8 / len(rows)
+                axis.plot(
+                    row[3:], places, "os^D"[i % 4], ms=3, label=f"{table.columns[1]} {row[1]:g}"
+                )
+                for x, place in zip(row[3:], places, strict=True):
+                    if math.isfinite(x):
+                        axis.annotate(
+                            f"{x:.3f}",
+                            (x, place),
+                            (4, 0),
+                            textcoords="offset points",
+                            size=6,
+                            va="center",
+                        )
+            axis.set_yticks(at, names, fontsize=8)
             axis.invert_yaxis()
             axis.axvline(1, color="grey", ls="--", lw=0.8)
-            finite = [x for row in rows for x in row[3:] if math.isfinite(x)]
-            axis.set(xscale="log", xlim=(min([0.9, *finite]) * 0.97, max([1.1, *finite]) * 1.1))
+            axis.set(xscale="log", xlim=(min([0.9, *found]) * 0.97, max([1.1, *found]) * 1.3))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter("{x:g}")
             axis.tick_params(axis="x", which="both", labelsize=7)
-            axis.set_title(f"{table.title}\n{problem}", fontsize=8)
-            axis.legend(fontsize=6)
+            axis.set_title(f"{table.title}\n{problem}", fontsize=9)
+            axis.legend(fontsize=7, loc="lower right")
     return figure
 
 
@@ -547,11 +560,23 @@ class Twin(Lab):
             for c in self.c:
                 ratios = [twin_ratio(a, self.beta, c, simple=x) for x in (False, True)]
                 lives = [half_life(x) for x in twin_modes(a, self.beta, c)]
-                rows.append([a, c, twin_rate(self.beta, c), *ratios, *lives])
+                r = twin_rate(self.beta, c)
+                drifting = limiting_error(a, self.beta, c, 0, 1)
+                drifting /= limiting_error(a * r, self.beta, 0, 0, 1)
+                rows.append([a, c, r, *ratios, drifting, *lives])
         tables = [
             Rows(
-                f"One coordinate, β = {self.beta:g}",
-                ["a", "c", "r", "error / twin's", "error / that at β/(β+c)", "half-life", "twin's"],
+                f"One coordinate, β = {self.beta:g}: error by noise alone, by drift alone",
+                [
+                    "a",
+                    "c",
+                    "r",
+                    "noise / twin's",
+                    "at β/(β+c)",
+                    "drift / twin's",
+                    "half-life",
+                    "twin's",
+                ],
                 rows,
             ),
             Rows(
@@ -584,14 +609,15 @@ class Twin(Lab):
                 label = f"a = {share:g}" if style == "-" else None
                 right.plot(np.arange(2000), np.maximum(means, 1e-9), f"C{i}{style}", label=label)
         right.set(xscale="symlog", yscale="log", ylim=(1e-4, 2), xlabel="step")
-        right.set_title(f"what is left of the start, c = {middle:g}; dashed: the twin", fontsize=9)
+        right.set_ylabel("share of the start in the returned model")
+        right.set_title(f"c = {middle:g}; dashed: the twin", fontsize=9)
         right.legend(fontsize=8)
         return Finding(
             tables,
             [
-                "On one coordinate the pull's limiting error is never below its twin's, and above "
-                "by a share of aβ or so: the two differ in fast motions alone.",
-                "PACE's own twin, where nothing is clipped: AdamW with ε + (1-β)·η·c for its ε. "
+                "The two differ in fast motions alone: with noise alone the pull's error is never "
+                "below its twin's on one coordinate, with drift alone never above.",
+                "Without decay and clip, PACE's own twin is AdamW with ε + (1-β)·η·c for its ε. "
                 "Clipped coordinates move as at the learning rate η·β_t.",
             ],
             figure,
@@ -634,7 +660,7 @@ class Twin(Lab):
 
         plain = loss(pullback=0.0)
         weights = np.array([rule.weight(t) for t in range(1, self.steps + 1)])[:, None]
-        for share in (0.1, 0.3, 1.0, 10.0):
+        for share in (0.03, 0.1, 0.3, 1.0):
             clipped = float(np.mean(share * weights >= np.sqrt(spectrum)))
             pace = loss(pullback=share / lr)
             twin = loss(pullback=0.0, eps=float(twin_epsilon(lr, share / lr, 1e-4)))
@@ -689,7 +715,13 @@ class Rate(Lab):
             ]
             rows.append([name, f"{trend.mean:.3f} ± {1.96 * trend.error:.2g}", *constants])
             means = [float(e.mean) for e in errors]
-            axis.plot(self.horizons, means, f"C{i // 2}{'o--' if i % 2 else 'o-'}", label=name)
+            axis.plot(
+                self.horizons,
+                means,
+                f"C{i // 2}{'o--' if i % 2 else 'o-'}",
+                mfc="white" if i % 2 else None,
+                label=name,
+            )
         first = rows[0][2] / math.sqrt(self.horizons[0])
         guide = [first * math.sqrt(self.horizons[0] / t) for t in self.horizons]
         axis.plot(self.horizons, guide, color="grey", ls=":", label="slope -1/2")
@@ -699,7 +731,7 @@ class Rate(Lab):
             xlabel="horizon T",
             ylabel="excess loss of the returned model",
         )
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, handlelength=4)
         columns = ["loss·√T at T =", "slope, 95 %", *map(str, self.horizons)]
         return Finding(
             [Rows("Excess loss on Σ 2^-i·|xᵢ - 1/i|", columns, rows)],

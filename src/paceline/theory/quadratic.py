@@ -102,7 +102,8 @@ def better_gain(a: ArrayLike, beta: ArrayLike) -> Array:
 
     It is short of the stability bound by aβ(1-w) / (2(1+w)(1-β)), and at least 1 for all a in
     (0, 1]: without drift a pull that does not go past the average never does harm to the limiting
-    error. For larger a it can be negative: no pull helps there.
+    error there. (With A = 1-a and B = 1-β, (1+w)·B·(c*-1) = A·(1 + B - B² + AB²).) For larger a it
+    can be negative: no pull helps there.
 
     Args:
         a: learning rate times curvature, in (0, 2); any shape.
