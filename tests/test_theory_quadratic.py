@@ -852,3 +852,30 @@ def test_takes_what_is_at_the_ends_of_the_ranges():
     assert tiny.size == 2
     assert Quadratic(3.0).curvature.shape == (1,)
     assert isinstance(limit(Pull(0.1, 0.2), tiny), Moments)
+
+
+# ---- the twin where the minimum drifts -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("c", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize(("a", "beta"), [(1e-3, 2e-3), (5e-3, 1e-3), (1e-2, 1e-3)])
+def test_drift_is_followed_as_a_mass_on_a_spring_does(a, beta, c):
+    """q²(f/(2aβ) + m/(2f)), with the friction f = a+β+b, the mass m 1, and 1/r for the twin."""
+    r = float(twin_rate(beta, c))
+    f = a + beta + c * (1 - beta)
+    for found, mass in (
+        (limiting_error(a, beta, c, 0.0, 1.0), 1.0),
+        (limiting_error(a * r, beta, 0.0, 0.0, 1.0), 1 / r),
+    ):
+        # To leading order in the modes, of which the fastest is f.
+        assert float(found) == pytest.approx(f / (2 * a * beta) + mass / (2 * f), rel=f)
+
+
+def test_under_drift_alone_a_pull_that_is_clipped_is_better_than_its_twin():
+    a, beta, c = np.meshgrid(
+        np.linspace(0.01, 1, 40), np.geomspace(1e-4, 0.99, 40), np.linspace(0.01, 1, 40)
+    )
+    ratio = limiting_error(a, beta, c, 0.0, 1.0)
+    ratio /= limiting_error(a * twin_rate(beta, c), beta, 0.0, 0.0, 1.0)
+    assert ratio.max() < 1
+    assert ratio.min() == pytest.approx(0.8, abs=2e-3)
