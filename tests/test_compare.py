@@ -136,6 +136,7 @@ def test_methods_are_written_as_documented():
     assert method_of("lawa:window=4").label == "lawa every=40 window=4"
     assert method_of("bema:eta=0.4").label == "bema κ=0.5 η=0.4"
     assert method_of("ema:half_life=50").label == "ema half-life=50"
+    assert method_of("ema:eps=1e-3").label == "ema κ=0.3 ε=0.001"
     assert method_of("lookahead:alpha=0.8").label == "lookahead k=5 α=0.8"
     assert method_of("pullback:muon:c=1").label == "pullback muon c=1 κ=0.3"
     assert method_of("pullback:sgd:cosine:gain=scalar").label == (
@@ -159,6 +160,14 @@ def test_averages_of_methods():
 
 def test_methods_that_only_watch_share_their_training():
     texts = ["adamw", "ema", "pace", "uniform", "ema:state=bf16", "lawa", "bema", "ema:wsd"]
+    texts += ["ema:eps=0.1", "adamw:eps=0.1", "ema:eps=0.01"]
+    runs = share_runs(map(method_of, texts), (0,))
+    assert [[m.label for m in run.methods] for run in runs[4:]] == [
+        ["ema κ=0.3 ε=0.1", "adamw ε=0.1"],  # of another AdamW
+        ["ema κ=0.3 ε=0.01"],
+    ]
+    assert runs[5].name == "ema-kappa0.3-eps0.01-lr0.01-seed0"
+    texts = texts[:-3]
     texts += ["ema:twin", "uniform:twin", "uniform:twin:kappa=0.5", "ema:kappa=0.7", "adamw:wsd"]
     runs = share_runs(map(method_of, texts), (0, 1))
     assert [[m.label for m in run.methods] for run in runs[:6]] == [
@@ -210,6 +219,8 @@ def test_schedules():
         ("pace:k=3", "has no option 'k'; it has .*'c', 'kappa'"),
         ("adamw:c=3", "has no option 'c'"),
         ("adamw:state=bf16", "has no option 'state'"),
+        ("schedule-free:eps=0.1", "has no option 'eps'"),
+        ("ema:eps=0", "eps: .*greater than 0"),
         ("pace:state=fp8", "state: Input should be 'fp32' or 'bf16', got 'fp8'"),
         ("ema:g=0.5", "has no option 'g'"),
         ("pace:kappa=1.5", "method 'pace:kappa=1.5': kappa: .*less than or equal to 1"),
@@ -459,6 +470,11 @@ def test_the_twin_of_a_saturated_pull_is_a_schedule():
     assert [(len(group["params"]), group["weight_decay"]) for group in ema] == [(1, 0.1), (1, 0)]
     (ema, _) = make_optimizer(method_of("ema:half_life=7:state=bf16"), model, **rest).param_groups
     assert (ema["averaging"], ema["state_dtype"]) == ("ema:half_life=7", torch.bfloat16)
+    for text in ("adamw", "ema", "uniform", "pace"):
+        for eps in (1e-8, 0.25):
+            method = method_of(text if eps == 1e-8 else f"{text}:eps={eps}")
+            for group in make_optimizer(method, model, **rest).param_groups:
+                assert group["eps"] == eps
 
 
 def test_a_bar_shows_the_best_returned_model_also_while_the_live_one_is_ahead():

@@ -64,7 +64,7 @@ class Comparison(Options):
     share one training. lookahead (k, alpha) and schedule-free around AdamW. pace (c, kappa).
     pullback:NAME (c, kappa, gain: adam, own or scalar), the pull around sgd, adam, adamw, nadam,
     radam, adafactor, muon, soap, shampoo, ademamix or lion. ema and pace also have state (fp32 or
-    bf16, what the optimizer keeps).
+    bf16, what the optimizer keeps); they, adamw and its averages have eps.
 
     The default rates and options were chosen on the default text's validation part.
     """

@@ -39,7 +39,9 @@ class Run(NamedTuple):
     def names(self) -> list[str]:
         """Of the methods' folders, as in `pace-c10-kappa0.3-lr0.01-seed0`."""
         labels = [f"{m.label} lr={m.lr:g} seed={self.seed}" for m in self.methods]
-        plain = str.maketrans({"κ": "kappa", "η": "eta", "α": "alpha", "=": "", " ": "-"})
+        plain = str.maketrans(
+            {"κ": "kappa", "η": "eta", "α": "alpha", "ε": "eps", "=": "", " ": "-"}
+        )
         return [label.translate(plain) for label in labels]
 
     @property

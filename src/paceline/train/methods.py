@@ -61,15 +61,15 @@ BASES: dict[str, Callable[[list[dict[str, Any]], float], Optimizer]] = {
 }
 # What else a method has, and its default; None: left out; ...: from the command line.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "adamw": {},
-    "ema": {"kappa": ..., "half_life": None, "state": None},
-    "uniform": {"start": 0.75},
-    "swa": {"start": 0.75, "every": 50},
-    "lawa": {"window": 10, "every": 40},
-    "bema": {"kappa": 0.5, "eta": 0.2, "every": None},
+    "adamw": {"eps": None},
+    "ema": {"kappa": ..., "half_life": None, "eps": None, "state": None},
+    "uniform": {"start": 0.75, "eps": None},
+    "swa": {"start": 0.75, "every": 50, "eps": None},
+    "lawa": {"window": 10, "every": 40, "eps": None},
+    "bema": {"kappa": 0.5, "eta": 0.2, "every": None, "eps": None},
     "lookahead": {"k": 5, "alpha": 0.5},
     "schedule-free": {},
-    "pace": {"c": ..., "kappa": ..., "state": None},
+    "pace": {"c": ..., "kappa": ..., "eps": None, "state": None},
     "pullback": {"c": ..., "kappa": ..., "gain": None},
 }
 
@@ -96,6 +96,7 @@ class Method(Options):
     eta: Power | None = None  # η of bema's correction
     k: Count | None = None  # steps between lookahead's
     alpha: Gain | None = None  # of lookahead
+    eps: Rate | None = None  # ε beside Adam's √v̂, instead of 1e-8
     state: State | None = None  # what m, v and the average are kept in
 
     @property
@@ -106,7 +107,7 @@ class Method(Options):
         parts += [self.schedule] if self.schedule != "constant" else []
         shown = {"c": self.c, "g": self.g, "κ": self.kappa, "η": self.eta, "start": self.start}
         shown |= {"every": self.every, "window": self.window, "half-life": self.half_life}
-        shown |= {"k": self.k, "α": self.alpha}
+        shown |= {"k": self.k, "α": self.alpha, "ε": self.eps}
         parts += [f"{k}={v:g}" for k, v in shown.items() if v is not None]
         parts += [f"gain={self.gain}"] if self.gain else []
         return " ".join(parts + (["state=bf16"] if self.state == "bf16" else []))
@@ -124,7 +125,14 @@ class Method(Options):
             return self
         follows = self.schedule in ("power", "twin")
         kappa = self.kappa if follows else None
-        return Method(name="adamw", schedule=self.schedule, lr=self.lr, kappa=kappa, g=self.g)
+        return Method(
+            name="adamw",
+            schedule=self.schedule,
+            lr=self.lr,
+            kappa=kappa,
+            g=self.g,
+            eps=self.eps,
+        )
 
     def averaging(self, steps: int) -> Averaging | None:
         """The average that it returns after a run of so many steps, if it only watches."""
@@ -221,12 +229,13 @@ def make_optimizer(
         {"params": [p for n, p in named.items() if n in decayed], "weight_decay": weight_decay},
         {"params": [p for n, p in named.items() if n not in decayed], "weight_decay": 0.0},
     ]
-    average = method.averaging(steps)
+    average, eps = method.averaging(steps), method.eps or 1e-8
     if method.name == "pace" or average is not None:
         return PACE(
             groups,
             lr=method.lr,
             betas=betas,
+            eps=eps,
             pullback=method.c or 0.0,
             state_dtype=torch.bfloat16 if method.state == "bf16" else None,
             stochastic_round=stochastic_round,
@@ -243,7 +252,7 @@ def make_optimizer(
         base = torch.optim.AdamW(groups, lr=method.lr, betas=betas)
         return _Lookahead(base, k=method.k, alpha=method.alpha)
     if method.base is None:
-        return torch.optim.AdamW(groups, lr=method.lr, betas=betas)
+        return torch.optim.AdamW(groups, lr=method.lr, betas=betas, eps=eps)
     if method.base == "muon":
         groups = _split_for_muon(groups, model)
     assert method.c is not None
