@@ -489,7 +489,8 @@ def test_a_bar_shows_the_best_returned_model_also_while_the_live_one_is_ahead():
 
 def row(label, lr, seed, returned, **facts):
     name = label.split()[0]
-    facts = {"name": name, "schedule": "constant", "kappa": 0.3, "g": None, **facts}
+    options = {"kappa": 0.3, "g": None, "eps": None, "c": 2.0}
+    facts = {"name": name, "schedule": "constant", **options, **facts}
     return {
         "run": f"{label}-{lr}-{seed}",
         "trained_with": f"{label}-{lr}-{seed}",
@@ -524,6 +525,14 @@ def test_verdict_says_who_won_by_how_much_over_how_many_seeds():
         "The gain of pace is 0.85 in the mean at the end, and 50.0% of the coordinates are "
         "clipped.",
         "At learning rate 0.01 adamw diverged.",
+    ]
+    amounts_to = [row("ema ε=0.02", 0.01, s, 2.1, eps=0.02) for s in (0, 1)]  # 0.01 · 2
+    other = [row("ema ε=0.03", 0.01, s, 2.2, eps=0.03) for s in (0, 1)]
+    assert verdict_of(*pace, *amounts_to, *other)[1:3] == [
+        "And against the ε that its pull amounts to: pace returns a model 0.050 nats lower "
+        "(-0.100 to +0.000, lower in 1 of 2 seeds) than ema ε=0.02.",
+        "The gain of pace is 0.85 in the mean at the end, and 50.0% of the coordinates are "
+        "clipped.",
     ]
     one = verdict_of(pace[0], ema[0])
     assert one[0] == (

@@ -197,14 +197,24 @@ def _winner(cells: dict[str, Cell]) -> str:
 
 
 def _about_the_pull(label: str, cell: Cell, here: dict[str, Cell], lr: float) -> list[str]:
-    """PACE against the EMA that differs in the pull alone, and against its twin schedule."""
+    """PACE against the EMA that differs in the pull alone, and against its twins."""
     sentences = []
     mine = next(iter(cell.rows.values()))
     for other, its in here.items():
         facts = next(iter(its.rows.values()))
         if facts["name"] != "ema" or facts["kappa"] != mine["kappa"]:
             continue
-        if facts["schedule"] == mine["schedule"] and facts["g"] == mine["g"]:
+        alike = facts["schedule"] == mine["schedule"] and facts["g"] == mine["g"]
+        amounts_to = (mine["eps"] or 1e-8) + lr * mine[
+            "c"
+        ]  # docs/theory.md: where it is not clipped
+        if alike and facts["eps"] != mine["eps"]:
+            if math.isclose(facts["eps"] or 1e-8, amounts_to, rel_tol=0.01):
+                sentences.append(
+                    f"And against the ε that its pull amounts to: {label} returns a model "
+                    f"{_difference(cell, its)} {other}."
+                )
+        elif alike:
             sentences.append(
                 f"What the pull alone does there: {label} returns a model "
                 f"{_difference(cell, its)} {other}."
