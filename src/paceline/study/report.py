@@ -205,9 +205,8 @@ def _about_the_pull(label: str, cell: Cell, here: dict[str, Cell], lr: float) ->
         if facts["name"] != "ema" or facts["kappa"] != mine["kappa"]:
             continue
         alike = facts["schedule"] == mine["schedule"] and facts["g"] == mine["g"]
-        amounts_to = (mine["eps"] or 1e-8) + lr * mine[
-            "c"
-        ]  # docs/theory.md: where it is not clipped
+        # docs/theory.md: where it is not clipped
+        amounts_to = (mine["eps"] or 1e-8) + lr * mine["c"]
         if alike and facts["eps"] != mine["eps"]:
             if math.isclose(facts["eps"] or 1e-8, amounts_to, rel_tol=0.01):
                 sentences.append(

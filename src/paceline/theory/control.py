@@ -196,7 +196,7 @@ class Regulator:
             least = np.linalg.eigvalsh(_symmetric(name, given, d))[0]
             if least < -1e-12 * abs(given).max():
                 raise ValueError(
-                    f"{name} must not be indefinite; its least eigenvalue is {least:g}"
+                    f"{name} must be positive semidefinite; its least eigenvalue is {least:g}"
                 )
         start = require("start", self.start, -math.inf, math.inf)
         for name, value in (

@@ -414,7 +414,7 @@ def _least(cost: Any, low: float, high: float) -> float:
 
 
 class Frontier(Lab):
-    """What each method comes to at its own best parameters, all of them searched.
+    """What each method comes to at its own best learning rate and average, which are searched.
 
     In the limit, among those that forget the start by a half-life; with a minimum that moves; and
     at a horizon, from a distant start. Losses are relative to the EMA's.

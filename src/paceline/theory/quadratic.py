@@ -187,10 +187,6 @@ def limiting_error(
             "not stable: c must be below {1:.6g} at a = {2:g} and beta = {3:g}, "
             "got {0:g}, {4:.3g} above".format(*values, over[at])
         )
-    return _limiting_error(a, beta, c, noise, drift)
-
-
-def _limiting_error(a: Array, beta: Array, c: Array, noise: Array, drift: Array) -> Array:
     # The formula above with its differences of nearly equal numbers worked out; with φ1 = 1-φ2-aβ.
     s, w = c * (1 - beta), (1 - a) * (1 - beta)
     phi2, one_minus, one_plus = s - w, 1 + w - s, a + beta - a * beta + s
