@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .quadratic import Array, Numbers, require
+from .quadratic import Array, Numbers, eigenvalues, require
 
 # ---- one coordinate, continuous time ------------------------------------------------------------
 
@@ -179,8 +179,7 @@ class Regulator:
         curvature = np.atleast_1d(np.asarray(self.curvature, dtype=np.float64))
         matrix = np.diag(curvature) if curvature.ndim == 1 else curvature
         d = len(matrix)
-        values = np.linalg.eigvalsh(_symmetric("curvature", matrix, d))
-        require("curvature", values, 0, 2, open_="both")
+        require("curvature", eigenvalues("curvature", matrix), 0, 2, open_="both")
         require("penalty", self.penalty, 0, math.inf, open_="low")
         beta = require("beta", self.beta, -math.inf, math.inf)
         if beta.ndim != 1 or not len(beta):
@@ -193,7 +192,9 @@ class Regulator:
         covariance = noise if noise.ndim == 2 else np.diag(np.broadcast_to(noise, (d,)))
         terminal = np.eye(d) if self.terminal is None else np.asarray(self.terminal, np.float64)
         for name, given in (("noise", covariance), ("terminal", terminal)):
-            least = np.linalg.eigvalsh(_symmetric(name, given, d))[0]
+            if given.shape != (d, d):
+                raise ValueError(f"{name} must be of the shape {(d, d)}, got {given.shape}")
+            least = eigenvalues(name, given)[0]
             if least < -1e-12 * abs(given).max():
                 raise ValueError(
                     f"{name} must be positive semidefinite; its least eigenvalue is {least:g}"
@@ -276,12 +277,3 @@ class Regulator:
             second = closed @ second @ closed.T + b @ self.noise @ b.T
         error = float(np.trace(self.terminal @ second[d:, d:]))
         return Outcome(error, effort, error + self.penalty * effort)
-
-
-def _symmetric(name: str, matrix: Array, d: int) -> Array:
-    if matrix.shape != (d, d) or not np.isfinite(matrix).all():
-        raise ValueError(f"{name} must be finite and of the shape {(d, d)}, got {matrix.shape}")
-    skew = abs(matrix - matrix.T).max()
-    if skew > 1e-12 * abs(matrix).max():
-        raise ValueError(f"{name} must be symmetric; it differs from its transpose by {skew:g}")
-    return matrix

@@ -284,7 +284,7 @@ class Quadratic:
                         f"{last[0]}"
                     )
         else:
-            least = _least_eigenvalue("curvature", curvature)
+            least = eigenvalues("curvature", curvature)[0]
             if least <= 0:
                 raise ValueError(
                     f"curvature must be positive definite; its least eigenvalue is {least:g}"
@@ -301,7 +301,7 @@ class Quadratic:
                         f"{name} must be a number or of the shape {curvature.shape} of curvature, "
                         f"got {full.shape}"
                     )
-                least, scale = _least_eigenvalue(name, full), abs(full).max()
+                least, scale = eigenvalues(name, full)[0], abs(full).max()
                 if least < -1e-12 * scale:
                     raise ValueError(
                         f"{name} has a negative variance, {least:g}, in some direction"
@@ -333,7 +333,12 @@ class Quadratic:
         )
 
 
-def _least_eigenvalue(name: str, matrix: Array) -> float:
+def eigenvalues(name: str, matrix: Array) -> Array:
+    """Of a symmetric matrix, from the least.
+
+    Raises:
+        ValueError: it is not square, finite and symmetric; by how much.
+    """
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(
             f"{name} must be a vector or a square matrix, got the shape {matrix.shape}"
@@ -343,7 +348,7 @@ def _least_eigenvalue(name: str, matrix: Array) -> float:
     skew = abs(matrix - matrix.T).max()
     if skew > 1e-12 * abs(matrix).max():
         raise ValueError(f"{name} must be symmetric; it differs from its transpose by {skew:g}")
-    return float(np.linalg.eigvalsh(matrix)[0])
+    return np.asarray(np.linalg.eigvalsh(matrix))
 
 
 class Blocks(NamedTuple):
