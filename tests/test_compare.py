@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from paceline import PACE
 from paceline.averaging import BEMA, EMA, LAWA, SWA, PowerEMA, Uniform
 from paceline.cli import main
-from paceline.study.compare import Comparison, _affordable_steps
+from paceline.study.compare import Comparison, Setting, _affordable_steps
 from paceline.study.report import Results, best_at, verdict
-from paceline.study.runs import Run, Setting, share_runs, show_losses
+from paceline.study.runs import Run, share_runs
 from paceline.train import InputError
 from paceline.train.data import (
     Corpus,
@@ -38,6 +38,7 @@ from paceline.train.data import (
 )
 from paceline.train.methods import BASES, make_optimizer, parse_method, scheduler
 from paceline.train.model import make_gpt2
+from paceline.train.terminal import show_losses
 from paceline.train.trainer import train
 
 DEFAULTS = {"lr": 1e-2, "c": 3.0, "kappa": 0.3, "g": 0.5}

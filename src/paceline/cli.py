@@ -31,6 +31,13 @@ COMMANDS = {
     "eval": Command("train.evaluate", "Evaluation", "evaluate", "score models by lm-eval's tasks"),
     "average": Command("train.merge", "Merge", "merge", "merge the checkpoints of a run"),
     "compare": Command("study.compare", "Comparison", "compare_command", "compare methods"),
+    "sweep": Command(
+        "study.sweep", "Sweep", "sweep_command", "tune methods by one protocol", "study"
+    ),
+    "figure": Command(
+        "study.figures", "Figures", "figure_command", "make a figure of the paper", "study"
+    ),
+    "report": Command("study.explore", "Report", "report", "explore runs in one page", "study"),
     "bench": Command("study.bench", "Bench", "bench", "measure what optimizers cost"),
     **{
         f"theory {name}": Command("theory.lab", options, "show", summary, "theory")

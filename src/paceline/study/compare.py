@@ -6,18 +6,19 @@ import math
 import shlex
 import sys
 import time
+from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TextIO
 
 import torch
 import transformers
 from pydantic import Field, model_validator
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..cache import cache_folder
 from ..train import InputError, Options
@@ -44,9 +45,9 @@ from ..train.methods import (
 from ..train.model import make_gpt2
 from ..train.recipe import Names, Positive
 from ..train.terminal import progress_bars, quiet, show_losses
-from ..train.trainer import train
+from ..train.trainer import Trained, train
 from .report import Results, write_report
-from .runs import Run, Setting, run_all, share_runs
+from .runs import Job, Queue, Row, Run, Watch, run_all, share_runs
 
 
 class Comparison(Options):
@@ -271,7 +272,10 @@ def compare(options: Comparison, console: Console) -> Results:
             "workers": workers,
             "threads_per_worker": threads,
         }
-        run_all(setting, options.runs, workers, threads, folder, console, results)
+        with (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
+            queue = _Comparing(setting, options.runs, folder, metrics, results)
+            run_all(queue, workers, threads, console)
+            results.interrupted = queue.interrupted
     except KeyboardInterrupt:  # before the first run: the runs see to it themselves
         results.interrupted = True
     order = [(method.label, method.lr) for method in options.compared]
@@ -284,6 +288,85 @@ def compare(options: Comparison, console: Console) -> Results:
     write_json(folder / "manifest.json", manifest)
     write_report(results, manifest, folder, console)
     return results
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs share: where they start, what they see, and how they are trained."""
+
+    start: Path | None  # pretrained weights; None: random ones, from each run's seed
+    tokens: Path  # as `tokenize` gives it
+    tokenizer: PreTrainedTokenizerFast
+    shape: dict[str, int]  # of the model, as `make_gpt2` takes it
+    recipe: dict[str, Any]  # of the training, as `train` takes it
+    steps: int
+    evaluations: int
+
+    def train(self, run: Run, folder: Path, watch: Watch) -> Trained:
+        """Train one run from its start; see `paceline.train.trainer.train`."""
+        model: Any
+        if self.start is None:
+            model = make_gpt2(self.tokenizer, **self.shape, seed=run.seed)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(self.start)
+        return train(
+            model,
+            load_file(self.tokens),
+            run.methods,
+            folder,
+            steps=self.steps,
+            evaluations=self.evaluations,
+            seed=run.seed,
+            watch=watch,
+            **self.recipe,
+        )
+
+    def rows(self, run: Run, folder: Path, watch: Watch) -> list[Row] | None:
+        """Train, save what each method returns, and give its rows of metrics; None if stopped."""
+        began = time.perf_counter()
+        trained = self.train(run, folder / "tensorboard" / run.name, watch)
+        if trained.stopped:
+            return None
+        seconds = time.perf_counter() - began
+        for name, method in zip(run.names, run.methods, strict=True):
+            model = folder / "models" / name
+            trained.trainer.save_returned(method, str(model))
+            self.tokenizer.save_pretrained(model)
+        tokens = self.recipe["batch"] * self.recipe["context"]
+        return run.rows(trained.trainer.curves, seconds, tokens)
+
+
+class _Comparing(Queue):
+    """Runs in their order; rows go to the results and to metrics.jsonl as they come."""
+
+    def __init__(
+        self, setting: Setting, runs: list[Run], folder: Path, metrics: TextIO, results: Results
+    ) -> None:
+        self.setting, self.folder, self.metrics, self.results = setting, folder, metrics, results
+        self.runs = {run.name: run for run in runs}
+        self.waiting, self.ended = list(self.runs), 0
+
+    def claim(self) -> Job | None:
+        if not self.waiting:
+            return None
+        name = self.waiting.pop(0)
+        return Job(
+            name, self.setting.steps, partial(self.setting.rows, self.runs[name], self.folder)
+        )
+
+    def finish(self, job: Job, result: list[Row]) -> None:
+        self.ended += 1
+        self.results.rows += result
+        for row in result:
+            self.metrics.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.metrics.flush()
+
+    def fail(self, job: Job, reason: str) -> None:
+        self.ended += 1
+        self.results.failed |= dict.fromkeys(self.runs[job.name].names, reason)
+
+    def progress(self) -> tuple[int, int]:
+        return self.ended * self.setting.steps, len(self.runs) * self.setting.steps
 
 
 def _enough(tokens: Path, length: int) -> Path:

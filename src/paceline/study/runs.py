@@ -1,32 +1,26 @@
-"""Training runs in worker processes, with news of them while they go on."""
+"""Trainings in worker processes, with news of them while they go on."""
 
-import json
 import math
 import multiprocessing
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from queue import Empty
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..train.methods import Method
-from ..train.model import make_gpt2
 from ..train.terminal import progress_bars, quiet, show_losses
-from ..train.trainer import Trained, train
-from .report import Results
 
 Row = dict[str, Any]
+Watch = Callable[[int, dict[str, float]], bool]
 
 
 class Run(NamedTuple):
@@ -49,6 +43,25 @@ class Run(NamedTuple):
         """Of the training: the first method's."""
         return self.names[0]
 
+    def rows(
+        self, curves: Iterable[list[dict[str, float]]], seconds: float, tokens: float
+    ) -> list[Row]:
+        """A row for each point of each method's curve.
+
+        Args:
+            curves: as `MethodTrainer` has them.
+            seconds: that the training took, which all its methods share.
+            tokens: that a step sees.
+        """
+        rows = []
+        for name, method, curve in zip(self.names, self.methods, curves, strict=True):
+            facts = {"run": name, "label": method.label, **method.model_dump(), "seed": self.seed}
+            facts |= {"trained_with": self.name, "seconds": round(seconds, 2)}
+            for point in curve:
+                numbers = {k: v if math.isfinite(v) else None for k, v in point.items()}
+                rows.append({**facts, **numbers, "tokens": point["step"] * tokens})
+        return rows
+
 
 def share_runs(methods: Iterable[Method], seeds: Iterable[int]) -> list[Run]:
     """The trainings that all methods need, seed by seed: one for those that only watch AdamW."""
@@ -58,92 +71,117 @@ def share_runs(methods: Iterable[Method], seeds: Iterable[int]) -> list[Run]:
     return [Run(tuple(same), seed) for seed in seeds for same in shared.values()]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What all runs share: where they start, what they see, and how they are trained."""
+class Job(NamedTuple):
+    """A training, for a worker process."""
 
-    start: Path | None  # pretrained weights; None: random ones, from each run's seed
-    tokens: Path  # as `tokenize` gives it
-    tokenizer: PreTrainedTokenizerFast
-    shape: dict[str, int]  # of the model, as `make_gpt2` takes it
-    recipe: dict[str, Any]  # of the training, as `train` takes it
+    name: str
     steps: int
-    evaluations: int
-
-    def train(
-        self, run: Run, folder: Path, watch: Callable[[int, dict[str, float]], bool]
-    ) -> Trained:
-        """Train one run from its start; see `paceline.train.trainer.train`."""
-        model: Any
-        if self.start is None:
-            model = make_gpt2(self.tokenizer, **self.shape, seed=run.seed)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(self.start)
-        return train(
-            model,
-            load_file(self.tokens),
-            run.methods,
-            folder,
-            steps=self.steps,
-            evaluations=self.evaluations,
-            seed=run.seed,
-            watch=watch,
-            **self.recipe,
-        )
+    call: Callable[[Watch], Any]  # pickled; gives None where it was stopped
 
 
-def run_all(
-    setting: Setting,
-    runs: list[Run],
-    workers: int,
-    threads: int,
-    folder: Path,
-    console: Console,
-    results: Results,
-) -> None:
-    """Train every run in one of `workers` processes of `threads` threads each.
+class Queue(ABC):
+    """Where jobs come from, and where their results go."""
 
-    Rows go to `results` and to metrics.jsonl as runs finish. Ctrl-C stops the runs under way and
-    starts no more; a run that fails is noted, and does not stop the others.
+    interrupted = False
+
+    @abstractmethod
+    def claim(self) -> Job | None:
+        """The next job; None if there is none now."""
+
+    @abstractmethod
+    def finish(self, job: Job, result: Any) -> None:
+        """Take what a job has given."""
+
+    @abstractmethod
+    def fail(self, job: Job, reason: str) -> None:
+        """Note why a job gave nothing."""
+
+    def give_back(self, job: Job) -> None:
+        """Take back a job that was stopped."""
+        return
+
+    def may_have_more(self) -> bool:
+        """Whether there may be jobs later, if there are none now."""
+        return False
+
+    @abstractmethod
+    def progress(self) -> tuple[int, int]:
+        """Steps that are done, but for the jobs under way here, and of all."""
+
+
+def run_all(queue: Queue, workers: int, threads: int, console: Console) -> None:
+    """Do all jobs, each in one of `workers` processes of `threads` threads each.
+
+    Ctrl-C stops the jobs under way and starts no more; one that fails is noted, and does not stop
+    the others. Those that were under way as a process died are tried once more, one at a time.
     """
     context = multiprocessing.get_context("spawn")
     news, stop = context.Queue(), context.Event()
 
     def interrupt(*_: Any) -> None:
-        results.interrupted = True
+        queue.interrupted = True
+
+    def new_pool() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(workers, context, _begin, (threads, news, stop))
+
+    pool = new_pool()
+    pending: dict[Future[Any], Job] = {}
+    again: list[Job] = []  # that were under way as a process died
+    tried: set[str] = set()
+
+    def next_job() -> Job | None:
+        if queue.interrupted or len(pending) == workers:
+            return None
+        if again or any(job.name in tried for job in pending.values()):
+            return None if pending else again.pop()
+        return queue.claim()
 
     previous = signal.signal(signal.SIGINT, interrupt)
     try:
-        with (
-            (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics,
-            ProcessPoolExecutor(workers, context, _begin, (threads, news, stop)) as pool,
-            progress_bars(console) as progress,
-        ):
-            with _sigint_blocked():  # in the workers for good: they start here, and inherit it
-                pending: dict[Future[list[Row] | None], Run] = {
-                    pool.submit(_run_one, setting, run, folder): run for run in runs
-                }
-            bars = _Bars(progress, setting.steps, len(runs))
-            while pending:
-                if results.interrupted and not stop.is_set():
+        with progress_bars(console) as progress:
+            bars = _Bars(progress, queue)
+            while True:
+                while job := next_job():
+                    with _sigint_blocked():  # in the workers for good: they inherit it
+                        pending[pool.submit(_work, job)] = job
+                    bars.begin(job)
+                if not pending and not again and not queue.may_have_more():
+                    break
+                if queue.interrupted:
                     stop.set()
                     for future in pending:
                         future.cancel()
+                    if not pending:
+                        break
+                if not pending:  # others have what is left
+                    time.sleep(0.25)
                 finished, _ = wait(pending, timeout=0.25, return_when=FIRST_COMPLETED)
                 bars.show(news)
+                died = False
                 for future in finished:
-                    run = pending.pop(future)
-                    bars.end(run.name)
-                    if future.cancelled():
-                        continue
-                    if error := future.exception():
-                        results.failed |= dict.fromkeys(run.names, _reason(error))
-                        continue
-                    for row in future.result() or []:
-                        results.rows.append(row)
-                        metrics.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    metrics.flush()
+                    job = pending.pop(future)
+                    bars.end(job)
+                    error = None if future.cancelled() else future.exception()
+                    if isinstance(error, BrokenProcessPool):
+                        died = True
+                        if job.name in tried or queue.interrupted:
+                            queue.fail(job, "its worker process died (out of memory?), twice")
+                        else:
+                            again.append(job)
+                            tried.add(job.name)
+                    elif error is not None:
+                        queue.fail(job, " ".join(f"{type(error).__name__}: {error}".split()))
+                    elif future.cancelled() or (result := future.result()) is None:
+                        queue.give_back(job)
+                    else:
+                        queue.finish(job, result)
+                if died:
+                    pool.shutdown()
+                    pool = new_pool()
+            for job in again:
+                queue.give_back(job)
     finally:
+        pool.shutdown(cancel_futures=True)
         signal.signal(signal.SIGINT, previous)
 
 
@@ -161,13 +199,14 @@ def _sigint_blocked() -> Iterator[None]:
 
 
 class _Bars:
-    """A bar for all runs together, and one for each that is under way."""
+    """A bar for all jobs together, and one for each that is under way."""
 
-    def __init__(self, progress: Progress, steps: int, runs: int) -> None:
-        self.progress, self.steps = progress, steps
-        self.whole = progress.add_task("all runs", total=steps * runs, losses="")
+    def __init__(self, progress: Progress, queue: Queue) -> None:
+        self.progress, self.queue = progress, queue
+        done, total = queue.progress()
+        self.whole = progress.add_task("all runs", total=total, completed=done, losses="")
         self.tasks: dict[str, Any] = {}
-        self.done: dict[str, int] = {}
+        self.steps: dict[str, int] = {}  # of those under way
 
     def show(self, news: Any) -> None:
         while True:
@@ -175,25 +214,20 @@ class _Bars:
                 name, step, losses = news.get_nowait()
             except Empty:
                 break
-            if self.done.get(name) == self.steps:  # news that came after the end
+            if name not in self.tasks:  # news that came after the end
                 continue
-            if name not in self.tasks:
-                self.tasks[name] = self.progress.add_task(name, total=self.steps, losses="")
             self.progress.update(self.tasks[name], completed=step, losses=show_losses(losses))
-            self.done[name] = step
-        self.progress.update(self.whole, completed=sum(self.done.values()))
+            self.steps[name] = step
+        done, total = self.queue.progress()
+        self.progress.update(self.whole, completed=done + sum(self.steps.values()), total=total)
 
-    def end(self, name: str) -> None:
-        if name in self.tasks:
-            self.progress.remove_task(self.tasks.pop(name))
-        self.done[name] = self.steps
-        self.progress.update(self.whole, completed=sum(self.done.values()))
+    def begin(self, job: Job) -> None:
+        self.tasks[job.name] = self.progress.add_task(job.name, total=job.steps, losses="")
+        self.steps[job.name] = 0
 
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, BrokenProcessPool):
-        return "a worker process died (out of memory?), and the runs that were not done with it"
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    def end(self, job: Job) -> None:
+        self.progress.remove_task(self.tasks.pop(job.name))
+        self.steps.pop(job.name)
 
 
 # ---- in the workers -----------------------------------------------------------------------------
@@ -209,29 +243,11 @@ def _begin(threads: int, news: Any, stop: Any) -> None:
     quiet()
 
 
-def _run_one(setting: Setting, run: Run, folder: Path) -> list[Row] | None:
-    """One run: its rows of metrics, or None if it was stopped."""
+def _work(job: Job) -> Any:
+    """What a job gives, or None if it was stopped."""
 
     def watch(step: int, losses: dict[str, float]) -> bool:
-        _news.put((run.name, step, losses))
+        _news.put((job.name, step, losses))
         return bool(_stop.is_set())
 
-    if _stop.is_set():
-        return None
-    began = time.perf_counter()
-    trained = setting.train(run, folder / "tensorboard" / run.name, watch)
-    if trained.stopped:
-        return None
-    seconds = round(time.perf_counter() - began, 2)
-    tokens = setting.recipe["batch"] * setting.recipe["context"]
-    rows = []
-    for name, method, curve in zip(run.names, run.methods, trained.trainer.curves, strict=True):
-        model = folder / "models" / name
-        trained.trainer.save_returned(method, str(model))
-        setting.tokenizer.save_pretrained(model)
-        facts = {"run": name, "label": method.label, **method.model_dump(), "seed": run.seed}
-        facts |= {"trained_with": run.name, "seconds": seconds}  # of all that share the training
-        for point in curve:
-            numbers = {k: v if math.isfinite(v) else None for k, v in point.items()}
-            rows.append({**facts, **numbers, "tokens": point["step"] * tokens})
-    return rows
+    return None if _stop.is_set() else job.call(watch)

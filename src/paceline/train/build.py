@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import peft
 import pyarrow.compute as pc
@@ -33,7 +34,7 @@ from .trainer import OneMethodTrainer
 # ---- the trainer --------------------------------------------------------------------------------
 
 
-class _PerToken(SFTTrainer):
+class PerToken(SFTTrainer):
     """TRL's trainer, but evaluation losses are means over all tokens learned, not over batches."""
 
     def evaluation_loop(
@@ -44,6 +45,7 @@ class _PerToken(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
+        """The Trainer's, with a mean over tokens."""
         self._sum, self._learned = 0.0, 0
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -58,6 +60,8 @@ class _PerToken(SFTTrainer):
         they get some of which nothing is learned.
         """
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, str):  # the name of one of several
+            data = self.eval_dataset[data]  # type: ignore[index]
         missing = -len(data) % (self.args.per_device_eval_batch_size * self.args.world_size)
         if missing and self.args.world_size > 1:
             nothing = {**data[0], "labels": [-100] * len(data[0]["labels"])}
@@ -66,6 +70,7 @@ class _PerToken(SFTTrainer):
         return super().get_eval_dataloader(data)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, taken down."""
         learned = int((inputs["labels"][..., 1:] != -100).sum())
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
         if learned:
@@ -77,7 +82,7 @@ class _PerToken(SFTTrainer):
         """None for checkpoints: ours goes with the model."""
 
 
-class RunTrainer(OneMethodTrainer, _PerToken):
+class RunTrainer(OneMethodTrainer, PerToken):
     """One of our methods, for conversations and for text, that keeps account of the data's order.
 
     `order` is a sum over all sequences trained on, of a hash of their tokens times a factor of the
@@ -93,12 +98,8 @@ class RunTrainer(OneMethodTrainer, _PerToken):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's, with what the pull does."""
-        if "loss" in logs and self.method.c:
-            optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-            stats = optimizer.stats() or {}
-            logs |= {k: x for k, x in stats.items() if isinstance(x, float)}
-        logs.pop("train_loss", None)  # of a resumed run only a part of the sum, over all steps
+        """As ever, but for what is of a resumed run only a part of the sum, over all steps."""
+        logs.pop("train_loss", None)
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -148,12 +149,23 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 32)
 
 
+EVALUATED_TOKENS = 8192  # at a time, at least
+Built = TypeVar("Built", bound=OneMethodTrainer)
+
 # ---- building -----------------------------------------------------------------------------------
 
 
 def processes() -> Any:
     """Accelerate's account of this process among others, on CPUs too."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+class Prepared(NamedTuple):
+    """What a trainer is fed with: sequences of tokens, and the tokenizer that made them."""
+
+    train: Any
+    evaluation: Any
+    tokenizer: Any
 
 
 def build(recipe: Recipe, folder: Path, *, only_data: bool = False) -> RunTrainer:
@@ -164,44 +176,51 @@ def build(recipe: Recipe, folder: Path, *, only_data: bool = False) -> RunTraine
     Raises:
         InputError: something in the recipe cannot be had or used, or does not go together.
     """
+    kind = partial(RunTrainer, method=recipe.parsed)
+    return assemble(recipe, folder, kind, only_data=only_data)
+
+
+def assemble(
+    recipe: Recipe,
+    folder: Path,
+    kind: Callable[..., Built],
+    *,
+    only_data: bool = False,
+    prepared: Prepared | None = None,
+) -> Built:
+    """As `build`, with a trainer of any kind that knows its method.
+
+    Args:
+        recipe: what is trained on what, and how.
+        folder: of the checkpoints.
+        kind: makes the trainer.
+        only_data: the model is a stand-in.
+        prepared: data of an earlier trainer by a recipe with the same ones, to save the time.
+    """
     state = processes()
     micro, accumulation = _split_batch(recipe, state.num_processes)
     check_fsdp(recipe, state)
-    set_seed(recipe.seed)
     conversations = recipe.task == "sft"
-    with state.main_process_first():  # the others find it in the cache
-        data = sources.load_sources(
-            recipe.data or (("chitchat",) if conversations else ("python",)),
-            kind="messages" if conversations else "text",
-            config=recipe.data_config,
-            split=recipe.split,
-            eval_names=recipe.eval_data,
-            eval_split=recipe.eval_split,
-            eval_examples=recipe.eval_examples,
-            examples=recipe.examples,
-            text_column=recipe.text_column,
-            streaming=recipe.streaming,
-            seed=recipe.seed,
-        )
-        tokenizer = _tokenizer(recipe, data.train)
-        if conversations:
-            encode = conversation_encoder(tokenizer)
-            data = sources.Sources(
-                *(
-                    part.map(lambda row: encode(row["messages"]), remove_columns=["messages"])
-                    for part in data
-                )
-            )
+    if prepared is None:
+        with state.main_process_first():  # the others find it in the cache
+            prepared = _prepare(recipe)
+        skipped = {}
+    else:
+        skipped = {"skip_prepare_dataset": True}
+    tokenizer = prepared.tokenizer
+    set_seed(recipe.seed)
     model = _stand_in(tokenizer) if only_data else _model(recipe, tokenizer)
     pure = recipe.precision == "pure-bf16"
     arguments = SFTConfig(
         output_dir=str(folder),
         max_length=recipe.context,
+        dataset_kwargs=skipped,
         packing=recipe.packing or not conversations,
         packing_strategy="bfd" if conversations else "wrapped",
         max_steps=1,  # until the data's length is known
         per_device_train_batch_size=micro,
-        per_device_eval_batch_size=micro,
+        # No activations are kept there, so short sequences can go together.
+        per_device_eval_batch_size=max(micro, EVALUATED_TOKENS // recipe.context),
         gradient_accumulation_steps=accumulation,
         max_grad_norm=recipe.max_grad_norm,
         use_cpu=state.device.type == "cpu",
@@ -227,16 +246,15 @@ def build(recipe: Recipe, folder: Path, *, only_data: bool = False) -> RunTraine
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     steps = _given_steps(recipe)
-    trainer = RunTrainer(
+    trainer = kind(
         model,
         arguments,
-        method=recipe.parsed,
         warmup=0,
         weight_decay=recipe.weight_decay,
         betas=recipe.betas,
         stochastic_round=pure,
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.evaluation,
         processing_class=tokenizer,
         peft_config=peft.LoraConfig(
             r=recipe.lora_rank,
@@ -276,6 +294,34 @@ def build(recipe: Recipe, folder: Path, *, only_data: bool = False) -> RunTraine
     arguments.eval_steps = math.ceil(steps / recipe.evaluations)
     arguments.save_steps = recipe.save_every or arguments.eval_steps
     return trainer
+
+
+def _prepare(recipe: Recipe) -> Prepared:
+    """What is trained and evaluated on, of conversations as tokens, and the tokenizer."""
+    conversations = recipe.task == "sft"
+    data = sources.load_sources(
+        recipe.data or (("chitchat",) if conversations else ("python",)),
+        kind="messages" if conversations else "text",
+        config=recipe.data_config,
+        split=recipe.split,
+        eval_names=recipe.eval_data,
+        eval_split=recipe.eval_split,
+        eval_examples=recipe.eval_examples,
+        examples=recipe.examples,
+        text_column=recipe.text_column,
+        streaming=recipe.streaming,
+        seed=recipe.seed,
+    )
+    tokenizer = _tokenizer(recipe, data.train)
+    if conversations:
+        encode = conversation_encoder(tokenizer)
+        data = sources.Sources(
+            *(
+                part.map(lambda row: encode(row["messages"]), remove_columns=["messages"])
+                for part in data
+            )
+        )
+    return Prepared(data.train, data.evaluation, tokenizer)
 
 
 class _Predicted:

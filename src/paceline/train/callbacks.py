@@ -16,16 +16,18 @@ from ..files import whole
 class AtTheEnd(TrainerCallback):
     """The last step is evaluated and saved, a multiple of the intervals or not.
 
-    And the pull is measured only where it is logged.
+    And the pull is measured only where it is logged or evaluated.
     """
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
     ) -> None:
         step = state.global_step + 1
+        intervals = [args.logging_steps, args.eval_steps or args.logging_steps]
+        measured = step == args.max_steps or any(step % interval == 0 for interval in intervals)
         for group in optimizer.param_groups:
             if "track_stats" in group:
-                group["track_stats"] = step % args.logging_steps == 0 or step == args.max_steps
+                group["track_stats"] = measured
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == args.max_steps:

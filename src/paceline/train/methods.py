@@ -69,8 +69,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bema": {"kappa": 0.5, "eta": 0.2, "every": None, "eps": None},
     "lookahead": {"k": 5, "alpha": 0.5},
     "schedule-free": {},
-    "pace": {"c": ..., "kappa": ..., "eps": None, "state": None},
-    "pullback": {"c": ..., "kappa": ..., "gain": None},
+    "pace": {
+        **{"c": ..., "kappa": ..., "every": None, "eps": None, "state": None},
+        "return_kappa": None,
+    },
+    "pullback": {"c": ..., "kappa": ..., "gain": None, "return_kappa": None},
 }
 
 
@@ -87,10 +90,11 @@ class Method(Options):
     base: str | None = None  # of pullback
     c: Strength | None = None  # of the pull
     kappa: Power | None = None  # κ of the average, and of power and twin
+    return_kappa: Power | None = None  # κ of a slower average to return than the pull's own
     g: Gain | None = None  # whose schedule `twin` is
     gain: Literal["adam", "own", "scalar"] | None = None  # of pullback
     start: Share | None = None  # of uniform and swa, as a share of the steps
-    every: Count | None = None  # steps between the iterates that are taken in
+    every: Count | None = None  # steps between the iterates that the average takes in
     window: Count | None = None  # snapshots of lawa
     half_life: Rate | None = None  # of ema instead of κ, steps
     eta: Power | None = None  # η of bema's correction
@@ -107,10 +111,18 @@ class Method(Options):
         parts += [self.schedule] if self.schedule != "constant" else []
         shown = {"c": self.c, "g": self.g, "κ": self.kappa, "η": self.eta, "start": self.start}
         shown |= {"every": self.every, "window": self.window, "half-life": self.half_life}
-        shown |= {"k": self.k, "α": self.alpha, "ε": self.eps}
+        shown |= {"k": self.k, "α": self.alpha, "ε": self.eps, "returned-κ": self.return_kappa}
         parts += [f"{k}={v:g}" for k, v in shown.items() if v is not None]
         parts += [f"gain={self.gain}"] if self.gain else []
         return " ".join(parts + (["state=bf16"] if self.state == "bf16" else []))
+
+    @property
+    def written(self) -> str:
+        """The form that `parse_method` reads, all that it says spelled out."""
+        parts = [self.name, *([self.base] if self.base else [])]
+        parts += [self.schedule] if self.schedule != "constant" else []
+        values = self.model_dump(exclude={"name", "base", "schedule"}, exclude_none=True)
+        return ":".join([*parts, *(f"{k}={x}" for k, x in values.items())])
 
     @property
     def only_watches(self) -> bool:
@@ -122,7 +134,7 @@ class Method(Options):
     def trajectory(self) -> "Method":
         """The method whose live weights are this one's: AdamW, if it only watches, else itself."""
         if not self.only_watches:
-            return self
+            return self.model_copy(update={"return_kappa": None})
         follows = self.schedule in ("power", "twin")
         kappa = self.kappa if follows else None
         return Method(
@@ -135,7 +147,9 @@ class Method(Options):
         )
 
     def averaging(self, steps: int) -> Averaging | None:
-        """The average that it returns after a run of so many steps, if it only watches."""
+        """The average that it returns after a run of so many steps, if that only watches."""
+        if self.return_kappa is not None:
+            return PowerEMA(self.return_kappa)
         since = round((self.start or 0) * steps)
         every = self.every or 1
         if self.name == "ema" and self.half_life is not None:
@@ -237,6 +251,7 @@ def make_optimizer(
             betas=betas,
             eps=eps,
             pullback=method.c or 0.0,
+            ema_every=method.every or 1 if average is None else 1,
             state_dtype=torch.bfloat16 if method.state == "bf16" else None,
             stochastic_round=stochastic_round,
             **({"ema_power": method.kappa} if average is None else {"averaging": average}),

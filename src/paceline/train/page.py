@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..files import whole
@@ -23,6 +24,15 @@ def svg(figure: Figure) -> str:
     with mpl.rc_context({"svg.hashsalt": "paceline"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """A figure as PATH.svg and PATH.png; the same figure is the same file, whenever it is made."""
+    FigureCanvasAgg(figure)
+    with mpl.rc_context({"svg.hashsalt": "paceline", "svg.fonttype": "none"}):
+        for kind, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
+            with whole(path.with_suffix(f".{kind}")) as partial:
+                figure.savefig(partial, format=kind, **options)
 
 
 def render(path: Path, package: str, template: str, **values: Any) -> None:

@@ -40,7 +40,7 @@ for side in (_Loader, _Dumper):
     side.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
 
-def _parse(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """What a YAML text says.
 
     Raises:
@@ -68,7 +68,7 @@ Names = tyro.constructors.PrimitiveConstructorSpec(
 Mapping = tyro.constructors.PrimitiveConstructorSpec(
     nargs=1,
     metavar="{KEY: VALUE, …}",
-    instance_from_str=lambda arguments: _parse(arguments[0]),
+    instance_from_str=lambda arguments: parse_yaml(arguments[0]),
     is_instance=lambda value: isinstance(value, dict),
     str_from_instance=lambda value: [json.dumps(value)],
 )
@@ -264,7 +264,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     """
     path = shipped().get(name, Path(name))
     try:
-        values = _parse(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         hint = unknown(name, shipped(), "recipe")
         raise InputError(f"{hint} (or give the path of a YAML file)") from error

@@ -103,6 +103,14 @@ class OneMethodTrainer(PaceTrainer):
             self.lr_scheduler = scheduler(self.method, optimizer, self.warmup, num_training_steps)
         return self.lr_scheduler
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's, with what the pull does."""
+        if "loss" in logs and self.method.c:
+            optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+            stats = optimizer.stats() or {}
+            logs |= {k: x for k, x in stats.items() if isinstance(x, float)}
+        super().log(logs, start_time)
+
 
 class MethodTrainer(OneMethodTrainer):
     """Trains along one trajectory, and evaluates the models of all methods that it is shared by.
@@ -110,7 +118,8 @@ class MethodTrainer(OneMethodTrainer):
     All on the same batches: the live weights' loss is `eval_live_loss`, the returned model's
     `eval_loss`, of several methods the first one's, or `eval_LABEL_loss`. `curves` collects them
     for each method with their step, and of a pull the mean gain and the fraction of clipped
-    coordinates at that step.
+    coordinates at that step. Of two sets to evaluate on, `selection` and `test`, the losses are the
+    test's, and `selection_loss` is the returned model's on the other.
     """
 
     def __init__(self, *args: Any, methods: Sequence[Method], **options: Any) -> None:
@@ -124,9 +133,9 @@ class MethodTrainer(OneMethodTrainer):
         """The trajectory's own, with the averages that watch it."""
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        rules = {method: method.averaging(self.args.max_steps) for method in self.methods}
-        watching = {method: rule for method, rule in rules.items() if rule is not None}
-        if made and self.method.only_watches and watching:
+        others = {m: m.averaging(self.args.max_steps) for m in self.methods if m != self.method}
+        watching = {method: rule for method, rule in others.items() if rule is not None}
+        if made and watching:
             averages = ReadOuts(optimizer, list(watching.values()))
             for index, method in enumerate(watching):
                 self.read_outs[method] = partial(averages.swapped, index)
@@ -143,25 +152,36 @@ class MethodTrainer(OneMethodTrainer):
             for index, method in enumerate(self.methods)
         }
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Evaluate the live weights and what each method returns; a point for each curve."""
-        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if metric_key_prefix == "eval":  # and not on one set of two
+            self._take_down(metrics)
+        return metrics
+
+    def _take_down(self, metrics: dict[str, float]) -> None:
+        """Append a point to each curve."""
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        two = isinstance(self.eval_dataset, dict)
+        prefix = "eval_test" if two else "eval"
         for suffix, method, curve in zip(
             self.returned_models(), self.methods, self.curves, strict=True
         ):
             point = {
                 "step": self.state.global_step,
-                "train_loss": losses[-1] if losses else math.nan,  # mean since the last evaluation
-                "live_loss": metrics["eval_live_loss"],
-                "returned_loss": metrics[f"eval{suffix}_loss"],
+                "train_loss": losses[-1] if losses else math.nan,  # mean since the line before
+                "live_loss": metrics[f"{prefix}_live_loss"],
+                "returned_loss": metrics[f"{prefix}{suffix}_loss"],
             }
+            if two:
+                point["selection_loss"] = metrics[f"eval_selection{suffix}_loss"]
             if method.c and self.state.global_step:
                 optimizer: Any = self.optimizer
                 stats = getattr(optimizer, "optimizer", optimizer).stats()
                 point |= {"gain_mean": stats["gain_mean"], "clipped": stats["clipped"]}
             curve.append(point)
-        return metrics
 
     def save_returned(self, method: Method, folder: str) -> None:
         """Write what a method returns, whatever the moment, as a folder `transformers` loads."""
@@ -247,7 +267,7 @@ def train(
         eval_dataset=TensorDataset(validation),
         callbacks=[
             TensorBoardCallback(SummaryWriter(str(folder))),
-            _Watch(watch, max(1, steps // 200)),
+            Watch(watch, max(1, steps // 200)),
         ],
     )
     trainer.remove_callback(PrinterCallback)
@@ -256,15 +276,19 @@ def train(
     return Trained(trainer, stopped=trainer.state.global_step < steps)
 
 
-class _Watch(AtTheEnd):
+class Watch(AtTheEnd):
+    """Tells `watch` the step and the last losses every so many steps; it may stop the run."""
+
     def __init__(self, watch: Callable[[int, dict[str, float]], bool], every: int) -> None:
         self.watch, self.every = watch, every
         self.losses: dict[str, float] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Keep the last losses."""
         self.losses.update(logs or {})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tell, and hear whether to stop."""
         super().on_step_end(args, state, control)
         if state.global_step % self.every == 0 and self.watch(state.global_step, self.losses):
             control.should_training_stop = True

@@ -1,0 +1,695 @@
+"""`paceline report`: one interactive page over any set of runs, which needs no network."""
+
+import base64
+import functools
+import gzip
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any, TypeVar
+from urllib.parse import quote
+
+import tyro
+from plotly.offline import get_plotlyjs
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from rich import box
+from rich.console import Console
+from rich.table import Table as Printed
+from rich.text import Text
+
+from ..train import InputError, Options
+from ..train.methods import Method
+from ..train.page import COLOURS, render
+from ..train.recipe import Recipe, read_recipe
+from .statistics import interval
+
+METRICS, MANIFEST, RECIPE = "metrics.jsonl", "manifest.json", "recipe.yaml"
+FILES = (METRICS, MANIFEST, RECIPE, "training.jsonl", "report.html")  # to link to
+WORDS = ("name", "schedule", "base", "gain", "state")
+AXES = tuple(name for name in Method.model_fields if name not in WORDS)  # numeric, of methods
+# What of a configuration belongs to a method or a seed, or changes no loss; what else differs
+# makes another setting.
+WITHIN = frozenset(
+    {
+        *("methods", "method", "schedule", "seeds", "seed", "minutes", "evaluations", *AXES),
+        *("workers", "out", "micro_batch", "gradient_checkpointing", "compile", "fsdp", "loaders"),
+        *("save_every", "keep_checkpoints", "report_to", "log_every", "attention"),
+    }
+)
+BASELINE = "adamw"
+
+
+class Report(Options):
+    """Make one interactive page of any runs: tables, curves, heat maps, what differs, the data.
+
+    It reads the folders that train, compare, sweep and figures write, and is one file that needs
+    no network.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs, or folders that hold such at any depth."""
+    out: Path = Path("report.html")
+    """The page, NAME.html. Its links to the data are relative to it."""
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+Diverged = BeforeValidator(lambda loss: math.inf if loss is None else loss)
+
+
+class Row(BaseModel):
+    """One evaluation of one method in one training run: the one format of all that is read.
+
+    Losses are in nats a token, and infinite after divergence. None: there is no such number.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    setting: str = ""  # model, data and budget
+    run: str
+    label: str  # the method with its options, but for the learning rate
+    name: str
+    schedule: str = "constant"
+    base: str | None = None
+    gain: str | None = None
+    state: str | None = None
+    lr: float
+    options: dict[str, float | None]  # by the names of AXES
+    seed: int
+    trained_with: str  # the training run that it was read out of
+    step: int
+    steps: int | None = None  # budget
+    tokens: float | None = None
+    live_loss: Annotated[float, Diverged]
+    returned_loss: Annotated[float, Diverged]
+    selection_loss: Annotated[float | None, Diverged] = None
+    gain_mean: float | None = None
+    clipped: float | None = None
+
+    @property
+    def family(self) -> str:
+        """What is left of a method without its numbers."""
+        schedule = None if self.schedule == "constant" else self.schedule
+        gain = self.gain and f"gain={self.gain}"
+        state = "state=bf16" if self.state == "bf16" else None
+        return " ".join(filter(None, (self.name, self.base, schedule, gain, state)))
+
+
+Lines = list[tuple[int, dict[str, Any]]]  # with their numbers
+
+
+@dataclass
+class Source:
+    """What one folder holds."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    configuration: dict[str, Any]  # flat: `config.hidden_size`
+    rows: list[Row]
+    settings: dict[str, dict[str, Any]]  # name -> all that decides it, as far as it is known
+    notes: list[str]
+
+
+def find(paths: Iterable[Path]) -> list[Path]:
+    """The folders that hold metrics among the given ones and below them, each once.
+
+    Raises:
+        InputError: one is no folder, or there is nothing in it.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise InputError(f"runs: there is no folder {path}; name one that holds a {METRICS}")
+        here = []
+        for name, below, files in os.walk(path):
+            below[:] = sorted(folder for folder in below if not folder.startswith("."))
+            if METRICS in files:
+                here.append(Path(name))
+                below.clear()
+        if not here:
+            raise InputError(
+                f"runs: there is no {METRICS} in {path} or below it; name a folder that "
+                "paceline train, compare or sweep has written"
+            )
+        for folder in here:
+            found.setdefault(folder.resolve(), folder)
+    if not found:
+        raise InputError("runs: name at least one folder")
+    return list(found.values())
+
+
+def read(folder: Path) -> Source:
+    """Rows, manifest and configuration of one folder.
+
+    Raises:
+        InputError: a file of it is missing or broken.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(_bytes(path))
+    except ValueError as error:  # not UTF-8 among them
+        raise InputError(f"{path} is not JSON ({error}); mend it or leave out {folder}") from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path} is not a JSON object; mend it or leave out {folder}")
+    trained = "recipe" in manifest and (folder / RECIPE).is_file()
+    configuration = _flat(_object(manifest.get("recipe" if trained else "configuration")))
+    if "steps" in manifest:  # those taken: not all were affordable, or epochs were given
+        configuration["steps"] = manifest["steps"]
+    lines, torn = _lines(folder / METRICS)
+    rows = []
+    for number, values in _trained(folder, lines) if trained else lines:
+        try:
+            options = {axis: values.get(axis) for axis in AXES}
+            rows.append(Row(**{**values, "options": options}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(
+                f"{folder / METRICS}, line {number}: {first['loc'][0]}: {first['msg']}; this is "
+                f"no evaluation as paceline writes it, leave out {folder}"
+            ) from error
+    failed = _grouped(_object(manifest.get("failed")).items(), lambda item: item[1])
+    notes = [f"{', '.join(run for run, _ in all_)} failed: {why}" for why, all_ in failed.items()]
+    notes += ["it was interrupted"] if manifest.get("interrupted") else []
+    notes += [f"the last line of {METRICS} is torn, and was passed over"] if torn else []
+    notes += [] if rows else ["there is no evaluation in it"]
+    named = dict.fromkeys(row.setting for row in rows if row.setting)
+    tasks = _object(manifest.get("tasks"))
+    settings = {name: _flat(_object(tasks.get(name))) for name in named}
+    if not named:
+        short = _setting(folder, configuration, manifest)
+        settings = {short: {k: v for k, v in configuration.items() if k not in WITHIN}}
+        rows = [row.model_copy(update={"setting": short}) for row in rows]
+    return Source(folder, manifest, configuration, rows, settings, notes)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path}: {error.strerror}; a run's folder has {METRICS} and {MANIFEST}"
+        ) from error
+
+
+def _lines(path: Path) -> tuple[Lines, bool]:
+    """The objects of a file of JSON lines, and whether a kill has torn its last line."""
+    lines: Lines = []
+    *whole, rest = _bytes(path).split(b"\n")
+    for number, line in enumerate([*whole, rest], 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line, parse_constant=lambda _: None)  # NaN is null to others
+            if not isinstance(values, dict):
+                raise ValueError("no object")
+        except ValueError as error:  # not UTF-8 among them
+            if number > len(whole):
+                return lines, True
+            raise InputError(
+                f"{path}, line {number} is not a JSON object ({error}); mend or delete that line"
+            ) from error
+        lines.append((number, values))
+    return lines, False
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _trained(folder: Path, lines: Lines) -> Lines:
+    """A training run's evaluations, in the format of the others."""
+    try:
+        recipe = Recipe(**read_recipe(str(folder / RECIPE)))
+    except InputError as error:
+        raise InputError(f"{folder / RECIPE} cannot be used: {error}") from error
+    method, name = recipe.parsed, folder.resolve().name
+    facts = {"run": name, "trained_with": name, "label": method.label, **method.model_dump()}
+    rows: Lines = []
+    pull: dict[str, Any] = {}
+    for number, entry in lines:
+        pull |= {key: entry[key] for key in ("gain_mean", "clipped") if key in entry}
+        if "eval_loss" in entry:
+            names = {"live_loss": "eval_live_loss", "returned_loss": "eval_loss"}
+            names |= {"step": "step", "tokens": "eval_num_tokens"}
+            numbers = {to: entry[key] for to, key in names.items() if key in entry}
+            rows.append((number, {**facts, "seed": recipe.seed, **pull, **numbers}))
+    return rows
+
+
+def _setting(folder: Path, configuration: dict[str, Any], manifest: dict[str, Any]) -> str:
+    """The name that a source gives its setting, if its rows do not."""
+    if "task" in configuration:
+        model = configuration.get("model") or configuration.get("config.model_type")
+        default = "chitchat" if configuration["task"] == "sft" else "python"
+        data = ", ".join(Path(name).name for name in configuration.get("data") or [default])
+        return f"{Path(str(model)).name} on {data}"
+    if {"width", "layers"} <= configuration.keys():
+        shape = f"GPT-2 {configuration['width']}×{configuration['layers']}"
+        return f"{shape} on {manifest.get('text', 'text')}"
+    return folder.resolve().name
+
+
+Item = TypeVar("Item")
+
+
+def _grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def tell_apart(sources: Iterable[Source]) -> None:
+    """Add to settings of one name what differs between folders, so that only equals are pooled."""
+    pairs = [(source, name) for source in sources for name in source.settings]
+    for name, group in _grouped(pairs, lambda pair: pair[1]).items():
+        known = [source.settings[name] for source, _ in group if source.settings[name]]
+        keys = dict.fromkeys(itertools.chain(*known))
+        differing = [k for k in keys if len({_text(values.get(k)) for values in known}) > 1]
+        for source, _ in group:
+            values = source.settings[name]
+            parts = [f"{key} {_text(values.get(key)) or 'default'}" for key in differing if values]
+            setting = {"setting": ", ".join([name, *parts])}
+            source.rows = [
+                row.model_copy(update=setting) if row.setting == name else row
+                for row in source.rows
+            ]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return "" if value is None else str(value)
+
+
+# ---- cells and statistics -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one method at one learning rate in one setting."""
+
+    setting: str
+    label: str
+    lr: float
+    runs: dict[int, list[Row]]  # seed -> rows by steps
+    finished: bool  # or else only part of the way
+
+    @property
+    def first(self) -> Row:
+        """Any row, for what they share."""
+        return next(iter(self.runs.values()))[0]
+
+    @property
+    def count(self) -> int:
+        """Number of seeds."""
+        return len(self.runs)
+
+    def losses(self, which: str = "returned") -> dict[int, float]:
+        """The `live`, `returned` or `selection` loss of each seed at the end, nats a token."""
+        return {seed: getattr(rows[-1], f"{which}_loss") for seed, rows in self.runs.items()}
+
+    def mean(self, which: str = "returned", seeds: Iterable[int] = ()) -> float:
+        """Mean loss over those seeds, or all; infinite where one diverged."""
+        losses = self.losses(which)
+        return fmean([losses[seed] for seed in seeds] or losses.values())
+
+    def show(self, which: str = "returned") -> str:
+        """Mean and range over seeds; or how many diverged."""
+        losses = self.losses(which).values()
+        if lost := sum(map(math.isinf, losses)):
+            return "diverged" if len(losses) == 1 else f"diverged in {lost} of {len(losses)}"
+        spread = (
+            f" [{min(losses):.4f},\N{NO-BREAK SPACE}{max(losses):.4f}]" if len(losses) > 1 else ""
+        )
+        return f"{fmean(losses):.4f}{spread}"
+
+
+def gather(sources: Iterable[Source]) -> list[Cell]:
+    """All runs by setting, method and learning rate, in order of appearance.
+
+    Runs that ended before their budget without divergence are left out where others of their cell
+    did not; the sources get notes of them, and of runs that another folder has too.
+    """
+    cells: dict[tuple[str, str, float], dict[int, tuple[list[Row], bool]]] = {}
+    for source in sources:
+        longest = max((row.step for row in source.rows), default=0)
+        budget = source.configuration.get("steps")
+        budget = budget if isinstance(budget, int) else longest
+        unfinished, twice = [], []
+        for (setting, label, lr, seed), found in _grouped(
+            source.rows, lambda row: (row.setting, row.label, row.lr, row.seed)
+        ).items():
+            by_step = {row.step: row for row in found}  # of one that ran twice, the last
+            rows = [by_step[step] for step in sorted(by_step)]
+            last = rows[-1]
+            finished = last.step >= (last.steps or budget) or math.isinf(last.returned_loss)
+            runs = cells.setdefault((setting, label, lr), {})
+            if seed in runs and (runs[seed][1] or not finished):
+                twice.append(last.run)
+                continue
+            runs[seed] = (rows, finished)
+            unfinished += [] if finished else [f"{last.run} ends at step {last.step}"]
+        if unfinished:
+            source.notes.append(f"unfinished, and not in the tables: {', '.join(unfinished)}")
+        if twice:
+            source.notes.append(f"in an earlier folder too, and not used: {', '.join(twice)}")
+    gathered = []
+    for names, runs in cells.items():
+        finished = any(done for _, done in runs.values())
+        kept = {seed: rows for seed, (rows, done) in sorted(runs.items()) if done == finished}
+        gathered.append(Cell(*names, kept, finished))
+    return gathered
+
+
+Shown = tuple[str, str]  # what a table sorts by, "" where there is nothing; and what it shows
+
+
+def difference(a: Cell, b: Cell) -> Shown:
+    """Returned loss of `a` less that of `b`, paired over the seeds of both, nats a token."""
+    if a is b:
+        return "0", "baseline"
+    mine, its = a.losses(), b.losses()
+    seeds = sorted(mine.keys() & its.keys())
+    if not seeds:
+        return "", "no seed in common"
+    if any(math.isinf(mine[seed]) for seed in seeds):
+        return "Infinity", "diverged"
+    if any(math.isinf(its[seed]) for seed in seeds):
+        return "-Infinity", "baseline diverged"
+    pairs = [mine[seed] - its[seed] for seed in seeds]
+    within = interval(pairs)
+    text = f"{fmean(pairs):+.4f}"
+    text += f" [{within[0]:+.4f},\N{NO-BREAK SPACE}{within[1]:+.4f}]" if within else ", one seed"
+    if within and len(pairs) < max(len(mine), len(its)):
+        text += f", {len(pairs)} seeds"
+    return repr(fmean(pairs)), text.replace("-", "−")
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a table."""
+
+    cell: Cell
+    name: str  # by which it can be the baseline of its group
+    group: tuple[Any, ...]
+    best: bool  # of its group
+
+
+@dataclass
+class Table:
+    """Lines that are compared within groups, with any of their names as the baseline."""
+
+    title: str
+    at: str  # where the baseline is taken
+    entries: list[Entry]
+    notes: Sequence[str] = ()
+
+    @property
+    def baselines(self) -> list[str]:
+        """Names, the default first."""
+        names = dict.fromkeys(entry.name for entry in self.entries)
+        return sorted(names, key=lambda name: name != BASELINE)
+
+    @functools.cached_property
+    def differences(self) -> list[list[Shown]]:
+        """Of each entry to each baseline."""
+        cells = {(entry.group, entry.name): entry.cell for entry in self.entries}
+
+        def to(name: str, entry: Entry) -> Shown:
+            baseline = cells.get((entry.group, name))
+            return difference(entry.cell, baseline) if baseline else ("", f"no {name} here")
+
+        return [[to(name, entry) for entry in self.entries] for name in self.baselines]
+
+
+def tables(cells: Iterable[Cell]) -> list[Table]:
+    """Each kind of method at its best setting and each method at its best rate; equal rates."""
+    done = [cell for cell in cells if cell.finished]
+    found = [
+        _at_the_best(
+            "Each kind of method at its best options and learning rate",
+            "at its best",
+            done,
+            lambda cell: cell.first.family,
+        ),
+        _at_the_best(
+            "Each method at its best learning rate",
+            "at its best rate",
+            done,
+            lambda cell: cell.label,
+        ),
+        Table(
+            "All methods at equal learning rate",
+            "at the same rate",
+            _entries([(cell, cell.label, (cell.setting, cell.lr)) for cell in done]),
+        ),
+    ]
+    # Not those that would say the same again.
+    families, methods, everything = (len(table.entries) for table in found)
+    rates = {(cell.setting, cell.lr) for cell in done}
+    several = everything > methods or len(rates) > len({cell.setting for cell in done})
+    return found[0 if families < methods else 1 : 3 if several else 2]
+
+
+def _at_the_best(title: str, at: str, cells: Iterable[Cell], name: Callable[[Cell], str]) -> Table:
+    """The best cell of each name in each setting, and what it was chosen by."""
+    groups = _grouped(cells, lambda cell: (cell.setting, name(cell)))
+    entries = _entries([(best(group), key[1], key[:1]) for key, group in groups.items()])
+    chosen = _grouped(
+        (group for group in groups.values() if len(group) > 1), lambda group: _selected(group)
+    )
+    notes = []
+    for by, choices in chosen.items():
+        settings = "; ".join(dict.fromkeys(group[0].setting for group in choices))
+        how = (
+            "by the returned model's loss on another split than the one that is shown"
+            if by
+            else "by the very numbers that are shown, as there is no selection loss: this flatters "
+            "what had more to choose from"
+        )
+        notes.append(f"{settings}: chosen {how}.")
+    return Table(title, at, entries, notes)
+
+
+def _entries(lines: list[tuple[Cell, str, tuple[Any, ...]]]) -> list[Entry]:
+    """Group by group, the best first."""
+    return [
+        Entry(cell, name, group, cell.mean() == here[0][0].mean() < math.inf)
+        for group, unsorted in _grouped(lines, lambda line: line[2]).items()
+        for here in [sorted(unsorted, key=lambda line: line[0].mean())]
+        for cell, name, _ in here
+    ]
+
+
+def best(cells: Sequence[Cell]) -> Cell:
+    """The one of least mean loss over the seeds of all, by selection losses where all have them."""
+    seeds = set.intersection(*(set(cell.runs) for cell in cells))
+    which = "selection" if _selected(cells) else "returned"
+    return min(cells, key=lambda cell: cell.mean(which, sorted(seeds)))
+
+
+def _selected(cells: Iterable[Cell]) -> bool:
+    return all(loss is not None for cell in cells for loss in cell.losses("selection").values())
+
+
+# ---- curves and maps ----------------------------------------------------------------------------
+
+
+def curves(cells: Iterable[Cell]) -> list[dict[str, Any]]:
+    """One series a cell: means over seeds at each step, and the range of the returned loss.
+
+    None after divergence, and where there is no such number.
+    """
+    cells = list(cells)
+    done = [cell for cell in cells if cell.finished]
+    groups = _grouped(done, lambda cell: (cell.setting, cell.label))
+    rates = {key: best(group).lr for key, group in groups.items()}
+    labels = list(dict.fromkeys(cell.label for cell in cells))
+    series = []
+    for cell in cells:
+        by_step = _grouped(itertools.chain(*cell.runs.values()), lambda row: row.step)
+        steps = sorted(by_step)
+        at = [by_step[step] for step in steps]
+        series.append(
+            {
+                "setting": cell.setting,
+                "label": cell.label,
+                "number": labels.index(cell.label),
+                "lr": cell.lr,
+                "best": rates.get((cell.setting, cell.label), cell.lr) == cell.lr,
+                "finished": cell.finished,
+                "seeds": cell.count,
+                "training": sorted({run[0].trained_with for run in cell.runs.values()}),
+                "steps": steps,
+                "tokens": _over(at, "tokens"),
+                "live": _over(at, "live_loss"),
+                "returned": _over(at, "returned_loss"),
+                "low": _over(at, "returned_loss", min),
+                "high": _over(at, "returned_loss", max),
+                "gain": _over(at, "gain_mean"),
+                "clipped": _over(at, "clipped"),
+            }
+        )
+    return series
+
+
+def _over(
+    groups: list[list[Row]], key: str, how: Callable[[list[float]], float] = fmean
+) -> list[float | None]:
+    values = [[getattr(row, key) for row in group] for group in groups]
+    lost = {None, math.inf}
+    return [None if lost & {*here} else _finite(how(here)) for here in values]
+
+
+def _finite(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def maps(cells: Iterable[Cell]) -> list[dict[str, Any]]:
+    """The points of settings and families that vary two numeric options or more, fullest first."""
+    done = [cell for cell in cells if cell.finished]
+    found = []
+    for (setting, family), group in _grouped(
+        done, lambda cell: (cell.setting, cell.first.family)
+    ).items():
+        axes = [axis for axis in AXES if len({cell.first.options[axis] for cell in group}) > 1]
+        if len(axes) > 1:
+            points = [
+                {
+                    "at": [cell.first.options[axis] for axis in axes],
+                    "loss": _finite(cell.mean()),
+                    "seeds": cell.count,
+                }
+                for cell in group
+            ]
+            found.append({"setting": setting, "family": family, "axes": axes, "points": points})
+    return sorted(found, key=lambda one: -len(one["points"]))
+
+
+# ---- configurations -----------------------------------------------------------------------------
+
+Line = tuple[str, list[str]]  # a key, and its value in each folder
+
+
+def configurations(sources: Iterable[Source]) -> tuple[list[Line], list[Line]]:
+    """What differs between the folders or within one, and the rest.
+
+    A key that not all folders have is in the rest, unless it differs among those that have it.
+    """
+    columns: list[dict[str, str]] = []
+    varied: set[str] = set()
+    for source in sources:
+        made = {key: source.manifest.get(key) for key in ("versions", "hardware", "git_commit")}
+        facts = {k: "default" if v is None else _text(v) for k, v in source.configuration.items()}
+        found: dict[str, dict[str, None]] = {}  # of the rows: ordered sets
+        for row in source.rows:
+            own = {"setting": row.setting, "steps": row.steps, "seed": row.seed, **row.options}
+            for key, value in {**own, **{word: getattr(row, word) for word in WORDS}}.items():
+                if value is not None:
+                    found.setdefault(key, {})[_text(value)] = None
+        varied |= {key for key, values in found.items() if len(values) > 1}
+        facts |= {key: ", ".join(values) for key, values in found.items()}
+        columns.append(facts | {key: _text(value) for key, value in _flat(made).items() if value})
+    differing: list[Line] = []
+    rest: list[Line] = []
+    for key in dict.fromkeys(itertools.chain(*columns)):
+        if key != "out":
+            values = [facts.get(key, "") for facts in columns]
+            differs = key in varied or len({facts[key] for facts in columns if key in facts}) > 1
+            (differing if differs else rest).append((key, values))
+    return differing, rest
+
+
+# ---- the page -----------------------------------------------------------------------------------
+
+
+def report(options: Report, console: Console) -> None:
+    """Write the page, print its first table and where the page is.
+
+    Raises:
+        InputError: something given cannot be read, or the page cannot be written.
+    """
+    out = options.out
+    if out.suffix != ".html" or out.is_dir():
+        raise InputError(f"out: {out} is no name of a page; give one that ends in .html")
+    sources = [read(folder) for folder in find(options.runs)]
+    tell_apart(sources)
+    cells = gather(sources)
+    if not cells:
+        raise InputError(f"runs: there is no evaluation in {sources[0].folder} yet; train longer")
+    found = tables(cells)
+    names = _short(sources)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        render(
+            out,
+            "paceline.study",
+            "explore.html.j2",
+            cells=cells,
+            tables=found,
+            names=names,
+            sources=[(name, s, _links(out, s)) for name, s in zip(names, sources, strict=True)],
+            configurations=configurations(sources),
+            data={
+                "colours": COLOURS,
+                "tables": [table.differences for table in found],
+                "curves": curves(cells),
+                "maps": maps(cells),
+            },
+            # A third of its size; the browser unpacks it.
+            plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
+        )
+    except OSError as error:
+        raise InputError(f"out: cannot write {out}: {error.strerror}; name another") from error
+    console.print(_printed(found[0]))
+    for name, source in zip(names, sources, strict=True):
+        for note in source.notes:
+            console.print(f"{name}: {note}", style="yellow", highlight=False, markup=False)
+    size = out.stat().st_size / 1e6
+    console.print(f"Report: {out} ({size:.1f} MB)", highlight=False, markup=False, soft_wrap=True)
+
+
+def _short(sources: Sequence[Source]) -> list[str]:
+    """Names of the folders, relative to the nearest that holds all."""
+    folders = [source.folder.resolve() for source in sources]
+    common = os.path.commonpath([folder.parent for folder in folders])
+    return [folder.relative_to(common).as_posix() for folder in folders]
+
+
+def _links(out: Path, source: Source) -> dict[str, str]:
+    """Files of a folder, by name: addresses relative to the page."""
+    there = [name for name in FILES if (source.folder / name).exists()]
+    folder = Path(os.path.relpath(source.folder.resolve(), out.resolve().parent))
+    return {name: quote((folder / name).as_posix()) for name in there}
+
+
+def _printed(table: Table) -> Printed:
+    printed = Printed(title=f"{table.title}, nats a token", box=box.SIMPLE_HEAD)
+    for name in ("setting", "method", "rate", "seeds", "live", "returned"):
+        printed.add_column(name, justify="right" if name in ("rate", "seeds") else "left")
+    printed.add_column(f"− {next(iter(table.baselines), '')}")
+    for entry, (_, shown) in zip(table.entries, next(iter(table.differences), ()), strict=True):
+        cell = entry.cell
+        values = (cell.lr, cell.count, cell.show("live"), cell.show(), shown)
+        parts = [cell.setting, cell.label, *map(_text, values)]
+        printed.add_row(*map(Text, parts), style="bold" if entry.best else "")
+    return printed

@@ -1,0 +1,355 @@
+"""The ledger of a sweep: an Optuna storage that says which cell is whose, and what came of it.
+
+Every worker on every machine reads and writes the same storage, and nothing else:
+
+- A cell is one trial, of the study of its task and kind of method. It is offered once (WAITING),
+  and claimed in one transaction (RUNNING). Of two trials of one cell, as two workers may offer it
+  at once, the one with the lower number counts; the other is PRUNED.
+- What came of it is in the trial: the curves, or the reason why there are none (FAIL).
+- A worker's claims have a heartbeat. Without one for `GRACE` seconds it is taken for dead, and its
+  cells are offered anew.
+"""
+
+import math
+import os
+import platform
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from typing import Any, NamedTuple, Protocol, Self
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.exceptions import (
+    ExperimentalWarning,
+    StorageInternalError,
+    UpdateFinishedTrialError,
+)
+from optuna.storages import RDBStorage, fail_stale_trials
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..train import InputError
+from ..train.manifest import environment
+from .cells import Cell, Result
+from .runs import Job, Queue, Row
+
+HEARTBEAT = 5  # seconds
+GRACE = 30  # seconds
+POLL = 3.0  # seconds between looks at the storage, while others have what is left
+# What a cell's trial shows of it; wide, for a study's trials must agree.
+SHOWN: dict[str, BaseDistribution] = {
+    "lr": FloatDistribution(1e-12, 1e6, log=True),
+    "c": FloatDistribution(0, 1e12),
+    "kappa": FloatDistribution(0, 1),
+    "g": FloatDistribution(0, 1),
+    "every": IntDistribution(1, 10**9),
+    "schedule": CategoricalDistribution(["constant", "cosine", "wsd", "power", "twin"]),
+}
+
+
+class Outcomes(NamedTuple):
+    """What came of cells, by their keys."""
+
+    finished: dict[str, Result]
+    failed: dict[str, str]  # reasons
+
+    @property
+    def ended(self) -> set[str]:
+        """Both."""
+        return self.finished.keys() | self.failed.keys()
+
+
+class Plan(Protocol):
+    """What a sweep wants to know."""
+
+    name: str
+
+    def wanted(self, outcomes: Outcomes) -> list[Cell]:
+        """All cells to run, in order; more of them as earlier ones have ended.
+
+        A function of the outcomes alone, so that all workers want the same.
+        """
+
+
+class Ledger(Queue):
+    """A plan's cells, as jobs, over a storage that other workers share.
+
+    Args:
+        url: of a database that Optuna's RDBStorage takes: sqlite:///FILE, mysql://, postgresql://.
+        plan: what is wanted.
+
+    Raises:
+        InputError: the storage cannot be used.
+    """
+
+    def __init__(self, url: str, plan: Plan) -> None:
+        self.plan = plan
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+        try:
+            with _quietly():
+                self.storage = RDBStorage(
+                    url, engine_kwargs=options, heartbeat_interval=HEARTBEAT, grace_period=GRACE
+                )
+        except (
+            SQLAlchemyError,
+            ImportError,
+            ValueError,
+            RuntimeError,
+            StorageInternalError,
+        ) as error:
+            said = " ".join(str(error.__cause__ or error).split())
+            raise InputError(
+                f"storage: {url}: {said}; give a database such as sqlite:///sweep.db or "
+                "postgresql://USER@HOST/NAME"
+            ) from error
+        self.studies: dict[str, Study] = {}
+        self.mine: dict[str, tuple[Study, int]] = {}  # name of a job -> its trial
+        self.results: dict[str, Result] = {}
+        self.outcomes = Outcomes({}, {})
+        self.others: set[str] = set()  # keys of cells that other workers have
+        self.looked = -math.inf
+        self.wanted: list[Cell] = []
+        self.look()
+        self.ended = threading.Event()
+        self.heart = threading.Thread(target=self._beat, daemon=True)
+        self.heart.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the heartbeat; cells that are still claimed will be taken for a dead worker's."""
+        self.ended.set()
+        self.heart.join()
+        self.storage.engine.dispose()
+
+    # ---- a queue of jobs --------------------------------------------------------------------
+
+    def claim(self) -> Job | None:
+        """The next cell that nobody has; None if there is none now."""
+        for cell in self.left():
+            if cell.key not in self.others and (job := self._claim(cell)) is not None:
+                return job
+        return None
+
+    def may_have_more(self) -> bool:
+        """Whether some cells have not ended: others have them, and may give them back."""
+        return bool(self.left())
+
+    def finish(self, job: Job, result: Result) -> None:
+        """Write down what a cell has given."""
+        last = [row for row in result.rows if row["step"] == row["steps"]]
+        attributes: dict[str, Any] = {"log": result.log, **environment()}
+        for row in result.rows:  # a method each: a column of text may be short
+            attributes.setdefault(f"rows of {row['label']}", []).append(row)
+        self._end(job, attributes, TrialState.COMPLETE, [min(map(selection, last))])
+
+    def fail(self, job: Job, reason: str) -> None:
+        """Write down why a cell has given nothing; it is not tried again."""
+        self._end(job, {"reason": reason}, TrialState.FAIL)
+
+    def give_back(self, job: Job) -> None:
+        """Let others have a cell that was stopped."""
+        self._end(job, {}, TrialState.FAIL)
+
+    def progress(self) -> tuple[int, int]:
+        """Thousandths of cells."""
+        left = len(self.left())
+        return 1000 * (len(self.wanted) - left), 1000 * len(self.wanted)
+
+    def forget_failures(self) -> None:
+        """Let what failed be tried again."""
+        for study in self.studies.values():
+            for trial in _standing(study):
+                if trial.state == TrialState.FAIL:
+                    attributes = {k: x for k, x in trial.user_attrs.items() if k != "reason"}
+                    study.add_trial(
+                        create_trial(
+                            state=TrialState.WAITING,
+                            params=trial.params,
+                            distributions=trial.distributions,
+                            user_attrs=attributes,
+                        )
+                    )
+        self.look()
+
+    def left(self) -> list[Cell]:
+        """What has not ended."""
+        self.look(POLL)
+        return [cell for cell in self.wanted if cell.key not in self.outcomes.ended]
+
+    # ---- the storage ------------------------------------------------------------------------
+
+    def look(self, every: float = 0.0) -> None:
+        """Read what has come of the cells, if that was not done in the last so many seconds."""
+        if time.monotonic() - self.looked < every:
+            return
+        changed = self._read()
+        while changed or not self.wanted:
+            self.wanted = self.plan.wanted(self.outcomes)
+            for name in (unknown := {_study_name(c) for c in self.wanted} - self.studies.keys()):
+                self.studies[name] = optuna.create_study(
+                    study_name=f"{self.plan.name}: {name}",
+                    storage=self.storage,
+                    load_if_exists=True,
+                )
+            if not unknown:
+                break
+            changed = self._read()
+        self.looked = time.monotonic()
+
+    def _read(self) -> bool:
+        """Read all trials; whether cells have ended since."""
+        before = self.outcomes.ended
+        self.outcomes, self.others = Outcomes({}, {}), set()
+        for study in self.studies.values():
+            self._bury(study)
+            for trial in _standing(study):
+                self._note(study, trial)
+        return self.outcomes.ended != before
+
+    def _note(self, study: Study, trial: FrozenTrial) -> None:
+        key = trial.user_attrs["cell"]
+        if trial.state == TrialState.COMPLETE:
+            if key not in self.results:
+                attributes = trial.user_attrs
+                rows = [
+                    x for name in attributes if name[:8] == "rows of " for x in attributes[name]
+                ]
+                self.results[key] = Result(rows, attributes["log"])
+            self.outcomes.finished[key] = self.results[key]
+        elif trial.state == TrialState.FAIL:
+            self.outcomes.failed[key] = trial.user_attrs["reason"]
+        elif trial.state == TrialState.RUNNING:
+            self.others.add(key)
+
+    def _bury(self, study: Study) -> None:
+        """Give up the claims of workers that have no heartbeat."""
+        with _quietly():
+            fail_stale_trials(study)
+        # One that died between its claim and its first heartbeat.
+        for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            age = datetime.now() - (trial.datetime_start or datetime.now())
+            if "worker" not in trial.user_attrs and age.total_seconds() > GRACE:
+                self._set(study, trial.number, TrialState.FAIL)
+
+    def _claim(self, cell: Cell) -> Job | None:
+        study = self.studies[_study_name(cell)]
+
+        def trials() -> list[FrozenTrial]:
+            return [t for t in _standing(study) if t.user_attrs["cell"] == cell.key]
+
+        if not trials():
+            study.add_trial(_offer(cell))
+        first, *more = sorted(trials(), key=lambda trial: trial.number)
+        for trial in more:  # offered by two at once
+            if trial.state == TrialState.WAITING:
+                self._set(study, trial.number, TrialState.PRUNED)
+        if not (
+            first.state == TrialState.WAITING and self._set(study, first.number, TrialState.RUNNING)
+        ):
+            self.others.add(cell.key)
+            return None
+        trial_id = self._id(study, first.number)
+        self.storage.record_heartbeat(trial_id)
+        self.storage.set_trial_user_attr(trial_id, "worker", f"{platform.node()}:{os.getpid()}")
+        self.mine[cell.name] = study, first.number
+        self.others.add(cell.key)
+        return Job(cell.name, 1000, cell.train)
+
+    def _end(
+        self,
+        job: Job,
+        attributes: dict[str, Any],
+        state: TrialState,
+        values: list[float] | None = None,
+    ) -> None:
+        study, number = self.mine.pop(job.name)
+        # If we were taken for dead, another worker has the cell now.
+        with suppress(UpdateFinishedTrialError):
+            for name, value in attributes.items():
+                self.storage.set_trial_user_attr(self._id(study, number), name, value)
+            self._set(study, number, state, values)
+        self.looked = -math.inf
+
+    def _set(
+        self, study: Study, number: int, state: TrialState, values: list[float] | None = None
+    ) -> bool:
+        """Set a trial's state; False if another worker was faster."""
+        try:
+            return self.storage.set_trial_state_values(self._id(study, number), state, values)
+        except UpdateFinishedTrialError:
+            return False
+
+    def _id(self, study: Study, number: int) -> int:
+        study_id = self.storage.get_study_id_from_name(study.study_name)
+        return self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
+
+    def _beat(self) -> None:
+        while not self.ended.wait(HEARTBEAT):
+            for study, number in list(self.mine.values()):
+                self.storage.record_heartbeat(self._id(study, number))
+
+
+def selection(row: Row) -> float:
+    """What settings are chosen by: the returned model's loss on that split; inf if it diverged."""
+    loss = row["selection_loss"]
+    return math.inf if loss is None else float(loss)
+
+
+def _standing(study: Study) -> list[FrozenTrial]:
+    """A study's trials, but for those of dead workers, those given back, and second offers.
+
+    And of failures those that were not tried again.
+    """
+    trials = [
+        trial
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state != TrialState.PRUNED
+        and (trial.state != TrialState.FAIL or "reason" in trial.user_attrs)
+    ]
+    last = {trial.user_attrs["cell"]: trial.number for trial in trials}
+    return [
+        trial
+        for trial in trials
+        if trial.state != TrialState.FAIL or trial.number == last[trial.user_attrs["cell"]]
+    ]
+
+
+def _study_name(cell: Cell) -> str:
+    return f"{cell.task.name}, {cell.trajectory.name}"
+
+
+def _offer(cell: Cell) -> FrozenTrial:
+    values = {k: x for k, x in cell.trajectory.model_dump().items() if k in SHOWN and x is not None}
+    return create_trial(
+        state=TrialState.WAITING,
+        params=values,
+        distributions={name: SHOWN[name] for name in values},
+        user_attrs={
+            "cell": cell.key,
+            "name": cell.name,
+            "methods": [method.written for method in cell.run.methods],
+            "seed": cell.run.seed,
+            "configuration": cell.task.fixed,
+        },
+    )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Optuna calls heartbeats experimental."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield

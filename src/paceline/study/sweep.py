@@ -1,0 +1,560 @@
+"""`paceline sweep`: methods tuned over their own grids, by one protocol, over many machines."""
+
+import csv
+import itertools
+import json
+import math
+import random
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import optuna
+import torch
+import tyro
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.samplers import RandomSampler, TPESampler
+from pydantic import Field, model_validator
+from rich.console import Console
+from rich.table import Table
+
+from ..files import whole
+from ..train import InputError, Options, unknown
+from ..train.manifest import cores, environment, write_json
+from ..train.methods import Method, parse_method
+from ..train.recipe import Positive, Recipe, parse_yaml, read_recipe
+from ..train.terminal import quiet
+from .cells import Cell, Task
+from .ledger import Ledger, Outcomes, Plan, selection
+from .runs import Row, Run, run_all, share_runs
+from .statistics import interval
+
+TOGETHER = 4  # trials that TPE chooses at a time, before it hears what came of them
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Study(Options):
+    """What is compared, on what, and how it is tuned: the keys of a sweep's YAML file."""
+
+    recipe: str
+    """What is trained on what: a shipped recipe or a file."""
+    start: str | None = None
+    """A recipe whose returned model is what the other starts from; trained once."""
+    change: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the recipe that are others here."""
+    methods: dict[str, dict[str, Any]]
+    """Name -> `method`, as in `paceline compare`, and its options: a value, a list of values, or
+    `{low: x, high: y}` on a logarithmic scale."""
+    baseline: str | None = None
+    """The name of what the others are compared to. Default: the first."""
+    sampler: Literal["grid", "random", "tpe"] = "grid"
+    """All of each method's grid; or some trainings of it, at random or by Optuna's TPE."""
+    trials: Positive | None = None
+    """Trainings that each method may choose its setting from, the same number for all. Default:
+    all of the grid."""
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
+    """Of initial weights and order of the data. The chosen settings are run with each."""
+    tuning_seeds: Positive = 1
+    """With how many of them, the first ones, each setting is tried."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.tuning_seeds > len(self.seeds):
+            raise InputError(f"tuning_seeds: {self.tuning_seeds} of {len(self.seeds)} seeds")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds: each only once, got {self.seeds}")
+        if not self.methods:
+            raise InputError("methods: give at least one")
+        if self.baseline is not None and self.baseline not in self.methods:
+            raise InputError(f"baseline: {unknown(self.baseline, self.methods, 'method')}")
+        if self.sampler == "tpe" and self.trials is None:
+            raise InputError("trials: tpe needs to know how many")
+        return self
+
+    @cached_property
+    def task(self) -> Task:
+        """The recipe and its start."""
+        recipe = Recipe(**{**read_recipe(self.recipe), **self.change})
+        start = None if self.start is None else Recipe(**read_recipe(self.start))
+        name = Path(self.recipe).stem
+        return Task(
+            name if start is None else f"{name} on {Path(self.start or '').stem}", recipe, start
+        )
+
+    @cached_property
+    def families(self) -> dict[str, "Family"]:
+        """The methods, each with its grid."""
+        return {
+            name: Family(name, self.task, options, self.sampler, self.trials)
+            for name, options in self.methods.items()
+        }
+
+
+Trial = tuple[Method, ...]  # of one training: all that is read out of it
+
+
+class Family:
+    """A method with the grid that its setting is chosen from.
+
+    A trial is a training. Options of averages that only watch make no trainings of their own: each
+    trial has all of them.
+
+    Raises:
+        InputError: an option that the method does not have, or values that it cannot have.
+    """
+
+    def __init__(
+        self, name: str, task: Task, options: dict[str, Any], sampler: str, trials: int | None
+    ) -> None:
+        self.name, self.task, self.sampler, self.trials = name, task, sampler, trials
+        options = dict(options)
+        self.written = options.pop("method", name)
+        self.lists: dict[str, list[Any]] = {}
+        self.ranges: dict[str, FloatDistribution] = {}
+        for option, value in options.items():
+            if isinstance(value, dict):
+                if sampler == "grid":
+                    raise InputError(f"{name}: {option}: a grid needs a list of values")
+                try:
+                    self.ranges[option] = FloatDistribution(**value, log=True)
+                except (TypeError, ValueError) as error:
+                    raise InputError(f"{name}: {option}: {error}, got {value}") from error
+            else:
+                self.lists[option] = value if isinstance(value, list) else [value]
+        for option, values in self.lists.items():
+            if not values:
+                raise InputError(f"{name}: {option}: an empty list")
+        self.grid()  # refuses what cannot be
+
+    def method(self, values: dict[str, Any]) -> Method:
+        """One of its methods."""
+        values = dict(values)
+        schedule = values.pop("schedule", None)
+        parts = [self.written, *([schedule] if schedule not in (None, "constant") else [])]
+        text = ":".join([*parts, *(f"{k}={x}" for k, x in values.items())])
+        try:
+            return parse_method(text, **self.task.parse())
+        except InputError as error:
+            raise InputError(f"{self.name}: {error}") from error
+
+    def grid(self, drawn: dict[str, Any] | None = None) -> list[Trial]:
+        """All its trials, with the drawn values of what has a range or is a choice among lists."""
+        lists = {name: values for name, values in self.lists.items() if name not in (drawn or {})}
+        lows = {name: [d.low] for name, d in self.ranges.items() if name not in (drawn or {})}
+        found: dict[Method, list[Method]] = {}
+        choices = {**lists, **lows}
+        for values in itertools.product(*choices.values()):
+            method = self.method({**dict(zip(choices, values, strict=True)), **(drawn or {})})
+            found.setdefault(method.trajectory, []).append(method)
+        return [tuple(dict.fromkeys(methods)) for methods in found.values()]
+
+    @cached_property
+    def space(self) -> dict[str, BaseDistribution]:
+        """What a sampler draws: all options that change a training."""
+        trained = [methods[0].trajectory for methods in self.grid()]
+        changing = {
+            option: CategoricalDistribution(values)
+            for option, values in self.lists.items()
+            if any(getattr(method, option) is not None for method in trained)
+        }
+        return {**self.ranges, **changing}
+
+    def tried(self, told: Callable[[Trial], float | None]) -> list[Trial]:
+        """Its trials; of those that TPE chooses, as many as can be known.
+
+        Args:
+            told: what came of a trial, lower is better; None if that is not known yet.
+        """
+        if self.sampler == "grid" or (self.sampler == "random" and not self.ranges):
+            trials = self.grid()
+            if self.trials is None or self.trials >= len(trials):
+                return trials
+            kept = sorted(random.Random(0).sample(range(len(trials)), self.trials))
+            return [trials[i] for i in kept]
+        assert self.trials is not None
+        tpe = self.sampler == "tpe"
+        study = optuna.create_study(
+            sampler=TPESampler(seed=0, constant_liar=True) if tpe else RandomSampler(seed=0)
+        )
+        found: list[Trial] = []
+        while len(found) < self.trials:
+            asked = [study.ask(self.space) for _ in range(min(TOGETHER, self.trials - len(found)))]
+            new = [self.grid(each.params)[0] for each in asked]
+            found += new
+            values = [told(trial) for trial in new] if tpe else [0.0] * len(new)
+            if None in values:
+                break
+            for each, value in zip(asked, values, strict=True):
+                study.tell(each, value)
+        return found
+
+
+# ---- the plan -----------------------------------------------------------------------------------
+
+
+class Chosen(NamedTuple):
+    """A family's setting, and the trainings it was chosen from."""
+
+    family: str
+    method: Method | None  # None: nothing that it tried was finished
+    selection: float  # mean loss that it was chosen by, nats a token
+    trainings: int
+    read_outs: int
+
+
+class Tuning:
+    """A study as a plan: every setting on the first seeds, then the chosen ones on all."""
+
+    def __init__(self, study: Study) -> None:
+        self.study, self.name = study, "sweep"
+
+    def wanted(self, outcomes: Outcomes) -> list[Cell]:
+        """All cells, the chosen ones' once all others have ended."""
+        trainings = self._trainings(self.tried(outcomes))
+        tuning = self._cells(trainings, self.tuned_on)
+        if any(cell.key not in outcomes.ended for cell in tuning):
+            return tuning
+        of = {method: training for training in trainings for method in training}
+        # With all that was read out of them, so that what was tried is not done again.
+        best = [of[chosen.method] for chosen in self.chosen(outcomes) if chosen.method]
+        more = self._cells(dict.fromkeys(best), self.study.seeds)
+        return list({cell.key: cell for cell in [*tuning, *more]}.values())
+
+    def losses_of(self, method: Method, outcomes: Outcomes) -> dict[int, float]:
+        """Its losses at the end on the split that numbers are from: seed -> nats a token."""
+        losses: dict[int, float] = {}
+        for cell in self.wanted(outcomes):
+            if method in cell.run.methods and cell.key in outcomes.finished:
+                loss = last_row(outcomes, cell, method)["returned_loss"]
+                losses.setdefault(cell.run.seed, math.inf if loss is None else loss)
+        return losses
+
+    @property
+    def tuned_on(self) -> tuple[int, ...]:
+        """The seeds that settings are tried with."""
+        return self.study.seeds[: self.study.tuning_seeds]
+
+    def _cells(self, trainings: Iterable[Trial], seeds: Iterable[int]) -> list[Cell]:
+        return [Cell(self.study.task, Run(each, seed)) for seed in seeds for each in trainings]
+
+    def _trainings(self, trials: dict[str, list[Trial]]) -> list[Trial]:
+        """Of all families: those that share a trajectory are one.
+
+        Not those that TPE chooses, for which each family must know its own.
+        """
+        if self.study.sampler == "tpe":
+            return list(dict.fromkeys(itertools.chain(*trials.values())))
+        methods = [method for trial in itertools.chain(*trials.values()) for method in trial]
+        return [run.methods for run in share_runs(dict.fromkeys(methods), (0,))]
+
+    def tried(self, outcomes: Outcomes) -> dict[str, list[Trial]]:
+        """The trials of each family, as far as they are known."""
+
+        def told(trial: Trial) -> float | None:
+            own = self._cells([trial], self.tuned_on)
+            if any(cell.key not in outcomes.ended for cell in own):
+                return None
+            return min(self._losses([trial], outcomes).values())
+
+        return {name: family.tried(told) for name, family in self.study.families.items()}
+
+    def _losses(self, trainings: Iterable[Trial], outcomes: Outcomes) -> dict[Method, float]:
+        """Mean selection loss of each method over the tuning seeds; inf where one failed."""
+        found: dict[Method, float] = {}
+        for methods in trainings:
+            same = self._cells([methods], self.tuned_on)
+            for method in methods:
+                losses = [
+                    selection(last_row(outcomes, cell, method))
+                    if cell.key in outcomes.finished
+                    else math.inf
+                    for cell in same
+                ]
+                found[method] = min(fmean(losses), found.get(method, math.inf))
+        return found
+
+    def chosen(self, outcomes: Outcomes) -> list[Chosen]:
+        """The best setting of each family."""
+        trials = self.tried(outcomes)
+        losses = self._losses(self._trainings(trials), outcomes)
+        found = []
+        for name, own in trials.items():
+            methods = [method for trial in own for method in trial]
+            best = min(methods, key=losses.__getitem__)
+            least = losses[best]
+            found.append(
+                Chosen(name, best if least < math.inf else None, least, len(own), len(methods))
+            )
+        return found
+
+
+def last_row(outcomes: Outcomes, cell: Cell, method: Method) -> Row:
+    """What a method returned at the end of a cell."""
+    rows = outcomes.finished[cell.key].rows
+    return next(row for row in reversed(rows) if row["label"] == method.label)
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+class Shared(Options):
+    """What commands have that work off cells."""
+
+    storage: str | None = None
+    """Optuna storage that all workers share, as in postgresql://USER@HOST/NAME; optuna-dashboard shows it. Default: a file in the folder."""
+    workers: Positive | None = None
+    """Trainings at a time here, >= 1. Default: one for each processor core, or one where there is a GPU."""
+    retry_failed: bool = False
+    """Try again what failed."""
+
+
+def open_ledger(options: Shared, plan: Plan, folder: Path) -> Ledger:
+    """The ledger of a plan, in its own file if no other storage is given.
+
+    Raises:
+        InputError: the folder or the storage cannot be used.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: cannot make the folder {folder}: {error.strerror}") from error
+    ledger = Ledger(options.storage or f"sqlite:///{folder / 'sweep.db'}", plan)
+    if options.retry_failed:
+        ledger.forget_failures()
+    return ledger
+
+
+def work_off(ledger: Ledger, workers: int | None, console: Console) -> None:
+    """Run what is left of a plan, until all of it has ended, here or elsewhere."""
+    left = ledger.left()
+    if not left:
+        return
+    try:
+        for task in {cell.task.name: cell.task for cell in left}.values():
+            task.make_start(console)
+    except KeyboardInterrupt:
+        ledger.interrupted = True
+        return
+    workers = min(workers or (1 if torch.cuda.is_available() else cores()), len(left))
+    run_all(ledger, workers, max(1, cores() // workers), console)
+
+
+def write_rows(ledger: Ledger, folder: Path, configuration: dict[str, Any]) -> None:
+    """metrics.jsonl, training.jsonl and manifest.json: what came of the plan's cells."""
+    outcomes = ledger.outcomes
+    ended = [cell for cell in ledger.wanted if cell.key in outcomes.finished]
+    with whole(folder / "metrics.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
+        for cell in ended:
+            for row in outcomes.finished[cell.key].rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with whole(folder / "training.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
+        for cell in ended:
+            facts = {"setting": cell.task.name, "trained_with": cell.run.name}
+            for line in outcomes.finished[cell.key].log:
+                file.write(json.dumps({**facts, **line}, ensure_ascii=False) + "\n")
+    names = {cell.key: cell.name for cell in ledger.wanted}
+    manifest = {
+        "command": shlex.join(["paceline", *sys.argv[1:]]),
+        **environment(),
+        "configuration": configuration,
+        "tasks": {cell.task.name: cell.task.fixed for cell in ledger.wanted},
+        "trainings": len(ledger.wanted),
+        "finished": len(ended),
+        "failed": {names[key]: why for key, why in outcomes.failed.items() if key in names},
+    }
+    write_json(folder / "manifest.json", manifest)
+
+
+class Sweep(Shared):
+    """Tune methods by one protocol, and compare them over seeds.
+
+    The YAML file has the keys recipe, methods, and as wanted start, change, baseline, sampler (grid,
+    random or tpe), trials, seeds and tuning_seeds. The same command goes on where it was killed,
+    and shares the work with others on as many machines as reach the storage: what is finished is
+    never run again.
+    """
+
+    sweep: tyro.conf.Positional[Path]
+    """YAML file of the sweep."""
+    out: Path | None = None
+    """Folder for tables and curves. Default: runs/<name of the file>."""
+    show: bool = False
+    """Run nothing; show what is there."""
+
+
+def sweep_command(options: Sweep, console: Console) -> int:
+    """Run what is left of a sweep, and write its tables; an exit status.
+
+    Raises:
+        InputError: the file, the folder or the storage cannot be used.
+    """
+    quiet()
+    study = read_study(options.sweep)
+    folder = options.out or Path("runs") / options.sweep.stem
+    plan = Tuning(study)
+    with open_ledger(options, plan, folder) as ledger:
+        if not options.show:
+            work_off(ledger, options.workers, console)
+        ledger.look()
+        write_rows(ledger, folder, json.loads(study.model_dump_json()))
+        report(plan, ledger, folder, console)
+    return 130 if ledger.interrupted else 1 if ledger.outcomes.failed else 0
+
+
+def read_study(path: Path) -> Study:
+    """A sweep from its file.
+
+    Raises:
+        InputError: it is not there, or no sweep.
+    """
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the sweep {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise InputError(f"{path} is not a mapping of keys to values")
+    return Study(**values)
+
+
+def report(plan: Tuning, ledger: Ledger, folder: Path, console: Console) -> None:
+    """Print the protocol, and the tables that come of it; write them as CSV and report.md."""
+    outcomes = ledger.outcomes
+    if ledger.interrupted or ledger.left():
+        left = len(ledger.left())
+        console.print(
+            f"{left} of {len(ledger.wanted)} trainings are left; the same command goes on."
+        )
+        return
+    for name, reason in outcomes.failed.items():
+        console.print(f"Failed: {name}: {reason}", style="red", markup=False, highlight=False)
+    said = protocol(plan, outcomes)
+    tables = [best_table(plan, outcomes), equal_table(plan, ledger)]
+    for sentence in said:
+        console.print(f"• {sentence}", highlight=False, markup=False)
+    text = "".join(f"- {sentence}\n" for sentence in said)
+    for name, table in zip(("best", "equal"), tables, strict=True):
+        if table.rows:
+            console.print(table.shown())
+            table.write(folder / f"{name}.csv")
+            text += f"\n{table.title}\n\n{table.markdown()}"
+    with whole(folder / "report.md") as partial:
+        partial.write_text(text, encoding="utf-8")
+    console.print(f"Tables and curves: {folder}", highlight=False, markup=False)
+
+
+def protocol(plan: Tuning, outcomes: Outcomes) -> list[str]:
+    """What was fixed before the runs, and what each method chose from."""
+    study = plan.study
+    chosen = plan.chosen(outcomes)
+    counts = {(each.trainings, each.read_outs) for each in chosen}
+    own = "; ".join(f"{x.family} {x.trainings} trainings, {x.read_outs} models" for x in chosen)
+    one = len({trainings for trainings, _ in counts}) == 1
+    return [
+        f"{study.task.name}: with a seed, every method starts from the same weights and sees the "
+        "same batches for as many steps.",
+        f"Settings: {study.sampler}, tried with seed {', '.join(map(str, plan.tuned_on))}. "
+        f"{'Every method chose from as many trainings' if one else 'Not every method chose from as many trainings'}: "
+        f"{own}. Averages that only watch are read out of shared trainings.",
+        "Settings were chosen on one half of the evaluation data; losses are from the other, of the "
+        f"chosen settings over seeds {', '.join(map(str, study.seeds))}. A diverged run is an "
+        "infinite loss; it is not left out.",
+        "Differences are paired by seed; their intervals are 95 % percentile bootstrap over seeds.",
+    ]
+
+
+class Cells(NamedTuple):
+    """A table: a title, columns, and rows of texts and numbers."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
+
+    def shown(self) -> Table:
+        """For the terminal."""
+        table = Table(title=self.title)
+        for column in self.columns:
+            table.add_column(column, justify="left" if column == self.columns[0] else "right")
+        for row in self.rows:
+            table.add_row(*map(_short, row))
+        return table
+
+    def markdown(self) -> str:
+        """For a page."""
+        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
+        return "".join(f"| {' | '.join(map(_short, line))} |\n" for line in lines)
+
+    def write(self, path: Path) -> None:
+        """As CSV, all digits."""
+        with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([self.columns, *self.rows])
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+DIFFERENCE = ["difference", "low", "high"]
+
+
+def _difference(losses: dict[int, float], baseline: dict[int, float]) -> list[float | None]:
+    """Mean and interval of the paired differences over the seeds of both."""
+    pairs = [losses[seed] - baseline[seed] for seed in losses if seed in baseline]
+    if not pairs or not all(map(math.isfinite, pairs)):
+        return [None, None, None]
+    return [fmean(pairs), *(interval(pairs) or (None, None))]
+
+
+def best_table(plan: Tuning, outcomes: Outcomes) -> Cells:
+    """Each method at its best setting, and how much it differs from the baseline."""
+    chosen = plan.chosen(outcomes)
+    losses = {each.family: plan.losses_of(each.method, outcomes) for each in chosen if each.method}
+    baseline = plan.study.baseline or next(iter(plan.study.families))
+    rows = [
+        [
+            *(each.family, each.method.label, each.method.lr, each.trainings, each.selection),
+            *(len(losses[each.family]), fmean(losses[each.family].values())),
+            *_difference(losses[each.family], losses.get(baseline, {})),
+        ]
+        for each in chosen
+        if each.method
+    ]
+    columns = ["method", "setting", "lr", "trainings", "selection loss", "seeds", "loss"]
+    title = f"Each at its best; difference to {baseline}"
+    return Cells(title, [*columns, *DIFFERENCE], sorted(rows, key=lambda row: row[6]))
+
+
+def equal_table(plan: Tuning, ledger: Ledger) -> Cells:
+    """A pull against the same average without it: at equal κ, schedule and learning rate."""
+    outcomes = ledger.outcomes
+    methods = {
+        method
+        for cell in ledger.wanted
+        if cell.key in outcomes.finished
+        for method in cell.run.methods
+    }
+    rows = []
+    for method in sorted((m for m in methods if m.c), key=lambda m: (m.lr, m.label)):
+        base = "adamw" if method.name == "pace" else method.base
+        for other in methods:
+            if other.c or other.name != "ema" or base != "adamw" or other.eps != method.eps:
+                continue
+            same = ("lr", "kappa", "schedule", "g")
+            if all(getattr(other, name) == getattr(method, name) for name in same):
+                mine = plan.losses_of(method, outcomes)
+                its = plan.losses_of(other, outcomes)
+                rows.append(
+                    [
+                        *(method.label, other.label, method.lr, len(mine.keys() & its.keys())),
+                        *(fmean(mine.values()), fmean(its.values()), *_difference(mine, its)),
+                    ]
+                )
+    columns = ["method", "without the pull", "lr", "seeds", "loss", "without", *DIFFERENCE]
+    return Cells("At equal κ and learning rate: what the pull alone does", columns, rows)
