@@ -17,10 +17,13 @@ import torch
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paceline import PACE
+from paceline import PACE, Pullback
 from paceline.averaging import BEMA, EMA, LAWA, SWA, PowerEMA, Uniform
 from paceline.cli import main
 from paceline.study.compare import Comparison, Setting, _affordable_steps
@@ -36,8 +39,9 @@ from paceline.train.data import (
     standard_library_files,
     tokenize,
 )
-from paceline.train.methods import BASES, make_optimizer, parse_method, scheduler
+from paceline.train.methods import BASES, OPTIONS, make_optimizer, parse_method, scheduler
 from paceline.train.model import make_gpt2
+from paceline.train.recipe import Recipe
 from paceline.train.terminal import show_losses
 from paceline.train.trainer import train
 
@@ -145,6 +149,54 @@ def test_methods_are_written_as_documented():
     )
 
 
+# Every method with every option that it has, and none of them with a default's value.
+WRITTEN = [
+    *("adamw", "adamw:cosine:lr=3e-5:eps=1e-3", "adamw:twin:kappa=0.7:g=0.1", "adamw:power"),
+    *("ema", "ema:wsd:kappa=0.123456789:state=bf16", "ema:half_life=12.5:eps=0.1"),
+    *(
+        "ema:twin:kappa=1:g=1",
+        "uniform:start=0.1:eps=1",
+        "uniform:power:start=0",
+        "swa:start=0.5:every=7:eps=1",
+    ),
+    *(
+        "lawa:window=3:every=2:eps=1",
+        "bema:kappa=0.4:eta=0.1:every=3:eps=1",
+        "lookahead:k=7:alpha=0.25",
+    ),
+    *("schedule-free", "schedule-free:lr=1e30", "pace", "pace:c=0:kappa=0"),
+    *("pace:wsd:c=2e-7:every=5:eps=1e-4:state=bf16:return_kappa=0.7", "pace:power:return_kappa=0"),
+    *("pullback:muon", "pullback:sgd:cosine:c=1:kappa=0.9:gain=own:return_kappa=0.2"),
+]
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_a_method_is_what_its_written_form_says(text):
+    method = method_of(text)
+    others = {"lr": 9.0, "c": 9.0, "kappa": 0.99, "g": 0.99, "schedule": "wsd"}
+    if method.schedule == "constant":  # which has no name there
+        others.pop("schedule")
+    for one in (method, method.trajectory):
+        assert parse_method(one.written, **others) == one
+        assert hash(parse_method(one.written, **others)) == hash(one)
+        assert parse_method(one.written, **others).label == one.label
+
+
+def test_every_option_is_written_somewhere():
+    given = {(m.name, o) for m in map(method_of, WRITTEN) for o in m.model_dump(exclude_none=True)}
+    assert given >= {(name, option) for name, options in OPTIONS.items() for option in options}
+
+
+def test_what_returns_a_slower_average_shares_the_training():
+    texts = ["pace", "pace:return_kappa=0.7", "pace:return_kappa=0.5", "pace:every=2"]
+    texts += ["pace:every=2:return_kappa=0.7", "pullback:sgd", "pullback:sgd:return_kappa=0.7"]
+    assert [[m.label for m in run.methods] for run in share_runs(map(method_of, texts), (0,))] == [
+        ["pace c=3 κ=0.3", "pace c=3 κ=0.3 returned-κ=0.7", "pace c=3 κ=0.3 returned-κ=0.5"],
+        ["pace c=3 κ=0.3 every=2", "pace c=3 κ=0.3 every=2 returned-κ=0.7"],
+        ["pullback sgd c=3 κ=0.3", "pullback sgd c=3 κ=0.3 returned-κ=0.7"],
+    ]
+
+
 def test_averages_of_methods():
     averages = {
         "ema": PowerEMA(0.3),
@@ -155,6 +207,9 @@ def test_averages_of_methods():
         "bema:every=3": BEMA(every=3),
         "bema:kappa=0.4:eta=0.1": BEMA(0.4, 0.1),
         "adamw": None,
+        "pace": None,  # PACE keeps its own
+        "pace:return_kappa=0.7": PowerEMA(0.7),
+        "pullback:sgd:return_kappa=0.7": PowerEMA(0.7),
     }
     assert {text: method_of(text).averaging(200) for text in averages} == averages
 
@@ -224,6 +279,11 @@ def test_schedules():
         ("ema:eps=0", "eps: .*greater than 0"),
         ("pace:state=fp8", "state: Input should be 'fp32' or 'bf16', got 'fp8'"),
         ("ema:g=0.5", "has no option 'g'"),
+        ("ema:return_kappa=0.7", "has no option 'return_kappa'"),
+        ("ema:every=2", "has no option 'every'"),
+        ("pullback:sgd:every=2", "has no option 'every'"),
+        ("pace:every=0", "every: .*greater than or equal to 1"),
+        ("pace:return_kappa=2", "return_kappa: .*less than or equal to 1"),
         ("pace:kappa=1.5", "method 'pace:kappa=1.5': kappa: .*less than or equal to 1"),
         ("ema:lr=0", "lr: .*greater than 0"),
         ("ema:half_life=5:kappa=0.3", "half_life and kappa are two ways"),
@@ -389,6 +449,68 @@ def test_every_base_trains_and_is_pulled(tiny, base):
     assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
     if base == "muon":  # of width 16: attention and MLP, in and out; not the embeddings, nor biases
         assert sum(len(group["params"]) for group in groups if group["use_muon"]) == 4
+
+
+def weights_of_each_step(run, text):
+    """A trainer, and its live weights after each step, flat, with those at the start."""
+    weights = []
+
+    def note(optimizer, *_):
+        if not isinstance(optimizer, PACE | Pullback):  # what one of them goes around
+            return
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        weights.append(torch.cat([p.detach().flatten().double() for p in params]))
+
+    hooks = [
+        register_optimizer_step_pre_hook(lambda *of: None if weights else note(*of)),
+        register_optimizer_step_post_hook(note),
+    ]
+    try:
+        trainer = run(text)[0].trainer
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return trainer, weights
+
+
+@pytest.mark.parametrize(
+    ("texts", "kappa", "every"),
+    [
+        ("pace,pace:return_kappa=0.7", 0.7, 1),
+        ("pullback:adamw,pullback:adamw:return_kappa=0.7", 0.7, 1),
+        ("pace:every=5", 0.3, 5),
+        ("pace:every=5,pace:every=5:return_kappa=0.7", 0.7, 1),
+    ],
+)
+def test_which_average_is_returned(tiny, texts, kappa, every):
+    """By hand, in float64, from the weights after each of 12 steps."""
+    tokens, run = tiny
+    trainer, weights = weights_of_each_step(run, texts)
+    assert len(weights) == 13
+    average = weights[0].clone()
+    for step in range(every, 13, every):
+        average += (1 + step) ** -kappa * (weights[step] - average)
+    last = method_of(texts.split(",")[-1])
+    with trainer.returned(last):
+        params = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+        returned = torch.cat([p.detach().flatten().double() for p in params])
+        loss = loss_by_hand(trainer.model, tokens)
+    torch.testing.assert_close(returned, average, rtol=1e-4, atol=1e-6)
+    assert loss == pytest.approx(trainer.curves[-1][-1]["returned_loss"], rel=1e-5)
+    # To read it out changes nothing of the training, nor of the pull's own average.
+    alone = run(texts.split(",")[0])[0].trainer
+    assert alone.curve == trainer.curves[0]
+    lives = [[point["live_loss"] for point in curve] for curve in trainer.curves]
+    assert all(live == lives[0] for live in lives)
+
+
+def test_a_pull_is_never_toward_the_slower_average():
+    """As it would be where one optimizer has to do both: that is refused."""
+    recipe = {"config": {"model_type": "gpt2"}, "tokenizer": "bpe", "task": "pretrain"}
+    assert Recipe(**recipe, method="pace:every=5").parsed.every == 5
+    for base in ("pace", "pullback:sgd"):
+        with pytest.raises(InputError, match="return_kappa"):
+            Recipe(**recipe, method=f"{base}:return_kappa=0.7")
 
 
 def test_lookahead_returns_its_slow_weights(tiny):

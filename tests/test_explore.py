@@ -333,11 +333,11 @@ def cell_from(folder, method, losses, **more):
 
 def resampled(pairs):
     """Ends of the bootstrap interval of the mean, from its definition."""
-    if len(pairs) > 6:
+    if len(pairs) > 5:
         means = np.random.default_rng(5).choice(pairs, size=(200_000, len(pairs))).mean(1)
     else:
         means = [fmean(resample) for resample in itertools.product(pairs, repeat=len(pairs))]
-    return list(np.quantile(means, [0.025, 0.975]))
+    return list(np.quantile(means, [0.025, 0.975], method="inverted_cdf"))
 
 
 def numbers(text):

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -24,9 +25,8 @@ pytest.importorskip("transformers")
 
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
-from optuna.trial import TrialState
 from rich.console import Console
-from sweeping import STEPS, result_of
+from sweeping import result_of
 
 from paceline.cli import main
 from paceline.study import ledger as ledgers
@@ -34,11 +34,11 @@ from paceline.study import sweep
 from paceline.study.cells import Cell, Task, cells
 from paceline.study.ledger import Ledger, Outcomes
 from paceline.study.runs import Run
-from paceline.study.statistics import EXACT, interval
+from paceline.study.statistics import EXACT, Listing, interval
 from paceline.study.sweep import Study, Tuning
 from paceline.train import InputError
 from paceline.train.methods import parse_method
-from paceline.train.recipe import Recipe, parse_yaml
+from paceline.train.recipe import Recipe
 
 TEXT = "\n".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs" for i in range(300))
 RECIPE = {
@@ -175,7 +175,7 @@ def test_a_real_cell(data, monkeypatch):
     assert curve(cell_of(f"{BASE}:return_kappa=0.7", **data)) == seen[3:]
     monkeypatch.setattr(module, "_last", None)
     alone = curve(cell_of("ema:kappa=0.3:lr=1e-2", seed=1, **data))
-    assert alone == pytest.approx(again) if alone != again else True
+    assert alone == again
     assert again != seen[:3]
     assert curve(cell_of(BASE, **data)) == seen[:3]
     # Another recipe gets its own data.
@@ -540,19 +540,13 @@ def test_two_workers_may_make_the_storage_at_once(tmp_path, monkeypatch):
     def slower(*arguments, **options):
         calls.append(1)
         if len(calls) == 1:
-            why = sqlite_error("table studies already exists")
+            why = sqlite3.OperationalError("table studies already exists")
             raise sqlalchemy.exc.OperationalError("CREATE TABLE studies", {}, why)
         return real(*arguments, **options)
 
     monkeypatch.setattr(ledgers, "RDBStorage", slower)
     with Ledger(f"sqlite:///{tmp_path / 'sweep.db'}", Fixed(FIVE[0])) as ledger:
         assert ledger.claim()
-
-
-def sqlite_error(said):
-    import sqlite3
-
-    return sqlite3.OperationalError(said)
 
 
 # ---- workers, killed and not -----------------------------------------------------------------
@@ -565,7 +559,9 @@ methods:
   pace: {lr: [1e-3, 1e-2], c: [0.1, 1], kappa: 0.3}
 seeds: [0, 1]
 """
-TRAININGS = 8 + 3  # two rates of AdamW, two with wsd, four of pace; then seed 1 of the chosen
+# Two rates of AdamW, two with wsd, four of pace; then seed 1 of what was chosen: of AdamW's average
+# it is the training of AdamW itself.
+TRAININGS = 8 + 2
 QUICK = {"HEARTBEAT": 1, "GRACE": 1, "POLL": 0.05}
 TABLES = ("best.csv", "equal.csv", "report.md", "metrics.jsonl", "training.jsonl")
 
@@ -629,7 +625,7 @@ def trained(folder):
 
 
 def wait_for(condition):
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -655,16 +651,17 @@ def whole(server, tmp_path_factory):
 @needs_fork
 def test_what_a_sweep_leaves(whole, server):
     metrics = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    # Two points of each model: of shared trainings three, one with wsd, one of each pull.
-    assert len(metrics) == 2 * (2 * 3 + 2 * 1 + 4 * 1 + 3 + 3 + 1)
+    # Two points of each model: of AdamW's trainings three, with wsd one, one of each pull; and
+    # with the other seed.
+    assert len(metrics) == 2 * (2 * 3 + 2 * 1 + 4 * 1 + 3 + 1)
     keys = {"setting", "cell", "run", "trained_with", "label", "name", "lr", "seed", "step"}
     keys |= {"steps", "live_loss", "returned_loss", "selection_loss", "seconds", "tokens"}
     assert all(keys <= set(row) for row in metrics)
     manifest = json.loads((whole / "manifest.json").read_text())
-    assert (manifest["trainings"], manifest["finished"], manifest["failed"]) == (11, 11, {})
+    assert (manifest["trainings"], manifest["finished"], manifest["failed"]) == (10, 10, {})
     assert manifest["configuration"]["seeds"] == [0, 1]
     assert manifest["tasks"]["recipe"]["recipe"]["steps"] == 6
-    best = list(csv.DictReader((whole / "best.csv").open()))
+    best = list(csv.DictReader((whole / "best.csv").read_text().splitlines()))
     assert [(row["method"], float(row["lr"]), row["trainings"], row["seeds"]) for row in best] == [
         ("pace", 0.01, "4", "2"),
         ("ema", 0.01, "2", "2"),
@@ -685,12 +682,12 @@ def test_what_a_sweep_leaves(whole, server):
 
 @needs_fork
 def test_two_workers_that_claim_as_fast_as_they_can(server, tmp_path):
-    rates = [f"{i}e-3" for i in range(1, 41)]
+    rates = [f"{i}e-3" for i in range(1, 17)]
     text = f"recipe: RECIPE\nmethods: {{adamw: {{lr: [{', '.join(rates)}]}}}}\nseeds: [0]\n"
     folder = sweep_in(tmp_path, text)
     workers = [server.start(folder, claims_only=True) for _ in range(2)]
     assert [server.wait(process) for process in workers] == [0, 0], (folder / "said").read_text()
-    assert len(trained(folder)) == 40
+    assert len(trained(folder)) == 16
     assert set(trained(folder).values()) == {1}
     lines = (folder / "trained").read_text().splitlines()
     assert len({line.partition(" ")[0] for line in lines}) == 2  # both had some
@@ -717,11 +714,10 @@ def test_killed_and_started_twice_it_ends_as_if_it_had_not_been(server, whole, t
 
 
 @needs_fork
-@pytest.mark.parametrize("death", ["die", "die in a put"])
-def test_failures_are_recorded_and_the_rest_goes_on(server, tmp_path, death):
+def test_failures_are_recorded_and_the_rest_goes_on(server, tmp_path):
     folder = sweep_in(tmp_path)
     dies, raises = "pace-c0.1-kappa0.3-lr0.001-seed0", "adamw-wsd-lr0.01-seed0"
-    acts = {dies: death, raises: "raise", "": 0.02}
+    acts = {dies: "die in a put", raises: "raise", "": 0.02}
     assert server.run(folder, "--workers", "2", acts=acts) == 1, (folder / "said").read_text()
     failed = json.loads((folder / "manifest.json").read_text())["failed"]
     assert set(failed) == {f"recipe: {dies}", f"recipe: {raises}"}
@@ -734,8 +730,9 @@ def test_failures_are_recorded_and_the_rest_goes_on(server, tmp_path, death):
     assert times.pop(f"recipe: {dies}") == 2  # once more, alone
     assert times.pop(f"recipe: {raises}") == 1
     assert len(times) == TRAININGS - 2
-    assert max(times.values()) <= 2  # of those that were under way as it died
-    best = list(csv.DictReader((folder / "best.csv").open()))
+    # Once more than that only what was under way as it died for the first time.
+    assert sorted(times.values())[-2:] in ([1, 1], [1, 2])
+    best = list(csv.DictReader((folder / "best.csv").read_text().splitlines()))
     assert {row["method"] for row in best} == {"adamw", "ema", "pace"}
     # Not again, until that is asked for; then nothing else.
     before = trained(folder)
@@ -749,49 +746,39 @@ def test_failures_are_recorded_and_the_rest_goes_on(server, tmp_path, death):
 @needs_fork
 def test_ctrl_c_gives_back_what_is_under_way(server, whole, tmp_path):
     folder = sweep_in(tmp_path / whole.name)
-    process = server.start(folder, "--workers", "2", acts={"pace": 60})
+    # One stops when it is told to; the other's process dies then, which is not its failure.
+    acts = {"pace-c0.1-kappa0.3-lr0.001": "die when stopped", "pace": 60}
+    process = server.start(folder, "--workers", "2", acts=acts)
     wait_for(lambda: sum("pace" in name for name in trained(folder)) == 2)
     os.killpg(process, signal.SIGINT)  # as a terminal does: to parent and workers alike
     assert server.wait(process) == 130
     said = (folder / "said").read_text()
-    assert "7 of 8 trainings are left" in said or "trainings are left; the same command" in said
+    assert "4 of 8 trainings are left; the same command goes on." in said
     assert "Traceback" not in said
     assert "Failed" not in said
     assert json.loads((folder / "manifest.json").read_text())["failed"] == {}
     assert not (folder / "best.csv").exists()
     assert not list(folder.glob(".*"))
     stopped = [name for name in trained(folder) if "pace" in name]
-    began = time.monotonic()
     assert server.run(folder) == 0
-    assert time.monotonic() - began < 20  # they were given back: nobody has to be waited for
     assert {name for name, times in trained(folder).items() if times > 1} == set(stopped)
     for name, text in tables(whole).items():
         assert tables(folder)[name] == text, name
 
 
 def test_failures_of_another_sweep_on_the_storage_are_not_ours(tmp_path, capsys):
-    folder = sweep_in(tmp_path)
-    url = f"sqlite:///{folder / 'sweep.db'}"
-    plan = Tuning(sweep.read_study(folder / "sweep.yaml"))
-    with Ledger(url, plan) as ledger:
-        while job := ledger.claim():
-            ledger.fail(job, "no memory")
-    text = (folder / "sweep.yaml").read_text().replace("seeds: [0, 1]", "seeds: [7]")
-    (folder / "sweep.yaml").write_text(text)
-    plan = Tuning(sweep.read_study(folder / "sweep.yaml"))
-    with Ledger(url, plan) as ledger:
-        work_off(ledger)
-    assert main(["sweep", str(folder / "sweep.yaml"), "--out", str(folder)]) == 0
+    text = "recipe: RECIPE\nmethods: {adamw: {lr: 1e-3}}\nseeds: [SEED]\n"
+    for seed in (7, 8):
+        plan = Tuning(study_in(tmp_path, text.replace("SEED", str(seed))))
+        with Ledger(f"sqlite:///{tmp_path / 'sweep.db'}", plan) as ledger:
+            job = ledger.claim()
+            if seed == 7:
+                ledger.fail(job, "no memory")
+            else:
+                finish(ledger, job, *ledger.wanted)
+    assert main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path)]) == 0
     assert "Failed" not in capsys.readouterr().out
-
-
-def work_off(ledger):
-    """All that is wanted, in this process."""
-    by_name = {}
-    while ledger.may_have_more():
-        by_name |= {cell.name: cell for cell in ledger.wanted}
-        job = ledger.claim()
-        finish(ledger, job, by_name[job.name])
+    assert json.loads((tmp_path / "manifest.json").read_text())["failed"] == {}
 
 
 def test_two_workers_may_write_the_tables_at_once(tmp_path):
@@ -927,26 +914,18 @@ def test_a_part_of_a_grid_is_drawn_at_random(tmp_path):
 def test_tpe_goes_on_round_by_round_and_hears_what_came_of_each(tmp_path):
     study = study_in(tmp_path, RANGES.replace("SAMPLER", "tpe").replace("10", "14"))
     plan = Tuning(study)
-    sizes = []
-
-    def keep(cell):  # called for what is left; once a round for the first of it
-        return True
-
-    finished = {}
-    while True:
-        wanted = plan.wanted(Outcomes(finished, {}))
-        left = [cell for cell in wanted if cell.key not in finished]
-        if not left:
-            break
-        sizes.append(len(left))
-        # One by one, and the last first: until a round has ended, nothing else is wanted.
-        for cell in reversed(left):
-            finished[cell.key] = result_of(cell)
-            if cell is not left[0]:
-                same = plan.wanted(Outcomes(dict(finished), {}))
-                assert [c.key for c in same] == [c.key for c in wanted]
-    assert sizes == [8, 8, 8, 4]  # of 14 trials each: 4, 4, 4, 2
-    again = worked_off(Tuning(study), keep=keep)
+    # One by one, and the last first: until a family's round has ended, it wants nothing else.
+    finished, before, grew = {}, [], []
+    while left := [c for c in plan.wanted(Outcomes(finished, {})) if c.key not in finished]:
+        count = Counter(cell.trajectory.name for cell in plan.wanted(Outcomes(finished, {})))
+        if count != before:
+            grew.append(count)
+            before = count
+        finished[left[-1].key] = result_of(left[-1])
+    assert grew[0] == {"adamw": 4, "pace": 4}  # of ema AdamW
+    assert [count["pace"] for count in grew[1:]][:3] == [8, 12, 14]
+    assert [count["adamw"] for count in grew[1:]][-3:] == [8, 12, 14]
+    again = worked_off(Tuning(study))
     assert again.finished.keys() == finished.keys()
     assert [chosen.trainings for chosen in plan.chosen(again)] == [14, 14]
     # Others come of other losses, but not before there are any.
@@ -1073,8 +1052,8 @@ def test_at_equal_rate_and_average_only_the_pull_differs(tmp_path):
     rows = equal_of(plan, outcomes)
     # Each pull and rate once, against the EMA of its κ, 0.3, and not that of 0.7 or of wsd.
     assert [(row["method"], row["lr"]) for row in rows] == [
-        *(("pace c=0.1 κ=0.3", 0.001), ("pace c=1 κ=0.3", 0.001)),
-        *(("pace c=0.1 κ=0.3", 0.01), ("pace c=1 κ=0.3", 0.01)),
+        *(("pace c=0.1 κ=0.3", "0.001"), ("pace c=1 κ=0.3", "0.001")),
+        *(("pace c=0.1 κ=0.3", "0.01"), ("pace c=1 κ=0.3", "0.01")),
     ]
     assert {row["without the pull"] for row in rows} == {"ema κ=0.3"}
     for row in rows:
@@ -1112,15 +1091,19 @@ def test_the_same_tables_from_whatever_order(tmp_path):
 
 
 def test_tables_as_text(tmp_path):
-    table = sweep.Cells("title", ["a", "lr", "x"], [["one", 3e-5, None], ["two", 0.01, math.inf]])
+    rows = [["one", "3e-05", None], ["two", "0.01", math.inf], ["three", "1", 0.123456]]
+    table = Listing("title", ["a", "lr", "x"], rows)
     assert table.markdown().splitlines() == [
         "| a | lr | x |",
         "| --- | ---: | ---: |",
         "| one | 3e-05 |  |",
         "| two | 0.01 | inf |",
+        "| three | 1 | 0.1235 |",
     ]
     table.write(tmp_path / "table.csv")
-    assert (tmp_path / "table.csv").read_text() == "a,lr,x\none,3e-05,\ntwo,0.01,inf\n"
+    assert (tmp_path / "table.csv").read_text() == (
+        "a,lr,x\none,3e-05,\ntwo,0.01,inf\nthree,1,0.123456\n"
+    )
 
 
 # ---- intervals -------------------------------------------------------------------------------
@@ -1139,10 +1122,7 @@ def by_hand(values, level=0.95):
     means.sort()
     ends = []
     for share in ((1 - level) / 2, (1 + level) / 2):
-        place = share * (len(means) - 1)
-        below = math.floor(place)
-        above = min(below + 1, len(means) - 1)
-        ends.append(means[below] + (place - below) * (means[above] - means[below]))
+        ends.append(means[math.ceil(share * len(means) - 1e-9) - 1])  # no point between two
     return tuple(ends)
 
 
@@ -1156,7 +1136,11 @@ def test_of_few_values_the_interval_is_exact(values, level):
 
 
 def test_interval_by_hand():
-    assert interval([0.0, 1.0]) == pytest.approx((0.0375, 0.9625))  # of 0, ½, ½, 1
+    assert interval([0.0, 1.0]) == (0, 1)  # of 0, ½, ½, 1
+    assert interval([0.0, 1.0], 0.5) == (0, 0.5)
+    # Of 27 means one is 9: more than 2.5 %, and less than 5 %.
+    assert interval([0.0, 0.0, 9.0], 0.95) == (0, 9)
+    assert interval([0.0, 0.0, 9.0], 0.9) == (0, 6)
 
 
 def test_of_more_values_the_interval_is_near_the_exact_one():
@@ -1326,6 +1310,3 @@ def test_study_keys_are_as_documented():
     }
     with pytest.raises(InputError, match="methods: "):
         Study(recipe="tiny-gpt2")
-    assert parse_yaml("1e-3") == 0.001
-    assert TrialState.WAITING.name == "WAITING"
-    assert STEPS > 0

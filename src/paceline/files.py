@@ -1,6 +1,7 @@
 """Files and folders that are there whole, or not at all."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from pathlib import Path
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A path beside the final one, to write a file or folder to; it is renamed at the end.
 
     What is written is on the disk before it gets its name, and replaces what had it. After an
@@ -16,11 +17,14 @@ def whole(path: Path) -> Iterator[Path]:
 
     Args:
         path: the final path; its parent exists.
+        shared: other processes may write the same now. The last one's stays.
 
     Raises:
         OSError: it could not be written; what was there before still is.
     """
-    partial = path.with_name(f".{path.name}.partial")  # one name, so that kills leave one thing
+    # One name, so that kills leave one thing.
+    mine = f".{secrets.token_hex(4)}" if shared else ""
+    partial = path.with_name(f".{path.name}{mine}.partial")
     remove(partial)
     try:
         yield partial

@@ -132,17 +132,22 @@ class Cell:
         recipe = Recipe(**{**self.task.recipe.model_dump(), **changes})
         with TemporaryDirectory() as scratch:
             trainer = _assemble(recipe, Path(scratch), self.run.methods)
-            trainer.add_callback(Watch(watch, max(1, trainer.args.max_steps // 200)))
+            steps = trainer.args.max_steps
+
+            def tell(step: int, losses: dict[str, float]) -> bool:
+                return watch(1000 * step // steps, losses)  # thousandths of a cell
+
+            trainer.add_callback(Watch(tell, max(1, steps // 200)))
             trainer.evaluate()
             began = time.perf_counter()
             trainer.train()
         state = trainer.state
-        if state.global_step < trainer.args.max_steps:
+        if state.global_step < steps:
             return None
         rows = self.run.rows(
             trainer.curves, time.perf_counter() - began, recipe.batch * recipe.context
         )
-        facts = {"setting": self.task.name, "cell": self.key, "steps": state.max_steps}
+        facts = {"setting": self.task.name, "cell": self.key, "steps": steps}
         kept = ("step", "loss", "gain_mean", "clipped")
         log = [
             {key: _plain(entry[key]) for key in kept if key in entry}

@@ -24,8 +24,9 @@ from .figures import (
     grids,
     middle_rate,
     twin,
+    twinned,
 )
-from .statistics import interval
+from .statistics import DIFFERENCE, Listing, interval, paired
 
 LOSS = "validation loss, nats a token"
 # The same look for the same method everywhere: colour, dash, and width, so that print and
@@ -44,22 +45,24 @@ LOOKS = {
 MARKERS = "os^Dv"
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 COLUMNS = [
-    *("setting", "label", "lr", "seed", "step", "tokens"),
+    *("setting", "label", "name", "schedule", "lr", "c", "kappa", "every", "return_kappa", "g"),
+    *("seed", "step", "tokens"),
     *("live_loss", "returned_loss", "selection_loss", "gain_mean", "clipped"),
 ]
 
 
 class Drawn(NamedTuple):
-    """A figure, and the numbers in it."""
+    """A figure, the numbers in it, and what they say of its methods at the end."""
 
     figure: Figure
     table: pd.DataFrame
+    ends: Listing
 
 
 # ---- parts --------------------------------------------------------------------------------------
 
 
-def _figure(rows: int, columns: int, width: float = 3.4, height: float = 3.0) -> tuple[Figure, Any]:
+def _figure(rows: int, columns: int, width: float = 3.6, height: float = 3.0) -> tuple[Figure, Any]:
     figure = Figure(
         figsize=(width * columns + 0.4, height * rows + 0.9), layout="constrained", dpi=150
     )
@@ -67,12 +70,13 @@ def _figure(rows: int, columns: int, width: float = 3.4, height: float = 3.0) ->
 
 
 def _dress(axis: Axes, x: str, y: str = LOSS, title: str = "") -> None:
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
+    place = axis.get_subplotspec()
+    assert place is not None
+    axis.set_xlabel(x if place.is_last_row() else "")
+    axis.set_ylabel(y if place.is_first_col() else "")
     axis.set_title(title, fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
-    axis.label_outer()
     if axis.get_xscale() == "log":
         axis.xaxis.set_minor_formatter(NullFormatter())
 
@@ -168,11 +172,50 @@ def _pulled(lab: Lab, task: Task, **fixed: Any) -> pd.DataFrame:
 
 
 def _table(*parts: pd.DataFrame) -> pd.DataFrame:
-    table = pd.concat(parts, ignore_index=True)
-    return table[[c for c in COLUMNS if c in table]].drop_duplicates().reset_index(drop=True)
+    table = pd.concat(parts, ignore_index=True)[COLUMNS].drop_duplicates()
+    return table.dropna(axis="columns", how="all").reset_index(drop=True)
+
+
+def _listed(
+    lab: Lab, groups: Iterable[tuple[Task, dict[str, Method]]], seeds: Any = None, to: str = ""
+) -> Listing:
+    """Methods at their end: loss, and how much it differs from that of one of them, by seed.
+
+    Args:
+        lab: what has come of the runs.
+        groups: what is compared with one another.
+        seeds: of a task, or of all; None: each task's own.
+        to: the start of that one's name. Default: PACE's.
+    """
+    rows: list[list[Any]] = []
+    for task, methods in groups:
+        own = lab.scale.seeds_of(task) if seeds is None else seeds
+        losses = {
+            label: _ends(lab, task, label=method.label, lr=method.lr, seed=own)
+            .set_index("seed")
+            .returned_loss.to_dict()
+            for label, method in methods.items()
+        }
+        baseline = next(x for label, x in losses.items() if label.startswith(to or "PACE"))
+        for label, method in methods.items():
+            mean = float(np.mean(list(losses[label].values())))
+            rows.append(
+                [
+                    *(f"{task.name}: {label}", method.label, f"{method.lr:g}"),
+                    *(len(losses[label]), mean if math.isfinite(mean) else "diverged"),
+                    *paired(losses[label], baseline),
+                ]
+            )
+    columns = ["method", "setting", "lr", "seeds", "loss", *DIFFERENCE]
+    return Listing(f"Difference to {to or 'PACE'}", columns, rows)
 
 
 # ---- figures ------------------------------------------------------------------------------------
+
+
+def _headline(lab: Lab, task: Task) -> dict[str, Method]:
+    best = contenders(lab, task)
+    return {**best, "PACE's own twin": twin(lab, task, best["PACE, constant"])}
 
 
 def headline(lab: Lab, *, since: float = 0.0) -> Drawn:
@@ -180,9 +223,7 @@ def headline(lab: Lab, *, since: float = 0.0) -> Drawn:
     figure, axes = _figure(1, len(lab.scale.models), 4.2, 3.6)
     parts = []
     for axis, task in zip(axes[0], lab.scale.models, strict=True):
-        best = contenders(lab, task)
-        best["PACE's own twin"] = twin(lab, task, best["PACE, constant"])
-        for label, method in best.items():
+        for label, method in _headline(lab, task).items():
             rows = _of(lab, task, method, lab.scale.seeds_of(task))
             rows = rows[rows.step >= since * rows.step.max()]
             _curve(axis, rows, label, LOOKS[label])
@@ -190,7 +231,8 @@ def headline(lab: Lab, *, since: float = 0.0) -> Drawn:
         _dress(axis, "step", title=task.name)
     _late(figure, max(0.3, since))
     _legend(figure)
-    return Drawn(figure, _table(*parts))
+    ends = _listed(lab, [(task, _headline(lab, task)) for task in lab.scale.models])
+    return Drawn(figure, _table(*parts), ends)
 
 
 def training(lab: Lab) -> Drawn:
@@ -213,7 +255,26 @@ def training(lab: Lab) -> Drawn:
     _late(figure)
     _legend(figure)
     columns = ["setting", "label", "step", "training_loss"]
-    return Drawn(figure, pd.concat(parts, ignore_index=True)[columns])
+    ends = _listed(lab, [(task, _headline(lab, task)) for task in lab.scale.models])
+    return Drawn(figure, pd.concat(parts, ignore_index=True)[columns], ends)
+
+
+def _at_each_rate(lab: Lab, pairs: Any, **fixed: Any) -> Listing:
+    """PACE at its best c and κ against the best of AdamW's averages, all constant."""
+    own = {"return_kappa": None, "every": None, **fixed}
+
+    def best(task: Task, lr: float) -> dict[str, Method]:
+        found = {
+            f"PACE at {lr:g}": lab.best(task, ["pace"], ["constant"], lr=lr, **own),
+            f"EMA at {lr:g}": lab.best(task, ["ema"], ["constant"], lr=lr),
+            f"AdamW at {lr:g}": lab.best(task, ["adamw"], ["constant"], lr=lr),
+        }
+        same = found[f"PACE at {lr:g}"].kappa
+        alone = lab.best(task, ["ema"], ["constant"], lr=lr, kappa=same)
+        return {**found, f"EMA of the same κ at {lr:g}": alone}
+
+    groups = [(task, best(task, lr)) for task, grid in pairs for lr in grid.rates]
+    return _listed(lab, groups, TUNING)
 
 
 def maps(lab: Lab, pairs: Any) -> Drawn:
@@ -235,7 +296,7 @@ def maps(lab: Lab, pairs: Any) -> Drawn:
             _dress(axis, "c", title=f"{task.name}\nlr {lr:g}")
             parts += [rows, watching[watching.name.isin(["ema", "adamw"])]]
     _legend(figure)
-    return Drawn(figure, _table(*parts))
+    return Drawn(figure, _table(*parts), _at_each_rate(lab, pairs))
 
 
 def rarer(lab: Lab, kappas: Sequence[float]) -> Drawn:
@@ -257,15 +318,26 @@ def rarer(lab: Lab, kappas: Sequence[float]) -> Drawn:
             _dress(axis, "c", title=f"κ = {kappa:g}, lr {lr:g}")
             parts += [rows, ema]
     _legend(figure)
-    return Drawn(figure, _table(*parts))
+
+    def best(lr: float) -> dict[str, Method]:
+        found = {
+            f"PACE at {lr:g}, {_named('every', every)}": lab.best(
+                task, ["pace"], ["constant"], return_kappa=None, lr=lr, every=every
+            )
+            for every in (None, *lab.scale.every)
+        }
+        return {**found, f"EMA at {lr:g}": lab.best(task, ["ema"], ["constant"], lr=lr)}
+
+    ends = _listed(lab, [(task, best(lr)) for lr in own.rates], TUNING)
+    return Drawn(figure, _table(*parts), ends)
 
 
 def clipping(lab: Lab, pairs: Any) -> Drawn:
     """4 and 12: the share of clipped coordinates over training, for each c; a column each κ."""
-    pairs = [(task, own, lr) for task, own in pairs for lr in own.rates[1:]]
-    figure, axes = _figure(len(pairs), max(len(own.kappas) for _, own, _ in pairs))
+    rows_of = [(task, own, lr) for task, own in pairs for lr in own.rates[1:]]
+    figure, axes = _figure(len(rows_of), max(len(own.kappas) for _, own, _ in rows_of))
     parts = []
-    for line, (task, own, lr) in zip(axes, pairs, strict=True):
+    for line, (task, own, lr) in zip(axes, rows_of, strict=True):
         for axis, kappa in zip(line, own.kappas, strict=True):
             for index, c in enumerate(own.cs):
                 ends = _pulled(lab, task, lr=lr, c=c, kappa=kappa)
@@ -279,7 +351,8 @@ def clipping(lab: Lab, pairs: Any) -> Drawn:
             _dress(axis, "step", "share clipped", f"{task.name}\nκ = {kappa:g}, lr {lr:g}")
     _legend(figure)
     columns = ["setting", "label", "lr", "step", "gain_mean", "clipped"]
-    return Drawn(figure, pd.concat(parts, ignore_index=True)[columns])
+    table = pd.concat(parts, ignore_index=True)[columns]
+    return Drawn(figure, table, _clipped(lab, pairs))
 
 
 def clipped_at_the_end(lab: Lab) -> Drawn:
@@ -299,36 +372,80 @@ def clipped_at_the_end(lab: Lab) -> Drawn:
         _dress(axis, "c", "share clipped at the end", f"{task.name}\nlr {lr:g}")
         parts.append(rows)
     _legend(figure)
-    return Drawn(figure, _table(*parts))
+    return Drawn(figure, _table(*parts), _clipped(lab, [(task, own)]))
+
+
+def _clipped(lab: Lab, pairs: Any) -> Listing:
+    rows = [
+        [task.name, f"{row.lr:g}", f"{row.kappa:g}", f"{row.c:g}", row.gain_mean, row.clipped]
+        for task, own in pairs
+        for row in _pulled(lab, task, lr=own.rates, c=own.cs, kappa=own.kappas)
+        .sort_values(["lr", "kappa", "c"])
+        .itertuples()
+    ]
+    columns = ["model", "lr", "κ", "c", "mean gain", "share clipped"]
+    return Listing("At the end", columns, rows)
+
+
+def _budgets(lab: Lab, task: Task) -> tuple[dict[str, Method], list[tuple[str, Task, Method]]]:
+    """The constant runs, and the decays over the last fifth of 50, 75 and 100 % of the steps."""
+    constant = {
+        "PACE": lab.best(task, ["pace"], ["constant"], return_kappa=None, every=None),
+        "EMA": lab.best(task, ["ema"], ["constant"]),
+    }
+    return constant, [
+        (f"AdamW, WSD over {share:.0%} of the steps", each, lab.best(each, ["adamw"], ["wsd"]))
+        for share, each in ((0.5, budget(task, 0.5)), (0.75, budget(task, 0.75)), (1, task))
+    ]
 
 
 def budgets(lab: Lab, task: Task, axis: Axes) -> pd.DataFrame:
-    """Decays over the last fifth of 50, 75 and 100 % of the steps, beside one constant PACE run."""
+    """Decays at three budgets beside one constant run."""
     seeds = lab.scale.seeds
-    pace = lab.best(task, ["pace"], ["constant"], return_kappa=None, every=None)
-    ema = lab.best(task, ["ema"], ["constant"])
+    constant, decays = _budgets(lab, task)
     parts = []
-    for label, method in (("PACE", pace), ("EMA", ema)):
+    for label, method in constant.items():
         rows = _of(lab, task, method, seeds)
         _curve(axis, rows, f"{label}, constant", LOOKS[label])
         parts.append(rows)
-    for index, each in enumerate((budget(task, 0.5), budget(task, 0.75), task)):
-        rows = _of(lab, each, lab.best(each, ["adamw"], ["wsd"]), seeds)
-        look = (COLOURS[6], DASHES[index], 1.2)
-        _curve(axis, rows, f"AdamW, WSD over {(0.5, 0.75, 1)[index]:.0%} of the steps", look)
+    for index, (label, each, method) in enumerate(decays):
+        rows = _of(lab, each, method, seeds)
+        _curve(axis, rows, label, (COLOURS[6], DASHES[index], 1.2))
         parts.append(rows)
     _dress(axis, "step", title=task.name)
     return _table(*parts)
 
 
+def _at_budgets(lab: Lab, task: Task) -> Listing:
+    """Each decay's end against the constant runs at the same step, between two evaluations."""
+    seeds = lab.scale.seeds
+    constant, decays = _budgets(lab, task)
+    rows: list[list[Any]] = []
+    for label, each, method in decays:
+        ends = _ends(lab, each, label=method.label, lr=method.lr, seed=seeds).set_index("seed")
+        decayed = ends.returned_loss.to_dict()
+        for other, its in constant.items():
+            points = _of(lab, task, its, seeds)
+            there = {
+                seed: float(np.interp(ends.step[seed], run.step, run.returned_loss))
+                for seed, run in points.groupby("seed")
+                if seed in decayed
+            }
+            means = [float(np.mean(list(x.values()))) for x in (decayed, there)]
+            rows.append([label, other, *means, len(there), *paired(decayed, there)])
+    columns = ["decay", "constant run at the same step", "decay's loss", "constant's loss", "seeds"]
+    return Listing("Decay less constant run", [*columns, *DIFFERENCE], rows)
+
+
 def free(lab: Lab) -> Drawn:
     """5: against Schedule-Free, AdamW and EMA; on the right one run against three decays."""
     models = lab.scale.models[:2]
+    shown = ("AdamW", "EMA", "Schedule-Free", "PACE, constant")
     figure, axes = _figure(1, len(models) + 1, 4.2, 3.6)
     parts = []
     for axis, task in zip(axes[0], models, strict=False):
         best = contenders(lab, task)
-        for label in ("AdamW", "EMA", "Schedule-Free", "PACE, constant"):
+        for label in shown:
             rows = _of(lab, task, best[label], lab.scale.seeds_of(task))
             _curve(axis, rows, label, LOOKS[label])
             parts.append(rows)
@@ -336,7 +453,7 @@ def free(lab: Lab) -> Drawn:
     parts.append(budgets(lab, lab.scale.main, axes[0][-1]))
     _late(figure, 0.4)
     _legend(figure)
-    return Drawn(figure, _table(*parts))
+    return Drawn(figure, _table(*parts), _at_budgets(lab, lab.scale.main))
 
 
 def branches(lab: Lab) -> Drawn:
@@ -345,7 +462,7 @@ def branches(lab: Lab) -> Drawn:
     table = budgets(lab, lab.scale.from_scratch, axes[0][0])
     _late(figure, 0.4)
     _legend(figure)
-    return Drawn(figure, table)
+    return Drawn(figure, table, _at_budgets(lab, lab.scale.from_scratch))
 
 
 def other_data(lab: Lab) -> Drawn:
@@ -379,9 +496,8 @@ def other_data(lab: Lab) -> Drawn:
         _curve(right, rows, label, LOOKS[label])
         parts.append(rows)
     _dress(right, "step", title=f"lr {rate:g}")
-    right.yaxis.set_tick_params(labelleft=True)
     _legend(figure)
-    return Drawn(figure, _table(adamw, *parts))
+    return Drawn(figure, _table(adamw, *parts), _at_each_rate(lab, [(task, own)]))
 
 
 def _at_rate(lab: Lab, task: Task, lr: float) -> dict[str, Method]:
@@ -419,7 +535,12 @@ def across_rates(lab: Lab) -> Drawn:
     axis.set_xscale("log")
     _dress(axis, "learning rate", title=f"{task.name}: each at its best of each rate")
     _legend(figure)
-    return Drawn(figure, _table(*parts))
+    return Drawn(figure, _table(*parts), _listed_at_rates(lab, rates))
+
+
+def _listed_at_rates(lab: Lab, rates: Iterable[float]) -> Listing:
+    task = lab.scale.main
+    return _listed(lab, [(task, _at_rate(lab, task, lr)) for lr in rates], TUNING)
 
 
 def curves_across_rates(lab: Lab) -> Drawn:
@@ -436,33 +557,36 @@ def curves_across_rates(lab: Lab) -> Drawn:
         _dress(axis, "step", title=f"{task.name}\nlr {lr:g}")
     _late(figure, 0.4)
     _legend(figure)
-    return Drawn(figure, _table(*parts))
+    return Drawn(figure, _table(*parts), _listed_at_rates(lab, rates))
 
 
 def by_schedule(lab: Lab) -> Drawn:
     """16: AdamW and EMA at their best rate of each schedule; PACE at a constant rate."""
     figure, axes = _figure(1, len(lab.scale.models), 3.8, 3.4)
     kinds = [*SCHEDULES, "power", "twin"]
-    parts = []
+    parts, groups = [], []
     for axis, task in zip(axes[0], lab.scale.models, strict=True):
+        pace = lab.best(task, ["pace"], ["constant"], return_kappa=None, every=None)
+        methods = {"PACE, constant": pace}
         for label, name, marker in (("AdamW", "adamw", "x"), ("EMA", "ema", "o")):
             for place, schedule in enumerate(kinds):
                 if name == "adamw" and schedule not in SCHEDULES:
                     continue
                 best = lab.best(task, [name], [schedule])
+                methods[f"{label}, {schedule}"] = best
                 rows = _ends(lab, task, label=best.label, lr=best.lr, seed=TUNING)
                 axis.plot(
                     place, rows.returned_loss.mean(), marker, color=LOOKS[label][0], label=label
                 )
                 parts.append(rows)
-        pace = lab.best(task, ["pace"], ["constant"], return_kappa=None, every=None)
         rows = _ends(lab, task, label=pace.label, lr=pace.lr, seed=TUNING)
         _level(axis, rows.returned_loss, "PACE, constant", LOOKS["PACE"])
         parts.append(rows)
+        groups.append((task, methods))
         axis.set_xticks(range(len(kinds)), kinds, rotation=20)
         _dress(axis, "schedule", title=task.name)
     _legend(figure)
-    return Drawn(figure, _table(*parts))
+    return Drawn(figure, _table(*parts), _listed(lab, groups, TUNING))
 
 
 def over_seeds(lab: Lab) -> Drawn:
@@ -479,7 +603,8 @@ def over_seeds(lab: Lab) -> Drawn:
             parts.append(rows)
     _late(figure, 0.4)
     _legend(figure)
-    return Drawn(figure, _table(*parts))
+    groups = [(task, constant_and_decaying(lab, task)) for task in lab.scale.models]
+    return Drawn(figure, _table(*parts), _listed(lab, groups, lab.scale.seeds, "PACE, constant"))
 
 
 def alone(lab: Lab) -> Drawn:
@@ -504,10 +629,14 @@ def alone(lab: Lab) -> Drawn:
         adamw = _ends(lab, task, name="adamw", schedule=schedule, seed=TUNING, lr=rate)
         _level(axis, adamw.returned_loss, "AdamW", LOOKS["AdamW"])
         _dress(axis, "c", title=schedule)
-        axis.yaxis.set_tick_params(labelleft=True)
         parts += [rows, watching, adamw]
     _legend(figure)
-    return Drawn(figure, _table(*parts))
+    best = {
+        f"{label}, {schedule}": lab.best(task, [name], [schedule], return_kappa=None, **fixed)
+        for schedule in ("constant", "wsd")
+        for label, name in (("PACE", "pace"), ("EMA", "ema"))
+    }
+    return Drawn(figure, _table(*parts), _listed(lab, [(task, best)], TUNING, "EMA, constant"))
 
 
 def under_schedules(lab: Lab, *, by_kappa: bool) -> Drawn:
@@ -516,7 +645,7 @@ def under_schedules(lab: Lab, *, by_kappa: bool) -> Drawn:
     figure, axes = _figure(1, len(SCHEDULES), 3.8, 3.4)
     seeds = TUNING if by_kappa else lab.scale.seeds
     kappas = own.kappas if by_kappa else (0.5,)
-    parts = []
+    parts, groups = [], []
     for axis, schedule in zip(axes[0], SCHEDULES, strict=True):
         fixed = {"lr": rate, "seed": seeds, "schedule": schedule}
         rows = _pulled(lab, task, c=own.cs, kappa=kappas, **fixed)
@@ -528,14 +657,21 @@ def under_schedules(lab: Lab, *, by_kappa: bool) -> Drawn:
         _level(axis, ema[ema.kappa == best].returned_loss, "EMA at its best κ", LOOKS["EMA"])
         _dress(axis, "c", title=f"{schedule}, lr {rate:g}")
         parts += [rows, adamw, ema]
+        for kappa in kappas:
+            own_c = {"return_kappa": None, "every": None, "kappa": kappa, "lr": rate}
+            pace = lab.best(task, ["pace"], [schedule], **own_c)
+            methods = {f"PACE, κ = {kappa:g}, {schedule}": pace}
+            methods[f"EMA, {schedule}"] = lab.best(task, ["ema"], [schedule], lr=rate)
+            methods[f"AdamW, {schedule}"] = lab.best(task, ["adamw"], [schedule], lr=rate)
+            groups.append((task, methods))
     _legend(figure)
-    return Drawn(figure, _table(*parts))
+    return Drawn(figure, _table(*parts), _listed(lab, groups, seeds))
 
 
 def twins(lab: Lab) -> Drawn:
     """PACE less its own twin: the EMA at lr·β/(β+g), with g the mean gain that PACE had."""
     rows: list[dict[str, Any]] = []
-    for task, own in [*grids(lab.scale), (lab.scale.from_scratch, lab.scale.scratch)]:
+    for task, own in twinned(lab.scale):
         for lr in own.rates:
             pace = lab.best(task, ["pace"], ["constant"], return_kappa=None, every=None, lr=lr)
             other = twin(lab, task, pace)
@@ -569,7 +705,9 @@ def twins(lab: Lab) -> Drawn:
     axis.set_xscale("log")
     _dress(axis, "learning rate", "PACE less its twin, nats a token")
     _legend(figure)
-    return Drawn(figure, table)
+    said = table.assign(lr=table.lr.map("{:g}".format)).astype(object)
+    ends = Listing("PACE less its own twin", list(said.columns), said.to_numpy().tolist())
+    return Drawn(figure, table, ends)
 
 
 def draw(figure: str, lab: Lab) -> Drawn:

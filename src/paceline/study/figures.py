@@ -21,7 +21,7 @@ from ..train.recipe import Names, Recipe, read_recipe
 from ..train.terminal import quiet
 from .cells import Cell, Task, cells
 from .ledger import Outcomes
-from .sweep import Shared, open_ledger, work_off, write_rows
+from .sweep import Shared, failures, open_ledger, work_off, write_rows
 
 SLOWER = 0.7  # κ of the slower average that is read out of every PACE run beside its own
 EMAS = (0.2, 0.3, 0.5, 0.7, 0.9)  # κ of the averages that are read out of every AdamW run
@@ -82,17 +82,17 @@ def _task(recipe: str, start: str | None = None, name: str | None = None, **chan
 def _tiny() -> Scale:
     """Models of 0.2M parameters, on text and conversations that need no network."""
     starts = ("tiny-smollm2", "tiny-qwen3", "tiny-gemma3")
-    rates = (1e-3, 3e-3, 1e-2)
+    own = Grid((1e-3, 3e-3, 1e-2), (0.03, 0.3, 3.0, 30.0), (0.3, 0.5, 0.7))
     return Scale(
         name="tiny",
         models=tuple(_task("tiny-sft", start) for start in starts),
-        tuned=Grid(rates, (0.03, 0.3, 3.0, 30.0), (0.3, 0.5, 0.7)),
-        others=Grid(rates, (0.03, 0.3, 3.0, 30.0), (0.3, 0.5)),
+        tuned=own,
+        others=own,
         high=3e-2,
         other_data=_task("tiny-torch", "tiny-qwen3"),
         from_scratch=_task("tiny-gpt2"),
         scratch=Grid((1e-3, 3e-3, 1e-2), (0.01, 0.1, 1.0, 10.0), (0.3, 0.5, 0.7)),
-        every=(5, 20),
+        every=(10,),
     )
 
 
@@ -463,11 +463,16 @@ def _branches(lab: Lab) -> Stages:
     yield from _budgets(lab, lab.scale.from_scratch)
 
 
+def twinned(scale: Scale) -> list[tuple[Task, Grid]]:
+    """What PACE is held against its twin on at each rate."""
+    return [(scale.main, scale.tuned), (scale.from_scratch, scale.scratch)]
+
+
 def _twins(lab: Lab) -> Stages:
-    """PACE against its own twin, at each rate, of every task, over seeds."""
+    """PACE against its own twin, at each rate, fine-tuning and from scratch, over seeds."""
     yield from _maps(lab)
     yield from _pretraining(lab)
-    for task, own in [*grids(lab.scale), (lab.scale.from_scratch, lab.scale.scratch)]:
+    for task, own in twinned(lab.scale):
         for rate in own.rates:
             best = lab.best(task, ["pace"], ["constant"], return_kappa=None, every=None, lr=rate)
             yield seeded(task, [best, twin(lab, task, best)], lab.scale.seeds)
@@ -580,7 +585,7 @@ def figure_command(options: Figures, console: Console) -> int:
         for figure in wanted:
             _show(figure, lab, options, folder, console)
         write_rows(ledger, folder, {"scale": options.scale, "figures": wanted})
-    return 130 if ledger.interrupted else 1 if ledger.outcomes.failed else 0
+    return 130 if ledger.interrupted else 1 if failures(ledger) else 0
 
 
 def _show(figure: str, lab: Lab, options: Figures, folder: Path, console: Console) -> None:
@@ -603,13 +608,28 @@ def _show(figure: str, lab: Lab, options: Figures, folder: Path, console: Consol
             script = write_script(figure, missing, folder)
             console.print(f"Their commands: {script}", highlight=False, markup=False)
         return
-    drawn = draw(figure, lab)
+    try:
+        drawn = draw(figure, lab)
+    except InputError as error:  # too much has failed
+        console.print(f"Figure {figure} cannot be drawn: {error}", style="red", markup=False)
+        return
     name = f"figure-{int(figure):02}" if figure.isdigit() else f"figure-{figure}"
     save(drawn.figure, folder / name)
-    with whole(folder / f"{name}.csv") as partial:
-        drawn.table.to_csv(partial, index=False, lineterminator="\n")
+    with whole(folder / f"{name}.csv", shared=True) as partial:
+        drawn.table.to_csv(partial, index=False, lineterminator="\n", float_format="%.6g")
+    command = f"paceline figure {figure} --scale {options.scale} --run"
+    command += f" --recipe {options.recipe}" if options.recipe else ""
+    title = f"Figure {figure}: {FIGURES[figure].title}"
+    with whole(folder / f"{name}.md", shared=True) as partial:
+        partial.write_text(
+            f"# {title}\n\n![{title}]({name}.svg)\n\n    {command}\n\n{drawn.ends.title}, nats a "
+            f"token:\n\n{drawn.ends.markdown()}\nWhat is drawn: [{name}.csv]({name}.csv)\n",
+            encoding="utf-8",
+        )
+    if len(options.figures) == 1:
+        console.print(drawn.ends.shown())
     console.print(
-        f"Figure {figure}, {FIGURES[figure].title}: {folder / name}.svg, .png, .csv",
+        f"{title}: {folder / name}.svg, .png, .csv, .md",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -635,7 +655,7 @@ def write_script(figure: str, missing: list[Cell], folder: Path) -> Path:
     for cell in missing:
         name = "".join(x if x.isalnum() else "-" for x in cell.task.name).replace("--", "-")
         recipe = recipes / f"{name}.yaml"
-        with whole(recipe) as partial:
+        with whole(recipe, shared=True) as partial:
             partial.write_text(cell.task.recipe.to_yaml(), encoding="utf-8")
         for run, method in zip(cell.run.names, cell.run.methods, strict=True):
             if method.return_kappa is None:
@@ -643,6 +663,6 @@ def write_script(figure: str, missing: list[Cell], folder: Path) -> Path:
                 words += ["--lr", f"{method.lr:g}", "--seed", str(cell.run.seed)]
                 lines.append(shlex.join([*words, "--out", str(folder / "runs" / name / run)]))
     path = folder / f"figure-{figure}.sh"
-    with whole(path) as partial:
+    with whole(path, shared=True) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

@@ -18,7 +18,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from typing import Any, NamedTuple, Protocol, Self
 
 import optuna
@@ -36,7 +35,8 @@ from optuna.exceptions import (
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ..train import InputError
 from ..train.manifest import environment
@@ -46,6 +46,7 @@ from .runs import Job, Queue, Row
 HEARTBEAT = 5  # seconds
 GRACE = 30  # seconds
 POLL = 3.0  # seconds between looks at the storage, while others have what is left
+OFFERED = ("cell", "name", "methods", "seed", "configuration")  # attributes, as in `_offer`
 # What a cell's trial shows of it; wide, for a study's trials must agree.
 SHOWN: dict[str, BaseDistribution] = {
     "lr": FloatDistribution(1e-12, 1e6, log=True),
@@ -95,12 +96,8 @@ class Ledger(Queue):
     def __init__(self, url: str, plan: Plan) -> None:
         self.plan = plan
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
         try:
-            with _quietly():
-                self.storage = RDBStorage(
-                    url, engine_kwargs=options, heartbeat_interval=HEARTBEAT, grace_period=GRACE
-                )
+            self.storage = _open(url)
         except (
             SQLAlchemyError,
             ImportError,
@@ -118,11 +115,12 @@ class Ledger(Queue):
         self.results: dict[str, Result] = {}
         self.outcomes = Outcomes({}, {})
         self.others: set[str] = set()  # keys of cells that other workers have
+        self.bare: dict[tuple[str, int], float] = {}  # claims without a worker -> since when
         self.looked = -math.inf
         self.wanted: list[Cell] = []
         self.look()
         self.ended = threading.Event()
-        self.heart = threading.Thread(target=self._beat, daemon=True)
+        self.heart = threading.Thread(target=self._keep_beating, daemon=True)
         self.heart.start()
 
     def __enter__(self) -> Self:
@@ -139,7 +137,10 @@ class Ledger(Queue):
     def claim(self) -> Job | None:
         """The next cell that nobody has; None if there is none now."""
         for cell in self.left():
-            if cell.key not in self.others and (job := self._claim(cell)) is not None:
+            # One of the same name is still under way here, perhaps this one, taken for dead.
+            if cell.key in self.others or cell.name in self.mine:
+                continue
+            if (job := self._claim(cell)) is not None:
                 return job
         return None
 
@@ -173,7 +174,7 @@ class Ledger(Queue):
         for study in self.studies.values():
             for trial in _standing(study):
                 if trial.state == TrialState.FAIL:
-                    attributes = {k: x for k, x in trial.user_attrs.items() if k != "reason"}
+                    attributes = {k: trial.user_attrs[k] for k in OFFERED}
                     study.add_trial(
                         create_trial(
                             state=TrialState.WAITING,
@@ -211,13 +212,14 @@ class Ledger(Queue):
 
     def _read(self) -> bool:
         """Read all trials; whether cells have ended since."""
-        before = self.outcomes.ended
+        self._beat()  # or after a sleep we would take ourselves for dead
+        before = self.outcomes.finished.keys(), self.outcomes.failed.keys()
         self.outcomes, self.others = Outcomes({}, {}), set()
         for study in self.studies.values():
             self._bury(study)
             for trial in _standing(study):
                 self._note(study, trial)
-        return self.outcomes.ended != before
+        return (self.outcomes.finished.keys(), self.outcomes.failed.keys()) != before
 
     def _note(self, study: Study, trial: FrozenTrial) -> None:
         key = trial.user_attrs["cell"]
@@ -240,9 +242,10 @@ class Ledger(Queue):
             fail_stale_trials(study)
         # One that died between its claim and its first heartbeat.
         for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            age = datetime.now() - (trial.datetime_start or datetime.now())
-            if "worker" not in trial.user_attrs and age.total_seconds() > GRACE:
-                self._set(study, trial.number, TrialState.FAIL)
+            if "worker" not in trial.user_attrs:  # by our clock: others may be wrong
+                seen = self.bare.setdefault((study.study_name, trial.number), time.monotonic())
+                if time.monotonic() - seen > GRACE:
+                    self._set(study, trial.number, TrialState.FAIL)
 
     def _claim(self, cell: Cell) -> Job | None:
         study = self.studies[_study_name(cell)]
@@ -296,10 +299,44 @@ class Ledger(Queue):
         study_id = self.storage.get_study_id_from_name(study.study_name)
         return self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
 
-    def _beat(self) -> None:
+    def _keep_beating(self) -> None:
         while not self.ended.wait(HEARTBEAT):
-            for study, number in list(self.mine.values()):
-                self.storage.record_heartbeat(self._id(study, number))
+            with suppress(StorageInternalError, SQLAlchemyError):  # the next one may come through
+                self._beat()
+
+    def _beat(self) -> None:
+        for study, number in list(self.mine.values()):
+            self.storage.record_heartbeat(self._id(study, number))
+
+
+def _open(url: str) -> RDBStorage:
+    """The storage; two workers may make its tables at once."""
+    sqlite = url.startswith("sqlite")
+    options = {"connect_args": {"timeout": 60}} if sqlite else {}
+    for tries in range(5):
+        try:
+            with _quietly():
+                storage = RDBStorage(
+                    url, engine_kwargs=options, heartbeat_interval=HEARTBEAT, grace_period=GRACE
+                )
+            break
+        except DBAPIError:
+            if tries == 4:
+                raise
+            time.sleep(0.2)
+    if sqlite:  # it has no SELECT ... FOR UPDATE: two could read WAITING, and both claim
+        storage.engine.dispose()
+        event.listen(storage.engine, "connect", _by_hand)
+        event.listen(storage.engine, "begin", _immediately)
+    return storage
+
+
+def _by_hand(connection: Any, _: Any) -> None:
+    connection.isolation_level = None
+
+
+def _immediately(connection: Any) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def selection(row: Row) -> float:
@@ -313,17 +350,13 @@ def _standing(study: Study) -> list[FrozenTrial]:
 
     And of failures those that were not tried again.
     """
-    trials = [
-        trial
-        for trial in study.get_trials(deepcopy=False)
-        if trial.state != TrialState.PRUNED
-        and (trial.state != TrialState.FAIL or "reason" in trial.user_attrs)
-    ]
+    trials = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.PRUNED]
     last = {trial.user_attrs["cell"]: trial.number for trial in trials}
     return [
         trial
         for trial in trials
-        if trial.state != TrialState.FAIL or trial.number == last[trial.user_attrs["cell"]]
+        if trial.state != TrialState.FAIL
+        or ("reason" in trial.user_attrs and trial.number == last[trial.user_attrs["cell"]])
     ]
 
 

@@ -2,7 +2,9 @@
 
 import math
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -116,15 +118,16 @@ def run_all(queue: Queue, workers: int, threads: int, console: Console) -> None:
     the others. Those that were under way as a process died are tried once more, one at a time.
     """
     context = multiprocessing.get_context("spawn")
-    news, stop = context.Queue(), context.Event()
 
     def interrupt(*_: Any) -> None:
         queue.interrupted = True
 
-    def new_pool() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(workers, context, _begin, (threads, news, stop))
+    def new_pool() -> tuple[ProcessPoolExecutor, Any, Any]:
+        # With its own queue and event: a process that died may have left theirs locked.
+        news, stop = context.Queue(), context.Event()
+        return ProcessPoolExecutor(workers, context, _begin, (threads, news, stop)), news, stop
 
-    pool = new_pool()
+    pool, news, stop = new_pool()
     pending: dict[Future[Any], Job] = {}
     again: list[Job] = []  # that were under way as a process died
     tried: set[str] = set()
@@ -141,9 +144,15 @@ def run_all(queue: Queue, workers: int, threads: int, console: Console) -> None:
         with progress_bars(console) as progress:
             bars = _Bars(progress, queue)
             while True:
+                died = False
                 while job := next_job():
-                    with _sigint_blocked():  # in the workers for good: they inherit it
-                        pending[pool.submit(_work, job)] = job
+                    try:
+                        with _sigint_blocked():  # in the workers for good: they inherit it
+                            pending[pool.submit(_work, job)] = job
+                    except BrokenProcessPool:  # by another job, since the last look
+                        again.append(job)
+                        died = True
+                        break
                     bars.begin(job)
                 if not pending and not again and not queue.may_have_more():
                     break
@@ -157,30 +166,34 @@ def run_all(queue: Queue, workers: int, threads: int, console: Console) -> None:
                     time.sleep(0.25)
                 finished, _ = wait(pending, timeout=0.25, return_when=FIRST_COMPLETED)
                 bars.show(news)
-                died = False
                 for future in finished:
                     job = pending.pop(future)
                     bars.end(job)
                     error = None if future.cancelled() else future.exception()
                     if isinstance(error, BrokenProcessPool):
                         died = True
-                        if job.name in tried or queue.interrupted:
+                        if queue.interrupted:
+                            queue.give_back(job)
+                        elif job.name in tried:
                             queue.fail(job, "its worker process died (out of memory?), twice")
                         else:
                             again.append(job)
                             tried.add(job.name)
                     elif error is not None:
-                        queue.fail(job, " ".join(f"{type(error).__name__}: {error}".split()))
+                        queue.fail(job, _line(error))
                     elif future.cancelled() or (result := future.result()) is None:
                         queue.give_back(job)
+                    elif isinstance(result, _Failed):
+                        queue.fail(job, result.reason)
                     else:
                         queue.finish(job, result)
                 if died:
                     pool.shutdown()
-                    pool = new_pool()
+                    pool, news, stop = new_pool()
             for job in again:
                 queue.give_back(job)
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
         signal.signal(signal.SIGINT, previous)
 
@@ -239,8 +252,25 @@ _stop: Any = None
 def _begin(threads: int, news: Any, stop: Any) -> None:
     global _news, _stop
     _news, _stop = news, stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     quiet()
+
+
+def _end_with_parent() -> None:
+    """A pool's workers outlive a parent that was killed, and wait for its jobs for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+class _Failed(NamedTuple):
+    reason: str
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _work(job: Job) -> Any:
@@ -250,4 +280,7 @@ def _work(job: Job) -> Any:
         _news.put((job.name, step, losses))
         return bool(_stop.is_set())
 
-    return None if _stop.is_set() else job.call(watch)
+    try:
+        return None if _stop.is_set() else job.call(watch)
+    except Exception as error:  # as text: not all of them can be pickled and made anew
+        return _Failed(_line(error))

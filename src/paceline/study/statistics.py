@@ -1,19 +1,26 @@
-"""What differences over seeds say."""
+"""What differences over seeds say, and tables of it."""
 
+import csv
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import numpy as np
+from rich.table import Table
 
-EXACT = 6  # seeds, up to which all resamples are looked at
+from ..files import whole
+
+EXACT = 5  # seeds, up to which all resamples are looked at
 RESAMPLES = 10_000
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
     """Percentile bootstrap interval of the mean.
 
-    Of up to six values all nⁿ resamples are taken, so that it is exact; of more, 10,000 drawn with
+    Of up to five values all nⁿ resamples are taken, so that it is exact; of more, 10,000 drawn with
     a fixed seed. It is honest about few values only in so far as it cannot leave their range.
 
     Args:
@@ -32,5 +39,56 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
         means = np.array(list(itertools.product(values, repeat=n))).mean(axis=1)
     else:
         means = np.random.default_rng(0).choice(values, (RESAMPLES, n)).mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    # Means that occur, not points between them: with few values those would be too narrow.
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
     return float(low), float(high)
+
+
+class Listing(NamedTuple):
+    """A table: a title, columns, and rows of texts and numbers."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
+
+    def shown(self) -> Table:
+        """For the terminal."""
+        table = Table(title=self.title)
+        for column in self.columns:
+            table.add_column(column, justify="left" if column == self.columns[0] else "right")
+        for row in self.rows:
+            table.add_row(*map(_short, row))
+        return table
+
+    def markdown(self) -> str:
+        """For a page."""
+        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
+        return "".join(f"| {' | '.join(map(_short, line))} |\n" for line in lines)
+
+    def write(self, path: Path) -> None:
+        """As CSV, all digits."""
+        with (
+            whole(path, shared=True) as partial,
+            partial.open("w", newline="", encoding="utf-8") as file,
+        ):
+            csv.writer(file, lineterminator="\n").writerows([self.columns, *self.rows])
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+DIFFERENCE = ["difference", "low", "high"]
+
+
+def paired(losses: Mapping[int, float], baseline: Mapping[int, float]) -> list[float | None]:
+    """Mean and interval of paired differences of losses (seed -> nats) over the seeds of both.
+
+    None where there are none, or where one diverged.
+    """
+    pairs = [losses[seed] - baseline[seed] for seed in losses if seed in baseline]
+    if not pairs or not all(map(math.isfinite, pairs)):
+        return [None, None, None]
+    return [fmean(pairs), *(interval(pairs) or (None, None))]

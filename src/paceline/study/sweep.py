@@ -1,6 +1,5 @@
 """`paceline sweep`: methods tuned over their own grids, by one protocol, over many machines."""
 
-import csv
 import itertools
 import json
 import math
@@ -20,7 +19,6 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import RandomSampler, TPESampler
 from pydantic import Field, model_validator
 from rich.console import Console
-from rich.table import Table
 
 from ..files import whole
 from ..train import InputError, Options, unknown
@@ -31,7 +29,7 @@ from ..train.terminal import quiet
 from .cells import Cell, Task
 from .ledger import Ledger, Outcomes, Plan, selection
 from .runs import Row, Run, run_all, share_runs
-from .statistics import interval
+from .statistics import DIFFERENCE, Listing, paired
 
 TOGETHER = 4  # trials that TPE chooses at a time, before it hears what came of them
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -71,8 +69,9 @@ class Study(Options):
             raise InputError("methods: give at least one")
         if self.baseline is not None and self.baseline not in self.methods:
             raise InputError(f"baseline: {unknown(self.baseline, self.methods, 'method')}")
-        if self.sampler == "tpe" and self.trials is None:
-            raise InputError("trials: tpe needs to know how many")
+        ranges = any(isinstance(x, dict) for own in self.methods.values() for x in own.values())
+        if self.trials is None and (self.sampler == "tpe" or (self.sampler == "random" and ranges)):
+            raise InputError(f"trials: {self.sampler} needs to know how many")
         return self
 
     @cached_property
@@ -112,7 +111,7 @@ class Family:
     ) -> None:
         self.name, self.task, self.sampler, self.trials = name, task, sampler, trials
         options = dict(options)
-        self.written = options.pop("method", name)
+        self.written = str(options.pop("method", name))
         self.lists: dict[str, list[Any]] = {}
         self.ranges: dict[str, FloatDistribution] = {}
         for option, value in options.items():
@@ -129,12 +128,13 @@ class Family:
             if not values:
                 raise InputError(f"{name}: {option}: an empty list")
         self.grid()  # refuses what cannot be
+        self.grid({option: d.high for option, d in self.ranges.items()})
 
     def method(self, values: dict[str, Any]) -> Method:
         """One of its methods."""
         values = dict(values)
         schedule = values.pop("schedule", None)
-        parts = [self.written, *([schedule] if schedule not in (None, "constant") else [])]
+        parts = [self.written, *([str(schedule)] if schedule not in (None, "constant") else [])]
         text = ":".join([*parts, *(f"{k}={x}" for k, x in values.items())])
         try:
             return parse_method(text, **self.task.parse())
@@ -287,7 +287,13 @@ class Tuning:
             best = min(methods, key=losses.__getitem__)
             least = losses[best]
             found.append(
-                Chosen(name, best if least < math.inf else None, least, len(own), len(methods))
+                Chosen(
+                    name,
+                    best if least < math.inf else None,
+                    least,
+                    len(set(own)),
+                    len(set(methods)),
+                )
             )
         return found
 
@@ -343,20 +349,31 @@ def work_off(ledger: Ledger, workers: int | None, console: Console) -> None:
     run_all(ledger, workers, max(1, cores() // workers), console)
 
 
+def failures(ledger: Ledger) -> dict[str, str]:
+    """Why cells of the plan failed, by their names."""
+    failed = ledger.outcomes.failed
+    return {cell.name: failed[cell.key] for cell in ledger.wanted if cell.key in failed}
+
+
 def write_rows(ledger: Ledger, folder: Path, configuration: dict[str, Any]) -> None:
     """metrics.jsonl, training.jsonl and manifest.json: what came of the plan's cells."""
     outcomes = ledger.outcomes
     ended = [cell for cell in ledger.wanted if cell.key in outcomes.finished]
-    with whole(folder / "metrics.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
+    with (
+        whole(folder / "metrics.jsonl", shared=True) as partial,
+        partial.open("w", encoding="utf-8") as file,
+    ):
         for cell in ended:
             for row in outcomes.finished[cell.key].rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    with whole(folder / "training.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
+    with (
+        whole(folder / "training.jsonl", shared=True) as partial,
+        partial.open("w", encoding="utf-8") as file,
+    ):
         for cell in ended:
             facts = {"setting": cell.task.name, "trained_with": cell.run.name}
             for line in outcomes.finished[cell.key].log:
                 file.write(json.dumps({**facts, **line}, ensure_ascii=False) + "\n")
-    names = {cell.key: cell.name for cell in ledger.wanted}
     manifest = {
         "command": shlex.join(["paceline", *sys.argv[1:]]),
         **environment(),
@@ -364,9 +381,9 @@ def write_rows(ledger: Ledger, folder: Path, configuration: dict[str, Any]) -> N
         "tasks": {cell.task.name: cell.task.fixed for cell in ledger.wanted},
         "trainings": len(ledger.wanted),
         "finished": len(ended),
-        "failed": {names[key]: why for key, why in outcomes.failed.items() if key in names},
+        "failed": failures(ledger),
     }
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", manifest, shared=True)
 
 
 class Sweep(Shared):
@@ -394,6 +411,7 @@ def sweep_command(options: Sweep, console: Console) -> int:
     """
     quiet()
     study = read_study(options.sweep)
+    assert study.families  # which refuse what cannot be, before a folder is made
     folder = options.out or Path("runs") / options.sweep.stem
     plan = Tuning(study)
     with open_ledger(options, plan, folder) as ledger:
@@ -402,7 +420,7 @@ def sweep_command(options: Sweep, console: Console) -> int:
         ledger.look()
         write_rows(ledger, folder, json.loads(study.model_dump_json()))
         report(plan, ledger, folder, console)
-    return 130 if ledger.interrupted else 1 if ledger.outcomes.failed else 0
+    return 130 if ledger.interrupted else 1 if failures(ledger) else 0
 
 
 def read_study(path: Path) -> Study:
@@ -431,7 +449,7 @@ def report(plan: Tuning, ledger: Ledger, folder: Path, console: Console) -> None
             f"{left} of {len(ledger.wanted)} trainings are left; the same command goes on."
         )
         return
-    for name, reason in outcomes.failed.items():
+    for name, reason in failures(ledger).items():
         console.print(f"Failed: {name}: {reason}", style="red", markup=False, highlight=False)
     said = protocol(plan, outcomes)
     tables = [best_table(plan, outcomes), equal_table(plan, ledger)]
@@ -443,7 +461,7 @@ def report(plan: Tuning, ledger: Ledger, folder: Path, console: Console) -> None
             console.print(table.shown())
             table.write(folder / f"{name}.csv")
             text += f"\n{table.title}\n\n{table.markdown()}"
-    with whole(folder / "report.md") as partial:
+    with whole(folder / "report.md", shared=True) as partial:
         partial.write_text(text, encoding="utf-8")
     console.print(f"Tables and curves: {folder}", highlight=False, markup=False)
 
@@ -468,70 +486,35 @@ def protocol(plan: Tuning, outcomes: Outcomes) -> list[str]:
     ]
 
 
-class Cells(NamedTuple):
-    """A table: a title, columns, and rows of texts and numbers."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[Any]]
-
-    def shown(self) -> Table:
-        """For the terminal."""
-        table = Table(title=self.title)
-        for column in self.columns:
-            table.add_column(column, justify="left" if column == self.columns[0] else "right")
-        for row in self.rows:
-            table.add_row(*map(_short, row))
-        return table
-
-    def markdown(self) -> str:
-        """For a page."""
-        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
-        return "".join(f"| {' | '.join(map(_short, line))} |\n" for line in lines)
-
-    def write(self, path: Path) -> None:
-        """As CSV, all digits."""
-        with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([self.columns, *self.rows])
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-DIFFERENCE = ["difference", "low", "high"]
-
-
-def _difference(losses: dict[int, float], baseline: dict[int, float]) -> list[float | None]:
-    """Mean and interval of the paired differences over the seeds of both."""
-    pairs = [losses[seed] - baseline[seed] for seed in losses if seed in baseline]
-    if not pairs or not all(map(math.isfinite, pairs)):
-        return [None, None, None]
-    return [fmean(pairs), *(interval(pairs) or (None, None))]
-
-
-def best_table(plan: Tuning, outcomes: Outcomes) -> Cells:
+def best_table(plan: Tuning, outcomes: Outcomes) -> Listing:
     """Each method at its best setting, and how much it differs from the baseline."""
     chosen = plan.chosen(outcomes)
     losses = {each.family: plan.losses_of(each.method, outcomes) for each in chosen if each.method}
     baseline = plan.study.baseline or next(iter(plan.study.families))
     rows = [
         [
-            *(each.family, each.method.label, each.method.lr, each.trainings, each.selection),
+            *(each.family, each.method.label, f"{each.method.lr:g}", each.trainings),
+            each.selection,
             *(len(losses[each.family]), fmean(losses[each.family].values())),
-            *_difference(losses[each.family], losses.get(baseline, {})),
+            *paired(losses[each.family], losses.get(baseline, {})),
         ]
         for each in chosen
         if each.method
     ]
+    rows += [
+        [
+            *(each.family, "all diverged or failed", None, each.trainings, math.inf),
+            *(0, math.inf, None, None, None),
+        ]
+        for each in chosen
+        if not each.method
+    ]
     columns = ["method", "setting", "lr", "trainings", "selection loss", "seeds", "loss"]
     title = f"Each at its best; difference to {baseline}"
-    return Cells(title, [*columns, *DIFFERENCE], sorted(rows, key=lambda row: row[6]))
+    return Listing(title, [*columns, *DIFFERENCE], sorted(rows, key=lambda row: row[6]))
 
 
-def equal_table(plan: Tuning, ledger: Ledger) -> Cells:
+def equal_table(plan: Tuning, ledger: Ledger) -> Listing:
     """A pull against the same average without it: at equal κ, schedule and learning rate."""
     outcomes = ledger.outcomes
     methods = {
@@ -546,15 +529,18 @@ def equal_table(plan: Tuning, ledger: Ledger) -> Cells:
         for other in methods:
             if other.c or other.name != "ema" or base != "adamw" or other.eps != method.eps:
                 continue
-            same = ("lr", "kappa", "schedule", "g")
+            same = ("lr", "kappa", "schedule", "g", "every", "state", "return_kappa")
             if all(getattr(other, name) == getattr(method, name) for name in same):
                 mine = plan.losses_of(method, outcomes)
                 its = plan.losses_of(other, outcomes)
-                rows.append(
-                    [
-                        *(method.label, other.label, method.lr, len(mine.keys() & its.keys())),
-                        *(fmean(mine.values()), fmean(its.values()), *_difference(mine, its)),
-                    ]
-                )
+                both = [seed for seed in mine if seed in its]
+                if both:
+                    losses = [fmean(of[seed] for seed in both) for of in (mine, its)]
+                    rows.append(
+                        [
+                            *(method.label, other.label, f"{method.lr:g}", len(both), *losses),
+                            *paired(mine, its),
+                        ]
+                    )
     columns = ["method", "without the pull", "lr", "seeds", "loss", "without", *DIFFERENCE]
-    return Cells("At equal κ and learning rate: what the pull alone does", columns, rows)
+    return Listing("At equal κ and learning rate: what the pull alone does", columns, rows)

@@ -43,10 +43,10 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a file that is there whole or not at all."""
+def write_json(path: Path, value: Any, *, shared: bool = False) -> None:
+    """Write a file that is there whole or not at all; see `paceline.files.whole`."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with whole(path) as partial:
+    with whole(path, shared=shared) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -156,7 +156,11 @@ class MethodTrainer(OneMethodTrainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate the live weights and what each method returns; a point for each curve."""
-        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        # Loaders draw from it, and dropout must not see how many models are evaluated.
+        with torch.random.fork_rng(devices=[]):
+            metrics: dict[str, float] = super().evaluate(
+                eval_dataset, ignore_keys, metric_key_prefix
+            )
         if metric_key_prefix == "eval":  # and not on one set of two
             self._take_down(metrics)
         return metrics
