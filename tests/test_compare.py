@@ -827,7 +827,7 @@ def test_ctrl_c_reports_what_is_finished(text, tmp_path):
     assert json.loads((out / "manifest.json").read_text())["interrupted"] is True
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.3, 1.5, 3.0])
+@pytest.mark.parametrize("delay", [0.3, 2.0])
 def test_ctrl_c_while_the_workers_start(text, tmp_path, delay):
     out = tmp_path / "out"
     process = subprocess.Popen(
