@@ -75,8 +75,12 @@ def train(cell: Cell, watch: Callable[[int, dict[str, float]], bool]) -> Result 
     act = next((act for part, act in acts.items() if part in cell.name), 0)
     if act == "raise":
         raise Odd("no such", "data")
-    if act == "die in a put":  # as if it was killed while it had the lock of what all write to
-        runs._news._wlock.acquire()
+    if act == "die in a put":
+        before = (folder / "trained").read_text()
+        time.sleep(0.3)
+        if before.count(cell.name) == 2 and (folder / "trained").read_text() != before:
+            (folder / "not alone").touch()
+        runs._news._wlock.acquire()  # as if it was killed while it had what all need to write
     while act == "die when stopped" and not watch(500, {}):
         time.sleep(0.01)
     if isinstance(act, str):

@@ -88,7 +88,8 @@ PAPER = {  # arXiv 2606.25086: model, learning rate, c, κ
     "gemma3-1b": ("google/gemma-3-1b-pt", 1e-3, 0.15, 0.5),
     "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M", 5e-3, 0.03, 0.3),
 }
-SHIPPED = {*PAPER, "gpt2-124m", "demo-sft", "demo-pretrain"}
+OF_FIGURES = {f"tiny-{name}" for name in ("smollm2", "qwen3", "gemma3", "sft", "torch", "gpt2")}
+SHIPPED = {*PAPER, *OF_FIGURES, "gpt2-124m", "demo-sft", "demo-pretrain"}
 
 
 def shipped_recipe(name):
@@ -294,7 +295,7 @@ def test_bad_files(content, message, folder, refused):
         ("demo-sfft", "unknown recipe 'demo-sfft'; did you mean 'demo-sft'?"),
         ("smollm-135m", "did you mean 'smollm2-135m'?"),
         ("missing.yaml", "unknown recipe 'missing.yaml'; known: demo-pretrain, demo-sft"),
-        ("xyz", "known: .*, smollm2-135m .*or give the path of a YAML file"),
+        ("xyz", "known: .*, smollm2-135m, .*or give the path of a YAML file"),
         (".", "cannot read the recipe .: Is a directory"),
         ("file/x", "cannot read the recipe file/x: Not a directory"),
         ("x" * 300, "cannot read the recipe xxx.*: File name too long"),

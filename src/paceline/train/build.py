@@ -219,8 +219,7 @@ def assemble(
         packing_strategy="bfd" if conversations else "wrapped",
         max_steps=1,  # until the data's length is known
         per_device_train_batch_size=micro,
-        # No activations are kept there, so short sequences can go together.
-        per_device_eval_batch_size=max(micro, EVALUATED_TOKENS // recipe.context),
+        per_device_eval_batch_size=evaluated_together(recipe, micro),
         gradient_accumulation_steps=accumulation,
         max_grad_norm=recipe.max_grad_norm,
         use_cpu=state.device.type == "cpu",
@@ -337,6 +336,14 @@ class _Predicted:
         batch = self.collator(examples)
         batch["labels"][:, 0] = -100
         return batch
+
+
+def evaluated_together(recipe: Recipe, micro: int) -> int:
+    """Sequences that an evaluation looks at at a time.
+
+    No activations are kept there, so more short ones go together than in a micro-batch.
+    """
+    return max(micro, EVALUATED_TOKENS // recipe.context)
 
 
 def check_fsdp(recipe: Recipe, state: Any) -> None:

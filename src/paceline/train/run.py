@@ -71,7 +71,7 @@ class Train(Recipe):
     """
 
     recipe: tyro.conf.Positional[str | None] = None
-    """YAML file, or one of the shipped: demo-sft, demo-pretrain, smollm2-135m, smollm2-1.7b, qwen3-1.7b, gemma3-1b, gpt2-124m."""
+    """YAML file, or one of the shipped: demo-sft, demo-pretrain, smollm2-135m, smollm2-1.7b, qwen3-1.7b, gemma3-1b, gpt2-124m, tiny-smollm2, tiny-qwen3, tiny-gemma3, tiny-sft, tiny-torch, tiny-gpt2."""
     out: Path | None = None
     """Folder for the run, new or empty. Default: runs/<recipe>-<time>."""
     resume: Path | None = None

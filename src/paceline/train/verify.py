@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from . import InputError
+from .build import evaluated_together
 from .manifest import write_json
 from .recipe import Recipe
 from .run import RECIPE, Train, last_checkpoint, named, stored, train
@@ -86,7 +87,8 @@ def verify(options: Verify, console: Console) -> int:
 
     run("training without a kill", "whole", {}, whole, options.processes)
     facts = json.loads((whole / "manifest.json").read_text(encoding="utf-8"))
-    batches = -(-facts["data"]["evaluation_sequences"] // (recipe.micro_batch or recipe.batch))
+    together = evaluated_together(recipe, recipe.micro_batch or recipe.batch)
+    batches = -(-facts["data"]["evaluation_sequences"] // together)
     rng = random.Random(0)
     kills = []
     for number in range(options.kills):
