@@ -15,6 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..cache import cache_folder
 from ..files import put
+from ..train import InputError
 from ..train.build import PerToken, Prepared, assemble
 from ..train.data import content_key
 from ..train.methods import Method
@@ -178,6 +179,8 @@ def _assemble(recipe: Recipe, folder: Path, methods: tuple[Method, ...]) -> _Cel
     if not recipe.streaming:  # whose order is the seed's
         _last = key, Prepared(trainer.train_dataset, data, trainer.processing_class)
     half = len(data) // 2
+    if not half:
+        raise InputError("eval_examples: two parts need two sequences; give more")
     trainer.eval_dataset = {
         "selection": data.select(range(half)),
         "test": data.select(range(half, len(data))),

@@ -345,7 +345,7 @@ def work_off(ledger: Ledger, workers: int | None, console: Console) -> None:
     except KeyboardInterrupt:
         ledger.interrupted = True
         return
-    workers = min(workers or (1 if torch.cuda.is_available() else cores()), len(left))
+    workers = workers or (1 if torch.cuda.is_available() else cores())
     run_all(ledger, workers, max(1, cores() // workers), console)
 
 

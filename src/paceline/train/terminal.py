@@ -32,7 +32,12 @@ def progress_bars(console: Console) -> Progress:
 
 
 def show_losses(losses: dict[str, float]) -> str:
-    """The last evaluation's losses of the live weights and of the best returned model."""
+    """The last evaluation's losses of the live weights and of the best returned model.
+
+    Of two sets to evaluate on, on the test set.
+    """
+    kept = {k: x for k, x in losses.items() if not k.startswith("eval_selection_")}
+    losses = {k.replace("eval_test_", "eval_"): x for k, x in kept.items()}
     if "eval_live_loss" not in losses:
         return ""
     live = losses["eval_live_loss"]
