@@ -97,7 +97,7 @@ def _tiny() -> Scale:
 
 
 def _small() -> Scale:
-    """What one GPU carries: the paper's smallest models, on a hundredth of its tokens."""
+    """What one GPU carries: the paper's smallest models, on a part of its tokens."""
     tuned = Grid((1e-3, 3e-3, 1e-2), (0.003, 0.03, 0.3, 3.0), (0.3, 0.5, 0.7))
     main = _task("smollm2-135m", name="smollm2-135m, 300 steps", steps=300, epochs=None)
     return Scale(
@@ -551,7 +551,7 @@ class Figures(Shared):
     figures: tyro.conf.Positional[Annotated[tuple[str, ...], Names]]
     """1 to 20, twin, or all; several separated by commas."""
     scale: Literal["tiny", "small", "paper"] = "tiny"
-    """tiny: 2 processor cores, at most 30 minutes a figure; small: one GPU; paper: the paper's models, data and budgets."""
+    """tiny: 2 processor cores, 10 to 50 minutes a figure, less with those of others; small: one GPU; paper: the paper's models, data and budgets."""
     run: bool = False
     """Run what is not there. Without it, say what that is, and draw what can be drawn."""
     recipe: str | None = None
