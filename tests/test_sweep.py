@@ -34,7 +34,7 @@ from paceline.study import sweep
 from paceline.study.cells import Cell, Task, cells
 from paceline.study.ledger import Ledger, Outcomes
 from paceline.study.runs import Run
-from paceline.study.statistics import EXACT, Listing, interval
+from paceline.study.statistics import DIFFERENCE, EXACT, Listing, interval
 from paceline.study.sweep import Study, Tuning
 from paceline.train import InputError
 from paceline.train.methods import parse_method
@@ -520,6 +520,46 @@ def test_the_heart_beats_on_after_a_failed_beat(worker, monkeypatch):
     assert len(beats) == count  # not of what has ended
 
 
+@pytest.mark.parametrize("where", ["set_trial_user_attr", "set_trial_state_values"])
+def test_a_storage_that_is_away_for_a_while_loses_no_training(worker, monkeypatch, where):
+    monkeypatch.setattr(ledgers, "PAUSES", (0.01,) * 3)
+    a, b = worker(FIVE[0]), worker(FIVE[0])
+    job = a.claim()
+    real, calls = getattr(a.storage, where), []
+
+    def away(*arguments, **options):
+        calls.append(1)
+        if len(calls) <= 3:
+            raise StorageInternalError("the network is away")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(a.storage, where, away)
+    finish(a, job, FIVE[0])
+    b.look()
+    assert b.outcomes.finished == {FIVE[0].key: result_of(FIVE[0])}
+
+
+def test_a_storage_that_stays_away_is_one_clear_line(worker, monkeypatch):
+    monkeypatch.setattr(ledgers, "PAUSES", (0.01,) * 3)
+    a = worker(FIVE[0])
+
+    def away(*_):
+        raise sqlalchemy.exc.OperationalError("SELECT", {}, OSError("the network is away"))
+
+    sqlalchemy.event.listen(a.storage.engine, "before_cursor_execute", away)
+    with pytest.raises(InputError, match=r"storage: .*network is away; the same command goes on$"):
+        a.look()
+
+
+@pytest.mark.parametrize("option", ["lr", "c"])
+@pytest.mark.parametrize("value", [1e-300, 1e300])
+def test_no_value_is_too_large_or_small_to_be_written_down(worker, option, value):
+    cell = cell_of(f"pace:c=1:lr=1:kappa=0.3:{option}={value}")
+    a = worker(cell)
+    finish(a, a.claim(), cell)
+    assert a.left() == []
+
+
 def test_killed_in_the_middle_of_writing_down_a_cell(worker, monkeypatch):
     a, b = worker(FIVE[0]), worker(FIVE[0])
     job = a.claim()
@@ -788,15 +828,17 @@ def test_two_workers_may_write_the_tables_at_once(tmp_path):
     """As those that wait for the last cell do."""
     cell = cell_of()
     outcomes = Outcomes({cell.key: result_of(cell)}, {})
-    inner = SimpleNamespace(outcomes=outcomes, wanted=[cell])
+    inner = SimpleNamespace(outcomes=outcomes, wanted=[cell], failures=dict)
 
     class Slow(dict):
         def __getitem__(self, key):  # while this one writes its lines
-            sweep.write_rows(inner, tmp_path, {})
+            ledgers.write_rows(inner, tmp_path, {})
             return super().__getitem__(key)
 
-    outer = SimpleNamespace(outcomes=Outcomes(Slow(outcomes.finished), {}), wanted=[cell])
-    sweep.write_rows(outer, tmp_path, {})
+    outer = SimpleNamespace(
+        outcomes=Outcomes(Slow(outcomes.finished), {}), wanted=[cell], failures=dict
+    )
+    ledgers.write_rows(outer, tmp_path, {})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == result_of(cell).rows
     assert not list(tmp_path.glob(".*"))
@@ -1064,8 +1106,7 @@ def test_differences_are_paired_by_seed(tmp_path):
 
 
 def equal_of(plan, outcomes):
-    view = SimpleNamespace(outcomes=outcomes, wanted=plan.wanted(outcomes))
-    table = sweep.equal_table(plan, view)
+    table = sweep.equal_table(plan.losses(outcomes))
     return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
 
 
@@ -1111,6 +1152,33 @@ def test_the_same_tables_from_whatever_order(tmp_path):
     turned = Outcomes(dict(reversed(outcomes.finished.items())), {})
     assert equal_of(plan, outcomes) == equal_of(plan, turned)
     assert sweep.best_table(plan, outcomes) == sweep.best_table(plan, turned)
+
+
+def test_methods_whose_labels_are_the_same_are_told_apart():
+    """A label has six digits."""
+    cell = cell_of("ema:kappa=0.3:lr=1e-2,ema:kappa=0.30000001:lr=1e-2")
+    first, second = cell.run.methods
+    assert first.label == second.label
+    rows = result_of(cell).rows
+    for number, row in enumerate(rows):
+        row["returned_loss"] = number
+    outcomes = Outcomes({cell.key: result_of(cell)._replace(rows=rows)}, {})
+    ends = [sweep.last_row(outcomes, cell, method) for method in (first, second)]
+    assert [row["kappa"] for row in ends] == [0.3, 0.30000001]
+
+
+def test_a_difference_is_shown_with_its_interval(tmp_path):
+    rows = [["one", -0.1, -0.2, 0.0], ["two", 0.5, None, None], ["three", None, None, None]]
+    table = Listing("title", ["a", *DIFFERENCE], rows)
+    assert table.markdown().splitlines() == [
+        "| a | difference [95 %] |",
+        "| --- | ---: |",
+        "| one | -0.1000 [-0.2000, 0.0000] |",
+        "| two | 0.5000 |",
+        "| three |  |",
+    ]
+    table.write(tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_text().startswith("a,difference,low,high\none,-0.1,-0.2,0")
 
 
 def test_tables_as_text(tmp_path):

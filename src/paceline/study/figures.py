@@ -20,8 +20,7 @@ from ..train.page import save
 from ..train.recipe import Names, Recipe, read_recipe
 from ..train.terminal import quiet
 from .cells import Cell, Task, cells
-from .ledger import Outcomes
-from .sweep import Shared, failures, open_ledger, work_off, write_rows
+from .ledger import Outcomes, Shared, open_ledger, work_off, write_rows
 
 SLOWER = 0.7  # κ of the slower average that is read out of every PACE run beside its own
 EMAS = (0.2, 0.3, 0.5, 0.7, 0.9)  # κ of the averages that are read out of every AdamW run
@@ -585,7 +584,7 @@ def figure_command(options: Figures, console: Console) -> int:
         for figure in wanted:
             _show(figure, lab, options, folder, console)
         write_rows(ledger, folder, {"scale": options.scale, "figures": wanted})
-    return 130 if ledger.interrupted else 1 if failures(ledger) else 0
+    return 130 if ledger.interrupted else 1 if ledger.failures() else 0
 
 
 def _show(figure: str, lab: Lab, options: Figures, folder: Path, console: Console) -> None:

@@ -10,17 +10,23 @@ Every worker on every machine reads and writes the same storage, and nothing els
   cells are offered anew.
 """
 
+import json
 import math
 import os
 import platform
+import shlex
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, Protocol, Self
+from functools import wraps
+from pathlib import Path
+from typing import Any, NamedTuple, ParamSpec, Protocol, Self, TypeVar
 
 import optuna
+import torch
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -35,22 +41,29 @@ from optuna.exceptions import (
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from rich.console import Console
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from ..train import InputError
-from ..train.manifest import environment
+from ..files import whole
+from ..train import InputError, Options
+from ..train.manifest import cores, environment, write_json
+from ..train.recipe import Positive
 from .cells import Cell, Result
-from .runs import Job, Queue, Row
+from .runs import Job, Queue, Row, run_all
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 HEARTBEAT = 5  # seconds
 GRACE = 30  # seconds
+PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)  # seconds before the storage is asked again
 POLL = 3.0  # seconds between looks at the storage, while others have what is left
 OFFERED = ("cell", "name", "methods", "seed", "configuration")  # attributes, as in `_offer`
 # What a cell's trial shows of it; wide, for a study's trials must agree.
 SHOWN: dict[str, BaseDistribution] = {
-    "lr": FloatDistribution(1e-12, 1e6, log=True),
-    "c": FloatDistribution(0, 1e12),
+    "lr": FloatDistribution(sys.float_info.min, sys.float_info.max, log=True),
+    "c": FloatDistribution(0, sys.float_info.max),
     "kappa": FloatDistribution(0, 1),
     "g": FloatDistribution(0, 1),
     "every": IntDistribution(1, 10**9),
@@ -82,6 +95,31 @@ class Plan(Protocol):
         """
 
 
+def _said(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return " ".join(str(getattr(cause, "orig", cause)).split())
+
+
+def _patiently(call: Callable[P, T]) -> Callable[P, T]:
+    """Try again where the storage did not answer: hours of training hang on it."""
+
+    @wraps(call)
+    def tried(*args: P.args, **kwargs: P.kwargs) -> T:
+        for pause in PAUSES:
+            try:
+                return call(*args, **kwargs)
+            except (StorageInternalError, SQLAlchemyError):
+                time.sleep(pause)
+        try:
+            return call(*args, **kwargs)
+        except (StorageInternalError, SQLAlchemyError) as error:
+            raise InputError(
+                f"storage: it does not answer: {_said(error)}; the same command goes on"
+            ) from error
+
+    return tried
+
+
 class Ledger(Queue):
     """A plan's cells, as jobs, over a storage that other workers share.
 
@@ -105,16 +143,15 @@ class Ledger(Queue):
             RuntimeError,
             StorageInternalError,
         ) as error:
-            said = " ".join(str(error.__cause__ or error).split())
             raise InputError(
-                f"storage: {url}: {said}; give a database such as sqlite:///sweep.db or "
+                f"storage: {url}: {_said(error)}; give a database such as sqlite:///sweep.db or "
                 "postgresql://USER@HOST/NAME"
             ) from error
         self.studies: dict[str, Study] = {}
         self.mine: dict[str, tuple[Study, int]] = {}  # name of a job -> its trial
         self.results: dict[str, Result] = {}
         self.outcomes = Outcomes({}, {})
-        self.others: set[str] = set()  # keys of cells that other workers have
+        self.taken: set[str] = set()  # keys of cells that a worker has
         self.bare: dict[tuple[str, int], float] = {}  # claims without a worker -> since when
         self.looked = -math.inf
         self.wanted: list[Cell] = []
@@ -134,11 +171,12 @@ class Ledger(Queue):
 
     # ---- a queue of jobs --------------------------------------------------------------------
 
+    @_patiently
     def claim(self) -> Job | None:
         """The next cell that nobody has; None if there is none now."""
         for cell in self.left():
             # One of the same name is still under way here, perhaps this one, taken for dead.
-            if cell.key in self.others or cell.name in self.mine:
+            if cell.key in self.taken or cell.name in self.mine:
                 continue
             if (job := self._claim(cell)) is not None:
                 return job
@@ -169,6 +207,11 @@ class Ledger(Queue):
         left = len(self.left())
         return 1000 * (len(self.wanted) - left), 1000 * len(self.wanted)
 
+    def failures(self) -> dict[str, str]:
+        """Why cells of the plan failed, by their names."""
+        failed = self.outcomes.failed
+        return {cell.name: failed[cell.key] for cell in self.wanted if cell.key in failed}
+
     def forget_failures(self) -> None:
         """Let what failed be tried again."""
         for study in self.studies.values():
@@ -192,6 +235,7 @@ class Ledger(Queue):
 
     # ---- the storage ------------------------------------------------------------------------
 
+    @_patiently
     def look(self, every: float = 0.0) -> None:
         """Read what has come of the cells, if that was not done in the last so many seconds."""
         if time.monotonic() - self.looked < every:
@@ -214,7 +258,7 @@ class Ledger(Queue):
         """Read all trials; whether cells have ended since."""
         self._beat()  # or after a sleep we would take ourselves for dead
         before = self.outcomes.finished.keys(), self.outcomes.failed.keys()
-        self.outcomes, self.others = Outcomes({}, {}), set()
+        self.outcomes, self.taken = Outcomes({}, {}), set()
         for study in self.studies.values():
             self._bury(study)
             for trial in _standing(study):
@@ -234,7 +278,7 @@ class Ledger(Queue):
         elif trial.state == TrialState.FAIL:
             self.outcomes.failed[key] = trial.user_attrs["reason"]
         elif trial.state == TrialState.RUNNING:
-            self.others.add(key)
+            self.taken.add(key)
 
     def _bury(self, study: Study) -> None:
         """Give up the claims of workers that have no heartbeat."""
@@ -262,15 +306,16 @@ class Ledger(Queue):
         if not (
             first.state == TrialState.WAITING and self._set(study, first.number, TrialState.RUNNING)
         ):
-            self.others.add(cell.key)
+            self.taken.add(cell.key)
             return None
         trial_id = self._id(study, first.number)
         self.storage.record_heartbeat(trial_id)
         self.storage.set_trial_user_attr(trial_id, "worker", f"{platform.node()}:{os.getpid()}")
         self.mine[cell.name] = study, first.number
-        self.others.add(cell.key)
+        self.taken.add(cell.key)
         return Job(cell.name, 1000, cell.train)
 
+    @_patiently
     def _end(
         self,
         job: Job,
@@ -278,12 +323,13 @@ class Ledger(Queue):
         state: TrialState,
         values: list[float] | None = None,
     ) -> None:
-        study, number = self.mine.pop(job.name)
+        study, number = self.mine[job.name]
         # If we were taken for dead, another worker has the cell now.
         with suppress(UpdateFinishedTrialError):
             for name, value in attributes.items():
                 self.storage.set_trial_user_attr(self._id(study, number), name, value)
             self._set(study, number, state, values)
+        del self.mine[job.name]
         self.looked = -math.inf
 
     def _set(
@@ -386,3 +432,75 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         yield
+
+
+# ---- commands over a ledger ---------------------------------------------------------------------
+
+
+class Shared(Options):
+    """What commands have that work off cells."""
+
+    storage: str | None = None
+    """Optuna storage that all workers share, as in postgresql://USER@HOST/NAME; optuna-dashboard shows it. Default: a file in the folder."""
+    workers: Positive | None = None
+    """Trainings at a time here, >= 1. Default: one for each processor core, or one where there is a GPU."""
+    retry_failed: bool = False
+    """Try again what failed."""
+
+
+def open_ledger(options: Shared, plan: Plan, folder: Path) -> Ledger:
+    """The ledger of a plan, in its own file if no other storage is given.
+
+    Raises:
+        InputError: the folder or the storage cannot be used.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: cannot make the folder {folder}: {error.strerror}") from error
+    ledger = Ledger(options.storage or f"sqlite:///{folder / 'sweep.db'}", plan)
+    if options.retry_failed:
+        ledger.forget_failures()
+    return ledger
+
+
+def work_off(ledger: Ledger, workers: int | None, console: Console) -> None:
+    """Run what is left of a plan, until all of it has ended, here or elsewhere."""
+    left = ledger.left()
+    if not left:
+        return
+    try:
+        for task in {cell.task.name: cell.task for cell in left}.values():
+            task.make_start(console)
+    except KeyboardInterrupt:
+        ledger.interrupted = True
+        return
+    workers = workers or (1 if torch.cuda.is_available() else cores())
+    run_all(ledger, workers, max(1, cores() // workers), console)
+
+
+def write_rows(ledger: Ledger, folder: Path, configuration: dict[str, Any]) -> None:
+    """metrics.jsonl, training.jsonl and manifest.json: what came of the plan's cells."""
+    finished = ledger.outcomes.finished
+    ended = [cell for cell in ledger.wanted if cell.key in finished]
+
+    def write(name: str, rows: Iterable[Row]) -> None:
+        with whole(folder / name, shared=True) as partial, partial.open("w", encoding="utf-8") as f:
+            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def logged(cell: Cell) -> Iterator[Row]:
+        facts = {"setting": cell.task.name, "trained_with": cell.run.name}
+        return ({**facts, **line} for line in finished[cell.key].log)
+
+    write("metrics.jsonl", (row for cell in ended for row in finished[cell.key].rows))
+    write("training.jsonl", (line for cell in ended for line in logged(cell)))
+    manifest = {
+        "command": shlex.join(["paceline", *sys.argv[1:]]),
+        **environment(),
+        "configuration": configuration,
+        "tasks": {cell.task.name: cell.task.fixed for cell in ledger.wanted},
+        "trainings": len(ledger.wanted),
+        "finished": len(ended),
+        "failed": ledger.failures(),
+    }
+    write_json(folder / "manifest.json", manifest, shared=True)

@@ -53,17 +53,30 @@ class Listing(NamedTuple):
 
     def shown(self) -> Table:
         """For the terminal."""
+        columns, rows = self._texts()
         table = Table(title=self.title)
-        for column in self.columns:
-            table.add_column(column, justify="left" if column == self.columns[0] else "right")
-        for row in self.rows:
-            table.add_row(*map(_short, row))
+        for column in columns:
+            table.add_column(column, justify="left" if column == columns[0] else "right")
+        for row in rows:
+            table.add_row(*row)
         return table
 
     def markdown(self) -> str:
         """For a page."""
-        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
-        return "".join(f"| {' | '.join(map(_short, line))} |\n" for line in lines)
+        columns, rows = self._texts()
+        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def _texts(self) -> tuple[list[str], list[list[str]]]:
+        """Columns and rows, a difference and its interval in one: `-0.1000 [-0.1200, -0.0800]`."""
+        rows = [list(map(_short, row)) for row in self.rows]
+        if self.columns[-3:] != DIFFERENCE:
+            return self.columns, rows
+        joined = [
+            [*row, f"{middle} [{low}, {high}]" if low else middle]
+            for *row, middle, low, high in rows
+        ]
+        return [*self.columns[:-3], "difference [95 %]"], joined
 
     def write(self, path: Path) -> None:
         """As CSV, all digits."""

@@ -4,8 +4,6 @@ import itertools
 import json
 import math
 import random
-import shlex
-import sys
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +11,6 @@ from statistics import fmean
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import optuna
-import torch
 import tyro
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import RandomSampler, TPESampler
@@ -22,13 +19,12 @@ from rich.console import Console
 
 from ..files import whole
 from ..train import InputError, Options, unknown
-from ..train.manifest import cores, environment, write_json
 from ..train.methods import Method, parse_method
 from ..train.recipe import Positive, Recipe, parse_yaml, read_recipe
 from ..train.terminal import quiet
 from .cells import Cell, Task
-from .ledger import Ledger, Outcomes, Plan, selection
-from .runs import Row, Run, run_all, share_runs
+from .ledger import Ledger, Outcomes, Shared, open_ledger, selection, work_off, write_rows
+from .runs import Row, Run, share_runs
 from .statistics import DIFFERENCE, Listing, paired
 
 TOGETHER = 4  # trials that TPE chooses at a time, before it hears what came of them
@@ -93,14 +89,14 @@ class Study(Options):
         }
 
 
-Trial = tuple[Method, ...]  # of one training: all that is read out of it
+Training = tuple[Method, ...]  # all that is read out of it
 
 
 class Family:
     """A method with the grid that its setting is chosen from.
 
-    A trial is a training. Options of averages that only watch make no trainings of their own: each
-    trial has all of them.
+    Options of averages that only watch make no trainings of their own: each training has all of
+    them.
 
     Raises:
         InputError: an option that the method does not have, or values that it cannot have.
@@ -141,8 +137,8 @@ class Family:
         except InputError as error:
             raise InputError(f"{self.name}: {error}") from error
 
-    def grid(self, drawn: dict[str, Any] | None = None) -> list[Trial]:
-        """All its trials, with the drawn values of what has a range or is a choice among lists."""
+    def grid(self, drawn: dict[str, Any] | None = None) -> list[Training]:
+        """All its trainings, with the drawn values of what has a range or is a choice of a list."""
         lists = {name: values for name, values in self.lists.items() if name not in (drawn or {})}
         lows = {name: [d.low] for name, d in self.ranges.items() if name not in (drawn or {})}
         found: dict[Method, list[Method]] = {}
@@ -163,29 +159,29 @@ class Family:
         }
         return {**self.ranges, **changing}
 
-    def tried(self, told: Callable[[Trial], float | None]) -> list[Trial]:
-        """Its trials; of those that TPE chooses, as many as can be known.
+    def tried(self, told: Callable[[Training], float | None]) -> list[Training]:
+        """What it chooses from; of what TPE draws, as much as can be known.
 
         Args:
-            told: what came of a trial, lower is better; None if that is not known yet.
+            told: what came of a training, lower is better; None if that is not known yet.
         """
         if self.sampler == "grid" or (self.sampler == "random" and not self.ranges):
-            trials = self.grid()
-            if self.trials is None or self.trials >= len(trials):
-                return trials
-            kept = sorted(random.Random(0).sample(range(len(trials)), self.trials))
-            return [trials[i] for i in kept]
+            every = self.grid()
+            if self.trials is None or self.trials >= len(every):
+                return every
+            kept = sorted(random.Random(0).sample(range(len(every)), self.trials))
+            return [every[i] for i in kept]
         assert self.trials is not None
         tpe = self.sampler == "tpe"
         study = optuna.create_study(
             sampler=TPESampler(seed=0, constant_liar=True) if tpe else RandomSampler(seed=0)
         )
-        found: list[Trial] = []
+        found: list[Training] = []
         while len(found) < self.trials:
             asked = [study.ask(self.space) for _ in range(min(TOGETHER, self.trials - len(found)))]
             new = [self.grid(each.params)[0] for each in asked]
             found += new
-            values = [told(trial) for trial in new] if tpe else [0.0] * len(new)
+            values = [told(each) for each in new] if tpe else [0.0] * len(new)
             if None in values:
                 break
             for each, value in zip(asked, values, strict=True):
@@ -214,7 +210,7 @@ class Tuning:
 
     def wanted(self, outcomes: Outcomes) -> list[Cell]:
         """All cells, the chosen ones' once all others have ended."""
-        trainings = self._trainings(self.tried(outcomes))
+        trainings = self._shared(self.tried(outcomes))
         tuning = self._cells(trainings, self.tuned_on)
         if any(cell.key not in outcomes.ended for cell in tuning):
             return tuning
@@ -224,45 +220,48 @@ class Tuning:
         more = self._cells(dict.fromkeys(best), self.study.seeds)
         return list({cell.key: cell for cell in [*tuning, *more]}.values())
 
-    def losses_of(self, method: Method, outcomes: Outcomes) -> dict[int, float]:
-        """Its losses at the end on the split that numbers are from: seed -> nats a token."""
-        losses: dict[int, float] = {}
+    def losses(self, outcomes: Outcomes) -> dict[Method, dict[int, float]]:
+        """At the end, on the split that numbers are from: of each method, seed -> nats a token."""
+        found: dict[Method, dict[int, float]] = {}
         for cell in self.wanted(outcomes):
-            if method in cell.run.methods and cell.key in outcomes.finished:
-                loss = last_row(outcomes, cell, method)["returned_loss"]
-                losses.setdefault(cell.run.seed, math.inf if loss is None else loss)
-        return losses
+            if cell.key in outcomes.finished:
+                for method in cell.run.methods:
+                    loss = last_row(outcomes, cell, method)["returned_loss"]
+                    own = found.setdefault(method, {})
+                    own.setdefault(cell.run.seed, math.inf if loss is None else loss)
+        return found
 
     @property
     def tuned_on(self) -> tuple[int, ...]:
         """The seeds that settings are tried with."""
         return self.study.seeds[: self.study.tuning_seeds]
 
-    def _cells(self, trainings: Iterable[Trial], seeds: Iterable[int]) -> list[Cell]:
+    def _cells(self, trainings: Iterable[Training], seeds: Iterable[int]) -> list[Cell]:
         return [Cell(self.study.task, Run(each, seed)) for seed in seeds for each in trainings]
 
-    def _trainings(self, trials: dict[str, list[Trial]]) -> list[Trial]:
+    def _shared(self, tried: dict[str, list[Training]]) -> list[Training]:
         """Of all families: those that share a trajectory are one.
 
         Not those that TPE chooses, for which each family must know its own.
         """
+        trainings = list(itertools.chain(*tried.values()))
         if self.study.sampler == "tpe":
-            return list(dict.fromkeys(itertools.chain(*trials.values())))
-        methods = [method for trial in itertools.chain(*trials.values()) for method in trial]
-        return [run.methods for run in share_runs(dict.fromkeys(methods), (0,))]
+            return list(dict.fromkeys(trainings))
+        methods = dict.fromkeys(itertools.chain(*trainings))
+        return [run.methods for run in share_runs(methods, (0,))]
 
-    def tried(self, outcomes: Outcomes) -> dict[str, list[Trial]]:
-        """The trials of each family, as far as they are known."""
+    def tried(self, outcomes: Outcomes) -> dict[str, list[Training]]:
+        """What each family chooses from, as far as that is known."""
 
-        def told(trial: Trial) -> float | None:
-            own = self._cells([trial], self.tuned_on)
+        def told(training: Training) -> float | None:
+            own = self._cells([training], self.tuned_on)
             if any(cell.key not in outcomes.ended for cell in own):
                 return None
-            return min(self._losses([trial], outcomes).values())
+            return min(self._chosen_by([training], outcomes).values())
 
         return {name: family.tried(told) for name, family in self.study.families.items()}
 
-    def _losses(self, trainings: Iterable[Trial], outcomes: Outcomes) -> dict[Method, float]:
+    def _chosen_by(self, trainings: Iterable[Training], outcomes: Outcomes) -> dict[Method, float]:
         """Mean selection loss of each method over the tuning seeds; inf where one failed."""
         found: dict[Method, float] = {}
         for methods in trainings:
@@ -279,120 +278,35 @@ class Tuning:
 
     def chosen(self, outcomes: Outcomes) -> list[Chosen]:
         """The best setting of each family."""
-        trials = self.tried(outcomes)
-        losses = self._losses(self._trainings(trials), outcomes)
+        tried = self.tried(outcomes)
+        losses = self._chosen_by(self._shared(tried), outcomes)
         found = []
-        for name, own in trials.items():
-            methods = [method for trial in own for method in trial]
-            best = min(methods, key=losses.__getitem__)
+        for name, own in tried.items():
+            methods = set(itertools.chain(*own))
+            best = min(itertools.chain(*own), key=losses.__getitem__)
             least = losses[best]
-            found.append(
-                Chosen(
-                    name,
-                    best if least < math.inf else None,
-                    least,
-                    len(set(own)),
-                    len(set(methods)),
-                )
-            )
+            method = best if least < math.inf else None
+            found.append(Chosen(name, method, least, len(set(own)), len(methods)))
         return found
 
 
 def last_row(outcomes: Outcomes, cell: Cell, method: Method) -> Row:
     """What a method returned at the end of a cell."""
+    own = method.model_dump().items()
     rows = outcomes.finished[cell.key].rows
-    return next(row for row in reversed(rows) if row["label"] == method.label)
+    return next(row for row in reversed(rows) if all(row.get(k) == x for k, x in own))
 
 
 # ---- the command --------------------------------------------------------------------------------
 
 
-class Shared(Options):
-    """What commands have that work off cells."""
-
-    storage: str | None = None
-    """Optuna storage that all workers share, as in postgresql://USER@HOST/NAME; optuna-dashboard shows it. Default: a file in the folder."""
-    workers: Positive | None = None
-    """Trainings at a time here, >= 1. Default: one for each processor core, or one where there is a GPU."""
-    retry_failed: bool = False
-    """Try again what failed."""
-
-
-def open_ledger(options: Shared, plan: Plan, folder: Path) -> Ledger:
-    """The ledger of a plan, in its own file if no other storage is given.
-
-    Raises:
-        InputError: the folder or the storage cannot be used.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: cannot make the folder {folder}: {error.strerror}") from error
-    ledger = Ledger(options.storage or f"sqlite:///{folder / 'sweep.db'}", plan)
-    if options.retry_failed:
-        ledger.forget_failures()
-    return ledger
-
-
-def work_off(ledger: Ledger, workers: int | None, console: Console) -> None:
-    """Run what is left of a plan, until all of it has ended, here or elsewhere."""
-    left = ledger.left()
-    if not left:
-        return
-    try:
-        for task in {cell.task.name: cell.task for cell in left}.values():
-            task.make_start(console)
-    except KeyboardInterrupt:
-        ledger.interrupted = True
-        return
-    workers = workers or (1 if torch.cuda.is_available() else cores())
-    run_all(ledger, workers, max(1, cores() // workers), console)
-
-
-def failures(ledger: Ledger) -> dict[str, str]:
-    """Why cells of the plan failed, by their names."""
-    failed = ledger.outcomes.failed
-    return {cell.name: failed[cell.key] for cell in ledger.wanted if cell.key in failed}
-
-
-def write_rows(ledger: Ledger, folder: Path, configuration: dict[str, Any]) -> None:
-    """metrics.jsonl, training.jsonl and manifest.json: what came of the plan's cells."""
-    outcomes = ledger.outcomes
-    ended = [cell for cell in ledger.wanted if cell.key in outcomes.finished]
-    with (
-        whole(folder / "metrics.jsonl", shared=True) as partial,
-        partial.open("w", encoding="utf-8") as file,
-    ):
-        for cell in ended:
-            for row in outcomes.finished[cell.key].rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    with (
-        whole(folder / "training.jsonl", shared=True) as partial,
-        partial.open("w", encoding="utf-8") as file,
-    ):
-        for cell in ended:
-            facts = {"setting": cell.task.name, "trained_with": cell.run.name}
-            for line in outcomes.finished[cell.key].log:
-                file.write(json.dumps({**facts, **line}, ensure_ascii=False) + "\n")
-    manifest = {
-        "command": shlex.join(["paceline", *sys.argv[1:]]),
-        **environment(),
-        "configuration": configuration,
-        "tasks": {cell.task.name: cell.task.fixed for cell in ledger.wanted},
-        "trainings": len(ledger.wanted),
-        "finished": len(ended),
-        "failed": failures(ledger),
-    }
-    write_json(folder / "manifest.json", manifest, shared=True)
-
-
 class Sweep(Shared):
     """Tune methods by one protocol, and compare them over seeds.
 
-    The YAML file has the keys recipe, methods, and as wanted start, change, baseline, sampler (grid,
-    random or tpe), trials, seeds and tuning_seeds. The same command goes on where it was killed,
-    and shares the work with others on as many machines as reach the storage: what is finished is
-    never run again.
+    The YAML file has the keys recipe, methods, and as wanted start, change, baseline, sampler
+    (grid, random or tpe), trials, seeds and tuning_seeds. The same command goes on where it was
+    killed, and shares the work with others on as many machines as reach the storage: what is
+    finished is never run again.
     """
 
     sweep: tyro.conf.Positional[Path]
@@ -420,7 +334,7 @@ def sweep_command(options: Sweep, console: Console) -> int:
         ledger.look()
         write_rows(ledger, folder, json.loads(study.model_dump_json()))
         report(plan, ledger, folder, console)
-    return 130 if ledger.interrupted else 1 if failures(ledger) else 0
+    return 130 if ledger.interrupted else 1 if ledger.failures() else 0
 
 
 def read_study(path: Path) -> Study:
@@ -449,10 +363,10 @@ def report(plan: Tuning, ledger: Ledger, folder: Path, console: Console) -> None
             f"{left} of {len(ledger.wanted)} trainings are left; the same command goes on."
         )
         return
-    for name, reason in failures(ledger).items():
+    for name, reason in ledger.failures().items():
         console.print(f"Failed: {name}: {reason}", style="red", markup=False, highlight=False)
     said = protocol(plan, outcomes)
-    tables = [best_table(plan, outcomes), equal_table(plan, ledger)]
+    tables = [best_table(plan, outcomes), equal_table(plan.losses(outcomes))]
     for sentence in said:
         console.print(f"• {sentence}", highlight=False, markup=False)
     text = "".join(f"- {sentence}\n" for sentence in said)
@@ -470,17 +384,16 @@ def protocol(plan: Tuning, outcomes: Outcomes) -> list[str]:
     """What was fixed before the runs, and what each method chose from."""
     study = plan.study
     chosen = plan.chosen(outcomes)
-    counts = {(each.trainings, each.read_outs) for each in chosen}
     own = "; ".join(f"{x.family} {x.trainings} trainings, {x.read_outs} models" for x in chosen)
-    one = len({trainings for trainings, _ in counts}) == 1
+    all_ = "Every method" if len({each.trainings for each in chosen}) == 1 else "Not every method"
     return [
         f"{study.task.name}: with a seed, every method starts from the same weights and sees the "
         "same batches for as many steps.",
         f"Settings: {study.sampler}, tried with seed {', '.join(map(str, plan.tuned_on))}. "
-        f"{'Every method chose from as many trainings' if one else 'Not every method chose from as many trainings'}: "
-        f"{own}. Averages that only watch are read out of shared trainings.",
-        "Settings were chosen on one half of the evaluation data; losses are from the other, of the "
-        f"chosen settings over seeds {', '.join(map(str, study.seeds))}. A diverged run is an "
+        f"{all_} chose from as many trainings: {own}. Averages that only watch are read out of "
+        "shared trainings.",
+        "Settings were chosen on one half of the evaluation data; losses are from the other, of "
+        f"the chosen settings over seeds {', '.join(map(str, study.seeds))}. A diverged run is an "
         "infinite loss; it is not left out.",
         "Differences are paired by seed; their intervals are 95 % percentile bootstrap over seeds.",
     ]
@@ -489,7 +402,8 @@ def protocol(plan: Tuning, outcomes: Outcomes) -> list[str]:
 def best_table(plan: Tuning, outcomes: Outcomes) -> Listing:
     """Each method at its best setting, and how much it differs from the baseline."""
     chosen = plan.chosen(outcomes)
-    losses = {each.family: plan.losses_of(each.method, outcomes) for each in chosen if each.method}
+    of = plan.losses(outcomes)
+    losses = {each.family: of[each.method] for each in chosen if each.method}
     baseline = plan.study.baseline or next(iter(plan.study.families))
     rows = [
         [
@@ -514,33 +428,19 @@ def best_table(plan: Tuning, outcomes: Outcomes) -> Listing:
     return Listing(title, [*columns, *DIFFERENCE], sorted(rows, key=lambda row: row[6]))
 
 
-def equal_table(plan: Tuning, ledger: Ledger) -> Listing:
+def equal_table(losses: dict[Method, dict[int, float]]) -> Listing:
     """A pull against the same average without it: at equal κ, schedule and learning rate."""
-    outcomes = ledger.outcomes
-    methods = {
-        method
-        for cell in ledger.wanted
-        if cell.key in outcomes.finished
-        for method in cell.run.methods
-    }
+    same = ("lr", "kappa", "schedule", "g", "every", "state", "return_kappa", "eps")
     rows = []
-    for method in sorted((m for m in methods if m.c), key=lambda m: (m.lr, m.label)):
-        base = "adamw" if method.name == "pace" else method.base
-        for other in methods:
-            if other.c or other.name != "ema" or base != "adamw" or other.eps != method.eps:
+    for method in sorted((m for m in losses if m.c), key=lambda m: (m.lr, m.label)):
+        if method.name == "pullback" and method.base != "adamw":
+            continue
+        for other in losses:
+            if other.name != "ema" or any(getattr(other, k) != getattr(method, k) for k in same):
                 continue
-            same = ("lr", "kappa", "schedule", "g", "every", "state", "return_kappa")
-            if all(getattr(other, name) == getattr(method, name) for name in same):
-                mine = plan.losses_of(method, outcomes)
-                its = plan.losses_of(other, outcomes)
-                both = [seed for seed in mine if seed in its]
-                if both:
-                    losses = [fmean(of[seed] for seed in both) for of in (mine, its)]
-                    rows.append(
-                        [
-                            *(method.label, other.label, f"{method.lr:g}", len(both), *losses),
-                            *paired(mine, its),
-                        ]
-                    )
+            if both := losses[method].keys() & losses[other].keys():
+                means = [fmean(losses[each][seed] for seed in both) for each in (method, other)]
+                first = [method.label, other.label, f"{method.lr:g}", len(both), *means]
+                rows.append([*first, *paired(losses[method], losses[other])])
     columns = ["method", "without the pull", "lr", "seeds", "loss", "without", *DIFFERENCE]
     return Listing("At equal κ and learning rate: what the pull alone does", columns, rows)
