@@ -206,6 +206,20 @@ def test_the_settings_are_chosen_on_the_selection_split(small):
     assert (best.c, best.lr, best.kappa) == (0.1, 1e-2, 0.3)
 
 
+def test_a_figure_chooses_among_its_own_runs(small):
+    """Figure 14 tries a rate above those of figure 16; here it is the best."""
+    plan, outcomes = Plan(small, ["14"]), Outcomes({}, {})
+    work_off(plan, outcomes)
+    for result in outcomes.finished.values():
+        for row in result.rows:
+            row["selection_loss"] -= row["lr"] == small.high
+    lab = Lab(small, outcomes)
+    for figure, high in (("16", False), ("14", True), ("16", False)):
+        draw(figure, lab)
+        found = contenders(lab, small.main).values()
+        assert {method.lr == small.high for method in found} == {high}
+
+
 def test_divergence_is_the_worst(small):
     plan = Plan(small, ["16"])
     outcomes = Outcomes({}, {})

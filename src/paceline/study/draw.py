@@ -19,6 +19,7 @@ from .figures import (
     TUNING,
     Lab,
     budget,
+    cells_of,
     constant_and_decaying,
     contenders,
     grids,
@@ -711,7 +712,8 @@ def twins(lab: Lab) -> Drawn:
 
 
 def draw(figure: str, lab: Lab) -> Drawn:
-    """One figure."""
+    """One figure, all of whose runs have ended."""
+    cells_of(figure, lab)  # which settings are chosen from
     pairs = grids(lab.scale)
     return {
         "1": headline,

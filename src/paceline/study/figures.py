@@ -164,6 +164,7 @@ class Lab:
 
     def __init__(self, scale: Scale, outcomes: Outcomes) -> None:
         self.scale, self.outcomes = scale, outcomes
+        self.asked: set[str] | None = None  # keys of the cells of the figure at hand; None: of all
 
     @cached_property
     def points(self) -> pd.DataFrame:
@@ -194,6 +195,8 @@ class Lab:
     ) -> Method:
         """The setting that returned the best model on the selection split, with the tuning seed.
 
+        Of the figure's own runs: what it shows does not depend on which others were made.
+
         Args:
             task: that it was tried on.
             names: of methods.
@@ -206,6 +209,7 @@ class Lab:
             & ends.name.isin(names)
             & ends.schedule.isin(schedules)
             & ends.seed.isin(TUNING)
+            & (self.asked is None or ends.cell.isin(self.asked or ()))
         ]
         for option, value in fixed.items():
             rows = rows[rows[option].isna() if value is None else rows[option] == value]
@@ -530,8 +534,10 @@ class Plan:
 def cells_of(figure: str, lab: Lab) -> list[Cell]:
     """What a figure needs, as far as that is known."""
     found: list[Cell] = []
+    lab.asked = set()
     for stage in FIGURES[figure].stages(lab):
         found += stage
+        lab.asked.update(cell.key for cell in stage)
         if any(cell.key not in lab.outcomes.ended for cell in stage):
             break
     return found
