@@ -56,7 +56,8 @@ class Listing(NamedTuple):
         columns, rows = self._texts()
         table = Table(title=self.title)
         for column in columns:
-            table.add_column(column, justify="left" if column == columns[0] else "right")
+            justify: Any = "left" if column == columns[0] else "right"
+            table.add_column(column, justify=justify, no_wrap=column == INTERVAL)
         for row in rows:
             table.add_row(*row)
         return table
@@ -76,7 +77,7 @@ class Listing(NamedTuple):
             [*row, f"{middle} [{low}, {high}]" if low else middle]
             for *row, middle, low, high in rows
         ]
-        return [*self.columns[:-3], "difference [95 %]"], joined
+        return [*self.columns[:-3], INTERVAL], joined
 
     def write(self, path: Path) -> None:
         """As CSV, all digits."""
@@ -94,6 +95,7 @@ def _short(value: Any) -> str:
 
 
 DIFFERENCE = ["difference", "low", "high"]
+INTERVAL = "difference [95 %]"  # the three in one
 
 
 def paired(losses: Mapping[int, float], baseline: Mapping[int, float]) -> list[float | None]:
