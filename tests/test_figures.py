@@ -119,6 +119,8 @@ def test_a_figure_is_drawn_once_its_stages_have_ended(figure, everything):
     assert any(axis.lines or axis.containers for axis in drawn.figure.axes)
     assert len(drawn.table) > 0
     assert not drawn.table.isna().all().any()  # no column of nothing
+    turned = Outcomes(dict(reversed(lab.outcomes.finished.items())), {})
+    assert draw(figure, Lab(lab.scale, turned)).table.equals(drawn.table)
     drawn.figure.canvas.draw()
 
 

@@ -168,19 +168,23 @@ class Lab:
 
     @cached_property
     def points(self) -> pd.DataFrame:
-        """A row for each evaluation of each method."""
-        return pd.DataFrame([row for x in self.outcomes.finished.values() for row in x.rows])
+        """A row for each evaluation of each method, in an order that no worker decides."""
+        rows = pd.DataFrame([row for x in self.outcomes.finished.values() for row in x.rows])
+        keys = ["setting", "label", "lr", "seed", "cell", "step"]
+        return rows.sort_values(keys, ignore_index=True) if len(rows) else rows
 
     @cached_property
     def training(self) -> pd.DataFrame:
-        """A row for each line of each training's log."""
-        return pd.DataFrame(
+        """A row for each line of each training's log, in such an order."""
+        rows = pd.DataFrame(
             [
                 {"setting": x.rows[0]["setting"], "trained_with": x.rows[0]["trained_with"], **line}
                 for x in self.outcomes.finished.values()
                 for line in x.log
             ]
         )
+        keys = ["setting", "trained_with", "step"]
+        return rows.sort_values(keys, ignore_index=True, kind="stable") if len(rows) else rows
 
     @cached_property
     def ends(self) -> pd.DataFrame:
