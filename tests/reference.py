@@ -14,6 +14,7 @@ class Reference:
         eps=1e-8,
         weight_decay=0.01,
         pullback,
+        gain="adam",
         ema_power=0.5,
         ema_beta=None,
         ema_rate=1.0,
@@ -30,6 +31,7 @@ class Reference:
         self.betas, self.eps, self.wd, self.c = betas, eps, weight_decay, pullback
         self.kappa, self.beta = ema_power, ema_beta
         self.gamma, self.rho, self.uf, self.clip = ema_rate, ema_start, ema_every, clip
+        self.scalar = gain == "scalar"
         self.store = store  # how the live weights are rounded when stored
 
     def step(self, g, lr):
@@ -48,6 +50,8 @@ class Reference:
         else:
             averaging = self.beta
             gain = lr * self.c / root
+        if self.scalar:
+            gain = np.full_like(root, self.c)
         if self.clip:
             gain = np.minimum(1.0, gain)
 

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from paceline import PACE, Pullback
 from paceline.averaging import BEMA, EMA, LAWA, SWA, PowerEMA, Uniform
 from paceline.cli import main
+from paceline.options import averaging_of, returns_of
 from paceline.study.compare import Comparison, Setting, _affordable_steps
 from paceline.study.report import Results, best_at, verdict
 from paceline.study.runs import Run, share_runs
@@ -41,7 +42,6 @@ from paceline.train.data import (
 )
 from paceline.train.methods import BASES, OPTIONS, make_optimizer, parse_method, scheduler
 from paceline.train.model import make_gpt2
-from paceline.train.recipe import Recipe
 from paceline.train.terminal import show_losses
 from paceline.train.trainer import train
 
@@ -504,13 +504,18 @@ def test_which_average_is_returned(tiny, texts, kappa, every):
     assert all(live == lives[0] for live in lives)
 
 
-def test_a_pull_is_never_toward_the_slower_average():
-    """As it would be where one optimizer has to do both: that is refused."""
-    recipe = {"config": {"model_type": "gpt2"}, "tokenizer": "bpe", "task": "pretrain"}
-    assert Recipe(**recipe, method="pace:every=5").parsed.every == 5
-    for base in ("pace", "pullback:sgd"):
-        with pytest.raises(InputError, match="return_kappa"):
-            Recipe(**recipe, method=f"{base}:return_kappa=0.7")
+@pytest.mark.parametrize("base", ["pace:every=5", "pullback:sgd"])
+def test_a_pull_is_never_toward_the_slower_average(base):
+    """Also where one optimizer does both."""
+    model = torch.nn.Linear(2, 2)
+    method = parse_method(f"{base}:return_kappa=0.7:kappa=0.3:c=2", lr=0.1)
+    facts = {"decayed": set(), "weight_decay": 0.0, "warmup": 0, "steps": 9}
+    opt = make_optimizer(method, model, **facts)
+    group = opt.param_groups[0]
+    every = method.every or 1
+    assert averaging_of(group) == PowerEMA(0.3, every=every)
+    assert returns_of(group) == {"returned": PowerEMA(0.7)}
+    assert group["pullback"] == 2
 
 
 def test_lookahead_returns_its_slow_weights(tiny):

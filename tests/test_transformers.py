@@ -321,6 +321,24 @@ def test_live_and_returned_weights_are_evaluated_on_the_same_batches(kind, tmp_p
     assert evaluated[4:] == [pytest.approx(evaluated[3], abs=1e-5)]
 
 
+def test_further_averages_are_evaluated_by_name(tmp_path):
+    def several(params):
+        return PACE(
+            params, lr=0.01, pullback=0.5, returns={"slow": "ema:power=0.7", "mean": "uniform"}
+        )
+
+    trainer = prepare(tmp_path, several)
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    found = trainer.evaluate()
+    for name, key in (("slow", "eval_loss"), ("mean", "eval_mean_loss")):
+        with optimizer.averaged(name):
+            expected = loss_by_hand(weights(trainer.model))
+        assert found[key] == pytest.approx(expected, abs=1e-5)
+    assert abs(found["eval_loss"] - found["eval_mean_loss"]) > 1e-3
+    assert found.keys() & {"eval_slow_loss", "eval_average_loss"} == set()
+
+
 def spread(prediction):
     # the second under a name that is complete already
     return {"spread": prediction.predictions.std(), "eval_peak": prediction.predictions.max()}

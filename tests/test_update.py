@@ -34,6 +34,8 @@ RULES = {
         "ema_start": 20,
         "ema_every": 3,
     },
+    "scalar": {"pullback": 0.3, "gain": "scalar", "ema_power": 0.3},
+    "whole": {"pullback": 7.0, "gain": "scalar"},  # clipped: all the way to the average
     "watching": {"pullback": 0.0, "ema_power": 0.2},
 }
 

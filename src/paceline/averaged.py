@@ -9,17 +9,28 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from . import shards
+from . import fused, shards
 from .averaging import Averaging
-from .options import Group, decoded, describe, encoded
+from .options import (
+    AVERAGE,
+    Group,
+    averages_of,
+    decoded,
+    describe,
+    encoded,
+    further_state,
+    kept_by,
+    returns_of,
+)
 from .swap import swap_back, swap_in
 from .update import squared_norm
 
 
 class AveragedOptimizer(Optimizer):
-    """An optimizer that keeps, for each parameter, the model to return as `state[p]["average"]`.
+    """An optimizer that keeps, for each parameter, an average as `state[p]["average"]`.
 
-    Or as `"offset"`, which is the average minus the live weights. A subclass steps.
+    Or as `"offset"`, which is the average minus the live weights. Further averages, which there may
+    be to return, are `"return_<name>"`. A subclass steps.
     """
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -50,34 +61,59 @@ class AveragedOptimizer(Optimizer):
                 "first. Nothing was changed"
             )
 
-    def _averages(self) -> dict[Tensor, Tensor]:
-        """Parameter -> average or offset, for those that keep one and have stepped."""
-        kept = {
-            p: self.state[p].get("average", self.state[p].get("offset"))
-            for group in self.param_groups
-            if group.get("average", True) and not self._rehearsed
-            for p in group["params"]
-            if p in self.state
-        }
-        return {p: average for p, average in kept.items() if average is not None}
+    @property
+    def returns(self) -> tuple[str, ...]:
+        """Names of the averages: what `eval()` puts in, the others, and "average", the pull's."""
+        names = dict.fromkeys(name for group in self.param_groups for name in returns_of(group))
+        return (*names, AVERAGE)
+
+    def _returned(self, name: str | None) -> dict[Tensor, str]:
+        """Parameter -> the average of this name in its state, for those that keep one.
+
+        None: what its group returns. A parameter without that average returns its own.
+        """
+        if name is not None and name not in self.returns:
+            raise ValueError(f"name must be one of {', '.join(self.returns)}, got {name!r}")
+        found = {}
+        for group in self.param_groups:
+            if self._rehearsed or not group.get("average", True):
+                continue
+            wanted = f"return_{next(iter(returns_of(group)), '') if name is None else name}"
+            for p in group["params"]:
+                state = self.state.get(p, {})
+                there = [key for key in (wanted, AVERAGE, "offset") if key in state]
+                if there:  # it has stepped
+                    found[p] = there[0]
+        return found
 
     @torch.no_grad()
-    def eval(self) -> None:
-        """Put the average into the parameters; the live weights wait where the average was.
+    def eval(self, name: str | None = None) -> None:
+        """Put an average into the parameters; the live weights wait where the average was.
 
         In place, without a third copy (`paceline.swap`). Free if it is there already; parameters
         that keep no average or have not stepped stay as they are. Sharded parameters take no
         communication.
 
+        Args:
+            name: of the average, one of `returns`. Default: the first of them, the model to return.
+
         Raises:
+            ValueError: no average has this name.
             RuntimeError: the model's dtype was changed after the first step. Nothing has changed.
         """
+        averages = self._returned(name)
         if self.swapped:
-            return
-        averages = self._averages()
-        for p, average in averages.items():
+            if self._swapped() == averages:
+                return
+            self.train()
+        self._swap_in(averages)
+
+    @torch.no_grad()
+    def _swap_in(self, averages: dict[Tensor, str]) -> None:
+        for p, key in averages.items():
+            average = self.state[p][key]
             narrower = average.itemsize < p.itemsize
-            if narrower != ("offset" in self.state[p]) or average.dtype not in (
+            if narrower != (key == "offset") or average.dtype not in (
                 torch.bfloat16,
                 torch.promote_types(p.dtype, torch.float32),
             ):
@@ -86,11 +122,35 @@ class AveragedOptimizer(Optimizer):
                     f"with its {average.dtype} average; convert models before the first step"
                 )
         shards.drop_gathered_copies(averages)
-        swap_in((shards.local(p), shards.local(average)) for p, average in averages.items())
-        for group in self.param_groups:
+        swap_in(self._pairs(averages))
+        for group in self.param_groups:  # what is where: the dtype then, and which average
             group["swapped"] = encoded(
-                str(p.dtype) if p in averages else "" for p in group["params"]
+                f"{p.dtype}{_suffix(averages[p])}" if p in averages else "" for p in group["params"]
             )
+
+    def _pairs(self, averages: dict[Tensor, str]) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((shards.local(p), shards.local(self.state[p][k])) for p, k in averages.items())
+
+    def _swapped(self, *, checked: bool = False) -> dict[Tensor, str]:
+        """Parameter -> the average in its state that is in it now.
+
+        Raises:
+            RuntimeError: `checked`, and a parameter has another dtype than when it came in.
+        """
+        found = {}
+        for group in self.param_groups:
+            for p, word in zip(group["params"], decoded(group["swapped"]), strict=False):
+                dtype, _, name = word.partition("@")
+                if not dtype:
+                    continue
+                if checked and dtype != str(p.dtype):
+                    raise RuntimeError(
+                        f"an average was swapped into a parameter of {dtype}, which is {p.dtype} "
+                        "now; convert it back, then call train()"
+                    )
+                own = AVERAGE if AVERAGE in self.state[p] else "offset"
+                found[p] = f"return_{name}" if name else own
+        return found
 
     @torch.no_grad()
     def train(self) -> None:
@@ -102,36 +162,34 @@ class AveragedOptimizer(Optimizer):
         """
         if not self.swapped:
             return
-        exchanged = {}
-        for group in self.param_groups:
-            for p, dtype in zip(group["params"], decoded(group["swapped"]), strict=False):
-                if not dtype:
-                    continue
-                if dtype != str(p.dtype):
-                    raise RuntimeError(
-                        f"an average was swapped into a parameter of {dtype}, which is {p.dtype} "
-                        "now; convert it back, then call train()"
-                    )
-                average = self.state[p].get("average", self.state[p].get("offset"))
-                assert average is not None
-                exchanged[p] = average
+        exchanged = self._swapped(checked=True)
         shards.drop_gathered_copies(exchanged)
-        swap_back((shards.local(p), shards.local(average)) for p, average in exchanged.items())
+        swap_back(self._pairs(exchanged))
         for group in self.param_groups:
             group["swapped"] = ""
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Hold the average in the parameters inside a `with`; go back whatever happens there."""
-        restore = self.eval if self.swapped else self.train
-        self.eval()
+    def averaged(self, name: str | None = None) -> Iterator[None]:
+        """Hold an average in the parameters inside a `with`; go back whatever happens there.
+
+        Args:
+            name: as `eval` takes it.
+        """
+        before = self._swapped() if self.swapped else None
+        self.eval(name)
         try:
             yield
         finally:
-            restore()
+            if before is None:
+                self.train()
+            elif self._swapped() != before or not self.swapped:
+                self.train()
+                self._swap_in(before)
 
     @torch.no_grad()
-    def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+    def averaged_state_dict(
+        self, model: torch.nn.Module, name: str | None = None
+    ) -> dict[str, Any]:
         """The returned model's `state_dict()`: a snapshot that leaves the live weights alone.
 
         Averaged parameters have their average in the parameter's dtype; frozen parameters, those
@@ -144,12 +202,17 @@ class AveragedOptimizer(Optimizer):
 
         Args:
             model: the module whose parameters this optimizer steps, itself or wrapped.
+            name: of the average, as `eval` takes it.
 
         Raises:
-            ValueError: the optimizer keeps averages, but none for a parameter of this model, or one
-                of them does not show as itself in the model's `state_dict(keep_vars=True)`.
+            ValueError: no average has this name; or the optimizer keeps averages, but none for a
+                parameter of this model, or one of them does not show as itself in the model's
+                `state_dict(keep_vars=True)`.
         """
-        averages = self._averages()
+        averages = self._returned(name)
+        if self.swapped and self._swapped() != averages:
+            with self.averaged(name):
+                return self.averaged_state_dict(model, name)
         shards.drop_gathered_copies(averages)
         ours = [name for name, p in model.named_parameters() if p in averages]
         if averages and not ours:
@@ -159,18 +222,20 @@ class AveragedOptimizer(Optimizer):
             )
         returned = model.state_dict(keep_vars=True)
         snapshots: dict[Tensor, Tensor | None] = {}
-        for name, value in returned.items():
+        for key, value in returned.items():
             if isinstance(value, Tensor):
                 if value not in snapshots:
-                    source = value if self.swapped else averages.get(value, value)
+                    source = value
+                    if value in averages and not self.swapped:
+                        source = self.state[value][averages[value]]
                     if source.itemsize < value.itemsize:
                         source = value.detach() + source
                     snapshots[value] = shards.gathered(source.detach().to(value.dtype, copy=True))
-                returned[name] = snapshots[value]
-        for name in ours:
-            if model.get_parameter(name) not in snapshots:
+                returned[key] = snapshots[value]
+        for key in ours:
+            if model.get_parameter(key) not in snapshots:
                 raise ValueError(
-                    f"model must show its parameters in state_dict(), got another tensor for {name}"
+                    f"model must show its parameters in state_dict(), got another tensor for {key}"
                 )
         return {} if None in snapshots.values() else returned  # on another rank than 0
 
@@ -291,6 +356,59 @@ class AveragedOptimizer(Optimizer):
             if group.get("state_dtype") is not None:
                 group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
         return state
+
+
+def _suffix(average: str) -> str:
+    """How `swapped` says which average is in a parameter; nothing for its own."""
+    return f"@{average.removeprefix('return_')}" if average.startswith("return_") else ""
+
+
+def further_in(state: dict[str, Any]) -> set[str]:
+    """Names in a parameter's state of all averages but its own, and of what rules keep."""
+    return {key for key in state if key.startswith((f"{AVERAGE}_", "return_"))} - {"average_step"}
+
+
+def begin_(state: dict[str, Any], group: Group, weights: Tensor, dtype: torch.dtype) -> None:
+    """Have a parameter's state hold what its group's averages need beside its own, and no more.
+
+    Args:
+        state: of the parameter; changed.
+        group: its options.
+        weights: what averages begin from that are not there yet.
+        dtype: of them.
+    """
+    if further_in(state) == further_state(group):
+        return
+    for name, rule in averages_of(group).items():
+        if name not in state and name != AVERAGE:
+            state[name] = fused.empty_state(weights, dtype, weights.device).copy_(weights)
+        kept = kept_by(name, rule)
+        there = {key for key in further_in(state) if key.startswith(f"{name}_")}
+        if there != kept.keys():  # it has begun, or is another than before
+            begun = rule.begin(weights, dtype)
+            for key in there:
+                del state[key]
+            state |= {key: begun[own] for key, own in kept.items()}
+    for key in further_in(state) - further_state(group):
+        del state[key]
+
+
+def take_in_(rules: dict[str, Averaging], step: int, members: list[tuple[Tensor, Any]]) -> None:
+    """Have averages that are more than one tensor take in new weights.
+
+    Args:
+        rules: by name in the state.
+        step: t, from 1.
+        members: parameters, and their states.
+    """
+    for name, rule in rules.items():
+        if rule.keeps:
+            kept = [
+                {own: shards.local(state[key]) for key, own in kept_by(name, rule).items()}
+                for _, state in members
+            ]
+            averages = [shards.local(state[name]) for _, state in members]
+            rule.update_(step, [shards.local(p) for p, _ in members], averages, kept)
 
 
 def summarize(

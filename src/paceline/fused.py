@@ -112,6 +112,7 @@ def _cpu_step(slots: list[Slot], s: Scalars) -> int:
                 slot.param.numel(),
                 int(slot.key or 0),
                 slot.start,
+                *(x.data_ptr() for x in slot.returned),
             )
         )
     step = array(
@@ -131,6 +132,7 @@ def _cpu_step(slots: list[Slot], s: Scalars) -> int:
                 s.weight,
                 -1.0 if s.ascend else 1.0,
                 1.0 if s.hold else 0.0,
+                *s.weights,
             ),
         ),
     )
@@ -138,8 +140,9 @@ def _cpu_step(slots: list[Slot], s: Scalars) -> int:
         rows.buffer_info()[0],
         len(slots),
         step.buffer_info()[0],
+        len(s.weights),
         DTYPES[slots[0].param.dtype, slots[0].exp_avg.dtype],
-        0 if slots[0].average is None else 1 if not s.gain else 2,
+        0 if slots[0].average is None else 1 if not s.gain else 3 if s.scalar else 2,
         s.stochastic,
         torch.get_num_threads(),
         _openmp(),
@@ -217,7 +220,7 @@ def build() -> Callable[..., int]:
         except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
             raise BuildError(f"{compiler[0]}: {error}") from None
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    step.argtypes = [pointer, ctypes.c_int64, pointer, number, number, number, number, pointer]
+    step.argtypes = [pointer, ctypes.c_int64, pointer, *[number] * 5, pointer]
     step.restype = ctypes.c_int64
     return cast(Callable[..., int], step)
 
@@ -259,6 +262,7 @@ def compiled_step(slots: list[Slot], s: Scalars) -> list[int | Tensor]:
         shrink=tensor(s.shrink),
         weight=tensor(s.weight),
         gain=tensor(s.gain) if isinstance(s.gain, Tensor) or s.gain else 0.0,
+        weights=tuple(map(tensor, s.weights)),
     )
     small = [slot for slot in slots if slot.param.numel() < WORTH_A_LAUNCH]
     found = [update.step_(batch, s) for batch in update.in_batches(small)] if small else []
@@ -266,7 +270,8 @@ def compiled_step(slots: list[Slot], s: Scalars) -> list[int | Tensor]:
         if slot.param.numel() >= WORTH_A_LAUNCH:
             flat = [None if x is None else _flat(x) for x in slot[:5]]
             key = None if slot.key is None else torch.as_tensor(slot.key, dtype=torch.int32)
-            found.append(_compiled()([Slot._make([*flat, key, slot.start])], numbers))
+            returned = tuple(map(_flat, slot.returned))
+            found.append(_compiled()([Slot._make([*flat, key, slot.start, returned])], numbers))
     return [x["held"] for x in found if "held" in x]
 
 

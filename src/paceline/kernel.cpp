@@ -17,13 +17,14 @@ namespace {
 
 struct bfloat16 { uint16_t bits; };
 
-// One row for each tensor and one for the step, as fused.py lays them out.
+// One row for each tensor and one for the step, as fused.py lays them out. After each come the
+// further averages, as many as there are: of a tensor its addresses, of the step their weights.
 struct Row { int64_t param, grad, exp_avg, exp_avg_sq, average, size, key, start; };
 struct Step {
   double w1, beta2, w2, eps, unbias, step_size, shrink, gain, cap, weight, sign, guard;
 };
 
-enum Average { NONE, WATCH, PULL };
+enum Average { NONE, WATCH, PULL, PULL_ALIKE };  // the last with one gain for all coordinates
 
 template <class W, class T> inline W load(const T* x, int64_t i) { return W(x[i]); }
 template <> inline float load<float>(const bfloat16* x, int64_t i) {
@@ -91,8 +92,8 @@ void range(const Row& row, int64_t begin, int64_t end, const Step& step) {
     v = beta2 * v + w2 * g * g;
     const W inverse = 1 / (std::sqrt(v) * unbias + eps);
     W next = shrink * theta - step_size * m * inverse;
-    if constexpr (AVERAGE == PULL) {
-      W lambda = gain * inverse;
+    if constexpr (AVERAGE == PULL || AVERAGE == PULL_ALIKE) {
+      W lambda = AVERAGE == PULL ? gain * inverse : gain;
       lambda = cap < lambda ? cap : lambda;  // a NaN stays
       next += lambda * (offset ? kept : kept - theta);
     }
@@ -111,11 +112,20 @@ void range(const Row& row, int64_t begin, int64_t end, const Step& step) {
   }
 }
 
+// A further average of what a block has just stepped to, but for what stood still. The weights are
+// in the cache: this reads and writes the average and no other memory.
+template <class P, class W>
+void take_in(int64_t average, const P* __restrict params, int64_t from, int64_t to, W weight) {
+  W* __restrict averages = reinterpret_cast<W*>(average);
+  for (int64_t i = from; i < to; i++)
+    averages[i] += weight * (load<W>(params, i) - averages[i]);
+}
+
 // Steps a piece block by block. With a guard, coordinates whose gradient's square is not finite are
 // put back after the block's step: looked for in what the step is about to read, they cost no
 // memory traffic. Returns how many.
 template <class P, class S, Average AVERAGE, bool STOCHASTIC>
-int64_t piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
+int64_t piece(const Row& row, int64_t begin, int64_t end, const Step& step, int further) {
   using W = std::conditional_t<std::is_same_v<P, double>, double, float>;
   struct Held { int64_t at; P param; S exp_avg, exp_avg_sq, average; };
   constexpr int64_t BLOCK = 2048;
@@ -124,6 +134,8 @@ int64_t piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
   S* exp_avgs = reinterpret_cast<S*>(row.exp_avg);
   S* exp_avg_sqs = reinterpret_cast<S*>(row.exp_avg_sq);
   S* averages = reinterpret_cast<S*>(row.average);
+  const int64_t* returned = reinterpret_cast<const int64_t*>(&row + 1);
+  const double* weights = reinterpret_cast<const double*>(&step + 1);
   const W limit = std::sqrt(std::numeric_limits<W>::max());
   auto steps = [=](int64_t i) { return std::abs(load<W>(grads, i)) <= limit; };  // no NaN does
 
@@ -146,18 +158,27 @@ int64_t piece(const Row& row, int64_t begin, int64_t end, const Step& step) {
       exp_avg_sqs[x.at] = x.exp_avg_sq;
       if constexpr (AVERAGE != NONE) averages[x.at] = x.average;
     }
+    for (int j = 0; j < further; j++) {
+      if (weights[j] == 0) continue;
+      W* average = reinterpret_cast<W*>(returned[j]);
+      W kept[BLOCK];
+      for (int k = 0; k < count; k++) kept[k] = average[held[k].at];
+      take_in(returned[j], params, from, to, W(weights[j]));
+      for (int k = 0; k < count; k++) average[held[k].at] = kept[k];
+    }
     total += count;
   }
   return total;
 }
 
-using Piece = int64_t (*)(const Row&, int64_t, int64_t, const Step&);
+using Piece = int64_t (*)(const Row&, int64_t, int64_t, const Step&, int);
 
 template <class P, class S> Piece choose(Average average, bool stochastic) {
   constexpr bool can = std::is_same_v<P, bfloat16>;
   if (average == NONE) return stochastic ? piece<P, S, NONE, can> : piece<P, S, NONE, false>;
   if (average == WATCH) return stochastic ? piece<P, S, WATCH, can> : piece<P, S, WATCH, false>;
-  return stochastic ? piece<P, S, PULL, can> : piece<P, S, PULL, false>;
+  if (average == PULL) return stochastic ? piece<P, S, PULL, can> : piece<P, S, PULL, false>;
+  return stochastic ? piece<P, S, PULL_ALIKE, can> : piece<P, S, PULL_ALIKE, false>;
 }
 
 }  // namespace
@@ -169,8 +190,14 @@ using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 //
 // With torch's own threads where there is OpenMP: they spin for a while after torch's last
 // operation, and would hold up threads of ours.
-extern "C" int64_t paceline_step(const Row* rows, int64_t count, const Step* step, int dtypes,
-                                 int average, int stochastic, int threads, Parallel parallel) {
+extern "C" int64_t paceline_step(const void* table, int64_t count, const Step* step, int further,
+                                 int dtypes, int average, int stochastic, int threads,
+                                 Parallel parallel) {
+  const char* first_row = reinterpret_cast<const char*>(table);
+  const int64_t stride = int64_t(sizeof(Row)) + 8 * further;
+  auto row = [=](int64_t k) -> const Row& {
+    return *reinterpret_cast<const Row*>(first_row + k * stride);
+  };
   Piece run = nullptr;
   const Average kind = Average(average);
   if (dtypes == 0) run = choose<float, float>(kind, stochastic);
@@ -180,14 +207,14 @@ extern "C" int64_t paceline_step(const Row* rows, int64_t count, const Step* ste
   if (dtypes == 4) run = choose<double, double>(kind, stochastic);
 
   int64_t total = 0;
-  for (int64_t k = 0; k < count; k++) total += rows[k].size;
+  for (int64_t k = 0; k < count; k++) total += row(k).size;
   // Long pieces stream best; some eight for each thread balance; short ones do not pay a thread.
   int64_t length = total / (8 * threads);
   length = length < (1 << 15) ? 1 << 15 : length > (1 << 20) ? 1 << 20 : length;
   length &= ~int64_t(63);  // whole vectors: their ends may round otherwise, and ends would move
   std::vector<int64_t> first(count + 1, 0);
   for (int64_t k = 0; k < count; k++)
-    first[k + 1] = first[k] + (rows[k].size + length - 1) / length;
+    first[k + 1] = first[k] + (row(k).size + length - 1) / length;
   if (int64_t(threads) > 1 + total / length) threads = int(1 + total / length);
 
   // Takes pieces in turn, so that a thread that the machine slows down holds up nobody.
@@ -197,8 +224,8 @@ extern "C" int64_t paceline_step(const Row* rows, int64_t count, const Step* ste
     for (int64_t at; (at = next.fetch_add(1)) < first[count];) {
       while (at >= first[k + 1]) k++;
       const int64_t begin = (at - first[k]) * length;
-      const int64_t end = begin + length < rows[k].size ? begin + length : rows[k].size;
-      held += run(rows[k], begin, end, *step);
+      const int64_t end = begin + length < row(k).size ? begin + length : row(k).size;
+      held += run(row(k), begin, end, *step, further);
     }
   };
   if (threads > 1 && parallel) {

@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .options import Group, averaging_of, check_options, decoded, describe
+from .options import Group, check_options, decoded, describe, further_state
 from .shards import is_sharded
 
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 AVERAGES = {"average", "offset"}
+# What checkpoints did that lack these options.
+OLDER = {"averaging": None, "returns": None, "gain": "adam"}
 # What torch's AdamW has besides: how it steps, which says nothing about how we do.
 ADAMW_ONLY = {
     "amsgrad",
@@ -43,8 +45,8 @@ def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
         taken = theirs.keys() - (set() if own else ADAMW_ONLY)
         group = {**mine, "swapped": "", **{key: theirs[key] for key in taken}}
         group["swapped"] = group["swapped"] or ""  # None, in older checkpoints
-        if own and "averaging" not in theirs:  # an older one
-            group["averaging"] = None
+        if own:
+            group |= {key: OLDER[key] for key in OLDER.keys() - theirs.keys()}
         check_options(group)
         completed.append(group)
 
@@ -55,7 +57,7 @@ def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
         kept = [states[key] for key in group["params"] if states.get(key)]
         # None in all the group: they are yet to begin, as after a checkpoint of AdamW.
         averaged = group["average"] and any(AVERAGES & state.keys() for state in kept)
-        keeps = set(averaging_of(group).keeps)
+        keeps = further_state(group)
         for i, (key, dtype) in enumerate(zip(group["params"], swapped, strict=True)):
             state = states.get(key, {})
             unknown.discard(key)
@@ -101,6 +103,9 @@ def _check_state(
         raise ValueError(f"its state lacks {missing}, which its average is made of")
     if extra := sorted(map(str, state.keys() - MOMENTS - AVERAGES - keeps)):
         raise ValueError(f"its state has {extra}, which PACE does not keep")
+    name = swapped.partition("@")[2]
+    if name and f"return_{name}" not in state:
+        raise ValueError(f"the checkpoint had its average {name!r} swapped in, and lacks that")
     if len(averages) == 2 or ((averaged or swapped) and not averages):
         raise ValueError(f"its state must have 'average' or 'offset', got {sorted(averages)}")
     for name in sorted(state.keys() - {"step"}):

@@ -10,10 +10,21 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import fused, rounding, shards
-from .averaged import AveragedOptimizer, summarize
+from .averaged import AveragedOptimizer, begin_, summarize, take_in_
 from .averaging import Averaging
 from .loading import AVERAGES, MOMENTS, fitted
-from .options import DTYPES, EMA_OPTIONS, Group, averaging_of, check_options, describe, encoded
+from .options import (
+    DTYPES,
+    EMA_OPTIONS,
+    Group,
+    averages_of,
+    check_options,
+    describe,
+    encoded,
+    further_state,
+    require,
+    returns_of,
+)
 from .update import PLAIN, Scalars, Slot, in_batches, scalars, step_
 
 
@@ -40,10 +51,16 @@ class PACE(AveragedOptimizer):
             evaluate(model)
         torch.save(opt.averaged_state_dict(model), "model.pt")
 
+    The pull wants a fast average, the model to return a slow one: `return_power=0.7` keeps a second
+    average in the same pass over memory, and returns that. `returns={"slow": "ema:power=0.7",
+    "mean": "uniform"}` keeps several: `opt.averaged("mean")` and `opt.averaged_state_dict(model,
+    "mean")` ask for one by name; without a name it is the first.
+
     State for each parameter, created at its first step: `step` (0-dim float32), `exp_avg` (m),
     `exp_avg_sq` (v) and `average`, all of the parameter's shape and in float32 (float64 for a
     float64 parameter): 12 bytes a parameter, 8 with `average=False`. While the average is swapped
-    in, `average` keeps the live weights, for 16-bit parameters in packed form.
+    in, `average` keeps the live weights, for 16-bit parameters in packed form. Each further average
+    is `return_<name>`, 4 bytes a parameter (8 for a float64 one), whatever `state_dtype` says.
 
     With `state_dtype=torch.bfloat16` all three take 6 bytes a parameter, and float32 parameters
     have `offset`, the average minus the live weights, in place of `average`: who changes the
@@ -60,6 +77,8 @@ class PACE(AveragedOptimizer):
         pullback: strength c >= 0, in the unit of a gradient: its best value moves with the scale
             of the gradients (the paper: 0.15-0.25 fine-tuning 1-2B models, 0.03 a 135M one, 0.002
             to 0.003 pretraining GPT-2). Required, for no default has been earned yet.
+        gain: "adam" as above; or "scalar", λ_t = min(1, c) for all coordinates: c has no unit then,
+            and the pull amounts to the learning rate η·β_t/(β_t + c).
         ema_power: κ in [0, 1], how fast the averaging weight decays. Larger is a slower average.
         ema_beta: a constant averaging weight in (0, 1]; takes the place of the power where given.
         ema_rate: γ > 0, in steps⁻¹.
@@ -70,6 +89,11 @@ class PACE(AveragedOptimizer):
             or "ema:half_life=200", instead of what the five options before say. β_t is then what
             its `falloff` says. LAWA and BEMA keep more state than the average, take a second pass,
             also over guarded coordinates, and go with neither state_dtype nor capturable.
+        return_power: κ in [0, 1] of a second average, to be returned; nothing pulls toward it.
+            Short for returns=PowerEMA(return_power).
+        returns: averages to be returned, which nothing pulls toward: one, or a dict of them by
+            names of letters and digits, of which `eval()` puts in the first. Of LAWA and BEMA the
+            same is true as above, but that they go with `state_dtype`.
         clip: hold the gain to at most 1, so that the pull never goes past the average.
         average: keep an average. False, for which `pullback` must be 0, is plain AdamW.
         fused: step in one pass over memory (`paceline.fused`): True demands it, False does not use
@@ -117,12 +141,15 @@ class PACE(AveragedOptimizer):
         weight_decay: float = 0.01,
         *,
         pullback: float,
+        gain: str = "adam",
         ema_power: float | None = 0.5,
         ema_beta: float | None = None,
         ema_rate: float = 1.0,
         ema_start: int = 0,
         ema_every: int = 1,
         averaging: Averaging | str | None = None,
+        return_power: float | None = None,
+        returns: Averaging | str | dict[str, Averaging | str] | None = None,
         clip: bool = True,
         average: bool = True,
         fused: bool | None = None,
@@ -142,12 +169,14 @@ class PACE(AveragedOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "pullback": pullback,
+            "gain": gain,
             "ema_power": ema_power,
             "ema_beta": ema_beta,
             "ema_rate": ema_rate,
             "ema_start": ema_start,
             "ema_every": ema_every,
             "averaging": averaging,
+            "returns": returns,
             "clip": clip,
             "average": average,
             "fused": fused,
@@ -160,6 +189,9 @@ class PACE(AveragedOptimizer):
             "maximize": maximize,
             "track_stats": track_stats,
         }
+        if return_power is not None:
+            require({"returns": returns}, "returns", returns is None, "left out with return_power")
+            defaults["return_power"] = return_power
         check_options(defaults)
         super().__init__(params, defaults)
 
@@ -286,8 +318,8 @@ class PACE(AveragedOptimizer):
                     measured[-1] += [step_(x, numbers, measure=measure) for x in in_batches(slots)]
         held += [batch.pop("held") for group in measured for batch in group if "held" in batch]
         for group, plan in zip(self.param_groups, plans, strict=True):
-            if plan and group["average"] and averaging_of(group).keeps:
-                self._take_in(group, bool(skip) and group["nonfinite"] == "skip")
+            if plan and group["average"]:
+                self._take_in(group, skip if group["nonfinite"] == "skip" else False)
         self._count_faults(held, skip)
         self._stats = summarize(measured)
         return loss
@@ -311,6 +343,7 @@ class PACE(AveragedOptimizer):
             skip: a tensor that says on the device whether the step is skipped, or False.
         """
         foreach = group["foreach"]
+        returned = [f"return_{k}" for k, rule in returns_of(group).items() if not rule.keeps]
         rounds = group["state_dtype"] is not None or group["stochastic_round"]
         stepped: dict[tuple[Any, ...], list[tuple[int, Slot, Tensor]]] = defaultdict(list)
         for place, p in enumerate(group["params"], first):
@@ -325,6 +358,7 @@ class PACE(AveragedOptimizer):
                 shards.local(state["exp_avg_sq"]),
                 None if average is None else shards.local(average),
                 start=shards.first_element(p) if rounds else 0,
+                returned=tuple(shards.local(state[key]) for key in returned),
             )
             mine = slot.param
             together = type(mine) in PLAIN if foreach is None else foreach
@@ -347,19 +381,17 @@ class PACE(AveragedOptimizer):
                 yield slots, numbers
                 continue
             for i, slot in enumerate(slots):
-                own = (x[i] if isinstance(x, Tensor) and x.ndim else x for x in numbers)
-                yield [slot], Scalars._make(own)
+                own = Scalars._make(_of(x, i) for x in numbers)
+                yield [slot], own._replace(weights=tuple(_of(x, i) for x in numbers.weights))
 
-    def _take_in(self, group: Group, skipped: bool) -> None:
+    def _take_in(self, group: Group, skip: bool | Tensor) -> None:
         """Have averages that are more than one tensor take in the weights of this step."""
-        rule = averaging_of(group)
+        rules = {key: rule for key, rule in averages_of(group).items() if rule.keeps}
+        if not rules or skip:  # asked only where it is needed: a device would be waited for
+            return
         for p in group["params"]:
-            if p.grad is None or skipped:
-                continue
-            state = self.state[p]
-            average, *kept = (shards.local(state[key]) for key in ("average", *rule.keeps))
-            of_rule = dict(zip(rule.keeps, kept, strict=True))
-            rule.update_(int(state["step"]), [shards.local(p)], [average], [of_rule])
+            if p.grad is not None:
+                take_in_(rules, int(self.state[p]["step"]), [(p, self.state[p])])
 
     def _ready(self, param: Tensor, group: Group) -> dict[str, Any]:
         """The parameter's state: made at its first step, in the form that the options ask for."""
@@ -393,13 +425,8 @@ class PACE(AveragedOptimizer):
         elif "average" not in state or state["average"].dtype != dtype:
             source = state.get("average", param.detach())
             state["average"] = fused.empty_state(param, dtype, param.device).copy_(source)
-        rule = averaging_of(group)
-        kept = state.keys() - MOMENTS - AVERAGES
-        if kept != set(rule.keeps):  # it has begun, or is another than before
-            for key in kept:
-                del state[key]
-            state |= rule.begin(param, dtype)
-        for key in rule.keeps:  # the parameter may be wider than before
+        begin_(state, group, param.detach(), DTYPES.get(param.dtype, param.dtype))
+        for key in further_state(group):  # the parameter may be wider than before
             state[key] = state[key].to(torch.promote_types(state[key].dtype, param.dtype))
         return state
 
@@ -449,8 +476,9 @@ class PACE(AveragedOptimizer):
                         step = torch.as_tensor(value).reshape(())
                         self.state[p][key] = step.to(device, torch.float32, copy=True)
                     else:
-                        kept = value.dtype if key in averaging_of(group).keeps else None
-                        mine = fused.empty_state(p, kept or _state_dtype(p, group), p.device)
+                        own = key in MOMENTS | AVERAGES
+                        dtype = _state_dtype(p, group) if own else value.dtype
+                        mine = fused.empty_state(p, dtype, p.device)
                         self.state[p][key] = mine.copy_(value)
 
         # The first sees what the user's own hooks made of the state, the second runs before theirs.
@@ -473,6 +501,11 @@ class PACE(AveragedOptimizer):
                 "there at the next step",
                 stacklevel=2,
             )
+
+
+def _of(x: Any, i: int) -> Any:
+    """The i-th of a vector of scalars; what is none is every slot's."""
+    return x[i] if isinstance(x, Tensor) and x.ndim else x
 
 
 def _counts_on_device(param: Tensor, group: Group) -> bool:

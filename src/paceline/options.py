@@ -1,6 +1,7 @@
 """Options of parameter groups: what they may be, and how a parameter is named in a message."""
 
 import math
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
@@ -22,6 +23,8 @@ DTYPES = {
     torch.float32: torch.float32,
     torch.float64: torch.float64,
 }
+AVERAGE = "average"  # the name of the average that the pull goes toward
+NAMED = re.compile(r"[A-Za-z][A-Za-z0-9]*=")  # begins what `returns` is written as
 NONFINITE = ("guard", "skip", "raise", "ignore")
 # PACE's own names for the options of a power or constant EMA, where no other average is asked for.
 EMA_OPTIONS: dict[str, Any] = {
@@ -39,6 +42,62 @@ def averaging_of(group: Group) -> Averaging:
     if rule is not None:  # text, but for what was set between steps
         return rule if isinstance(rule, Averaging) else parse(rule)
     return _ema(*(group[name] for name in EMA_OPTIONS))
+
+
+def returns_of(group: Group) -> dict[str, Averaging]:
+    """The averages that a group keeps besides its own, by name; the first is what it returns."""
+    text = group.get("returns")
+    return _named(text) if text else {}
+
+
+def averages_of(group: Group) -> dict[str, Averaging]:
+    """All averages of a group, by the name that each has in the state of a parameter."""
+    return {AVERAGE: averaging_of(group)} | {f"return_{k}": x for k, x in returns_of(group).items()}
+
+
+def kept_by(average: str, rule: Averaging) -> dict[str, str]:
+    """What a rule keeps besides its average: names in the state -> its own names for them."""
+    return {average + name.removeprefix(AVERAGE): name for name in rule.keeps}
+
+
+def further_state(group: Group) -> set[str]:
+    """Names in the state of a parameter of all averages but its own, and of what rules keep."""
+    every = averages_of(group)
+    return (every.keys() - {AVERAGE}).union(*(kept_by(name, rule) for name, rule in every.items()))
+
+
+@lru_cache(maxsize=256)
+def _named(text: str) -> dict[str, Averaging]:
+    parts = (part.split("=", 1) for part in text.split(","))
+    return {name: parse(rule) for name, rule in parts}
+
+
+def _written(returns: Any) -> str | None:
+    """The option `returns` as text: `name=rule,name=rule`.
+
+    Raises:
+        ValueError: it names no averages.
+    """
+    if returns is None:
+        return None
+    if isinstance(returns, str) and NAMED.match(returns):  # as we write it ourselves
+        returns = dict(part.partition("=")[::2] for part in returns.split(","))
+    if isinstance(returns, (str, Averaging)):
+        returns = {"returned": returns}
+    kinds = isinstance(returns, dict) and all(
+        isinstance(rule, (str, Averaging)) for rule in returns.values()
+    )
+    if not kinds or not returns:
+        raise ValueError(
+            "returns must be an average of paceline.averaging, its text, or a dict of such by "
+            f"name, got {returns!r}"
+        )
+    for name in returns:
+        if not NAMED.fullmatch(f"{name}=") or name == AVERAGE:
+            raise ValueError(
+                f"returns must have names of letters and digits, not {AVERAGE!r}, got {name!r}"
+            )
+    return ",".join(f"{name}={parse(str(rule))}" for name, rule in returns.items())
 
 
 @lru_cache(maxsize=256)  # asked for at every step of every parameter, and checked when made
@@ -76,6 +135,8 @@ def check_pull(options: Group) -> None:
         text = isinstance(rule, (str, Averaging))
         require(options, "averaging", text, "an average of paceline.averaging, or its text")
         options["averaging"] = str(parse(str(rule)))
+    power = options.pop("return_power", None)  # of a group of its own
+    options["returns"] = _written(options["returns"] if power is None else PowerEMA(power))
     known = f"one of {', '.join(NONFINITE)}"
     require(options, "nonfinite", options["nonfinite"] in NONFINITE, known)
 
@@ -98,6 +159,7 @@ def check_options(options: Group) -> None:
     for name in ("eps", "weight_decay") + (() if isinstance(lr, Tensor) else ("lr",)):
         check(name, 0 <= number(options[name]) < math.inf, "a finite number >= 0")
         options[name] = float(options[name])
+    check("gain", options["gain"] in ("adam", "scalar"), "one of adam, scalar")
     betas = options["betas"]
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2
     check("betas", pair and all(0 <= number(b) < 1 for b in betas), "two numbers in [0, 1)")
@@ -142,12 +204,22 @@ def check_options(options: Group) -> None:
                 f"averaging={options['averaging']!r} needs {name} left out, got {options[name]!r}: "
                 "it keeps more tensors than the average, and reads its steps on the host"
             )
+    if options["capturable"] and (kept := [x for x in returns_of(options).values() if x.keeps]):
+        raise ValueError(
+            f"returns={options['returns']!r} needs capturable left out: {kept[0].name} reads its "
+            "steps on the host"
+        )
     seed = options["seed"]
     check("seed", isinstance(seed, int) and not isinstance(seed, bool), "a whole number")
     if not options["average"] and options["pullback"] != 0:
         raise ValueError(
             f"average=False needs pullback=0, got pullback={options['pullback']!r}: "
             "a pull needs an average to pull toward"
+        )
+    if not options["average"] and options["returns"]:
+        raise ValueError(
+            f"average=False needs returns left out, got {options['returns']!r}; for one average "
+            "give averaging instead"
         )
 
 

@@ -11,25 +11,29 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import shards
-from .averaged import AveragedOptimizer, summarize
+from .averaged import AveragedOptimizer, begin_, further_in, summarize, take_in_
 from .averaging import Averaging, PowerEMA
 from .loading import check_tensor
 from .options import (
+    AVERAGE,
     DTYPES,
     Group,
+    averages_of,
     averaging_of,
     check_pull,
     decoded,
     describe,
     encoded,
+    further_state,
     number,
     require,
+    returns_of,
 )
 from .update import PLAIN, Follower, follow_, in_batches
 
 GAINS = ("adam", "own", "scalar")
-# What this adds to the base's state of a parameter, besides what the averaging rule keeps.
-AVERAGE, STEP, OWN = "average", "average_step", "pullback_exp_avg_sq"
+# What this adds to the base's state of a parameter, besides the averages.
+STEP, OWN = "average_step", "pullback_exp_avg_sq"
 # State of bases whose `exp_avg_sq` is of gradients in another basis than the parameter's.
 ROTATED = {"Q", "GG", "projector", "ortho_matrix"}
 # Options that LR schedulers add to groups.
@@ -55,9 +59,10 @@ class Pullback(AveragedOptimizer):
     Step, save and load this one, not the base.
 
     State that it adds for each parameter: `average_step` (0-dim float32), `average` (float32, or
-    float64), what the rule keeps besides (`paceline.averaging`), and `pullback_exp_avg_sq` where it
-    keeps a second moment of its own. A pull holds a copy of the weights while the base steps, and
-    is a pass over memory that PACE's kernel does not need: docs/averages.md says what that costs.
+    float64), `return_<name>` for each of `returns`, what rules keep besides, and
+    `pullback_exp_avg_sq` where it keeps a second moment of its own. A pull holds a copy of the
+    weights while the base steps, and is a pass over memory that PACE's kernel does not need:
+    docs/averages.md says what that costs.
 
     Every option below but `base` can be set for each parameter group, in the base's groups.
 
@@ -68,6 +73,8 @@ class Pullback(AveragedOptimizer):
             "scalar" the gain itself.
         averaging: an average of `paceline.averaging`, or its text. Its steps go on from the base's
             own count, where it keeps one as `step`.
+        return_power: as in PACE, κ of a second average, to be returned.
+        returns: as in PACE, averages to be returned.
         gain: where v̂ comes from. "adam": from the base's `exp_avg_sq` (with amsgrad
             `max_exp_avg_sq`), with the group's betas[1] and eps, for each parameter for which the
             base keeps that in the parameter's own coordinates; for others as "own", which is a
@@ -98,6 +105,8 @@ class Pullback(AveragedOptimizer):
         pullback: float = 0.0,
         averaging: Averaging | str = PowerEMA(),  # noqa: B008  # it is frozen
         *,
+        return_power: float | None = None,
+        returns: Averaging | str | dict[str, Averaging | str] | None = None,
         gain: str = "adam",
         gain_beta2: float = 0.999,
         gain_eps: float = 1e-8,
@@ -108,6 +117,7 @@ class Pullback(AveragedOptimizer):
         ours = {
             "pullback": pullback,
             "averaging": averaging,
+            "returns": returns,
             "gain": gain,
             "gain_beta2": gain_beta2,
             "gain_eps": gain_eps,
@@ -115,6 +125,9 @@ class Pullback(AveragedOptimizer):
             "nonfinite": nonfinite,
             "track_stats": track_stats,
         }
+        if return_power is not None:
+            require({"returns": returns}, "returns", returns is None, "left out with return_power")
+            ours["return_power"] = return_power
         _check_options(ours)
         _check_base(base, ours)
         self.base, self._ours = base, ours
@@ -264,14 +277,14 @@ class Pullback(AveragedOptimizer):
         plan = []
         for group in self.param_groups:
             pulls = group["pullback"] != 0
-            keeps = set(averaging_of(group).keeps)
+            further = further_state(group)
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state.get(p, {})
                 # A base's count for all the group is not that of one that joins it now.
                 done = state.get(STEP, state.get("step", group.get("step", 0) if state else 0))
-                begins = AVERAGE not in state or _kept(state) != keeps
+                begins = AVERAGE not in state or further_in(state) != further
                 before = p.detach().clone() if pulls or begins else None
                 square = None
                 if pulls and not _has_second_moment(p, state, group):  # at a first step: yet
@@ -290,12 +303,8 @@ class Pullback(AveragedOptimizer):
             assert x.before is not None
             state[STEP] = torch.tensor(x.done, dtype=torch.float32)
             state[AVERAGE] = x.before.to(dtype, copy=True)
-        rule = averaging_of(x.group)
-        if (kept := _kept(state)) != set(rule.keeps):  # it has begun, or is another than before
-            assert x.before is not None
-            for name in kept:
-                del state[name]
-            state |= rule.begin(x.before, dtype)
+        if x.before is not None:
+            begin_(state, x.group, x.before, dtype)
         if x.square is None or _has_second_moment(x.param, state, x.group):
             state.pop(OWN, None)  # or it would be out of date when it is needed again
             return
@@ -319,29 +328,27 @@ class Pullback(AveragedOptimizer):
             alike[*place, int(state[STEP]), alone].append(x)
         measured: dict[int, list[Any]] = {id(group): [] for group in self.param_groups}
         for (which, *_, own, step, _), members in alike.items():
-            group, states = members[0].group, [self.state[x.param] for x in members]
-            rule = averaging_of(group)
-            numbers = _numbers(group, rule, step, own)
+            group = members[0].group
+            numbers = _numbers(group, averaging_of(group), step, own)
             measured[which] += [
                 follow_(batch, **numbers, measure=group["track_stats"])
                 for batch in in_batches([self._follower(x) for x in members])
             ]
-            if rule.keeps:
-                kept = [{name: shards.local(s[name]) for name in rule.keeps} for s in states]
-                averages = [shards.local(s[AVERAGE]) for s in states]
-                rule.update_(step, [shards.local(x.param) for x in members], averages, kept)
+            take_in_(averages_of(group), step, [(x.param, self.state[x.param]) for x in members])
         self._stats = summarize(list(measured.values()), own_step="base_norm")
 
     def _follower(self, x: "_Planned") -> Follower:
         state = self.state[x.param]
         param, average = shards.local(x.param), shards.local(state[AVERAGE])
+        simple = (name for name, rule in returns_of(x.group).items() if not rule.keeps)
+        returned = tuple(shards.local(state[f"return_{name}"]) for name in simple)
         if not x.group["pullback"]:
-            return Follower(param, average)
+            return Follower(param, average, returned=returned)
         assert x.before is not None
         v = None
         if x.group["gain"] != "scalar":
             v = shards.local(state[OWN] if OWN in state else _second_moment(state, x.group))
-        return Follower(param, average, shards.local(x.before), v)
+        return Follower(param, average, shards.local(x.before), v, returned)
 
     # ---- checkpoints --------------------------------------------------------------------------
 
@@ -369,7 +376,7 @@ class Pullback(AveragedOptimizer):
         for key, (p, group) in zip(keys, params, strict=True):
             source = saved["state"].get(key, {})
             # The base may have cast ours to the parameter's dtype: take it from the source again.
-            kept = averaging_of(group).keeps
+            kept = further_state(group)
             for name in {AVERAGE, OWN, *kept} & source.keys():
                 dtype = source[name].dtype if name in kept else DTYPES[p.dtype]
                 mine = torch.empty_like(p, dtype=dtype, requires_grad=False)
@@ -399,6 +406,8 @@ class Pullback(AveragedOptimizer):
         pairs = zip(saved["param_groups"], self.param_groups, strict=True)
         for g, (theirs, mine) in enumerate(pairs):
             group = {name: mine[name] for name in self._ours} | {"swapped": ""} | theirs
+            if "averaging" in theirs and "returns" not in theirs:  # an older one, that has none yet
+                group["returns"] = None
             lacks = sorted(self.base.defaults.keys() - theirs.keys())
             others = sorted(theirs.keys() - mine.keys() - SCHEDULED)
             if lacks and others:
@@ -453,7 +462,7 @@ def _check_state(
     state: dict[str, Any], param: Tensor, group: Group, pulled: bool, swapped: str
 ) -> None:
     """Raises: ValueError: what is wrong with that of a parameter's saved state which is ours."""
-    needed = {AVERAGE, STEP, *averaging_of(group).keeps}
+    needed = {AVERAGE, STEP, *further_state(group)}
     if pulled and group["pullback"] and not _has_second_moment(param, state, group):
         needed.add(OWN)
     if not swapped and not state.keys() & {AVERAGE, STEP, OWN}:
@@ -464,11 +473,6 @@ def _check_state(
         check_tensor(name, state[name], param)
     if torch.as_tensor(state[STEP]).numel() != 1:
         raise ValueError(f"its {STEP!r} must be one number")
-
-
-def _kept(state: dict[str, Any]) -> set[str]:
-    """Names of what an averaging rule keeps in a parameter's state."""
-    return {name for name in state if name.startswith(f"{AVERAGE}_")} - {STEP}
 
 
 def _copied(value: Any) -> Any:
@@ -556,4 +560,5 @@ def _numbers(group: Group, rule: Averaging, step: int, own: bool) -> dict[str, A
         "eps": eps,
         "clip": group["gain_clip"],
         "weight": rule.weight(step),
+        "weights": [x.weight(step) for x in returns_of(group).values() if not x.keeps],
     }

@@ -9,9 +9,10 @@ bias-corrected moments m̂ and v̂, pullback strength c and running average `ema
               + λ_t·(ema_{t-1} - θ_t)                         and the pull toward the average
     ema_t   = (1 - β_t)·ema_{t-1} + β_t·θ_{t+1}               at every `ema_every`-th step
 
-With a constant averaging weight the gain has no β_t in it. `step_` works on lists, so that one call
-serves one tensor or a whole model, and compiles. The one other writing of the rule is the CPU's
-one-pass kernel, kernel.cpp, which is held to the same reference.
+With a constant averaging weight the gain has no β_t in it. Further averages, which are there to be
+returned (`returns`), take in θ_{t+1} beside that one, and pull nothing. `step_` works on lists, so
+that one call serves one tensor or a whole model, and compiles. The one other writing of the rule is
+the CPU's one-pass kernel, kernel.cpp, which is held to the same reference.
 
 State narrower than its parameter keeps d = ema - θ, the *offset* of the average from the live
 weights, instead of the average: small beside the weights, it loses little to bfloat16's 8 bits
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from . import rounding
 from .averaging import lerp_
-from .options import averaging_of
+from .options import averaging_of, returns_of
 
 # Elements stepped together, which bounds the scratch; a CPU's share of them stays in its cache.
 TOGETHER = 2**24
@@ -49,12 +50,14 @@ class Scalars(NamedTuple):
     step_size: float | Tensor  # η / (1 - beta1^t): step_size·m = η·m̂
     shrink: float | Tensor  # 1 - η·wd
     gain: float | Tensor  # numerator of λ: η·c·β_t, or η·c with a constant weight; 0.0 = no pull
+    scalar: bool  # λ is `gain` itself, for all coordinates
     clip: bool  # gain at most 1
     weight: float | Tensor  # β_t; 0.0 = the average stays as it is at this step
     ascend: bool  # maximize instead of minimize
     stochastic: bool = False  # round bfloat16 parameters stochastically
     # True: hold each coordinate whose gradient is not finite; 0-dim bool tensor: hold all if true.
     hold: bool | Tensor = False
+    weights: tuple[float | Tensor, ...] = ()  # as `weight`, of each further average
 
 
 def scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
@@ -77,13 +80,20 @@ def scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
         root_bias2=(1.0 - beta2**step) ** 0.5,
         step_size=lr / (1.0 - beta1**step),
         shrink=1.0 - lr * group["weight_decay"],
-        gain=lr * group["pullback"] * rule.falloff(step) if group["pullback"] else 0.0,
+        gain=_gain(group, lr * rule.falloff(step)) if group["pullback"] else 0.0,
+        scalar=group["gain"] == "scalar",
         clip=group["clip"],
         weight=rule.weight(step),
         ascend=group["maximize"],
         stochastic=group["stochastic_round"],
         hold=group["nonfinite"] not in ("ignore", "raise", "skip"),  # a misspelt one guards, too
+        weights=tuple(rule.weight(step) for rule in returns_of(group).values() if not rule.keeps),
     )
+
+
+def _gain(group: dict[str, Any], falling: float | Tensor) -> float | Tensor:
+    strength: float = group["pullback"]
+    return strength if group["gain"] == "scalar" else falling * strength
 
 
 class Slot(NamedTuple):
@@ -96,11 +106,13 @@ class Slot(NamedTuple):
     average: Tensor | None  # ema, or the offset d where narrower than the parameter; updated
     key: int | Tensor | None = None  # seed of stochastic rounding (`rounding.keys`)
     start: int = 0  # place of the first element within its parameter, before shards and slices
+    returned: tuple[Tensor, ...] = ()  # further averages, in float32 or wider; updated
 
     def pieces(self, size: int) -> Iterator["Slot"]:
         """Itself, or if it has more than `size` elements, slices of about that size."""
-        for start, tensors in _slices(self[:5], size):
-            yield Slot(*tensors, self.key, self.start + start)  # type: ignore[arg-type, call-arg]
+        for start, tensors in _slices([*self[:5], *self.returned], size):
+            own, returned = tensors[:5], tuple(tensors[5:])
+            yield Slot(*own, self.key, self.start + start, returned)  # type: ignore[arg-type, call-arg]
 
 
 class Follower(NamedTuple):
@@ -110,11 +122,12 @@ class Follower(NamedTuple):
     average: Tensor  # in float32 or wider; updated
     before: Tensor | None = None  # θ_t, where there is a pull
     second_moment: Tensor | None = None  # v; None: one gain for all coordinates
+    returned: tuple[Tensor, ...] = ()  # further averages, in float32 or wider; updated
 
     def pieces(self, size: int) -> Iterator["Follower"]:
         """As those of a `Slot`."""
-        for _, tensors in _slices(self, size):
-            yield Follower(*tensors)  # type: ignore[arg-type]
+        for _, tensors in _slices([*self[:4], *self.returned], size):
+            yield Follower(*tensors[:4], tuple(tensors[4:]))  # type: ignore[arg-type, call-arg]
 
 
 def _slices(
@@ -195,7 +208,7 @@ def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, 
     if free:
         grads = [torch.where(ok, g, 0.0) for ok, g in zip(free, grads, strict=True)]
         for slot, ok in zip(slots, free, strict=True):
-            tensors = (slot.param, slot.exp_avg, slot.exp_avg_sq, slot.average)
+            tensors = (slot.param, slot.exp_avg, slot.exp_avg_sq, slot.average, *slot.returned)
             held += [(x, x.clone(), ok) for x in tensors if x is not None]
     m, v = wide([slot.exp_avg for slot in slots]), wide([slot.exp_avg_sq for slot in slots])
     averages = wide(kept)
@@ -220,7 +233,7 @@ def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, 
     torch._foreach_addcdiv_(theta, torch._foreach_mul(m, s.step_size), denom, -1.0)
     adamw = _minus(theta, before) if measure else []
 
-    gain = pull_(theta, pull, denom, s.gain, s.clip) if pulls else []
+    gain = pull_(theta, pull, None if s.scalar else denom, s.gain, s.clip) if pulls else []
 
     bits = [rounding.noise(x.param, x.key, x.start) for x in slots if x.key is not None]
 
@@ -247,6 +260,7 @@ def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, 
     if moves and not offset:
         lerp_(averages, wide(params), s.weight)
         store(kept, averages, rounding.AVERAGE)
+    take_in_(slots, s.weights)
     for x, old, ok in held:
         x.copy_(torch.where(ok, x, old))
     found: dict[str, Tensor] = {}
@@ -259,10 +273,18 @@ def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, 
     return found | measurements(before, adamw, after, pull, gain, offsets, s.clip)
 
 
+def take_in_(slots: Sequence[Slot | Follower], weights: Sequence[float | Tensor]) -> None:
+    """Have the further averages take in the weights as stored."""
+    for i, weight in enumerate(weights):
+        if isinstance(weight, Tensor) or weight:
+            averages = [slot.returned[i] for slot in slots]
+            lerp_(averages, [slot.param.to(averages[0].dtype) for slot in slots], weight)
+
+
 def pull_(
     theta: list[Tensor],
     pull: list[Tensor],
-    denom: list[Tensor],
+    denom: list[Tensor] | None,
     gain: float | Tensor,
     clip: bool,
 ) -> list[Tensor]:
@@ -271,13 +293,19 @@ def pull_(
     Args:
         theta: θ' after the optimizer's own step; updated.
         pull: average - θ_t; scaled by λ.
-        denom: sqrt(v̂) + ε; becomes λ.
+        denom: sqrt(v̂) + ε; becomes λ. None: λ is one number, the gain, at most 1 if clipped.
         gain: numerator of λ.
         clip: as `Scalars` has it.
 
     Returns:
         λ, in the memory of `denom`.
     """
+    if denom is None:
+        one = torch.as_tensor(gain, dtype=theta[0].dtype, device=theta[0].device)
+        one = one.clamp_max(1.0) if clip else one
+        for x, d in zip(theta, pull, strict=True):
+            x.add_(d.mul_(one))
+        return [one.expand_as(x) for x in theta]
     torch._foreach_reciprocal_(denom)
     torch._foreach_mul_(denom, gain)
     if clip:
@@ -295,6 +323,7 @@ def follow_(
     eps: float,
     clip: bool,
     weight: float | Tensor,
+    weights: Sequence[float | Tensor] = (),
     measure: bool = False,
 ) -> dict[str, Tensor]:
     """What PACE does beside AdamW's step, after another optimizer's: the pull, and the average.
@@ -310,6 +339,7 @@ def follow_(
         eps: ε.
         clip: gain at most 1.
         weight: of the new weights in the average.
+        weights: the same of each further average.
         measure: return what `measurements` documents.
 
     Returns:
@@ -326,9 +356,8 @@ def follow_(
         theta = wide(params)
         moved = _minus(theta, before) if measure else []
         pull = _minus(averages, before)
-        if slots[0].second_moment is None:
-            denom = [torch.ones_like(x) for x in pull]
-        else:
+        denom = None
+        if slots[0].second_moment is not None:
             denom = list(torch._foreach_sqrt(wide(slot.second_moment for slot in slots)))
             torch._foreach_div_(denom, root_bias2)
             torch._foreach_add_(denom, eps)
@@ -338,6 +367,7 @@ def follow_(
                 param.copy_(x)
     after = wide(params)
     lerp_(averages, after, weight)
+    take_in_(slots, weights)
     if not before or not measure:
         return {}
     return measurements(before, moved, after, pull, gains, _minus(averages, after), clip)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ class PaceTrainer(Trainer):
     whose `train()` takes it out again, as Schedule-Free's; with others it is a plain Trainer.
 
     - Evaluations measure both models on the same batches: `eval_loss` and all other metrics are of
-      the returned one, `eval_live_loss` and so on of the live weights. The best checkpoint and
-      early stopping go by the returned one.
+      the returned one, `eval_live_loss` and so on of the live weights, `eval_<name>_loss` of
+      further averages (`returns`). The best checkpoint and early stopping go by the returned one.
     - Every model folder that it saves, checkpoints too, holds the returned model, whatever the
       step; the live weights are in the checkpoint's optimizer state. A checkpoint has its name when
       it is whole. Resuming restores live weights and average bit for bit.
@@ -59,12 +60,12 @@ class PaceTrainer(Trainer):
             yield differs
 
     @contextmanager
-    def _holding(self, *, average: bool) -> Iterator[bool]:
+    def _holding(self, *names: str, average: bool) -> Iterator[bool]:
         optimizer = self._swapping()
         before = optimizer is not None and _swapped(optimizer)
         try:
             if optimizer is not None:
-                optimizer.eval() if average else optimizer.train()
+                optimizer.eval(*names) if average else optimizer.train()
             yield optimizer is not None and bool(optimizer.state)
         finally:
             if optimizer is not None:
@@ -83,9 +84,13 @@ class PaceTrainer(Trainer):
     def returned_models(self) -> dict[str, Callable[[], AbstractContextManager[bool]]]:
         """What is evaluated beside the live weights: a suffix for its metrics -> how to hold it.
 
-        Each context yields whether it holds anything else than the live weights.
+        Of several averages that PACE or Pullback `returns` the first has no suffix, and the others
+        have `_<name>`. Each context yields whether it holds anything else than the live weights.
         """
-        return {"": self.averaged}
+        models: dict[str, Callable[[], AbstractContextManager[bool]]] = {"": self.averaged}
+        for name in getattr(self._swapping(), "returns", ())[1:-1]:
+            models[f"_{name}"] = partial(self._holding, name, average=True)
+        return models
 
     def evaluation_loop(
         self,

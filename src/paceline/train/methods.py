@@ -243,7 +243,8 @@ def make_optimizer(
         {"params": [p for n, p in named.items() if n in decayed], "weight_decay": weight_decay},
         {"params": [p for n, p in named.items() if n not in decayed], "weight_decay": 0.0},
     ]
-    average, eps = method.averaging(steps), method.eps or 1e-8
+    eps, pulls = method.eps or 1e-8, method.name in ("pace", "pullback")
+    average = None if pulls else method.averaging(steps)
     if method.name == "pace" or average is not None:
         return PACE(
             groups,
@@ -252,6 +253,7 @@ def make_optimizer(
             eps=eps,
             pullback=method.c or 0.0,
             ema_every=method.every or 1 if average is None else 1,
+            return_power=method.return_kappa,
             state_dtype=torch.bfloat16 if method.state == "bf16" else None,
             stochastic_round=stochastic_round,
             **({"ema_power": method.kappa} if average is None else {"averaging": average}),
@@ -277,6 +279,7 @@ def make_optimizer(
         method.c,
         PowerEMA(method.kappa),
         gain=method.gain or "adam",
+        return_power=method.return_kappa,
     )
 
 

@@ -212,8 +212,6 @@ class Recipe(Options):
         for name in ("data", "eval_data"):
             if "" in (getattr(self, name) or ()) or getattr(self, name) == ():
                 raise InputError(f"{name}: give at least one name, and no empty ones")
-        if self.parsed.return_kappa is not None:
-            raise InputError("method: return_kappa is of comparisons, which read out two averages")
         if self.parsed.name == "pullback" and self.betas != (0.9, 0.999):
             raise InputError(f"betas: {self.method} has its own")
         return self

@@ -29,7 +29,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..files import whole
-from ..options import averaging_of
+from ..options import averages_of
 from . import InputError
 from .build import RunTrainer, build, processes
 from .callbacks import AtTheEnd, Lines, Progress, Stop
@@ -412,17 +412,19 @@ def average_facts(trainer: RunTrainer) -> dict[str, Any]:
     group = optimizer.param_groups[0]
     if "averaging" not in group:
         return {**facts, "rule": None, "optimizer": type(optimizer).__name__}
-    rule = averaging_of(group)
+    own, *further = averages_of(group).items()
+    key, rule = further[0] if further else own
     kept = [
         state for state in optimizer.state.values() if "step" in state or "average_step" in state
     ]
     updates = max((int(s.get("average_step", s.get("step", 0))) for s in kept), default=0)
     newest = float(rule.weight(updates)) if updates else 1.0
-    held = next((s.get("average", s.get("offset")) for s in kept), None)
+    held = next((s.get(key, s.get("offset")) for s in kept), None)
     return {
         **facts,
         "optimizer": type(optimizer).__name__,
         "pullback": group["pullback"],
+        "pulled_toward": str(own[1]),
         "rule": str(rule),
         "kappa": getattr(rule, "power", None),
         "weight_of_newest": newest,
