@@ -45,6 +45,7 @@ def test_measures_every_optimizer(monkeypatch, tmp_path, capsys, kernel):
 def test_measures_others_by_name(monkeypatch, tmp_path, kernel):
     monkeypatch.setattr(bench, "shapes", lambda model: [(64, 33), (10,), (2, 3, 4)])
     names = ["Pullback(AdamW fused), c = 0", "Pullback(AdamW fused)", "PACE fused, BEMA"]
+    names.append("PACE fused, returned apart")
     out = tmp_path / "results.json"
     options = ["--models", "gpt2", "--rounds", "3", "--out", str(out)]
     assert main(["bench", *options, "--only", *names]) == 0
@@ -52,7 +53,7 @@ def test_measures_others_by_name(monkeypatch, tmp_path, kernel):
     state = [rows[name]["state_bytes_per_parameter"] for name in names]
     count = 4 * 3 / (64 * 33 + 10 + 24)
     # AdamW's count and the average's; and EMA, start and average of BEMA besides m and v
-    assert state == pytest.approx([12 + 2 * count, 12 + 2 * count, 20 + count])
+    assert state == pytest.approx([12 + 2 * count, 12 + 2 * count, 20 + count, 16 + count])
     assert set(rows) == {"AdamW fused", *names}
 
 

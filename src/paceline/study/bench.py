@@ -47,7 +47,7 @@ class Bench(Options):
     models: tuple[Model, ...] = ("gpt2", "small", "training")
     """Models to measure on."""
     only: tuple[str, ...] = ()
-    """Optimizers to measure besides fused AdamW, by name. Default: all but Pullback and BEMA."""
+    """Optimizers to measure besides fused AdamW, by name. Default: all but Pullback, BEMA and returned apart."""
     rounds: int = Field(default=15, ge=3)
     """Steps of each optimizer that are timed, >= 3, after two that are not."""
     threads: int | None = Field(default=None, ge=1)
@@ -186,6 +186,7 @@ def _contenders() -> list[Contender]:
         Contender("Pullback(AdamW fused), c = 0", _around_adamw(0.0), 40, True),
         Contender("Pullback(AdamW fused)", _around_adamw(0.1), 60, True),
         Contender("PACE fused", _pace(fused=True), 36),
+        Contender("PACE fused, returned apart", _pace(fused=True, return_power=0.7), 44, True),
         Contender("PACE fused, BEMA", _pace(fused=True, averaging="bema"), 60, True),
         Contender("PACE fused bf16 state", _pace(fused=True, state_dtype=bf16), 24),
     ]
