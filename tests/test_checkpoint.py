@@ -25,6 +25,8 @@ from paceline import PACE, load_checkpoint, save_checkpoint
 from paceline.averaging import parse
 from paceline.testing import SCHEDULERS
 
+RETURNS = {"slow": "ema:power=0.7", "mean": "uniform"}
+
 # ---- killed at any moment --------------------------------------------------------------------
 
 
@@ -166,11 +168,14 @@ def test_another_rule_in_mid_run_begins_anew_and_is_saved():
 
 def test_a_checkpoint_from_before_there_were_rules_keeps_its_ema():
     saved = broken("nothing")
-    del saved["param_groups"][0]["averaging"]
+    for later in ("averaging", "returns", "gain"):
+        del saved["param_groups"][0][later]
     model, generator = problem()
-    opt = named(model, averaging="lawa:window=2")
+    opt = named(model, averaging="lawa:window=2", returns="uniform", gain="scalar")
     opt.load_state_dict(saved)
     assert opt.param_groups[0]["averaging"] is None
+    assert opt.param_groups[0]["gain"] == "adam"
+    assert opt.returns == ("average",)
     assert opt.param_groups[0]["ema_power"] == 0.5
     advance(model, opt, generator, 1)
     assert len(opt.state[model[0].weight]) == 4
@@ -213,16 +218,25 @@ def test_loading_sees_what_the_users_hooks_made_of_it():
     assert seen == [torch.float32]
 
 
-def test_pickling_and_deepcopy():
+@pytest.mark.parametrize("returns", [None, RETURNS])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_pickling_and_deepcopy(swapped, returns):
     model, generator = problem()
-    opt = PACE(model.parameters(), lr=0.05, pullback=0.3, track_stats=True)
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3, returns=returns, track_stats=True)
     advance(model, opt, generator, 3)
+    live = snapshot(model, opt)
+    if swapped:
+        opt.eval(opt.returns[:2][-1])
     copies = [copy.deepcopy((model, opt)), pickle.loads(pickle.dumps((model, opt)))]
     at, before = generator.get_state(), snapshot(model, opt)
+    opt.train()
     advance(model, opt, generator, 2)
     for other_model, other in copies:
         assert_same(snapshot(other_model, other), before)
         assert "gain_mean" not in other.stats()
+        assert other.swapped == swapped
+        other.train()
+        assert_same(snapshot(other_model, other), live)
         again = torch.Generator()
         again.set_state(at)
         advance(other_model, other, again, 2)
@@ -259,6 +273,7 @@ FORMS = [
     {"state_dtype": torch.bfloat16, "stochastic_round": True},
     {"averaging": "lawa:window=2"},
     {"averaging": "bema"},
+    {"returns": {**RETURNS, "window": "lawa:window=2"}},
 ]
 WAYS = [
     {"full_state_dict": True},
@@ -276,8 +291,9 @@ def test_distributed_checkpoints_of_each_form_resume(way, form, swapped):
     model, generator = problem()
     opt = PACE(model.parameters(), lr=0.05, pullback=0.3, **form)
     advance(model, opt, generator, 3)
+    live = snapshot(model, opt)
     if swapped:
-        opt.eval()
+        opt.eval(opt.returns[:2][-1])  # of several not the one that needs no name
     states = copy.deepcopy(get_state_dict(model, opt, options=options))
     other, stream = problem(seed=1)
     resumed = PACE(other.parameters(), lr=0.05, pullback=0.3, **form)
@@ -293,6 +309,7 @@ def test_distributed_checkpoints_of_each_form_resume(way, form, swapped):
     stream.set_state(generator.get_state())
     for net, optimizer, data in ((model, opt, generator), (other, resumed, stream)):
         optimizer.train()
+        assert_same(snapshot(net, optimizer), live)
         advance(net, optimizer, data, 2)
     assert_same(snapshot(other, resumed), snapshot(model, opt))
 
@@ -447,13 +464,14 @@ def test_a_checkpoint_of_adamw_is_a_start(options):
 # ---- save_checkpoint -------------------------------------------------------------------------
 
 
-def test_a_file_holds_live_weights_whatever_the_moment(tmp_path):
+@pytest.mark.parametrize("returns", [None, RETURNS])
+def test_a_file_holds_live_weights_whatever_the_moment(returns, tmp_path):
     model, generator = problem(torch.bfloat16)
-    opt = PACE(model.parameters(), lr=0.05, pullback=0.3)
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3, returns=returns)
     advance(model, opt, generator, 5)
     live = snapshot(model, opt)
     save_checkpoint(tmp_path / "live.pt", model, opt, step=5)
-    opt.eval()
+    opt.eval(opt.returns[:2][-1])  # which is still in the model after the save
     swapped = snapshot(model, opt)
     save_checkpoint(tmp_path / "averaged.pt", model, opt, step=5)
     assert opt.swapped

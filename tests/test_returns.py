@@ -135,6 +135,68 @@ def test_skipped_steps_take_nothing_in(kind):
         assert torch.equal(opt.state[p][key], value), key
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_parameter_that_joins_late_begins_then(kind, capturable):
+    """Each by its own count of steps, also where that is on a device and steps come as one."""
+    if capturable and kind == "pullback":
+        pytest.skip("it has no such option")
+    torch.manual_seed(0)
+    early, late = Parameter(torch.randn(5)), Parameter(torch.randn(5))
+    start = late.detach().clone()
+    options = {"capturable": True} if capturable else {}
+    opt = make(kind, [early, late], returns=SIMPLE, **options)
+    walk(opt, [early], 0, 2)
+    assert late not in opt.state
+    expected = {name: start.clone() for name in SIMPLE}
+    for t in range(1, 6):
+        walk(opt, [early, late], 1 + t, 2 + t)
+        for name, rule in SIMPLE.items():
+            expected[name].lerp_(late.detach(), rule.weight(t))
+            torch.testing.assert_close(opt.state[late][f"return_{name}"], expected[name])
+
+
+@pytest.mark.parametrize("path", ["kernel", "together"])
+def test_a_model_may_change_its_dtype_between_steps(path):
+    """Averages go along, for steps and swaps, whether it gets wider or narrower."""
+    if path == "kernel" and not available():
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(0)
+    p = Parameter(torch.randn(4000))
+    opt = PACE([p], lr=0.05, pullback=3.0, returns={**SIMPLE, "two": LAWA(2)}, **PATHS[path])
+    expected = {name: p.detach().double().clone() for name in SIMPLE}
+    last = []
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float32, torch.bfloat16]
+    for t, dtype in enumerate(dtypes, 1):
+        p.data, p.grad = p.data.to(dtype), None
+        walk(opt, [p], t, t + 1)
+        last = [*last[-1:], p.detach().double()]
+        for name, rule in SIMPLE.items():
+            expected[name].lerp_(p.detach().double(), rule.weight(t))
+        live = p.detach().clone()
+        for name in opt.returns:
+            with opt.averaged(name):
+                pass
+        assert torch.equal(p, live)
+        for name, average in {**expected, "two": sum(last) / len(last)}.items():
+            found = opt.state[p][f"return_{name}"]
+            assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            torch.testing.assert_close(found.double(), average, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rate_that_is_a_tensor(kind):
+    torch.manual_seed(0)
+    start, ends = torch.randn(5), []
+    for rate in (0.05, torch.tensor(0.05)):
+        p = Parameter(start.clone())
+        opt = make(kind, [p], returns=ALL)
+        opt.param_groups[0]["lr"] = rate
+        walk(opt, [p], 0, 6)
+        ends.append({name: opt.state[p][f"return_{name}"] for name in ALL})
+    torch.testing.assert_close(*ends)
+
+
 # ---- in and out ----------------------------------------------------------------------------------
 
 
@@ -211,14 +273,16 @@ def test_beside_state_in_bfloat16():
     assert equal(held(model), live)
 
 
-def test_groups_return_their_own():
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_return_their_own(kind):
     a, b, c = (Parameter(torch.ones(3)) for _ in range(3))
     groups = [
         {"params": [a], "return_power": 0.9},
         {"params": [b], "returns": {"mean": "uniform", "slow": "ema:power=0.8"}},
         {"params": [c]},
     ]
-    opt = PACE(groups, lr=0.1, pullback=0.0)
+    opt = make(kind, groups, pullback=0.0)
+    assert all("return_power" not in group for group in opt.param_groups)  # it has become returns
     assert [group["returns"] for group in opt.param_groups] == [
         *("returned=ema:power=0.9", "mean=uniform,slow=ema:power=0.8", None),
     ]
@@ -331,8 +395,58 @@ def test_a_checkpoint_that_lacks_one_is_refused(kind, key):
         opt.load_state_dict(saved)
 
 
-def test_checkpoints_swapped_to_what_is_not_there_are_refused():
-    _, opt = trained(returns=None)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("before", "now"), [(torch.float32, torch.float64), (torch.float64, torch.float32)]
+)
+def test_a_checkpoint_of_another_dtype_swaps_and_steps(kind, before, now):
+    model, opt = trained(kind, before)
+    other, resumed = trained(kind, now)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(opt.state_dict())
+    live = held(other)
+    for name in resumed.returns:
+        with resumed.averaged(name):
+            theirs = opt.averaged_state_dict(model, name).values()
+            for p, average in zip(other.parameters(), theirs, strict=True):
+                torch.testing.assert_close(p.detach(), average.to(now))
+    assert equal(held(other), live)
+    for o, m in ((opt, model), (resumed, other)):
+        walk(o, list(m.parameters()), 6, 7)
+    for name in resumed.returns:
+        mine = resumed.averaged_state_dict(other, name)
+        for key, average in opt.averaged_state_dict(model, name).items():
+            # other gradients, for they are drawn in float32 and LAWA's snapshots are exact
+            torch.testing.assert_close(mine[key], average.to(now), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("given", [PowerEMA(0.7), "ema:power=0.7", {"returned": "ema:power=0.7"}])
+def test_they_may_be_set_in_any_form_and_are_saved_as_text(kind, given):
+    model, opt = trained(kind)
+    for group in opt.param_groups:
+        group["returns"] = given
+    walk(opt, list(model.parameters()), 6, 7)
+    assert opt.returns == ("returned", "average")
+    saved = opt.state_dict()
+    assert saved["param_groups"][0]["returns"] == "returned=ema:power=0.7"
+    opt.load_state_dict(saved)
+    assert opt.returns == ("returned", "average")
+
+
+def test_a_group_whose_average_is_turned_off_goes_on_without():
+    model, opt = trained(pullback=0.0)
+    opt.add_param_group({"params": [late := Parameter(torch.ones(2))]})
+    for group in opt.param_groups:
+        group["average"] = False
+    walk(opt, [*model.parameters(), late], 6, 8)
+    assert opt.returns == ("average",)
+    assert opt.state[late].keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoints_swapped_to_what_is_not_there_are_refused(kind):
+    _, opt = trained(kind, returns=None)
     opt.eval()
     saved = opt.state_dict()
     for group in saved["param_groups"]:
@@ -362,6 +476,19 @@ BAD = [
 def test_bad_options(kind, options, says):
     with pytest.raises(ValueError, match=says):
         make(kind, [Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_says_it_one_way(kind):
+    group = {"params": [Parameter(torch.ones(2))], "return_power": 0.5, "returns": "uniform"}
+    with pytest.raises(ValueError, match="returns must be left out with return_power"):
+        make(kind, [group])
+    opt = make(kind, [Parameter(torch.ones(2))], returns="uniform")
+    opt.add_param_group({"params": [Parameter(torch.ones(2))], "return_power": 0.5})
+    assert opt.param_groups[1]["returns"] == "returned=ema:power=0.5"
+    with pytest.raises(ValueError, match="returns must be left out with return_power"):
+        opt.add_param_group({**group, "params": [Parameter(torch.ones(2))]})
+    assert len(opt.param_groups) == 2
 
 
 def test_what_they_do_not_go_with():

@@ -337,6 +337,10 @@ def test_further_averages_are_evaluated_by_name(tmp_path):
         assert found[key] == pytest.approx(expected, abs=1e-5)
     assert abs(found["eval_loss"] - found["eval_mean_loss"]) > 1e-3
     assert found.keys() & {"eval_slow_loss", "eval_average_loss"} == set()
+    with optimizer.averaged("mean"):
+        before = weights(trainer.model)
+        trainer.evaluate()  # leaves in the model what it found there
+        assert loss_by_hand(weights(trainer.model)) == loss_by_hand(before)
 
 
 def spread(prediction):

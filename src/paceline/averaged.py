@@ -13,7 +13,9 @@ from . import fused, shards
 from .averaging import Averaging
 from .options import (
     AVERAGE,
+    DTYPES,
     Group,
+    as_text,
     averages_of,
     decoded,
     describe,
@@ -175,8 +177,17 @@ class AveragedOptimizer(Optimizer):
         Args:
             name: as `eval` takes it.
         """
+        with self.restoring():
+            self.eval(name)
+            yield
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """At the end of a `with`, have in the parameters what is there now: which average, or none.
+
+        Whatever happens inside.
+        """
         before = self._swapped() if self.swapped else None
-        self.eval(name)
         try:
             yield
         finally:
@@ -353,6 +364,7 @@ class AveragedOptimizer(Optimizer):
             group |= {key: float(x) for key, x in group.items() if isinstance(x, float)}
             if isinstance(group["averaging"], Averaging):
                 group["averaging"] = str(group["averaging"])
+            group["returns"] = as_text(group.get("returns"))
             if group.get("state_dtype") is not None:
                 group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
         return state
@@ -366,6 +378,16 @@ def _suffix(average: str) -> str:
 def further_in(state: dict[str, Any]) -> set[str]:
     """Names in a parameter's state of all averages but its own, and of what rules keep."""
     return {key for key in state if key.startswith((f"{AVERAGE}_", "return_"))} - {"average_step"}
+
+
+def further_dtype(name: str, now: torch.dtype, param: Tensor, group: Group) -> torch.dtype:
+    """What `name` of `further_state`, in dtype `now`, is to be in beside a parameter.
+
+    An average goes with the parameter, for steps and swaps. What rules keep only gets wider.
+    """
+    if name in averages_of(group):
+        return DTYPES.get(param.dtype, param.dtype)
+    return torch.promote_types(now, param.dtype)
 
 
 def begin_(state: dict[str, Any], group: Group, weights: Tensor, dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .averaged import AveragedOptimizer
 from .files import whole
 from .shards import is_sharded
 
@@ -110,6 +111,11 @@ def load_checkpoint(
 def _live_weights(optimizer: Any) -> Iterator[None]:
     if not getattr(optimizer, "swapped", False):
         yield
+        return
+    if isinstance(optimizer, AveragedOptimizer):  # of several averages the one that is there
+        with optimizer.restoring():
+            optimizer.train()
+            yield
         return
     optimizer.train()
     try:

@@ -100,7 +100,7 @@ def _check_state(
             "of PACE and of torch.optim.AdamW"
         )
     if averages and (missing := sorted(keeps - state.keys())):
-        raise ValueError(f"its state lacks {missing}, which its average is made of")
+        raise ValueError(f"its state lacks {missing}, which its averages are made of")
     if extra := sorted(map(str, state.keys() - MOMENTS - AVERAGES - keeps)):
         raise ValueError(f"its state has {extra}, which PACE does not keep")
     name = swapped.partition("@")[2]

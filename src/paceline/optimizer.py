@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import fused, rounding, shards
-from .averaged import AveragedOptimizer, begin_, summarize, take_in_
+from .averaged import AveragedOptimizer, begin_, further_dtype, summarize, take_in_
 from .averaging import Averaging
 from .loading import AVERAGES, MOMENTS, fitted
 from .options import (
@@ -22,7 +22,7 @@ from .options import (
     describe,
     encoded,
     further_state,
-    require,
+    require_one_return,
     returns_of,
 )
 from .update import PLAIN, Scalars, Slot, in_batches, scalars, step_
@@ -190,8 +190,8 @@ class PACE(AveragedOptimizer):
             "track_stats": track_stats,
         }
         if return_power is not None:
-            require({"returns": returns}, "returns", returns is None, "left out with return_power")
             defaults["return_power"] = return_power
+        require_one_return(defaults)
         check_options(defaults)
         super().__init__(params, defaults)
 
@@ -204,6 +204,7 @@ class PACE(AveragedOptimizer):
             RuntimeError: `fused=True`, and the kernel cannot be built here.
         """
         if isinstance(param_group, dict):  # a group's own average is not mixed with the default
+            require_one_return(param_group)
             if param_group.get("averaging") is not None:
                 param_group |= EMA_OPTIONS | param_group
             elif EMA_OPTIONS.keys() & param_group.keys():
@@ -426,8 +427,8 @@ class PACE(AveragedOptimizer):
             source = state.get("average", param.detach())
             state["average"] = fused.empty_state(param, dtype, param.device).copy_(source)
         begin_(state, group, param.detach(), DTYPES.get(param.dtype, param.dtype))
-        for key in further_state(group):  # the parameter may be wider than before
-            state[key] = state[key].to(torch.promote_types(state[key].dtype, param.dtype))
+        for key in further_state(group):  # the parameter may be of another dtype than before
+            state[key] = state[key].to(further_dtype(key, state[key].dtype, param, group))
         return state
 
     def _check_gradients(self) -> None:
@@ -476,8 +477,9 @@ class PACE(AveragedOptimizer):
                         step = torch.as_tensor(value).reshape(())
                         self.state[p][key] = step.to(device, torch.float32, copy=True)
                     else:
-                        own = key in MOMENTS | AVERAGES
-                        dtype = _state_dtype(p, group) if own else value.dtype
+                        dtype = _state_dtype(p, group)
+                        if key not in MOMENTS | AVERAGES:
+                            dtype = further_dtype(key, value.dtype, p, group)
                         mine = fused.empty_state(p, dtype, p.device)
                         self.state[p][key] = mine.copy_(value)
 

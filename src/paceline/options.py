@@ -46,7 +46,9 @@ def averaging_of(group: Group) -> Averaging:
 
 def returns_of(group: Group) -> dict[str, Averaging]:
     """The averages that a group keeps besides its own, by name; the first is what it returns."""
-    text = group.get("returns")
+    given = group.get("returns") if group.get("average", True) else None
+    written = isinstance(given, str) and NAMED.match(given)  # but for what was set between steps
+    text = given if written else as_text(given)
     return _named(text) if text else {}
 
 
@@ -72,7 +74,7 @@ def _named(text: str) -> dict[str, Averaging]:
     return {name: parse(rule) for name, rule in parts}
 
 
-def _written(returns: Any) -> str | None:
+def as_text(returns: Any) -> str | None:
     """The option `returns` as text: `name=rule,name=rule`.
 
     Raises:
@@ -113,6 +115,12 @@ def require(options: Group, name: str, ok: bool, range_: str) -> None:
         raise ValueError(f"{name} must be {range_}, got {options[name]!r}")
 
 
+def require_one_return(options: Group) -> None:
+    """Raises: ValueError: what is to be returned is given in two ways."""
+    twice = options.get("return_power") is not None and options.get("returns") is not None
+    require(options, "returns", not twice, "left out with return_power")
+
+
 def number(value: object) -> float:
     """The value as a float, or NaN, which no range contains, for what is no real number."""
     if isinstance(value, Real) and not isinstance(value, bool):
@@ -135,8 +143,8 @@ def check_pull(options: Group) -> None:
         text = isinstance(rule, (str, Averaging))
         require(options, "averaging", text, "an average of paceline.averaging, or its text")
         options["averaging"] = str(parse(str(rule)))
-    power = options.pop("return_power", None)  # of a group of its own
-    options["returns"] = _written(options["returns"] if power is None else PowerEMA(power))
+    power = options.pop("return_power", None)  # of a group, or of the defaults
+    options["returns"] = as_text(options["returns"] if power is None else PowerEMA(power))
     known = f"one of {', '.join(NONFINITE)}"
     require(options, "nonfinite", options["nonfinite"] in NONFINITE, known)
 

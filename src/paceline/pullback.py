@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import shards
-from .averaged import AveragedOptimizer, begin_, further_in, summarize, take_in_
+from .averaged import AveragedOptimizer, begin_, further_dtype, further_in, summarize, take_in_
 from .averaging import Averaging, PowerEMA
 from .loading import check_tensor
 from .options import (
@@ -27,6 +27,7 @@ from .options import (
     further_state,
     number,
     require,
+    require_one_return,
     returns_of,
 )
 from .update import PLAIN, Follower, follow_, in_batches
@@ -126,8 +127,8 @@ class Pullback(AveragedOptimizer):
             "track_stats": track_stats,
         }
         if return_power is not None:
-            require({"returns": returns}, "returns", returns is None, "left out with return_power")
             ours["return_power"] = return_power
+        require_one_return(ours)
         _check_options(ours)
         _check_base(base, ours)
         self.base, self._ours = base, ours
@@ -139,6 +140,7 @@ class Pullback(AveragedOptimizer):
                 f"{type(base).__name__} with state; make it anew, or give pullback=0"
             )
         for group, complete in zip(base.param_groups, completed, strict=True):
+            group.pop("return_power", None)  # it is in `returns`
             group |= complete | {"swapped": ""}
         self._forget()
         # In place of Optimizer's __init__, which would make groups and a state of its own.
@@ -171,6 +173,7 @@ class Pullback(AveragedOptimizer):
     def _completed(self, index: int) -> Group:
         """One of the base's groups with all of our options, checked."""
         groups = self.base.param_groups
+        require_one_return(groups[index])
         complete = self._ours | groups[index]
         _check_options(complete)
         for i, p in enumerate(complete["params"]):
@@ -192,6 +195,7 @@ class Pullback(AveragedOptimizer):
         groups = self.base.param_groups
         try:
             groups[-1] |= self._completed(len(groups) - 1)
+            groups[-1].pop("return_power", None)
         except ValueError:
             groups.pop()
             raise
@@ -378,7 +382,9 @@ class Pullback(AveragedOptimizer):
             # The base may have cast ours to the parameter's dtype: take it from the source again.
             kept = further_state(group)
             for name in {AVERAGE, OWN, *kept} & source.keys():
-                dtype = source[name].dtype if name in kept else DTYPES[p.dtype]
+                dtype = DTYPES[p.dtype]
+                if name in kept:
+                    dtype = further_dtype(name, source[name].dtype, p, group)
                 mine = torch.empty_like(p, dtype=dtype, requires_grad=False)
                 self.state[p][name] = mine.copy_(source[name])
             if STEP in source:
@@ -469,6 +475,9 @@ def _check_state(
         return  # it had no gradient yet, or is the base's alone
     if missing := sorted(needed - state.keys()):
         raise ValueError(f"its state lacks {missing}")
+    name = swapped.partition("@")[2]
+    if name and f"return_{name}" not in needed:
+        raise ValueError(f"the checkpoint had its average {name!r} swapped in, and lacks that")
     for name in sorted((needed | {OWN}) & state.keys() - {STEP}):
         check_tensor(name, state[name], param)
     if torch.as_tensor(state[STEP]).numel() != 1:

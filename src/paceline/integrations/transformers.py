@@ -9,6 +9,7 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
+from ..averaged import AveragedOptimizer
 from ..files import put, remove
 
 
@@ -61,15 +62,12 @@ class PaceTrainer(Trainer):
 
     @contextmanager
     def _holding(self, *names: str, average: bool) -> Iterator[bool]:
-        optimizer = self._swapping()
-        before = optimizer is not None and _swapped(optimizer)
-        try:
-            if optimizer is not None:
-                optimizer.eval(*names) if average else optimizer.train()
-            yield optimizer is not None and bool(optimizer.state)
-        finally:
-            if optimizer is not None:
-                optimizer.eval() if before else optimizer.train()
+        if (optimizer := self._swapping()) is None:
+            yield False
+            return
+        with _restoring(optimizer):
+            optimizer.eval(*names) if average else optimizer.train()
+            yield bool(optimizer.state)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as ever, and leave in the model what is returned."""
@@ -220,6 +218,19 @@ def _swapped(optimizer: Any) -> bool:
     mine: bool | None = getattr(optimizer, "swapped", None)
     mode = getattr(optimizer, "train_mode", True)  # of wrappers, whose groups are another's
     return not optimizer.param_groups[0].get("train_mode", mode) if mine is None else mine
+
+
+@contextmanager
+def _restoring(optimizer: Any) -> Iterator[None]:
+    if isinstance(optimizer, AveragedOptimizer):  # of several averages the one that is there
+        with optimizer.restoring():
+            yield
+        return
+    before = _swapped(optimizer)
+    try:
+        yield
+    finally:
+        optimizer.eval() if before else optimizer.train()
 
 
 def _renamed(output: EvalLoopOutput, before: str, after: str) -> EvalLoopOutput:
