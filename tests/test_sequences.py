@@ -27,7 +27,13 @@ from paceline import PACE, fused
 TOLERANCE = {np.dtype("float32"): 1e-5, np.dtype("float64"): 1e-12}
 TOO_LARGE = {torch.float32: 1e25, torch.float64: 1e200}  # finite, but its square is not
 SIZES = (1.0, 1.0, 1.0, 1e-3, 0.0, 1e6, 1e18, None)  # of gradients; None is none
-NOT_OF_THE_RULE = ("lr", "average", "nonfinite", "foreach", "fused")
+NOT_OF_THE_RULE = ("lr", "average", "returns", "nonfinite", "foreach", "fused")
+# Averages to return: what PACE is told, and the weight of the t-th iterate.
+RETURNED = {
+    "slow": ("ema:power=0.7", lambda t: (1 + t) ** -0.7),
+    "mean": ("uniform", lambda t: 1 / t),
+    "rare": ("ema:beta=0.5:every=2", lambda t: 0.5 * (t % 2 == 0)),
+}
 FAULTS = ("guarded_coordinates", "guarded_steps", "skipped_steps")
 
 
@@ -39,6 +45,7 @@ def has_kernel():
 
 
 pick = st.sampled_from
+names = pick([None, *RETURNED, "average"])  # of an average; None is what groups return
 seeds = st.integers(0, 2**32 - 1)
 trainings = pick(["", "step", "step again", "step faults step", "faults", "again", "refused"])
 
@@ -56,6 +63,8 @@ def new_groups(draw, most):
         "ema_start": [0, 3],
         "ema_every": [1, 2, 3],
         "clip": [True, False],
+        "gain": ["adam", "adam", "scalar"],
+        "returns": [(), (), ("slow", "rare"), ("rare", "mean")],
         "nonfinite": ["guard", "skip", "raise"],
     }
     options = {name: draw(pick(values)) for name, values in choices.items()}
@@ -63,7 +72,11 @@ def new_groups(draw, most):
         options["ema_beta"] = draw(pick([0.1, 0.5]))
     # Without a clip a gain above 2 would be unstable, and magnify the rounding.
     options["eps"] = 1e-8 if options["clip"] else 0.5
+    if options["gain"] == "scalar" and not options["clip"]:
+        options["pullback"] = min(options["pullback"], 0.3)
     options["average"] = options["pullback"] != 0 or draw(st.booleans())
+    returns = {name: RETURNED[name][0] for name in options["returns"]}
+    options["returns"] = returns if returns and options["average"] else None
     ways = [(None, None), (True, None), (False, None), (None, has_kernel())]
     options["foreach"], options["fused"] = draw(pick(ways))
     shapes = draw(st.lists(pick([(1,), (3,), (), (2, 2)]), min_size=1, max_size=most))
@@ -92,8 +105,12 @@ class Expected(Reference):
     def __init__(self, start, options):
         super().__init__(start, **{k: options[k] for k in options.keys() - NOT_OF_THE_RULE})
         self.options = options
-        self.names = ("theta", "m", "v", "ema")[: 3 + options["average"]]
-        self.largest = dict.fromkeys(self.names, 0.0) | dict.fromkeys(("theta", "ema"), abs(start))
+        self.returned = tuple(options["returns"] or ())
+        for name in self.returned:
+            setattr(self, name, self.theta.copy())
+        self.names = (*("theta", "m", "v", "ema")[: 3 + options["average"]], *self.returned)
+        self.weights = ("theta", "ema", *self.returned)
+        self.largest = dict.fromkeys(self.names, 0.0) | dict.fromkeys(self.weights, abs(start))
         # What PACE was last seen to hold, to the bit: before its first step the weights alone.
         self.bits = {"theta": start}
 
@@ -105,6 +122,9 @@ class Expected(Reference):
         """One step, in which coordinates without such a gradient stand still."""
         before = {name: getattr(self, name) for name in self.names}
         super().step(np.where(self.free, self.g, 0.0), self.options["lr"])
+        for name in self.returned:
+            weight = RETURNED[name][1](self.t)
+            setattr(self, name, (1 - weight) * getattr(self, name) + weight * self.theta)
         for name, old in before.items():
             now = np.where(self.free, getattr(self, name), old)
             setattr(self, name, now)
@@ -116,9 +136,15 @@ class Expected(Reference):
         for name, value in seen.items():
             allowed = TOLERANCE[value.dtype] * self.largest[name]
             assert (abs(value - getattr(self, name)) <= allowed).all(), name
-            before = self.bits.get(name, self.bits["theta"] if name == "ema" else 0.0 * value)
+            start = self.bits["theta"] if name in self.weights else 0.0 * value
+            before = self.bits.get(name, start)
             assert (self.free | (value == before)).all(), name
         self.bits = {name: value.copy() for name, value in seen.items()}
+
+    def asked(self, name):
+        """Which of ours is the average of this name: without one like it, the pull's."""
+        name = next(iter(self.returned), "ema") if name is None else name
+        return name if name in self.returned else "ema"
 
 
 class Sequences(stateful.RuleBasedStateMachine):
@@ -130,8 +156,9 @@ class Sequences(stateful.RuleBasedStateMachine):
     def create(self, first, seed, then):
         self.model, self.groups = nn.ParameterList(), []
         self.opt = PACE(**self.new_group(*first))
-        self.swapped = False
+        self.inside = ()  # the name of the average that is in the model, if one is
         self.counts = dict.fromkeys(FAULTS, 0)
+        self.looks = 0
         self.train_on(seed, then)
         return self.saved()
 
@@ -149,25 +176,32 @@ class Sequences(stateful.RuleBasedStateMachine):
         """Each parameter, and what is expected of it."""
         return zip(self.model, (x for group in self.groups for x in group), strict=True)
 
-    def seen(self, p):
+    def seen(self, p, expected):
         """What PACE holds for a parameter, by the reference's names."""
         seen, state = {"theta": p.detach().numpy()}, self.opt.state.get(p)
         if state:
             names = {"m": "exp_avg", "v": "exp_avg_sq", "ema": "average"}
+            names |= {name: f"return_{name}" for name in RETURNED}
             seen |= {name: state[key].numpy() for name, key in names.items() if key in state}
-        if self.swapped and "ema" in seen:
-            seen["theta"], seen["ema"] = seen["ema"], seen["theta"]
+        if self.inside and "ema" in seen:
+            there = expected.asked(*self.inside)
+            seen["theta"], seen[there] = seen[there], seen["theta"]
         return seen
 
     @stateful.invariant()
     def holds_what_is_expected(self):
-        exported = self.opt.averaged_state_dict(self.model)
+        every = {name for group in self.groups for name in group[0].returned}
+        assert {*self.opt.returns} == {*every, "average"}
+        self.looks += 1  # one export a time, each in its turn
+        name = (None, *self.opt.returns)[self.looks % (1 + len(self.opt.returns))]
+        exported = self.opt.averaged_state_dict(self.model, name)
         for (p, expected), average in zip(self.pairs(), exported.values(), strict=True):
-            bits, seen = expected.bits, self.seen(p)
+            bits, seen = expected.bits, self.seen(p, expected)
             assert seen.keys() == bits.keys()
-            for name, value in seen.items():
-                assert value.tobytes() == bits[name].tobytes(), name
-            assert average.numpy().tobytes() == bits.get("ema", bits["theta"]).tobytes()
+            for key, value in seen.items():
+                assert value.tobytes() == bits[key].tobytes(), key
+            returned = bits.get(expected.asked(name), bits["theta"])
+            assert average.numpy().tobytes() == returned.tobytes(), name
             assert float(self.opt.state.get(p, {}).get("step", 0)) == expected.t
         assert self.opt.stats() == self.counts
 
@@ -184,12 +218,12 @@ class Sequences(stateful.RuleBasedStateMachine):
         self.holds_what_is_expected()
         for kind in kinds.split():
             if kind == "refused":
-                if self.swapped:
+                if self.inside:
                     with pytest.raises(RuntimeError, match=r"call train\(\) first"):
                         self.opt.step()
                 continue
             self.opt.train()  # free if it is there, as transformers' Trainer has it at each step
-            self.swapped = False
+            self.inside = ()
             for expected, group in zip(self.groups, self.opt.param_groups, strict=True):
                 if rng.random() < 0.2:  # as an LR scheduler does
                     group["lr"] = expected[0].options["lr"] = (0.1, 0.03, 0.01)[rng.integers(3)]
@@ -229,34 +263,47 @@ class Sequences(stateful.RuleBasedStateMachine):
             if expected.options["nonfinite"] == "skip" and "skip" in faulty:
                 continue
             expected.step()
-            expected.compare(self.seen(p))
+            expected.compare(self.seen(p, expected))
             held += int((~expected.free).sum())
         for name, n in zip(FAULTS, (held, held > 0, "skip" in faulty), strict=True):
             self.counts[name] += n
 
-    @call()
-    def eval(self):
-        self.opt.eval()
-        self.swapped = True
+    def known(self, name):
+        """Whether there is an average of this name; one that is not is refused."""
+        if name is None or name in self.opt.returns:
+            return True
+        with pytest.raises(ValueError, match="name must be one of"):
+            self.opt.eval(name)
+        return False
+
+    @call(name=names)
+    def eval(self, name):
+        if self.known(name):
+            self.opt.eval(name)
+            self.inside = (name,)
 
     @call()
     def train(self):
         self.opt.train()
-        self.swapped = False
+        self.inside = ()
 
-    @call(target=saves, inside=pick(["nothing", "train", "save", "fail"]))
-    def averaged(self, inside):
-        before, result = self.swapped, stateful.multiple()
-        with contextlib.suppress(ZeroDivisionError), self.opt.averaged():
-            self.swapped = True
+    @call(target=saves, inside=pick(["nothing", "train", "another", "save", "fail"]), name=names)
+    def averaged(self, inside, name):
+        before, result = self.inside, stateful.multiple()
+        if not self.known(name):
+            return result
+        with contextlib.suppress(ZeroDivisionError), self.opt.averaged(name):
+            self.inside = (name,)
             self.train_on(0, "refused")
             if inside == "train":
                 self.opt.train()
+            if inside == "another":
+                self.opt.eval("average")
             if inside == "save":
                 result = self.saved()
             if inside == "fail":
                 raise ZeroDivisionError
-        self.swapped = before
+        self.inside = before
         return result
 
     @stateful.precondition(lambda self: len(self.groups) < 3)
@@ -274,12 +321,12 @@ class Sequences(stateful.RuleBasedStateMachine):
         file.seek(0)
         # Read once for all loads, so that one load that keeps its tensors spoils the next.
         read = functools.cache(lambda: torch.load(file, weights_only=True))
-        return read, copy.deepcopy(self.groups), self.swapped, self.opt
+        return read, copy.deepcopy(self.groups), self.inside, self.opt
 
     @call(saved=saves, into_this=st.booleans())
     def load(self, saved, into_this):
         """Into an optimizer made anew; or back to where this one was, if it has the same groups."""
-        read, groups, self.swapped, opt = saved
+        read, groups, self.inside, opt = saved
         content = read()
         if opt is not self.opt or len(groups) < len(self.groups) or not into_this:
             fresh = [Parameter(torch.full_like(x, 9.0)) for x in content["model"].values()]
