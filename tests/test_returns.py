@@ -467,7 +467,9 @@ BAD = [
     ({"returns": {"a_b": "ema"}}, "letters and digits"),
     ({"returns": {"a=b": "ema"}}, "letters and digits"),
     ({"returns": {3: "ema"}}, "letters and digits"),
-    ({"returns": {"average": "ema"}}, "letters and digits, not 'average'"),
+    ({"returns": {"average": "ema"}}, "letters and digits, not 'average' or 'live', got 'average'"),
+    ({"returns": {"live": "ema"}}, "got 'live'"),
+    ({"returns": "a=ema,a=uniform"}, "each name once"),
 ]
 
 

@@ -86,7 +86,7 @@ def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
 
 
 def _check_state(
-    state: dict[str, Any], param: Tensor, keeps: set[str], averaged: bool, swapped: str
+    state: dict[str, Any], param: Tensor, keeps: frozenset[str], averaged: bool, swapped: str
 ) -> None:
     """Raises: ValueError: what is wrong with one parameter's state."""
     averages = AVERAGES & state.keys()

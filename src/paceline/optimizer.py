@@ -283,7 +283,7 @@ class PACE(AveragedOptimizer):
         """
         if closure is None and (stepped := self._rehearsal()):
             for group, p in stepped:
-                self._ready(p, group)
+                self._ready(p, group, further_state(group))
             self._rehearsed = True
             return None
         self._refuse_while_swapped()
@@ -344,13 +344,14 @@ class PACE(AveragedOptimizer):
             skip: a tensor that says on the device whether the step is skipped, or False.
         """
         foreach = group["foreach"]
+        further = further_state(group)
         returned = [f"return_{k}" for k, rule in returns_of(group).items() if not rule.keeps]
         rounds = group["state_dtype"] is not None or group["stochastic_round"]
         stepped: dict[tuple[Any, ...], list[tuple[int, Slot, Tensor]]] = defaultdict(list)
         for place, p in enumerate(group["params"], first):
             if p.grad is None:
                 continue
-            state = self._ready(p, group)
+            state = self._ready(p, group, further)
             average = state.get("average", state.get("offset")) if group["average"] else None
             slot = Slot(
                 shards.local(p),
@@ -394,8 +395,11 @@ class PACE(AveragedOptimizer):
             if p.grad is not None:
                 take_in_(rules, int(self.state[p]["step"]), [(p, self.state[p])])
 
-    def _ready(self, param: Tensor, group: Group) -> dict[str, Any]:
-        """The parameter's state: made at its first step, in the form that the options ask for."""
+    def _ready(self, param: Tensor, group: Group, further: frozenset[str]) -> dict[str, Any]:
+        """The parameter's state: made at its first step, in the form that the options ask for.
+
+        `further` is the group's `further_state`.
+        """
         state: dict[str, Any] = self.state[param]
         dtype = _state_dtype(param, group)
         counter = param.device if _counts_on_device(param, group) else torch.device("cpu")
@@ -426,8 +430,9 @@ class PACE(AveragedOptimizer):
         elif "average" not in state or state["average"].dtype != dtype:
             source = state.get("average", param.detach())
             state["average"] = fused.empty_state(param, dtype, param.device).copy_(source)
-        begin_(state, group, param.detach(), DTYPES.get(param.dtype, param.dtype))
-        for key in further_state(group):  # the parameter may be of another dtype than before
+        if len(state) != 4 + len(further) or not further <= state.keys():
+            begin_(state, group, param.detach(), DTYPES.get(param.dtype, param.dtype))
+        for key in further:  # the parameter may be of another dtype than before
             state[key] = state[key].to(further_dtype(key, state[key].dtype, param, group))
         return state
 

@@ -46,15 +46,12 @@ def averaging_of(group: Group) -> Averaging:
 
 def returns_of(group: Group) -> dict[str, Averaging]:
     """The averages that a group keeps besides its own, by name; the first is what it returns."""
-    given = group.get("returns") if group.get("average", True) else None
-    written = isinstance(given, str) and NAMED.match(given)  # but for what was set between steps
-    text = given if written else as_text(given)
-    return _named(text) if text else {}
+    return _named(_as_set(group))
 
 
 def averages_of(group: Group) -> dict[str, Averaging]:
     """All averages of a group, by the name that each has in the state of a parameter."""
-    return {AVERAGE: averaging_of(group)} | {f"return_{k}": x for k, x in returns_of(group).items()}
+    return _every(averaging_of(group), _as_set(group))
 
 
 def kept_by(average: str, rule: Averaging) -> dict[str, str]:
@@ -62,16 +59,37 @@ def kept_by(average: str, rule: Averaging) -> dict[str, str]:
     return {average + name.removeprefix(AVERAGE): name for name in rule.keeps}
 
 
-def further_state(group: Group) -> set[str]:
+def further_state(group: Group) -> frozenset[str]:
     """Names in the state of a parameter of all averages but its own, and of what rules keep."""
-    every = averages_of(group)
-    return (every.keys() - {AVERAGE}).union(*(kept_by(name, rule) for name, rule in every.items()))
+    return _further(averaging_of(group), _as_set(group))
+
+
+def _as_set(group: Group) -> str | None:
+    """`returns` as text; what was set between steps may not be."""
+    returns = group.get("returns") if group.get("average", True) else None
+    plain = returns is None or (isinstance(returns, str) and NAMED.match(returns))
+    return returns if plain else as_text(returns)
+
+
+# Asked for at every step of every parameter; what they return is not to be changed.
 
 
 @lru_cache(maxsize=256)
-def _named(text: str) -> dict[str, Averaging]:
-    parts = (part.split("=", 1) for part in text.split(","))
+def _named(returns: str | None) -> dict[str, Averaging]:
+    parts = (part.split("=", 1) for part in returns.split(",")) if returns else ()
     return {name: parse(rule) for name, rule in parts}
+
+
+@lru_cache(maxsize=256)
+def _every(own: Averaging, returns: str | None) -> dict[str, Averaging]:
+    return {AVERAGE: own} | {f"return_{name}": rule for name, rule in _named(returns).items()}
+
+
+@lru_cache(maxsize=256)
+def _further(own: Averaging, returns: str | None) -> frozenset[str]:
+    every = _every(own, returns)
+    kept = (kept_by(name, rule) for name, rule in every.items())
+    return frozenset(every.keys() - {AVERAGE}).union(*kept)
 
 
 def as_text(returns: Any) -> str | None:
@@ -83,7 +101,10 @@ def as_text(returns: Any) -> str | None:
     if returns is None:
         return None
     if isinstance(returns, str) and NAMED.match(returns):  # as we write it ourselves
-        returns = dict(part.partition("=")[::2] for part in returns.split(","))
+        parts = [part.partition("=")[::2] for part in returns.split(",")]
+        if len(dict(parts)) < len(parts):
+            raise ValueError(f"returns must have each name once, got {returns!r}")
+        returns = dict(parts)
     if isinstance(returns, (str, Averaging)):
         returns = {"returned": returns}
     kinds = isinstance(returns, dict) and all(
@@ -95,9 +116,10 @@ def as_text(returns: Any) -> str | None:
             f"name, got {returns!r}"
         )
     for name in returns:
-        if not NAMED.fullmatch(f"{name}=") or name == AVERAGE:
+        if not NAMED.fullmatch(f"{name}=") or name in (AVERAGE, "live"):
             raise ValueError(
-                f"returns must have names of letters and digits, not {AVERAGE!r}, got {name!r}"
+                "returns must have names of letters and digits, not 'average' or 'live', "
+                f"got {name!r}"
             )
     return ",".join(f"{name}={parse(str(rule))}" for name, rule in returns.items())
 
@@ -226,8 +248,7 @@ def check_options(options: Group) -> None:
         )
     if not options["average"] and options["returns"]:
         raise ValueError(
-            f"average=False needs returns left out, got {options['returns']!r}; for one average "
-            "give averaging instead"
+            f"average=False needs returns left out, got {options['returns']!r}: it keeps no average"
         )
 
 
