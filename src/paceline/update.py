@@ -80,7 +80,7 @@ def scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
         root_bias2=(1.0 - beta2**step) ** 0.5,
         step_size=lr / (1.0 - beta1**step),
         shrink=1.0 - lr * group["weight_decay"],
-        gain=_gain(group, lr * rule.falloff(step)) if group["pullback"] else 0.0,
+        gain=_gain(group, lr, rule.falloff(step)) if group["pullback"] else 0.0,
         scalar=group["gain"] == "scalar",
         clip=group["clip"],
         weight=rule.weight(step),
@@ -91,9 +91,9 @@ def scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
     )
 
 
-def _gain(group: dict[str, Any], falling: float | Tensor) -> float | Tensor:
+def _gain(group: dict[str, Any], lr: float | Tensor, falloff: float | Tensor) -> float | Tensor:
     strength: float = group["pullback"]
-    return strength if group["gain"] == "scalar" else falling * strength
+    return strength if group["gain"] == "scalar" else lr * strength * falloff
 
 
 class Slot(NamedTuple):
