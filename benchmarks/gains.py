@@ -3,6 +3,8 @@
 paceline train tiny-smollm2 --out runs/tiny-smollm2
 paceline train tiny-sft --method pace:c=0.03:kappa=0.7 --lr 1e-3 --out runs/gains
 python benchmarks/gains.py runs/gains
+
+At a rate of 3e-3 in the same way. Parameter 0 is the embedding.
 """
 
 import sys
@@ -18,7 +20,8 @@ from paceline.update import scalars
 def gains(group, state):
     """λ at a parameter's last step, one for each coordinate."""
     s = scalars(int(state["step"]), group)
-    gain = s.gain / (state["exp_avg_sq"].float().sqrt() / s.root_bias2 + s.eps)
+    root = state["exp_avg_sq"].float().sqrt() / s.root_bias2 + s.eps
+    gain = torch.full_like(root, s.gain) if s.scalar else s.gain / root
     return gain.clamp(max=1.0) if s.clip else gain
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -355,6 +356,18 @@ def test_a_checkpoint_without_them_is_a_start(kind):
     weight = PowerEMA(0.7).weight(7)
     for p, before in zip(model.parameters(), live, strict=True):
         torch.testing.assert_close(resumed.state[p]["return_slow"], before.lerp(p.detach(), weight))
+
+
+def test_an_optimizer_that_an_older_version_pickled_steps_on():
+    model, opt = trained(returns=None)
+    older_model, older = copy.deepcopy((model, opt))
+    for group in older.param_groups:
+        for option in ("averaging", "returns", "gain"):
+            del group[option]
+    resumed_model, resumed = pickle.loads(pickle.dumps((older_model, older)))
+    for o, m in ((opt, model), (resumed, resumed_model)):
+        walk(o, list(m.parameters()), 6, 8)
+    assert equal(held(model), held(resumed_model))
 
 
 @pytest.mark.parametrize("kind", KINDS)

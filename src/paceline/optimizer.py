@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from . import fused, rounding, shards
 from .averaged import AveragedOptimizer, begin_, further_dtype, summarize, take_in_
 from .averaging import Averaging
-from .loading import AVERAGES, MOMENTS, fitted
+from .loading import AVERAGES, MOMENTS, OLDER, fitted
 from .options import (
     DTYPES,
     EMA_OPTIONS,
@@ -194,6 +194,12 @@ class PACE(AveragedOptimizer):
         require_one_return(defaults)
         check_options(defaults)
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # one that an older version pickled
+            for option, value in OLDER.items():
+                group.setdefault(option, value)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters with options of its own.

@@ -47,7 +47,7 @@ class Bench(Options):
     models: tuple[Model, ...] = ("gpt2", "small", "training")
     """Models to measure on."""
     only: tuple[str, ...] = ()
-    """Optimizers besides fused AdamW, by name. Default: all but Pullback and further averages."""
+    """Optimizers beside fused AdamW, by name. Default: all but Pullback, BEMA, further averages."""
     rounds: int = Field(default=15, ge=3)
     """Steps of each optimizer that are timed, >= 3, after two that are not."""
     threads: int | None = Field(default=None, ge=1)
