@@ -166,6 +166,7 @@ WRITTEN = [
     ),
     *("schedule-free", "schedule-free:lr=1e30", "pace", "pace:c=0:kappa=0"),
     *("pace:wsd:c=2e-7:every=5:eps=1e-4:state=bf16:return_kappa=0.7", "pace:power:return_kappa=0"),
+    *("pace:c=auto", "pace:gain=scalar:c=0.5"),
     *("pullback:muon", "pullback:sgd:cosine:c=1:kappa=0.9:gain=own:return_kappa=0.2"),
 ]
 

@@ -495,8 +495,6 @@ def test_contradictions():
     p = [Parameter(torch.ones(2))]
     with pytest.raises(ValueError, match=r"average=False needs pullback=0, got pullback=0\.1"):
         PACE(p, pullback=0.1, average=False)
-    with pytest.raises(ValueError, match="ema_beta must be"):
-        PACE(p, pullback=0.1, ema_power=None)
     with pytest.raises(TypeError, match="pullback"):
         PACE(p)
     for other in ({"foreach": True}, {"foreach": False}, {"track_stats": True}):

@@ -14,6 +14,7 @@ from .averaged import AveragedOptimizer, begin_, further_dtype, summarize, take_
 from .averaging import Averaging
 from .loading import AVERAGES, MOMENTS, OLDER, fitted
 from .options import (
+    AUTO,
     DTYPES,
     EMA_OPTIONS,
     Group,
@@ -21,11 +22,12 @@ from .options import (
     check_options,
     describe,
     encoded,
+    fill_in,
     further_state,
     require_one_return,
     returns_of,
 )
-from .update import PLAIN, Scalars, Slot, in_batches, scalars, step_
+from .update import PLAIN, Scalars, Slot, in_batches, root_sums, scalars, step_
 
 
 class PACE(AveragedOptimizer):
@@ -76,10 +78,18 @@ class PACE(AveragedOptimizer):
         weight_decay: decoupled weight decay wd >= 0.
         pullback: strength c >= 0, in the unit of a gradient: its best value moves with the scale
             of the gradients (the paper: 0.15-0.25 fine-tuning 1-2B models, 0.03 a 135M one, 0.002
-            to 0.003 pretraining GPT-2). Required, for no default has been earned yet.
+            to 0.003 pretraining GPT-2). Or "auto", which sets itself, at each step for all
+            coordinates of its groups: λ_t = min(1, (E_t/2)²) with E_t = Σ η_t·sqrt(v̂_{t-1}), summed
+            over those groups' coordinates with a gradient: what the step can change the loss by, to
+            first order. It is in the unit of the loss, and made for cross-entropy in nats; of
+            parameters of 2^16 elements or more every 251st is looked at, and of shards that are no
+            DTensors (FSDP1, ZeRO) those of this rank alone. Ours, not the paper's
+            (docs/averages.md). Required, for no default has been earned yet.
         gain: "adam" as above; or "scalar", λ_t = min(1, c) for all coordinates: c has no unit then,
             and the pull amounts to the learning rate η·β_t/(β_t + c).
         ema_power: κ in [0, 1], how fast the averaging weight decays. Larger is a slower average.
+            None: 0.5. With pullback="auto", and nothing said of averages: 0.3, and a second one of
+            0.6 (`return_power`) is returned.
         ema_beta: a constant averaging weight in (0, 1]; takes the place of the power where given.
         ema_rate: γ > 0, in steps⁻¹.
         ema_start: ρ >= 0 steps during which the average is the live weights.
@@ -140,9 +150,9 @@ class PACE(AveragedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
-        pullback: float,
+        pullback: float | str,
         gain: str = "adam",
-        ema_power: float | None = 0.5,
+        ema_power: float | None = None,
         ema_beta: float | None = None,
         ema_rate: float = 1.0,
         ema_start: int = 0,
@@ -192,6 +202,7 @@ class PACE(AveragedOptimizer):
         if return_power is not None:
             defaults["return_power"] = return_power
         require_one_return(defaults)
+        fill_in(defaults)
         check_options(defaults)
         super().__init__(params, defaults)
 
@@ -217,6 +228,8 @@ class PACE(AveragedOptimizer):
                 param_group.setdefault("averaging", None)
             if param_group.get("ema_power") is not None:
                 param_group.setdefault("ema_beta", None)
+            if param_group.get("average") is False:
+                param_group.setdefault("returns", None)
         super().add_param_group(param_group)
         try:
             check_options(param_group)
@@ -303,11 +316,12 @@ class PACE(AveragedOptimizer):
             self.state.clear()
             self._rehearsed = False
 
+        stake = self._stake()
         plans = []  # complete before the first change
         first = 0  # the group's first parameter's place in the optimizer
         for group in self.param_groups:
             skips = skip if group["nonfinite"] == "skip" else False
-            batches = [] if skips is True else list(self._batches(group, first, skips))
+            batches = [] if skips is True else list(self._batches(group, first, skips, stake))
             plans.append([(slots, s, _one_pass(slots, group)) for slots, s in batches])
             first += len(group["params"])
 
@@ -340,7 +354,7 @@ class PACE(AveragedOptimizer):
             torch._foreach_add_(steps, 1.0)
 
     def _batches(
-        self, group: Group, first: int, skip: bool | Tensor
+        self, group: Group, first: int, skip: bool | Tensor, stake: float | Tensor
     ) -> Iterator[tuple[list[Slot], Scalars]]:
         """The parameters that have gradients, with state, and the scalars of their next step.
 
@@ -348,6 +362,7 @@ class PACE(AveragedOptimizer):
             group: a parameter group.
             first: the place of its first parameter in the optimizer.
             skip: a tensor that says on the device whether the step is skipped, or False.
+            stake: as `_stake` has it.
         """
         foreach = group["foreach"]
         further = further_state(group)
@@ -379,7 +394,8 @@ class PACE(AveragedOptimizer):
             places, slots, counts = map(list, zip(*members, strict=True))
             # Counts that the host may not read: a vector, and vectors of scalars from it.
             now = torch.stack(counts) + 1.0 if step is None else int(step) + 1
-            numbers = scalars(now, group)
+            at_stake = stake.to(device) if isinstance(stake, Tensor) else stake
+            numbers = scalars(now, group, at_stake)
             if isinstance(skip, Tensor):
                 numbers = numbers._replace(hold=skip.to(device))
             if rounds:
@@ -391,6 +407,36 @@ class PACE(AveragedOptimizer):
             for i, slot in enumerate(slots):
                 own = Scalars._make(_of(x, i) for x in numbers)
                 yield [slot], own._replace(weights=tuple(_of(x, i) for x in numbers.weights))
+
+    def _stake(self) -> float | Tensor:
+        """E_t of `auto_gain` at the step to come; on accelerators 0-dim, and nothing is read."""
+        stepped: dict[Any, list[tuple[Tensor, Any]]] = defaultdict(list)
+        for group in self.param_groups:
+            for p in group["params"] if group["pullback"] == AUTO else ():
+                if p.grad is None or not self.state.get(p):
+                    continue
+                step, lr = self.state[p]["step"], group["lr"]
+                on_device = _counts_on_device(p, group)
+                count = step.double().clamp_min(1.0) if on_device else max(1.0, step.item())
+                if isinstance(lr, Tensor) and lr.device.type == "cpu":
+                    lr = float(lr)
+                rate = lr / (1.0 - group["betas"][1] ** count) ** 0.5
+                # Those go into one operation that hold the same parts and have rates of one kind.
+                stepped[p.device, shards.holders(p), type(rate)].append((p, rate))
+        parts = []
+        for members in stepped.values():
+            params, rates = zip(*members, strict=True)
+            roots = root_sums(
+                [shards.local(self.state[p]["exp_avg_sq"]) for p in params],
+                [shards.first_element(p) for p in params],
+                [p.numel() for p in params],
+            )
+            part = torch.stack(torch._foreach_mul(roots, rates)).sum()
+            parts.append(shards.total(part, params[0]))
+        if not parts:
+            return 0.0
+        stake = torch.stack([part.to(parts[0].device) for part in parts]).sum()
+        return stake.item() if stake.device.type == "cpu" else stake
 
     def _take_in(self, group: Group, skip: bool | Tensor) -> None:
         """Have averages that are more than one tensor take in the weights of this step."""

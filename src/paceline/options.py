@@ -24,11 +24,15 @@ DTYPES = {
     torch.float64: torch.float64,
 }
 AVERAGE = "average"  # the name of the average that the pull goes toward
+AUTO = "auto"  # a pullback that sets itself
+# Of κ, where nothing is said of averages; with a pull that sets itself, of the one that it goes
+# toward and of the one to return: what benchmarks/regret.py tried.
+POWER, AUTO_POWER, AUTO_RETURNS = 0.5, 0.3, 0.6
 NAMED = re.compile(r"[A-Za-z][A-Za-z0-9]*=")  # begins what `returns` is written as
 NONFINITE = ("guard", "skip", "raise", "ignore")
 # PACE's own names for the options of a power or constant EMA, where no other average is asked for.
 EMA_OPTIONS: dict[str, Any] = {
-    "ema_power": 0.5,
+    "ema_power": POWER,
     "ema_beta": None,
     "ema_rate": 1.0,
     "ema_start": 0,
@@ -125,10 +129,12 @@ def as_text(returns: Any) -> str | None:
 
 
 @lru_cache(maxsize=256)  # asked for at every step of every parameter, and checked when made
-def _ema(power: float, beta: float | None, rate: float, start: float, every: int) -> Averaging:
+def _ema(
+    power: float | None, beta: float | None, rate: float, start: float, every: int
+) -> Averaging:
     if beta is not None:
         return EMA(beta, every=every)
-    return PowerEMA(power, rate, start, every)
+    return PowerEMA(POWER if power is None else power, rate, start, every)
 
 
 def require(options: Group, name: str, ok: bool, range_: str) -> None:
@@ -151,15 +157,21 @@ def number(value: object) -> float:
     return math.nan
 
 
-def check_pull(options: Group) -> None:
+def check_pull(options: Group, *, auto: bool = False) -> None:
     """Check what every optimizer with a pull has, and make it plain numbers and text.
+
+    Args:
+        options: of a group, or the defaults; changed.
+        auto: whether the pull may set itself.
 
     Raises:
         ValueError: names the first option out of its range, and its value.
     """
-    strength = number(options["pullback"])
-    require(options, "pullback", 0 <= strength < math.inf, "a finite number >= 0")
-    options["pullback"] = strength
+    if not auto or options["pullback"] != AUTO:
+        strength = number(options["pullback"])
+        range_ = f"a finite number >= 0{f', or {AUTO!r}' * auto}"
+        require(options, "pullback", 0 <= strength < math.inf, range_)
+        options["pullback"] = strength
     rule = options["averaging"]
     if rule is not None:
         text = isinstance(rule, (str, Averaging))
@@ -181,7 +193,7 @@ def check_options(options: Group) -> None:
     def check(name: str, ok: bool, range_: str) -> None:
         require(options, name, ok, range_)
 
-    check_pull(options)
+    check_pull(options, auto=True)
     lr = options["lr"]
     if isinstance(lr, Tensor):
         finite = lr.ndim == 0 and bool(lr.isfinite())
@@ -197,8 +209,6 @@ def check_options(options: Group) -> None:
     power, beta = options["ema_power"], options["ema_beta"]
     check("ema_power", power is None or 0 <= number(power) <= 1, "None or in [0, 1]")
     check("ema_beta", beta is None or 0 < number(beta) <= 1, "None or in (0, 1]")
-    if power is None and beta is None:
-        raise ValueError("ema_beta must be in (0, 1] where ema_power is None, got None for both")
     options["ema_power"] = None if power is None else float(power)
     options["ema_beta"] = None if beta is None else float(beta)
     check("ema_rate", 0 < number(options["ema_rate"]) < math.inf, "a finite number > 0")
@@ -250,6 +260,16 @@ def check_options(options: Group) -> None:
         raise ValueError(
             f"average=False needs returns left out, got {options['returns']!r}: it keeps no average"
         )
+
+
+def fill_in(defaults: Group) -> None:
+    """The averages of PACE's defaults where nothing is said of them."""
+    if defaults["ema_power"] is not None or defaults["ema_beta"] is not None:
+        return
+    auto = defaults["pullback"] == AUTO and defaults["averaging"] is None
+    defaults["ema_power"] = AUTO_POWER if auto else POWER
+    if auto and defaults["returns"] is None:
+        defaults.setdefault("return_power", AUTO_RETURNS)
 
 
 def encoded(words: Iterable[str]) -> str:

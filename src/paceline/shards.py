@@ -73,6 +73,27 @@ def first_element(x: Tensor) -> int:
     return sum(at * step for at, step in zip(offsets, x.stride(), strict=True))
 
 
+def holders(x: Tensor) -> Any:
+    """What two tensors have in common whose parts are with the same ranks; None of a whole one."""
+    if not is_sharded(x):
+        return None
+    return x.device_mesh, tuple(y.is_replicate() for y in x.placements)  # type: ignore[attr-defined]
+
+
+def total(part: Tensor, like: Tensor) -> Tensor:
+    """A sum over this rank's part of a DTensor as that over all of it, on every rank.
+
+    Those that hold the parts must call this together. What comes from a plain tensor is whole.
+    """
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    # Not by is_shard, for torch's strided shards say that they are none.
+    over = [Replicate() if x.is_replicate() else Partial() for x in like.placements]  # type: ignore[attr-defined]
+    return full(DTensor.from_local(part, like.device_mesh, over, run_check=False))  # type: ignore[attr-defined]
+
+
 def on_any_rank(flags: Tensor) -> Tensor:
     """Which of these flags is up on any rank of the default process group, where there is one.
 

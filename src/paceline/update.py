@@ -9,8 +9,9 @@ bias-corrected moments m̂ and v̂, pullback strength c and running average `ema
               + λ_t·(ema_{t-1} - θ_t)                         and the pull toward the average
     ema_t   = (1 - β_t)·ema_{t-1} + β_t·θ_{t+1}               at every `ema_every`-th step
 
-With a constant averaging weight the gain has no β_t in it. Further averages, which are there to be
-returned (`returns`), take in θ_{t+1} beside that one, and pull nothing. `step_` works on lists, so
+With a constant averaging weight the gain has no β_t in it. A pull that sets itself (`auto_gain`)
+has one gain for all coordinates. Further averages, which are there to be returned (`returns`), take
+in θ_{t+1} beside that one, and pull nothing. `step_` works on lists, so
 that one call serves one tensor or a whole model, and compiles. The one other writing of the rule is
 the CPU's one-pass kernel, kernel.cpp, which is held to the same reference.
 
@@ -32,12 +33,16 @@ from torch import Tensor
 
 from . import rounding
 from .averaging import lerp_
-from .options import averaging_of, returns_of
+from .options import AUTO, averaging_of, returns_of
 
 # Elements stepped together, which bounds the scratch; a CPU's share of them stays in its cache.
 TOGETHER = 2**24
 TOGETHER_ON_CPU = 2**18
 PLAIN = (Tensor, torch.nn.Parameter)  # not a DTensor or another subclass
+# Of tensors of so many elements only every so-many-th is looked at for the stake: a prime, so that
+# no row or column is left out.
+SAMPLED, STRIDE = 2**16, 251
+SATURATED = 2.0  # nats at stake from which on the pull goes all the way
 
 
 class Scalars(NamedTuple):
@@ -60,8 +65,10 @@ class Scalars(NamedTuple):
     weights: tuple[float | Tensor, ...] = ()  # as `weight`, of each further average
 
 
-def scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
+def scalars(step: int | Tensor, group: dict[str, Any], stake: float | Tensor = 0.0) -> Scalars:
     """The scalars of step t = `step` (from 1) under a PACE parameter group's options.
+
+    `stake` is E_t of `auto_gain`, where that asks for it.
 
     With a tensor of steps, or a learning rate on an accelerator, what depends on them comes as
     tensors, so that no device has to be waited for; it is computed in float64.
@@ -80,8 +87,8 @@ def scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
         root_bias2=(1.0 - beta2**step) ** 0.5,
         step_size=lr / (1.0 - beta1**step),
         shrink=1.0 - lr * group["weight_decay"],
-        gain=_gain(group, lr, rule.falloff(step)) if group["pullback"] else 0.0,
-        scalar=group["gain"] == "scalar",
+        gain=_gain(group, lr, rule.falloff(step), stake) if group["pullback"] else 0.0,
+        scalar=group["gain"] == "scalar" or group["pullback"] == AUTO,
         clip=group["clip"],
         weight=rule.weight(step),
         ascend=group["maximize"],
@@ -91,9 +98,47 @@ def scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
     )
 
 
-def _gain(group: dict[str, Any], lr: float | Tensor, falloff: float | Tensor) -> float | Tensor:
+def _gain(
+    group: dict[str, Any], lr: float | Tensor, falloff: float | Tensor, stake: float | Tensor
+) -> float | Tensor:
+    if group["pullback"] == AUTO:
+        return auto_gain(stake)
     strength: float = group["pullback"]
     return strength if group["gain"] == "scalar" else lr * strength * falloff
+
+
+def auto_gain(stake: float | Tensor) -> float | Tensor:
+    """λ_t = min(1, (E_t/2)²), the gain of a pull that sets itself, for all coordinates.
+
+        E_t = Σ_groups η_t·Σ_i sqrt(v̂_{t-1,i})
+
+    is what a step of AdamW puts at stake, in the unit of the loss: what that would change by, to
+    first order, were every coordinate's gradient its root mean square, with the sign of its step.
+    """
+    share = stake / SATURATED  # clipped before the square, which could overflow
+    if isinstance(share, Tensor):
+        return share.nan_to_num(1.0).clamp_max(1.0).square()
+    return float(min(1.0, share) ** 2)  # NaN, of gradients that nothing guards, is 1, too
+
+
+def root_sums(
+    second_moments: Sequence[Tensor], starts: Sequence[int], sizes: Sequence[int]
+) -> list[Tensor]:
+    """Σ_i sqrt(v_i) of each tensor, 0-dim float32 or wider; of large ones an estimate.
+
+    Args:
+        second_moments: v, or this rank's part of it, of any shapes, on one device.
+        starts: place of the first element of each within its parameter: of shards the same elements
+            are looked at as of the whole.
+        sizes: elements of each whole parameter.
+    """
+    seen, factors = [], []
+    for v, start, size in zip(second_moments, starts, sizes, strict=True):
+        few = size < SAMPLED
+        seen.append(v if few else v.reshape(-1)[-start % STRIDE :: STRIDE])
+        factors.append(1.0 if few else float(STRIDE))
+    roots = torch._foreach_sqrt([x.to(torch.promote_types(x.dtype, torch.float32)) for x in seen])
+    return list(torch._foreach_mul(torch._foreach_norm(roots, 1), factors))
 
 
 class Slot(NamedTuple):

@@ -153,7 +153,7 @@ def _patched(make: Callable[..., Stepper], *patches: Any) -> Callable[..., Stepp
 
 
 def _pace(**options: Any) -> Callable[..., Stepper]:
-    return _of(PACE, pullback=0.1, **options)
+    return _of(PACE, **{"pullback": 0.1, **options})
 
 
 def _around_adamw(pullback: float) -> Callable[..., Stepper]:
@@ -186,6 +186,7 @@ def _contenders() -> list[Contender]:
         Contender("Pullback(AdamW fused), c = 0", _around_adamw(0.0), 40, True),
         Contender("Pullback(AdamW fused)", _around_adamw(0.1), 60, True),
         Contender("PACE fused", _pace(fused=True), 36),
+        Contender("PACE fused, auto", _pace(fused=True, pullback="auto", ema_power=0.3), 36, True),
         Contender("PACE fused, returned apart", _pace(fused=True, return_power=0.7), 44, True),
         Contender("PACE fused, BEMA", _pace(fused=True, averaging="bema"), 60, True),
         Contender("PACE fused bf16 state", _pace(fused=True, state_dtype=bf16), 24),

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table as Printed
 from rich.text import Text
 
+from ..options import AUTO
 from ..train import InputError, Options
 from ..train.methods import Method
 from ..train.page import COLOURS, render
@@ -164,7 +165,8 @@ def read(folder: Path) -> Source:
     rows = []
     for number, values in _trained(folder, lines) if trained else lines:
         try:
-            options = {axis: values.get(axis) for axis in AXES}
+            numbers = {k: None if x == AUTO else x for k, x in values.items()}
+            options = {axis: numbers.get(axis) for axis in AXES}
             rows.append(Row(**{**values, "options": options}))
         except ValidationError as error:
             first = error.errors()[0]

@@ -46,6 +46,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ..files import whole
+from ..options import AUTO
 from ..train import InputError, Options
 from ..train.manifest import cores, environment, write_json
 from ..train.recipe import Positive
@@ -411,7 +412,8 @@ def _study_name(cell: Cell) -> str:
 
 
 def _offer(cell: Cell) -> FrozenTrial:
-    values = {k: x for k, x in cell.trajectory.model_dump().items() if k in SHOWN and x is not None}
+    options = cell.trajectory.model_dump().items()
+    values = {k: x for k, x in options if k in SHOWN and x not in (None, AUTO)}
     return create_trial(
         state=TrialState.WAITING,
         params=values,

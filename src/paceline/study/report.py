@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from ..options import AUTO
 from ..train.page import COLOURS, render, svg
 
 DASHES = ("-", "--", ":")
@@ -206,7 +207,8 @@ def _about_the_pull(label: str, cell: Cell, here: dict[str, Cell], lr: float) ->
             continue
         alike = facts["schedule"] == mine["schedule"] and facts["g"] == mine["g"]
         # docs/theory.md: where it is not clipped
-        amounts_to = (mine["eps"] or 1e-8) + lr * mine["c"]
+        c = math.nan if mine["c"] == AUTO else mine["c"]
+        amounts_to = (mine["eps"] or 1e-8) + lr * c
         if alike and facts["eps"] != mine["eps"]:
             if math.isclose(facts["eps"] or 1e-8, amounts_to, rel_tol=0.01):
                 sentences.append(

@@ -14,6 +14,7 @@ from transformers import get_scheduler
 
 from ..averaging import BEMA, EMA, LAWA, SWA, Averaging, PowerEMA, Uniform
 from ..optimizer import PACE
+from ..options import AUTO, AUTO_POWER, AUTO_RETURNS
 from ..pullback import Pullback
 from . import InputError, Options
 
@@ -71,7 +72,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "schedule-free": {},
     "pace": {
         **{"c": ..., "kappa": ..., "every": None, "eps": None, "state": None},
-        "return_kappa": None,
+        **{"gain": None, "return_kappa": None},
     },
     "pullback": {"c": ..., "kappa": ..., "gain": None, "return_kappa": None},
 }
@@ -88,7 +89,7 @@ class Method(Options):
     schedule: Schedule = "constant"
     lr: Rate  # peak learning rate η
     base: str | None = None  # of pullback
-    c: Strength | None = None  # of the pull
+    c: Strength | Literal["auto"] | None = None  # of the pull; it sets itself only in pace
     kappa: Power | None = None  # κ of the average, and of power and twin
     return_kappa: Power | None = None  # κ of a slower average to return than the pull's own
     g: Gain | None = None  # whose schedule `twin` is
@@ -112,7 +113,7 @@ class Method(Options):
         shown = {"c": self.c, "g": self.g, "κ": self.kappa, "η": self.eta, "start": self.start}
         shown |= {"every": self.every, "window": self.window, "half-life": self.half_life}
         shown |= {"k": self.k, "α": self.alpha, "ε": self.eps, "returned-κ": self.return_kappa}
-        parts += [f"{k}={v:g}" for k, v in shown.items() if v is not None]
+        parts += [f"{k}={_short(v)}" for k, v in shown.items() if v is not None]
         parts += [f"gain={self.gain}"] if self.gain else []
         return " ".join(parts + (["state=bf16"] if self.state == "bf16" else []))
 
@@ -163,6 +164,10 @@ class Method(Options):
         return {"uniform": Uniform(since), "swa": SWA(since, every)}.get(self.name)
 
 
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
 def parse_method(text: str, *, schedule: Schedule = "constant", **defaults: float) -> Method:
     """A method from its written form; schedule and options that it leaves open are given beside it.
 
@@ -195,6 +200,10 @@ def parse_method(text: str, *, schedule: Schedule = "constant", **defaults: floa
         else:
             known = "none" if name == "schedule-free" else ", ".join(get_args(Schedule))
             raise InputError(f"unknown schedule {part!r} in method {text!r}; known: {known}")
+    if own.get("c") == AUTO and name != "pace":
+        raise InputError(f"method {text!r}: c=auto is of pace alone")
+    if own.get("c") == AUTO and "kappa" not in own:  # as PACE has it
+        own = {"kappa": str(AUTO_POWER), "return_kappa": str(AUTO_RETURNS)} | own
     options = {"lr": ..., **OPTIONS[name]}
     if schedule in ("power", "twin"):  # whose κ is also the average's
         options["kappa"] = ...
@@ -252,6 +261,7 @@ def make_optimizer(
             betas=betas,
             eps=eps,
             pullback=method.c or 0.0,
+            gain=method.gain or "adam",
             ema_every=method.every or 1 if average is None else 1,
             return_power=method.return_kappa,
             state_dtype=torch.bfloat16 if method.state == "bf16" else None,
@@ -272,7 +282,7 @@ def make_optimizer(
         return torch.optim.AdamW(groups, lr=method.lr, betas=betas, eps=eps)
     if method.base == "muon":
         groups = _split_for_muon(groups, model)
-    assert method.c is not None
+    assert isinstance(method.c, float)
     assert method.kappa is not None
     return Pullback(
         BASES[method.base](groups, method.lr),

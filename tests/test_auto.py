@@ -1,0 +1,632 @@
+"""A pull that sets itself: one gain for all its coordinates, from what a step puts at stake."""
+
+import copy
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+from reference import Reference
+from torch.nn import Parameter
+
+from paceline import PACE, Pullback
+from paceline.averaging import PowerEMA
+from paceline.update import auto_gain, root_sums
+
+FAST, SLOW = 0.3, 0.6  # powers of the average that it goes toward, and of the one it returns
+SLOW_TEXT = "returned=ema:power=0.6"
+LARGE = 2**16  # elements from which on every 251st stands for all
+
+
+def gradients(p, seed):
+    return torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p.dtype)
+
+
+def walk(opt, params, first, last):
+    for t in range(first, last):
+        for i, p in enumerate(params):
+            p.grad = gradients(p, 100 * t + i)
+        opt.step()
+
+
+def weights(params):
+    return [p.detach().clone() for p in params]
+
+
+def starts(*shapes):
+    torch.manual_seed(0)
+    return [torch.randn(shape) for shape in shapes]
+
+
+# ---- the rule ------------------------------------------------------------------------------------
+
+# Of every form the largest error of weights up to 5: float32's is some 30 roundings of 2e-7.
+# bfloat16 weights differ by a last place, 2^-6 there, where float32 and float64 round to two sides;
+# bfloat16 state is off by some of its own 2^-8 at each step.
+FORMS = {
+    "together": (torch.float32, {"fused": False, "foreach": True}, 1e-5),
+    "one by one": (torch.float32, {"foreach": False}, 1e-5),
+    "kernel": (torch.float32, {"fused": True}, 1e-5),
+    "measured": (torch.float32, {"track_stats": True}, 1e-5),
+    "capturable": (torch.float32, {"capturable": True}, 1e-5),
+    "no clip": (torch.float32, {"clip": False}, 1e-5),
+    "scalar gain": (torch.float32, {"gain": "scalar"}, 1e-5),
+    "float64": (torch.float64, {}, 1e-12),
+    "float64 kernel": (torch.float64, {"fused": True}, 1e-12),
+    "bfloat16": (torch.bfloat16, {}, 2**-5),
+    "bfloat16 kernel": (torch.bfloat16, {"fused": True}, 2**-5),
+    "bfloat16 state": (torch.float32, {"state_dtype": torch.bfloat16}, 0.04),
+}
+
+
+def gain_of(rates, references):
+    """λ of the step to come, from references of those parameters that have a gradient at it."""
+    stake = sum(
+        lr * np.sqrt(r.v / (1 - r.betas[1] ** r.t)).sum()
+        for lr, r in zip(rates, references, strict=True)
+        if r.t
+    )
+    return min(1.0, (stake / 2) ** 2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_rule(form, kernel):
+    dtype, options, close = FORMS[form]
+    # Two groups of other rates and β2, whose stakes add up, and one that is not pulled.
+    own = [{}, {"lr": 0.02, "betas": (0.8, 0.9)}, {"pullback": 0.0}]
+    params = [Parameter(x.to(dtype)) for x in starts((4, 5), (3,), (7,), (), (6,))]
+    members = [params[:2], params[2:4], params[4:]]
+    groups = [{"params": p, **o} for p, o in zip(members, own, strict=True)]
+    opt = PACE(groups, lr=0.05, pullback="auto", **options)
+    wide = dtype != torch.bfloat16
+    rounded = np.asarray if wide else lambda x: torch.tensor(x).bfloat16().double().numpy()
+    references = {
+        p: Reference(
+            p.detach().double().numpy(), betas=group["betas"], pullback=0.0, gain="scalar",
+            ema_power=FAST, store=rounded,
+        )
+        for group in opt.param_groups
+        for p in group["params"]
+    }  # fmt: skip
+    returned = {p: r.theta.copy() for p, r in references.items()}
+    gains = []
+    for t in range(30):
+        for group, peak in zip(opt.param_groups, (0.05, 0.02, 0.05), strict=True):
+            group["lr"] = peak * (1.1 - math.cos(t / 4))  # up to where the gain is 1, and down
+        for i, p in enumerate(params):
+            # One comes late, another misses steps: neither is at stake at a step without gradient.
+            absent = (i == 1 and t < 5) or (i == 2 and t % 4 == 1)
+            p.grad = None if absent else gradients(p, 100 * t + i)
+        opt.step()
+        stepped = [(g, p) for g in opt.param_groups for p in g["params"] if p.grad is not None]
+        pulled = [(g["lr"], references[p]) for g, p in stepped if g["pullback"] == "auto"]
+        gains.append(gain_of(*zip(*pulled, strict=True)))
+        for group, p in stepped:
+            r = references[p]
+            r.c = gains[-1] if group["pullback"] == "auto" else 0.0
+            r.step(p.grad.double().numpy(), group["lr"])
+            returned[p] += (1 + r.t) ** -SLOW * (r.theta - returned[p])
+        for p, r in references.items():
+            np.testing.assert_allclose(p.detach().double(), r.theta, atol=close, rtol=0)
+    assert gains[0] == 0.0  # nothing is known of the gradients yet
+    assert max(gains) == 1.0
+    assert 0 < sorted(gains)[len(gains) // 2] < 0.5  # and it was between for long enough
+    with opt.averaged():
+        for p, average in returned.items():
+            np.testing.assert_allclose(p.detach().double(), average, atol=close, rtol=0)
+    with opt.averaged("average"):
+        for p, r in references.items():
+            np.testing.assert_allclose(p.detach().double(), r.ema, atol=close, rtol=0)
+
+
+def test_parameters_of_all_dtypes_are_at_stake_together():
+    """float32, 64 and 16 bits: each has the gain that all of them make."""
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    params = [Parameter(torch.ones(8, dtype=dtype)) for dtype in dtypes]
+    opt = PACE(params, lr=0.02, pullback="auto", track_stats=True)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+    found = opt.stats()
+    expected = (0.02 * 32 / 2) ** 2
+    # float32's own error of squares and roots of 1
+    assert found["gain_min"] == pytest.approx(expected, rel=1e-5)
+    assert found["gain_max"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_layout_in_memory_does_not_matter():
+    (start,) = starts((300, 4, 8, 8))  # a large one, of which some are looked at
+    ends = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        p = Parameter(start.clone(memory_format=layout))
+        opt = PACE([p], lr=1e-4, pullback="auto", track_stats=True)
+        walk(opt, [p], 0, 3)
+        ends.append((opt.stats()["gain_mean"], p.detach().contiguous()))
+    torch.testing.assert_close(*ends)
+
+
+def test_parameters_without_elements_and_groups_without_parameters():
+    p, none = Parameter(torch.ones(4)), Parameter(torch.ones(0, 3))
+    opt = PACE([{"params": []}, {"params": [none, p]}], lr=0.1, pullback="auto", track_stats=True)
+    for _ in range(2):
+        p.grad, none.grad = torch.ones_like(p), torch.ones_like(none)
+        opt.step()
+    assert opt.stats()["gain_max"] == pytest.approx((0.4 / 2) ** 2)
+
+
+@pytest.mark.parametrize("form", [float, torch.tensor])
+def test_any_stake_gives_a_gain(form):
+    """Up to the square of the largest float64, of which float64 parameters can be a root."""
+    stakes = {0.0: 0.0, 1.0: 0.25, 2.0: 1.0, 3.0: 1.0, 1e200: 1.0, math.inf: 1.0}
+    for stake, gain in stakes.items():
+        value = form(stake) if form is float else torch.tensor(stake, dtype=torch.float64)
+        assert float(auto_gain(value)) == gain
+    # A NaN, with nonfinite="ignore", is not to go from one parameter into all.
+    assert float(auto_gain(form(math.nan))) == 1.0
+
+
+def test_huge_gradients_step():
+    p = Parameter(torch.ones(4, dtype=torch.float64))
+    opt = PACE([p], lr=1.0, pullback="auto")
+    for g in (1e154, 1.0):
+        p.grad = torch.full_like(p, g)
+        opt.step()
+    assert p.isfinite().all()
+
+
+# ---- large tensors -------------------------------------------------------------------------------
+
+
+def test_of_a_large_tensor_every_251st_element_is_looked_at():
+    (v,) = starts((2 * LARGE,))
+    v = v.square()
+    for size, step in ((LARGE - 1, 1), (LARGE, 251), (2 * LARGE, 251)):
+        (found,) = root_sums([v[:size]], [0], [size])
+        expected = step * v[:size:step].double().sqrt().sum()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    # The standard error of 523 draws of |N(0, 1)| is 3.3 % of their mean.
+    torch.testing.assert_close(found, v.sqrt().sum(), rtol=0.1, atol=0)
+    (looked_at,) = root_sums([v.view(256, 512)], [0], [v.numel()])
+    torch.testing.assert_close(looked_at, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shards_of_rows_add_up_to_the_whole(dtype):
+    rows, columns = 700, 100
+    v = starts((rows, columns))[0].square().to(dtype)
+    (whole,) = root_sums([v], [0], [v.numel()])
+    assert whole.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    ends = [0, 1, 2, 350, 699, 700, 700]  # parts of a row and of none among them
+    parts = [v[a:b] for a, b in pairwise(ends)]
+    sums = root_sums(parts, [columns * a for a in ends[:-1]], [v.numel()] * len(parts))
+    # sums of 279 numbers in another order
+    torch.testing.assert_close(torch.stack(sums).sum(), whole, rtol=1e-5, atol=0)
+
+
+def test_a_large_parameter_is_pulled_by_its_estimate():
+    p, small = Parameter(torch.zeros(256, 257)), Parameter(torch.zeros(3))
+    opt = PACE([p, small], lr=1e-5, pullback="auto", track_stats=True)
+    p.grad, small.grad = gradients(p, 0), torch.full((3,), 1000.0)
+    first = p.grad.flatten()
+    for _ in range(2):
+        opt.step()
+    stake = 1e-5 * (251 * first[::251].abs().double().sum() + 3000.0)
+    assert opt.stats()["gain_mean"] == pytest.approx((stake.item() / 2) ** 2, rel=1e-4)
+
+
+# ---- saved and changed ---------------------------------------------------------------------------
+
+
+def trained(**options):
+    params = [Parameter(x) for x in starts((6, 4), (5,))]
+    opt = PACE(params, lr=0.03, **{"pullback": "auto", **options})
+    walk(opt, params, 0, 5)
+    return params, opt
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("inside", [None, "returned", "average"])
+def test_resume_is_bit_for_bit(state_dtype, inside, tmp_path):
+    params, opt = trained(state_dtype=state_dtype)
+    if inside:
+        opt.eval(inside)
+    saved = {"params": weights(params), "opt": opt.state_dict()}
+    torch.save(saved, tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    group = saved["opt"]["param_groups"][0]
+    assert (group["pullback"], group["ema_power"], group["returns"]) == ("auto", FAST, SLOW_TEXT)
+    own = {"step", "exp_avg", "exp_avg_sq", "offset" if state_dtype else "average"}
+    assert saved["opt"]["state"][0].keys() == own | {"return_returned"}  # nothing new is kept
+    others = [Parameter(x) for x in saved["params"]]
+    resumed = PACE(others, lr=9.0, pullback=1.0)
+    resumed.load_state_dict(saved["opt"])
+    copied_params, copied = copy.deepcopy((params, opt))
+    runs = ((opt, params), (resumed, others), (copied, copied_params))
+    for o, p in runs:
+        o.train()
+        walk(o, p, 5, 8)
+    for o, p in runs[1:]:
+        for mine, theirs in zip(p, params, strict=True):
+            assert torch.equal(mine, theirs)
+            for key, value in opt.state[theirs].items():
+                assert torch.equal(o.state[mine][key], value), key
+
+
+def test_it_may_be_turned_on_and_off_between_steps():
+    """From a step on the gain is what an optimizer that was so from the start has."""
+    params, opt = trained(pullback=0.1, ema_power=FAST, track_stats=True)
+    (group,) = opt.param_groups
+    for pullback in ("auto", 0.1, "auto"):
+        stake = 0.03 * sum(
+            (opt.state[p]["exp_avg_sq"] / (1 - 0.999 ** opt.state[p]["step"].double())).sqrt().sum()
+            for p in params
+        )
+        group["pullback"] = pullback
+        t = int(opt.state[params[0]]["step"])
+        walk(opt, params, t, t + 1)
+        found = opt.stats()
+        if pullback == "auto":
+            assert found["gain_min"] == found["gain_max"]
+            assert found["gain_mean"] == pytest.approx((stake.item() / 2) ** 2, rel=1e-5)
+        else:
+            assert found["gain_min"] < found["gain_max"]
+
+
+def test_a_misspelt_one_that_was_set_between_steps_does_not_pass_for_it():
+    params, opt = trained()
+    opt.param_groups[0]["pullback"] = "Auto"
+    before = weights(params)
+    with pytest.raises((TypeError, ValueError)):
+        walk(opt, params, 5, 6)
+    assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
+
+
+def test_checkpoints_of_other_optimizers():
+    params, opt = trained(pullback=0.1)
+    saved = copy.deepcopy(opt.state_dict())
+    for group in saved["param_groups"]:  # as older versions wrote it
+        for option in ("returns", "averaging", "gain"):
+            del group[option]
+    resumed = PACE(params, pullback="auto")
+    resumed.load_state_dict(saved)  # the checkpoint's options count
+    (group,) = resumed.param_groups
+    assert (group["pullback"], group["ema_power"], group["returns"]) == (0.1, 0.5, None)
+
+    adamw = torch.optim.AdamW(params, lr=0.03)
+    walk(adamw, params, 5, 6)
+    resumed = PACE(params, pullback="auto", track_stats=True)
+    with pytest.warns(UserWarning, match="keeps no averages"):
+        resumed.load_state_dict(adamw.state_dict())
+    walk(resumed, params, 6, 7)
+    (group,) = resumed.param_groups
+    assert (group["pullback"], group["ema_power"], group["returns"]) == ("auto", FAST, SLOW_TEXT)
+    assert resumed.stats()["gain_mean"] > 0  # from the moments that were taken over
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_first_step_that_failed_can_be_taken_again(capturable, monkeypatch):
+    """State of step 0 is there then, as after a lack of memory for the next parameter's."""
+    runs = []
+    for fails in (False, True):
+        params = [Parameter(x) for x in starts((5,), (3,), (4,))]
+        opt = PACE(params, lr=0.03, pullback="auto", capturable=capturable)
+        walk(opt, params[:1], 0, 2)
+        if fails:
+            with monkeypatch.context() as patch:
+                ready = opt._ready
+
+                def short_of_memory(p, *rest, ready=ready, last=params[2]):
+                    if p is last:
+                        raise torch.OutOfMemoryError
+                    return ready(p, *rest)
+
+                patch.setattr(opt, "_ready", short_of_memory)
+                with pytest.raises(torch.OutOfMemoryError):
+                    walk(opt, params, 2, 3)
+            assert opt.state[params[1]]["step"] == 0
+        walk(opt, params, 2, 4)
+        runs.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
+
+
+# ---- rates and faults ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"capturable": True}, {"lr": torch.tensor(0.03)}], ids=str)
+def test_counts_and_rates_as_tensors(options):
+    """The gain comes from scalars of float64 either way, as the rest of the step does."""
+    params, others = ([Parameter(x) for x in starts((6, 4), (5,))] for _ in range(2))
+    opts = [PACE(params, lr=0.03, pullback="auto", track_stats=True)]
+    opts += [PACE(others, **{"lr": 0.03} | options, pullback="auto", track_stats=True)]
+    for t in range(5):
+        found = []
+        for opt, p in zip(opts, (params, others), strict=True):
+            walk(opt, p, t, t + 1)
+            found.append(opt.stats()["gain_mean"])
+        # a few roundings of float32; a bias correction in float32 would be 1e-5 off
+        assert found[1] == pytest.approx(found[0], rel=1e-6)
+        for p, q in zip(params, others, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("nonfinite", ["guard", "skip"])
+def test_gradients_that_are_not_finite_do_not_spoil_the_stake(nonfinite, options, kernel):
+    params, others = ([Parameter(x) for x in starts((6, 4), (5,))] for _ in range(2))
+    opt = PACE(params, lr=0.03, pullback="auto", nonfinite=nonfinite, **options)
+    alike = PACE(others, lr=0.03, pullback="auto", **options)
+    for t in range(8):
+        if t in (0, 3, 4):  # also at the first step
+            for p in params:
+                p.grad = gradients(p, t)
+            params[0].grad[2, 1] = (math.nan, 0, 0, math.inf, 1e30)[t]
+            before = params[0].detach().clone()
+            opt.step()
+            assert params[0][2, 1] == before[2, 1]
+        if nonfinite == "skip" or t not in (0, 3, 4):
+            walk(opt, params, t, t + 1)
+            walk(alike, others, t, t + 1)
+        assert all(p.isfinite().all() for p in params)
+        if nonfinite == "skip":  # as if those steps had not been
+            assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+    with opt.averaged():
+        assert all(p.isfinite().all() for p in params)
+
+
+def test_a_closure_may_make_the_gradients():
+    params, others = ([Parameter(x) for x in starts((6, 4), (5,))] for _ in range(2))
+    one, two = (PACE(p, lr=0.03, pullback="auto") for p in (params, others))
+    for t in range(4):
+        walk(one, params, t, t + 1)
+
+        def closure(t=t):
+            for i, p in enumerate(others):
+                p.grad = gradients(p, 100 * t + i)
+            return 1.0
+
+        two.step(closure)
+        two.zero_grad()
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+DEFAULTS = [  # what is said; ema_power, ema_beta, averaging and returns of the group
+    ({"pullback": "auto"}, (FAST, None, None, SLOW_TEXT)),
+    ({"pullback": "auto", "ema_start": 9}, (FAST, None, None, SLOW_TEXT)),
+    ({"pullback": "auto", "ema_power": 0.5}, (0.5, None, None, None)),
+    ({"pullback": "auto", "ema_beta": 0.01}, (None, 0.01, None, None)),
+    ({"pullback": "auto", "averaging": "uniform"}, (0.5, None, "uniform", None)),
+    ({"pullback": "auto", "return_power": 0.7}, (FAST, None, None, "returned=ema:power=0.7")),
+    ({"pullback": "auto", "returns": "uniform"}, (FAST, None, None, "returned=uniform")),
+    ({"pullback": 0.1}, (0.5, None, None, None)),
+    ({"pullback": 0.1, "ema_beta": 0.01}, (None, 0.01, None, None)),
+    ({"pullback": 0.1, "averaging": "uniform"}, (0.5, None, "uniform", None)),
+    ({"pullback": 0.1, "return_power": 0.7}, (0.5, None, None, "returned=ema:power=0.7")),
+]
+
+
+@pytest.mark.parametrize(("said", "expected"), DEFAULTS)
+def test_what_is_left_out(said, expected):
+    opt = PACE([Parameter(torch.ones(2))], **said)
+    opt.add_param_group({"params": [Parameter(torch.ones(2))]})
+    for group in opt.param_groups:
+        assert group["pullback"] == said["pullback"]
+        names = ("ema_power", "ema_beta", "averaging", "returns")
+        assert tuple(group[name] for name in names) == expected
+        assert "return_power" not in group
+    for p in (p for group in opt.param_groups for p in group["params"]):
+        p.grad = torch.ones_like(p)
+    opt.step()  # and such groups step
+    averages = {key for key in opt.state[p] if key.startswith(("average", "return"))}
+    assert averages == {"average"} | ({"return_returned"} if expected[-1] else set())
+
+
+def test_groups_with_options_of_their_own():
+    own = [
+        {"pullback": 0.1},
+        {"return_power": 0.7},
+        {"returns": None},
+        {"average": False, "pullback": 0},  # nobody has asked for an average to return
+    ]
+    groups = [{"params": [Parameter(torch.ones(2))], **o} for o in own]
+    opt = PACE(copy.deepcopy(groups[:3]), pullback="auto")
+    opt.add_param_group(groups[3])
+    assert [group["pullback"] for group in opt.param_groups] == [0.1, "auto", "auto", 0.0]
+    returns = [group["returns"] for group in opt.param_groups[1:]]
+    assert returns == ["returned=ema:power=0.7", None, None]
+
+
+BAD = ["automatic", "", None, -1, math.nan, math.inf, True, ["auto"]]
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_bad_strengths(value):
+    with pytest.raises(ValueError, match=r"^pullback must be a .* >= 0, or 'auto', got ") as raised:
+        PACE([Parameter(torch.ones(2))], pullback=value)
+    assert str(raised.value).endswith(f"got {value!r}")
+    with pytest.raises(ValueError, match=r"^pullback must be a .* >= 0, or 'auto', got "):
+        PACE([{"params": [Parameter(torch.ones(2))], "pullback": value}], pullback="auto")
+
+
+def test_what_it_does_not_go_with():
+    with pytest.raises(ValueError, match=r"^average=False needs pullback=0, got pullback='auto'"):
+        PACE([Parameter(torch.ones(2))], pullback="auto", average=False)
+    adamw = torch.optim.AdamW([Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match=r"^pullback must be a finite number >= 0, got 'auto'$"):
+        Pullback(adamw, "auto")
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    if not dist.is_available():
+        pytest.skip("torch without distributed")
+    made = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()
+
+
+def run(engine, folder=None):
+    """What is held after each step; with a folder, saved on the way and loaded into another."""
+    from test_distributed import advance, dcp, get_state_dict, held, net, set_state_dict, wrapped
+
+    def made(**options):
+        model = wrapped(net(), engine)
+        return model, PACE(model.parameters(), **{"lr": 0.02, "pullback": "auto", **options})
+
+    def both(model, opt):
+        return dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+
+    model, opt = made()
+    if folder:  # asking for a checkpoint before the first step is no step
+        get_state_dict(model, opt)
+    moments = []
+    for step in range(5):
+        if folder and step == 3:
+            dcp.save(both(model, opt), checkpoint_id=folder, no_dist=engine is None)
+            model, opt = made(lr=9.0, pullback=9.0, return_power=0.9)
+            state = both(model, opt)
+            dcp.load(state, checkpoint_id=folder, no_dist=engine is None)
+            model_state, opt_state = state["model"], state["optimizer"]
+            set_state_dict(model, opt, model_state_dict=model_state, optim_state_dict=opt_state)
+            assert opt.param_groups[0]["pullback"] == "auto"
+        advance(model, opt, engine, 1, first=step)
+        moments.append(held(model, opt))
+    return moments
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed.*:UserWarning")
+@pytest.mark.parametrize(("engine", "saves"), [("ddp", False), ("fsdp", False), ("fsdp", True)])
+def test_two_ranks_go_where_one_process_goes(engine, saves, ranks, tmp_path):
+    from test_distributed import assert_close
+
+    alone = run(None)
+    for mine in ranks(run, engine, str(tmp_path) if saves else None):
+        for a, b in zip(mine, alone, strict=True):
+            assert_close(a, b)  # to 1e-6, as it is for any other pull
+
+
+def laid_out(kinds, size, foreach):
+    """Equal gradients: gains of parameters laid out over the ranks, and of the same ones whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    line, plane = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
+    layouts = {
+        "rows": (line, [Shard(0)]),
+        "columns": (line, [Shard(1)]),
+        "replicated": (line, [Replicate()]),
+        "hybrid": (plane, [Shard(0), Replicate()]),
+        # as FSDP2 lays out what tensor parallelism has laid out before it
+        "rows of rows": (plane, [_StridedShard(0, split_factor=1), Shard(0)]),
+    }
+    half = {"rows": 0, "hybrid": 0, "rows of rows": 0, "columns": 1}
+
+    def placed(x, kind):
+        if kind == "plain":
+            return x.clone()
+        dim = half.get(kind)
+        mine = x if dim is None else x.chunk(2, dim)[dist.get_rank()]
+        return DTensor.from_local(
+            mine.clone(), *layouts[kind], run_check=False, shape=x.shape, stride=x.stride()
+        )
+
+    torch.manual_seed(0)
+    wholes = [Parameter(torch.randn(size)) for _ in kinds]
+    parts = [Parameter(placed(p.detach(), kind)) for p, kind in zip(wholes, kinds, strict=True)]
+    gains = []
+    for params in (wholes, parts):
+        # One at a time, for torch steps no list of DTensors of several meshes.
+        opt = PACE(params, lr=1.0 / sum(p.numel() for p in params), pullback="auto",
+                   track_stats=True, foreach=foreach)  # fmt: skip
+        for t in range(2):
+            for i, (p, kind) in enumerate(zip(params, kinds, strict=True)):
+                g = torch.randn(size, generator=torch.Generator().manual_seed(10 * t + i))
+                p.grad = placed(g, kind) if params is parts else g
+            opt.step()
+        gains.append(opt.stats()["gain_mean"])
+    return gains
+
+
+LAYOUTS = [
+    *(["plain"], ["rows"], ["columns"], ["replicated"], ["hybrid"], ["rows of rows"]),
+    ["plain", "rows", "replicated", "columns", "rows of rows", "hybrid", "rows"],
+]
+
+
+@pytest.mark.parametrize("kinds", LAYOUTS, ids=",".join)
+def test_each_element_is_at_stake_once_whatever_the_layout(kinds, ranks):
+    for size in ((70, 6), (300, 256)):
+        large_columns = size[0] * size[1] >= LARGE and "columns" in kinds
+        for whole, mine in ranks(laid_out, kinds, size, None):
+            # Of columns others are looked at: 306 draws more, of a standard error of 4 %.
+            assert mine == pytest.approx(whole, rel=0.2 if large_columns else 1e-5)
+
+
+# ---- training runs -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def methods():
+    return pytest.importorskip("paceline.train.methods")
+
+
+METHODS = {  # κ of the average, and of the one to return
+    "pace:c=auto": (FAST, SLOW),
+    "pace:cosine:c=auto:lr=3e-4": (FAST, SLOW),
+    "pace:c=auto:kappa=0.5": (0.5, None),
+    "pace:c=auto:return_kappa=0.7": (FAST, 0.7),
+    "pace:c=auto:kappa=0.5:return_kappa=0.8": (0.5, 0.8),
+}
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_methods_say_it(text, methods):
+    kappa, returned = METHODS[text]
+    method = methods.parse_method(text, lr=1.0, c=0.1, kappa=0.4)
+    assert (method.c, method.kappa, method.return_kappa) == ("auto", kappa, returned)
+    assert "c=auto" in method.label
+    assert methods.parse_method(method.written) == method
+    model = torch.nn.Linear(3, 2)
+    opt = methods.make_optimizer(
+        method, model, decayed={"weight"}, weight_decay=0.1, warmup=0, steps=10
+    )
+    for group in opt.param_groups:
+        assert (group["pullback"], group["ema_power"]) == ("auto", kappa)
+        assert group["returns"] == (returned and f"returned={PowerEMA(returned)}")
+    watched = methods.parse_method("pace", lr=1.0, c=0.1, kappa=0.4)  # as it was
+    assert (watched.c, watched.kappa, watched.return_kappa) == (0.1, 0.4, None)
+
+
+def test_methods_pass_the_kind_of_gain_on(methods):
+    method = methods.parse_method("pace:c=0.2:gain=scalar", lr=1.0, kappa=0.4)
+    opt = methods.make_optimizer(
+        method, torch.nn.Linear(3, 2), decayed=set(), weight_decay=0.0, warmup=0, steps=10
+    )
+    assert {group["gain"] for group in opt.param_groups} == {"scalar"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("pullback:sgd:c=auto", "c=auto is of pace alone"),
+        ("ema:c=auto", "c=auto is of pace alone"),
+        ("pace:c=automatic", r"c: .*got 'automatic'"),
+        ("pace:c=-1", r"c: .*got '-1'"),
+        ("pace:c=nan", r"c: "),
+    ],
+)
+def test_bad_methods(text, says, methods):
+    from paceline.train import InputError
+
+    with pytest.raises(InputError, match=f"^method '{text}': {says}") as raised:
+        methods.parse_method(text, lr=1.0, kappa=0.4)
+    assert "\n" not in str(raised.value)
