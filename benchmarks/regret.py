@@ -17,7 +17,6 @@ import json
 import math
 import multiprocessing
 import random
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -450,27 +449,35 @@ def run(out: Path, tasks: list[str], methods: list[str], workers: int) -> None:
 
 # ---- what they say ------------------------------------------------------------------------------
 
-AUTO = "pace:c=auto:kappa=0.3"
-UNTUNED = {  # what nobody tunes: a method, and the average that it returns
-    "auto": (AUTO, "k60"),
+AUTO = ("pace:c=auto:kappa=0.3", "k60")  # a method, and the average that it returns
+UNTUNED = {
+    "auto": AUTO,
+    "auto, as a schedule": ("adamw+twin", "k60"),
     "EMA κ 0.6": ("adamw", "k60"),
     "EMA κ 0.5": ("adamw", "k50"),
     "cosine": ("adamw:cosine", "live"),
     "Schedule-Free": ("schedule-free", "own"),
     "power κ 0.3, EMA κ 0.6": ("adamw:power:kappa=0.3", "k60"),
-    "scalar 0.1, EMA κ 0.6": ("pace:gain=scalar:c=0.1:kappa=0.3", "k60"),
-    "scalar 0.5, EMA κ 0.6": ("pace:gain=scalar:c=0.5:kappa=0.3", "k60"),
+    "scalar gain 0.1, EMA κ 0.6": ("pace:gain=scalar:c=0.1:kappa=0.3", "k60"),
+    "scalar gain 0.5, EMA κ 0.6": ("pace:gain=scalar:c=0.5:kappa=0.3", "k60"),
     "PACE c 1, EMA κ 0.6": ("pace:c=1:kappa=0.3", "k60"),
 }
-FAMILIES = {  # what is tuned, its averages with it: all methods whose names begin so
-    "constant rate": ("adamw$",),
-    "cosine, WSD": ("adamw:cosine", "adamw:wsd"),
-    "power": ("adamw:power",),
-    "twin": ("adamw:twin",),
+FAMILIES = {  # methods whose names begin so, at the best of them with the best average
+    "AdamW, constant rate": ("adamw$",),
+    "AdamW, cosine or WSD": ("adamw:cosine", "adamw:wsd"),
+    "AdamW, power": ("adamw:power",),
+    "AdamW, twin": ("adamw:twin",),
     "Schedule-Free": ("schedule-free",),
     "PACE": ("pace:c=[0-9]",),
-    "scalar pull": ("pace:gain",),
-    "auto, EMA κ tuned": (re.escape(AUTO),),
+    "PACE, scalar gain": ("pace:gain",),
+}
+PULLS = {  # each against the schedule that it amounts to
+    "auto": (AUTO, UNTUNED["auto, as a schedule"]),
+    "scalar gain 0.1": (
+        UNTUNED["scalar gain 0.1, EMA κ 0.6"],
+        ("adamw:twin:g=0.1:kappa=0.3", "k60"),
+    ),
+    "saturated": (("pace:c=10:kappa=0.3", "k60"), ("adamw:power:kappa=0.3", "k60")),
 }
 CELL = ["task", "steps", "lr"]
 
@@ -484,80 +491,87 @@ def frame(done: dict[Cell, dict[str, list[float]]]) -> pd.DataFrame:
     return found.sort_values([*Cell._fields, "average"], ignore_index=True)
 
 
-def chosen(losses: pd.DataFrame) -> pd.DataFrame:
-    """Of each cell the losses to report, by seed, of the method and average that is chosen."""
-    keys = ["method", "average"]
-    means = losses.groupby([*CELL, *keys]).choose.mean().reset_index()
-    means = means[means.choose.notna()]
-    best = means.loc[means.groupby(CELL).choose.idxmin(), [*CELL, *keys]]
-    return losses.merge(best).set_index([*CELL, "seed"])[[*keys, "report"]]
-
-
-def regrets(losses: pd.DataFrame, of: pd.DataFrame) -> pd.DataFrame:
-    """Of each cell the regret of what is given, in nats with its interval, and its share.
-
-    Args:
-        losses: all.
-        of: losses to report by cell and seed, as of `chosen`.
-    """
-    best = chosen(losses[losses.method != AUTO])
-    live = losses[(losses.method == "adamw") & (losses.average == "live")]
-    distance = live.set_index([*CELL, "seed"]).report - best.report
-    regret = of.report - best.report
-    found = regret.groupby(CELL, sort=False).agg(["mean", lambda x: interval(list(x))])
-    found.columns = ["nats", "interval"]
-    found["distance"] = distance.groupby(CELL).mean()
-    found["share"] = found.nats / found.distance.where(found.distance > 0)
-    return found
-
-
-def one(losses: pd.DataFrame, method: str, average: str) -> pd.DataFrame:
+def of(losses: pd.DataFrame, method: str, average: str) -> pd.Series:
+    """What one setting returns, to report, by task, horizon, rate and seed."""
     rows = losses[(losses.method == method) & (losses.average == average)]
-    return rows.set_index([*CELL, "seed"])[["report"]]
+    return rows.set_index([*CELL, "seed"]).report
+
+
+def best(losses: pd.DataFrame) -> pd.DataFrame:
+    """The same of the setting that is chosen for each task, horizon and rate, and its name."""
+    setting = losses.method + " " + losses.average
+    means = losses.assign(setting=setting).groupby([*CELL, "setting"]).choose.mean()
+    means = means.fillna(math.inf).reset_index()
+    chosen = means.loc[means.groupby(CELL).choose.idxmin(), [*CELL, "setting"]]
+    return losses.assign(setting=setting).merge(chosen).set_index([*CELL, "seed"])
+
+
+def ends(differences: pd.Series) -> pd.DataFrame:
+    """Mean over seeds and its interval, for each task, horizon and rate."""
+    rows = {
+        cell: (x.mean(), *(interval(list(x)) or (math.nan, math.nan)))
+        for cell, x in differences.dropna().groupby(CELL)
+    }
+    index = pd.MultiIndex.from_tuples(rows, names=CELL)
+    return pd.DataFrame(rows.values(), index=index, columns=DIFFERENCE)
 
 
 def tables(losses: pd.DataFrame) -> Iterator[Listing]:
-    tasks = [name for name in TASKS if name in set(losses.task)]
-    settings = {name: one(losses, *setting) for name, setting in UNTUNED.items()}
+    tuned = best(losses[~losses.method.str.contains("auto|[+]")])
+    distance = ends(of(losses, "adamw", "live") - tuned.report)
+    there = distance[distance.low > 0].difference  # beyond what seeds do
+    settings = {name: of(losses, *setting) for name, setting in UNTUNED.items()}
     families = {
-        name: chosen(losses[losses.method.str.match("|".join(starts))])
+        name: best(losses[losses.method.str.match("|".join(starts))]).report
         for name, starts in FAMILIES.items()
+        if losses.method.str.match("|".join(starts)).any()
     }
-    for title, compared in {"Untuned": settings, "Tuned at each rate": families}.items():
-        rows = {name: regrets(losses, of) for name, of in compared.items()}
-        for what, say in {
-            "median and worst share of the distance": lambda x: (
-                f"{x.share.median():.0%} / {x.share.max():.0%}"
-            ),
-            "median and worst, nats": lambda x: f"{x.nats.median():.3f} / {x.nats.max():.3f}",
-        }.items():
-            yield Listing(
-                f"{title}: regret, {what}",
-                ["", *tasks, "all"],
-                [[name, *(say(x.loc[[t]]) for t in tasks), say(x)] for name, x in rows.items()],
-            )
-    best, live = chosen(losses[losses.method != AUTO]), one(losses, "adamw", "live")
-    auto, ema = regrets(losses, settings["auto"]), settings["EMA κ 0.6"]
-    against = (settings["auto"].report - ema.report).groupby(CELL)
-    rows = []
-    for cell, x in auto.iterrows():
-        method, average, _ = best.loc[cell].iloc[0]
-        low, high = interval(list(against.get_group(cell))) or (None, None)
-        rows.append(
-            [
-                *(cell[0], cell[1], f"{cell[2]:g}"),
-                live.loc[cell].report.mean(),
-                f"{method} {average}",
-                *(best.loc[cell].report.mean(), settings["auto"].loc[cell].report.mean()),
-                *(x.nats, f"{x.share:.0%}"),
-                *(against.get_group(cell).mean(), low, high),
-            ]
-        )
-    yield Listing(
-        "auto at each rate, and against the EMA of the same κ",
-        [*CELL, "AdamW, live", "best of all", "its loss", "auto", "regret", "share", *DIFFERENCE],
-        rows,
-    )
+    tasks = [task for task in TASKS if task in set(losses.task)]
+    columns = ["", *tasks, "all"]
+
+    def by_task(x: pd.DataFrame, say: Callable[[pd.DataFrame], str]) -> list[str]:
+        own = x.index.get_level_values("task")
+        return [say(x[own == task]) for task in tasks] + [say(x)]
+
+    def nats(x: pd.DataFrame) -> str:
+        return f"{x.difference.median():.3f}, {x.difference.max():.3f}"
+
+    def share(x: pd.DataFrame) -> str:
+        shares = (x.difference / there).dropna()
+        return f"{shares.median():.0%}, {shares.max():.0%}" if len(shares) else ""
+
+    for title, compared in {"Not tuned": settings, "Tuned at each rate": families}.items():
+        regrets = {name: ends(x - tuned.report) for name, x in compared.items() if len(x)}
+        for unit, say in {"nats": nats, "share of the distance": share}.items():
+            rows = [[name, *by_task(x, say)] for name, x in regrets.items()]
+            yield Listing(f"{title}: regret, median and worst, {unit}", columns, rows)
+
+    def signs(x: pd.DataFrame) -> str:
+        low, high = (x.high < 0).sum(), (x.low > 0).sum()
+        return f"{x.difference.mean():+.3f} ({low}, {len(x) - low - high}, {high})"
+
+    rows = [
+        [name, *by_task(ends(of(losses, *pull) - of(losses, *schedule)), signs)]
+        for name, (pull, schedule) in PULLS.items()
+        if len(of(losses, *pull)) and len(of(losses, *schedule))
+    ]
+    title = "A pull less its schedule: mean, nats (settings where lower, the same, higher)"
+    yield Listing(title, columns, rows)
+
+    auto, against = settings["auto"], ends(settings["auto"] - settings["EMA κ 0.6"])
+    shares = ends(auto - tuned.report).difference / there
+    rows = [
+        [
+            *(cell[0], str(cell[1]), f"{cell[2]:.3g}"),
+            *(x.loc[cell].mean() for x in (of(losses, "adamw", "live"), tuned.report, auto)),
+            tuned.loc[cell].setting.iloc[0],
+            f"{shares[cell]:.0%}" if cell in there else "",
+            *against.loc[cell],
+        ]
+        for cell in against.index
+    ]
+    names = ["AdamW, live", "best tuned", "auto", "which", "regret", *DIFFERENCE]
+    yield Listing("auto at each rate; difference to the EMA κ 0.6", [*CELL, *names], rows)
 
 
 def table(out: Path) -> None:
