@@ -52,9 +52,9 @@ from paceline.update import auto_gain, root_sums
 
 SEEDS = range(5)
 SMOLLM2 = "models/smollm2-135m"
+WEIGHT_DECAY = 0.01
 KAPPAS = (0.2, 0.3, 0.5, 0.6, 0.7, 0.85, 0.95)
 READ_OUTS = {f"k{100 * kappa:.0f}": f"ema:power={kappa}" for kappa in KAPPAS}
-CLIP = 1.0  # norm of the gradients
 DECAYS = ("cosine", "wsd", *(f"power:kappa={kappa}" for kappa in (0.15, 0.3, 0.5)))
 TWINS = ("twin:g=0.1:kappa=0.3", "twin:g=0.5:kappa=0.5")
 METHODS = (
@@ -88,6 +88,7 @@ class Task(NamedTuple):
     horizons: tuple[int, ...]
     start: Callable[[int], Problem]
     warmup: float = 0.05  # of the steps, linearly, for all methods
+    clip: float = 1.0  # norm of the gradients
 
 
 class Cell(NamedTuple):
@@ -293,10 +294,16 @@ TASKS = {
         tuple(1e-2 * x for x in DECADE), (100, 400), functools.partial(classifier, logistic)
     ),
     "quadratic": Task(
-        tuple(1e-2 * x for x in DECADE), (300, 1200), functools.partial(quadratic, 0.0)
+        tuple(1e-2 * x for x in DECADE),
+        (300, 1200),
+        functools.partial(quadratic, 0.0),
+        clip=math.inf,
     ),
     "quadratic-h": Task(
-        tuple(1e-2 * x for x in DECADE), (300, 1200), functools.partial(quadratic, 1.0)
+        tuple(1e-2 * x for x in DECADE),
+        (300, 1200),
+        functools.partial(quadratic, 1.0),
+        clip=math.inf,
     ),
     "smollm2": Task((3e-4, 1e-3), (60,), smollm2),
 }
@@ -307,10 +314,13 @@ TASKS = {
 
 def optimizer_of(method: Method, parameters: list[Tensor], warmup: int) -> Optimizer:
     if method.name == "schedule-free":
-        return schedulefree.AdamWScheduleFree(parameters, lr=method.lr, warmup_steps=warmup)
+        return schedulefree.AdamWScheduleFree(
+            parameters, lr=method.lr, warmup_steps=warmup, weight_decay=WEIGHT_DECAY
+        )
     return PACE(
         parameters,
         lr=method.lr,
+        weight_decay=WEIGHT_DECAY,
         pullback=method.c or 0.0,
         gain=method.gain or "adam",
         ema_power=method.kappa or 0.5,
@@ -371,7 +381,12 @@ RULES: dict[str, Callable[[Watch], float]] = {  # gains, to be held to 0 and 1
 
 
 def train(
-    problem: Problem, method: Method, steps: int, warmup: int, rule: str = ""
+    problem: Problem,
+    method: Method,
+    steps: int,
+    warmup: int,
+    clip: float = 1.0,
+    rule: str = "",
 ) -> dict[str, list[float]]:
     """Losses of what a method returns, by average; "live" is that of the weights themselves."""
     optimizer = optimizer_of(method, problem.parameters, warmup)
@@ -381,7 +396,7 @@ def train(
         optimizer.train()
     for _ in range(steps):
         problem.loss().backward()
-        nn.utils.clip_grad_norm_(problem.parameters, CLIP)
+        nn.utils.clip_grad_norm_(problem.parameters, clip)
         if watch:
             watch.set(rule)
         optimizer.step()
@@ -405,17 +420,16 @@ def cells(tasks: list[str], methods: list[str]) -> Iterator[Cell]:
             yield Cell(name, steps, float(f"{lr:.3g}"), method, seed)
 
 
-def work(todo: list[Cell], path: Path) -> None:
-    torch.set_num_threads(1)
-    with path.open("a") as file:
-        for cell in todo:
-            text, _, rule = cell.method.partition("+")
-            method = parse_method(f"{text}:lr={cell.lr}")
-            task = TASKS[cell.task]
-            warmup = round(task.warmup * cell.steps)
-            found = train(task.start(cell.seed), method, cell.steps, warmup, rule)
-            rounded = {name: [round(x, 5) for x in pair] for name, pair in found.items()}
-            print(json.dumps([*cell, rounded]), file=file, flush=True)
+def trained(cell: Cell) -> tuple[Cell, dict[str, list[float]]]:
+    """A training and its losses; of what diverged they are infinite."""
+    text, _, rule = cell.method.partition("+")
+    method, task = parse_method(f"{text}:lr={cell.lr}"), TASKS[cell.task]
+    warmup = round(task.warmup * cell.steps)
+    found = train(task.start(cell.seed), method, cell.steps, warmup, task.clip, rule)
+    return cell, {
+        name: [round(x, 5) if math.isfinite(x) else math.inf for x in pair]
+        for name, pair in found.items()
+    }
 
 
 def written(folder: Path) -> dict[Cell, dict[str, list[float]]]:
@@ -428,7 +442,7 @@ def written(folder: Path) -> dict[Cell, dict[str, list[float]]]:
         for cell, row in wide.iterrows():
             pairs = {name: [row[f"{name}:choose"], row[f"{name}:report"]] for name in names}
             done[Cell(*cell)] = {k: x for k, x in pairs.items() if not math.isnan(x[0])}
-    return done
+    return {cell: x for cell, x in done.items() if x.keys() in ({"own"}, {"live", *READ_OUTS})}
 
 
 def run(out: Path, tasks: list[str], methods: list[str], workers: int) -> None:
@@ -436,15 +450,15 @@ def run(out: Path, tasks: list[str], methods: list[str], workers: int) -> None:
     done = written(out)
     todo = [cell for cell in cells(tasks, methods) if cell not in done]
     print(f"{len(todo)} trainings to run, {len(done)} done")
+    if "finetune" in tasks:
+        started()  # before many want it
     spawn = multiprocessing.get_context("spawn")
-    processes = [
-        spawn.Process(target=work, args=(todo[i::workers], out / f"{i}.jsonl"))
-        for i in range(workers)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    with (
+        spawn.Pool(workers, torch.set_num_threads, (1,)) as pool,
+        (out / "runs.jsonl").open("a") as file,
+    ):
+        for cell, losses in pool.imap_unordered(trained, todo):
+            print(json.dumps([*cell, losses]), file=file, flush=True)
 
 
 # ---- what they say ------------------------------------------------------------------------------
@@ -460,6 +474,7 @@ UNTUNED = {
     "power κ 0.3, EMA κ 0.6": ("adamw:power:kappa=0.3", "k60"),
     "scalar gain 0.1, EMA κ 0.6": ("pace:gain=scalar:c=0.1:kappa=0.3", "k60"),
     "scalar gain 0.5, EMA κ 0.6": ("pace:gain=scalar:c=0.5:kappa=0.3", "k60"),
+    "PACE c 0.1, EMA κ 0.6": ("pace:c=0.1:kappa=0.3", "k60"),
     "PACE c 1, EMA κ 0.6": ("pace:c=1:kappa=0.3", "k60"),
 }
 FAMILIES = {  # methods whose names begin so, at the best of them with the best average
@@ -498,12 +513,14 @@ def of(losses: pd.DataFrame, method: str, average: str) -> pd.Series:
 
 
 def best(losses: pd.DataFrame) -> pd.DataFrame:
-    """The same of the setting that is chosen for each task, horizon and rate, and its name."""
-    setting = losses.method + " " + losses.average
-    means = losses.assign(setting=setting).groupby([*CELL, "setting"]).choose.mean()
-    means = means.fillna(math.inf).reset_index()
-    chosen = means.loc[means.groupby(CELL).choose.idxmin(), [*CELL, "setting"]]
-    return losses.assign(setting=setting).merge(chosen).set_index([*CELL, "seed"])
+    """The same of the best setting, and its name: for each seed that of all the others."""
+    keys = [*CELL, "setting"]
+    losses = losses.assign(setting=losses.method + " " + losses.average)
+    seeds = losses.groupby(keys).choose.transform("count")
+    losses = losses[seeds == len(SEEDS)]
+    others = losses.groupby(keys).choose.transform("sum") - losses.choose
+    chosen = others.groupby([losses[key] for key in (*CELL, "seed")]).idxmin()
+    return losses.loc[chosen].set_index([*CELL, "seed"])
 
 
 def ends(differences: pd.Series) -> pd.DataFrame:
@@ -511,6 +528,7 @@ def ends(differences: pd.Series) -> pd.DataFrame:
     rows = {
         cell: (x.mean(), *(interval(list(x)) or (math.nan, math.nan)))
         for cell, x in differences.dropna().groupby(CELL)
+        if len(x) == len(SEEDS)
     }
     index = pd.MultiIndex.from_tuples(rows, names=CELL)
     return pd.DataFrame(rows.values(), index=index, columns=DIFFERENCE)
@@ -533,21 +551,24 @@ def tables(losses: pd.DataFrame) -> Iterator[Listing]:
         own = x.index.get_level_values("task")
         return [say(x[own == task]) for task in tasks] + [say(x)]
 
-    def nats(x: pd.DataFrame) -> str:
+    def loss(x: pd.DataFrame) -> str:
         return f"{x.difference.median():.3f}, {x.difference.max():.3f}"
 
     def share(x: pd.DataFrame) -> str:
         shares = (x.difference / there).dropna()
-        return f"{shares.median():.0%}, {shares.max():.0%}" if len(shares) else ""
+        return f"{shares.median():.0%}, {shares.max():.0%} ({len(shares)})" if len(shares) else ""
 
+    units = {"in the loss": loss, "as shares of the distance (of so many settings)": share}
     for title, compared in {"Not tuned": settings, "Tuned at each rate": families}.items():
         regrets = {name: ends(x - tuned.report) for name, x in compared.items() if len(x)}
-        for unit, say in {"nats": nats, "share of the distance": share}.items():
+        for unit, say in units.items():
             rows = [[name, *by_task(x, say)] for name, x in regrets.items()]
             yield Listing(f"{title}: regret, median and worst, {unit}", columns, rows)
 
     def signs(x: pd.DataFrame) -> str:
         low, high = (x.high < 0).sum(), (x.low > 0).sum()
+        if not len(x):
+            return ""
         return f"{x.difference.mean():+.3f} ({low}, {len(x) - low - high}, {high})"
 
     rows = [
@@ -555,7 +576,7 @@ def tables(losses: pd.DataFrame) -> Iterator[Listing]:
         for name, (pull, schedule) in PULLS.items()
         if len(of(losses, *pull)) and len(of(losses, *schedule))
     ]
-    title = "A pull less its schedule: mean, nats (settings where lower, the same, higher)"
+    title = "A pull less its schedule: mean (settings where lower, the same, higher)"
     yield Listing(title, columns, rows)
 
     auto, against = settings["auto"], ends(settings["auto"] - settings["EMA κ 0.6"])
@@ -564,7 +585,7 @@ def tables(losses: pd.DataFrame) -> Iterator[Listing]:
         [
             *(cell[0], str(cell[1]), f"{cell[2]:.3g}"),
             *(x.loc[cell].mean() for x in (of(losses, "adamw", "live"), tuned.report, auto)),
-            tuned.loc[cell].setting.iloc[0],
+            tuned.loc[cell].setting.mode()[0],
             f"{shares[cell]:.0%}" if cell in there else "",
             *against.loc[cell],
         ]

@@ -3,7 +3,7 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ class PACE(AveragedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
-        pullback: float | str,
+        pullback: float | Literal["auto"],
         gain: str = "adam",
         ema_power: float | None = None,
         ema_beta: float | None = None,
@@ -228,8 +228,8 @@ class PACE(AveragedOptimizer):
                 param_group.setdefault("averaging", None)
             if param_group.get("ema_power") is not None:
                 param_group.setdefault("ema_beta", None)
-            if param_group.get("average") is False:
-                param_group.setdefault("returns", None)
+            if param_group.get("average") is False and self.defaults["pullback"] == AUTO:
+                param_group.setdefault("returns", None)  # which nobody asked for
         super().add_param_group(param_group)
         try:
             check_options(param_group)
