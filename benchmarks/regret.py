@@ -19,6 +19,7 @@ import multiprocessing
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paceline import PACE, PowerEMA
 from paceline.cache import cache_folder
+from paceline.files import whole
 from paceline.study.statistics import DIFFERENCE, Listing, interval
 from paceline.train.chat import conversation_encoder
 from paceline.train.data import (
@@ -66,7 +68,7 @@ METHODS = (
     "pace:c=auto:kappa=0.3",
     "adamw+twin",
 )
-CANDIDATES = (  # that lost: on language models alone
+CANDIDATES = (  # for --methods: other rules that a few runs spoke against
     *(f"pace:gain=scalar:c=0:kappa=0.3+{rule}" for rule in ("gap", "gap2", "gaps")),
     "pace:c=auto:kappa=0.5",
 )
@@ -175,7 +177,8 @@ def started() -> dict[str, Tensor]:
         model = gpt(1000)
         problem = language(model, texts()[1]["code"], seed=1000)
         train(problem, parse_method("adamw:cosine:lr=0.003"), 4000, 200)
-        torch.save(model.state_dict(), path)
+        with whole(path) as partial:
+            torch.save(model.state_dict(), partial)
     return torch.load(path, weights_only=True)
 
 
@@ -434,8 +437,11 @@ def trained(cell: Cell) -> tuple[Cell, dict[str, list[float]]]:
 
 def written(folder: Path) -> dict[Cell, dict[str, list[float]]]:
     """What has been run: losses to choose by and to report, by average."""
-    lines = (line for path in folder.glob("*.jsonl") for line in path.open())
-    done = {Cell(*cell): losses for *cell, losses in map(json.loads, lines)}
+    done = {}
+    for line in (line for path in folder.glob("*.jsonl") for line in path.open()):
+        with suppress(json.JSONDecodeError):  # half a line, of a run that was killed
+            *cell, losses = json.loads(line)
+            done[Cell(*cell)] = losses
     if (path := folder / "losses.csv").exists():
         wide = pd.read_csv(path, index_col=list(Cell._fields))
         names = [name.removesuffix(":choose") for name in wide if name.endswith(":choose")]

@@ -5,7 +5,7 @@ from torch import nn
 
 from paceline.testing import _same as same
 
-__all__ = ["advance", "assert_same", "problem", "same", "snapshot"]
+__all__ = ["advance", "assert_same", "gradients", "problem", "same", "snapshot", "walk"]
 
 
 def problem(dtype=torch.float32, seed=0):
@@ -40,3 +40,16 @@ def assert_same(a, b):
         for key in s:
             assert s[key].dtype == t[key].dtype
             assert torch.equal(s[key], t[key]), key
+
+
+def gradients(p, seed):
+    """Of the shape and dtype of a parameter."""
+    return torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p.dtype)
+
+
+def walk(opt, params, first, last):
+    """Steps on gradients that depend on the step and on the parameter's place alone."""
+    for t in range(first, last):
+        for i, p in enumerate(params):
+            p.grad = gradients(p, 100 * t + i)
+        opt.step()

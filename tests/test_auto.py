@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from problems import gradients, walk
 from ranks import Ranks
 from reference import Reference
 from torch.nn import Parameter
@@ -19,17 +20,6 @@ from paceline.update import auto_gain, root_sums
 FAST, SLOW = 0.3, 0.6  # powers of the average that it goes toward, and of the one it returns
 SLOW_TEXT = "returned=ema:power=0.6"
 LARGE = 2**16  # elements from which on every 251st stands for all
-
-
-def gradients(p, seed):
-    return torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p.dtype)
-
-
-def walk(opt, params, first, last):
-    for t in range(first, last):
-        for i, p in enumerate(params):
-            p.grad = gradients(p, 100 * t + i)
-        opt.step()
 
 
 def weights(params):

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from problems import gradients, walk
 from test_averaging import RULES
 from torch.nn import Linear, Parameter, Sequential
 
@@ -23,17 +24,6 @@ PATHS = {
     "capturable": {"capturable": True},
 }
 SIMPLE = {"slow": PowerEMA(0.7), "mean": Uniform(start=3), "rare": EMA(0.5, every=3)}
-
-
-def gradients(p, seed):
-    return torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p.dtype)
-
-
-def walk(opt, params, first, last):
-    for t in range(first, last):
-        for i, p in enumerate(params):
-            p.grad = gradients(p, 100 * t + i)
-        opt.step()
 
 
 def make(kind, params, **options):
