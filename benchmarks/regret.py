@@ -68,10 +68,12 @@ METHODS = (
     "pace:c=auto:kappa=0.3",
     "adamw+twin",
 )
-CANDIDATES = (  # for --methods: other rules that a few runs spoke against
-    *(f"pace:gain=scalar:c=0:kappa=0.3+{rule}" for rule in ("gap", "gap2", "gaps")),
-    "pace:c=auto:kappa=0.5",
-)
+CANDIDATES = {  # for --methods: rules that were tried before `auto`, by the names in its tables
+    "κ 0.5 to pull toward": "pace:c=auto:kappa=0.5",
+    "10·G": "pace:gain=scalar:c=0:kappa=0.3+gap",
+    "(20·G)²": "pace:gain=scalar:c=0:kappa=0.3+gap2",
+    "gaps alike": "pace:gain=scalar:c=0:kappa=0.3+gaps",
+}
 DECADE = tuple(10 ** (i / 4) for i in range(5))
 
 
@@ -139,8 +141,9 @@ def language(model: nn.Module, data: Data, seed: int) -> Problem:
 
     def nats(inputs: Tensor, labels: Tensor) -> Tensor:
         name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
-        logits = model(**{name: inputs}, use_cache=False).logits[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        hidden = model.base_model(**{name: inputs}, use_cache=False)[0][:, :-1]
+        said = labels[:, 1:] >= 0  # what has no loss needs no logits
+        return F.cross_entropy(model.lm_head(hidden[said]), labels[:, 1:][said])
 
     def loss() -> Tensor:
         chosen = torch.randint(len(data.train[0]), (BATCH,), generator=order)
@@ -438,7 +441,7 @@ def trained(cell: Cell) -> tuple[Cell, dict[str, list[float]]]:
 def written(folder: Path) -> dict[Cell, dict[str, list[float]]]:
     """What has been run: losses to choose by and to report, by average."""
     done = {}
-    for line in (line for path in folder.glob("*.jsonl") for line in path.open()):
+    for line in (line for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()):
         with suppress(json.JSONDecodeError):  # half a line, of a run that was killed
             *cell, losses = json.loads(line)
             done[Cell(*cell)] = losses
@@ -492,13 +495,10 @@ FAMILIES = {  # methods whose names begin so, at the best of them with the best 
     "PACE": ("pace:c=[0-9]",),
     "PACE, scalar gain": ("pace:gain",),
 }
-PULLS = {  # each against the schedule that it amounts to
-    "auto": (AUTO, UNTUNED["auto, as a schedule"]),
-    "scalar gain 0.1": (
-        UNTUNED["scalar gain 0.1, EMA κ 0.6"],
-        ("adamw:twin:g=0.1:kappa=0.3", "k60"),
-    ),
-    "saturated": (("pace:c=10:kappa=0.3", "k60"), ("adamw:power:kappa=0.3", "k60")),
+PULLS = {  # each less the schedule that it amounts to, all read out at κ = 0.6
+    "auto": (AUTO[0], "adamw+twin"),
+    "scalar gain 0.1": ("pace:gain=scalar:c=0.1:kappa=0.3", "adamw:twin:g=0.1:kappa=0.3"),
+    "saturated": ("pace:c=10:kappa=0.3", "adamw:power:kappa=0.3"),
 }
 CELL = ["task", "steps", "lr"]
 
@@ -512,50 +512,66 @@ def frame(done: dict[Cell, dict[str, list[float]]]) -> pd.DataFrame:
     return found.sort_values([*Cell._fields, "average"], ignore_index=True)
 
 
-def of(losses: pd.DataFrame, method: str, average: str) -> pd.Series:
-    """What one setting returns, to report, by task, horizon, rate and seed."""
-    rows = losses[(losses.method == method) & (losses.average == average)]
-    return rows.set_index([*CELL, "seed"]).report
+def of(losses: pd.DataFrame, method: str, average: str) -> pd.DataFrame:
+    """The rows of one setting."""
+    return losses[(losses.method == method) & (losses.average == average)]
 
 
-def best(losses: pd.DataFrame) -> pd.DataFrame:
-    """The same of the best setting, and its name: for each seed that of all the others."""
-    keys = [*CELL, "setting"]
-    losses = losses.assign(setting=losses.method + " " + losses.average)
-    seeds = losses.groupby(keys).choose.transform("count")
+def best(losses: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
+    """Rows of the best setting of each task, horizon and rate: for each seed that of the others.
+
+    Without the rate in `over` it is part of the setting.
+    """
+    setting = [*CELL, "method", "average"]
+    seeds = losses.groupby(setting).choose.transform("count")
     losses = losses[seeds == len(SEEDS)]
-    others = losses.groupby(keys).choose.transform("sum") - losses.choose
-    chosen = others.groupby([losses[key] for key in (*CELL, "seed")]).idxmin()
-    return losses.loc[chosen].set_index([*CELL, "seed"])
+    others = losses.groupby(setting).choose.transform("sum") - losses.choose
+    return losses.loc[others.groupby([losses[key] for key in (*over, "seed")]).idxmin()]
 
 
-def ends(differences: pd.Series) -> pd.DataFrame:
-    """Mean over seeds and its interval, for each task, horizon and rate."""
+def less(these: pd.DataFrame, those: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
+    """Mean over seeds of what one returns less what the other returns, and its interval."""
+    one, other = (x.set_index([*over, "seed"]).report for x in (these, those))
     rows = {
         cell: (x.mean(), *(interval(list(x)) or (math.nan, math.nan)))
-        for cell, x in differences.dropna().groupby(CELL)
+        for cell, x in (one - other).dropna().groupby(over)
         if len(x) == len(SEEDS)
     }
-    index = pd.MultiIndex.from_tuples(rows, names=CELL)
+    index = pd.MultiIndex.from_tuples(rows, names=over)
     return pd.DataFrame(rows.values(), index=index, columns=DIFFERENCE)
 
 
+def by_task(
+    title: str, cells: dict[str, pd.DataFrame], say: Callable[[pd.DataFrame], str], nats: bool
+) -> Listing:
+    """What there is to say of each row's cells by task, and of all, or all in nats, together."""
+    known = {task for x in cells.values() for task in x.index.get_level_values("task")}
+    tasks = [task for task in TASKS if task in known]
+    together = [task for task in tasks if not (nats and task.startswith("quadratic"))]
+    rows = []
+    for name, x in cells.items():
+        own = x.index.get_level_values("task")
+        parts = [x[own.isin(part)] for part in (*([task] for task in tasks), together)]
+        rows.append([name, *(say(part) if len(part) else "" for part in parts)])
+    return Listing(title, ["", *tasks, "all in nats" if nats else "all"], rows)
+
+
+def signs(x: pd.DataFrame) -> str:
+    low, high = (x.high < 0).sum(), (x.low > 0).sum()
+    return f"{x.difference.mean():+.3f} ({low}, {len(x) - low - high}, {high})"
+
+
 def tables(losses: pd.DataFrame) -> Iterator[Listing]:
-    tuned = best(losses[~losses.method.str.contains("auto|[+]")])
-    distance = ends(of(losses, "adamw", "live") - tuned.report)
+    ours = losses.method.str.contains("auto|[+]")
+    tuned = best(losses[~ours])
+    adamw, auto, ema = (of(losses, *x) for x in (("adamw", "live"), AUTO, UNTUNED["EMA κ 0.6"]))
+    distance = less(adamw, tuned)
     there = distance[distance.low > 0].difference  # beyond what seeds do
     settings = {name: of(losses, *setting) for name, setting in UNTUNED.items()}
     families = {
-        name: best(losses[losses.method.str.match("|".join(starts))]).report
+        name: losses[~ours & losses.method.str.match("|".join(starts))]
         for name, starts in FAMILIES.items()
-        if losses.method.str.match("|".join(starts)).any()
     }
-    tasks = [task for task in TASKS if task in set(losses.task)]
-    columns = ["", *tasks, "all"]
-
-    def by_task(x: pd.DataFrame, say: Callable[[pd.DataFrame], str]) -> list[str]:
-        own = x.index.get_level_values("task")
-        return [say(x[own == task]) for task in tasks] + [say(x)]
 
     def loss(x: pd.DataFrame) -> str:
         return f"{x.difference.median():.3f}, {x.difference.max():.3f}"
@@ -564,41 +580,55 @@ def tables(losses: pd.DataFrame) -> Iterator[Listing]:
         shares = (x.difference / there).dropna()
         return f"{shares.median():.0%}, {shares.max():.0%} ({len(shares)})" if len(shares) else ""
 
-    units = {"in the loss": loss, "as shares of the distance (of so many settings)": share}
-    for title, compared in {"Not tuned": settings, "Tuned at each rate": families}.items():
-        regrets = {name: ends(x - tuned.report) for name, x in compared.items() if len(x)}
-        for unit, say in units.items():
-            rows = [[name, *by_task(x, say)] for name, x in regrets.items()]
-            yield Listing(f"{title}: regret, median and worst, {unit}", columns, rows)
+    chosen = {name: best(x) for name, x in families.items()}
+    for title, compared in {"Not tuned": settings, "Tuned at each rate": chosen}.items():
+        regrets = {name: less(x, tuned) for name, x in compared.items()}
+        title += ": regret, median and worst, "
+        yield by_task(title + "in the loss", regrets, loss, nats=True)
+        title += "as shares of the distance (of so many settings)"
+        yield by_task(title, regrets, share, nats=False)
 
-    def signs(x: pd.DataFrame) -> str:
-        low, high = (x.high < 0).sum(), (x.low > 0).sum()
-        if not len(x):
-            return ""
-        return f"{x.difference.mean():+.3f} ({low}, {len(x) - low - high}, {high})"
-
-    rows = [
-        [name, *by_task(ends(of(losses, *pull) - of(losses, *schedule)), signs)]
-        for name, (pull, schedule) in PULLS.items()
-        if len(of(losses, *pull)) and len(of(losses, *schedule))
-    ]
-    title = "A pull less its schedule: mean (settings where lower, the same, higher)"
-    yield Listing(title, columns, rows)
-
-    auto, against = settings["auto"], ends(settings["auto"] - settings["EMA κ 0.6"])
-    shares = ends(auto - tuned.report).difference / there
-    rows = [
-        [
-            *(cell[0], str(cell[1]), f"{cell[2]:.3g}"),
-            *(x.loc[cell].mean() for x in (of(losses, "adamw", "live"), tuned.report, auto)),
-            tuned.loc[cell].setting.mode()[0],
-            f"{shares[cell]:.0%}" if cell in there else "",
-            *against.loc[cell],
+    over = CELL[:2]
+    best_rate = best(losses[~ours], over)
+    compared = {"auto": auto, "EMA κ 0.6": ema, **families}
+    regrets = {name: less(best(x, over), best_rate, over) for name, x in compared.items()}
+    rows = []
+    for cell, own in best_rate.groupby(over):
+        shown = [
+            f"{x.loc[cell].difference:.3f}" + "*" * int(x.loc[cell].low > 0)
+            if cell in x.index
+            else ""
+            for x in regrets.values()
         ]
-        for cell in against.index
-    ]
+        rows.append([cell[0], str(cell[1]), _most(own), own.report.mean(), *shown])
+    title = "Tuned, the rate too: regret (*: beyond its interval)"
+    yield Listing(title, [*over, "best", "its loss", *regrets], rows)
+
+    rules = {name: (rule, AUTO[0]) for name, rule in CANDIDATES.items()}
+    for title, pairs in {"A pull less its schedule": PULLS, "Other rules less auto": rules}.items():
+        differences = {
+            name: less(*(of(losses, method, AUTO[1]) for method in pair))
+            for name, pair in pairs.items()
+        }
+        title += ": mean (settings where lower, the same, higher)"
+        yield by_task(title, differences, signs, nats=True)
+
+    against, regret = less(auto, ema), less(auto, tuned).difference
+    rows = []
+    for cell in against.index:
+        at = [x.set_index(CELL).loc[[cell]] for x in (adamw, tuned, auto)]
+        of_distance = f"{regret[cell] / there[cell]:.0%}" if cell in there else ""
+        means = [x.report.mean() for x in at]
+        task, steps, lr = cell
+        row = [task, str(steps), f"{lr:.3g}", *means, _most(at[1]), of_distance]
+        rows.append([*row, *against.loc[cell]])
     names = ["AdamW, live", "best tuned", "auto", "which", "regret", *DIFFERENCE]
     yield Listing("auto at each rate; difference to the EMA κ 0.6", [*CELL, *names], rows)
+
+
+def _most(rows: pd.DataFrame) -> str:
+    """The setting that most seeds have."""
+    return (rows.method + " " + rows.average).mode()[0]
 
 
 def table(out: Path) -> None:
