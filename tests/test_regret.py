@@ -1,28 +1,25 @@
-"""benchmarks/regret.py: what its tables say follows from the losses; trainings are comparable."""
+"""The trial of benchmarks/regret.py: tables follow from the losses, trainings are comparable."""
 
-import importlib.util
+import importlib
 import itertools
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "regret.py"
-
 
 @pytest.fixture(scope="module")
 def regret():
-    spec = importlib.util.spec_from_file_location("regret", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["regret"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["regret"]
+    """Imported here, for what it imports takes seconds."""
+    return importlib.import_module("regret")
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return importlib.import_module("regret_tables")
 
 
 def losses_of(regret, tasks=("finetune",), methods=("adamw", "pace:c=1:kappa=0.3"), seed=0):
@@ -37,9 +34,9 @@ def losses_of(regret, tasks=("finetune",), methods=("adamw", "pace:c=1:kappa=0.3
 
 
 @pytest.mark.parametrize("over", [["task", "steps", "lr"], ["task", "steps"]])
-def test_chosen_by_the_other_seeds(regret, over):
+def test_chosen_by_the_other_seeds(regret, tables, over):
     done = losses_of(regret)
-    found = regret.best(regret.frame(done), over)
+    found = tables.best(tables.frame(done), over)
     settings = {
         (*(getattr(cell, key) for key in over), cell.method, cell.lr, name)
         for cell, pairs in done.items()
@@ -64,34 +61,34 @@ def test_chosen_by_the_other_seeds(regret, over):
         assert row.report == done[cell][name][1]
 
 
-def test_a_setting_that_lacks_a_seed_is_not_chosen(regret):
+def test_a_setting_that_lacks_a_seed_is_not_chosen(regret, tables):
     done = losses_of(regret)
     lucky = regret.Cell("finetune", 300, 0.001, "adamw", 0)
     for seed in regret.SEEDS[1:]:
         done[lucky._replace(seed=seed)]["k50"] = [0.0, 0.0]
     done[lucky].pop("k50")
-    found = regret.best(regret.frame(done))
+    found = tables.best(tables.frame(done))
     assert not ((found.lr == 0.001) & (found.method == "adamw") & (found.average == "k50")).any()
 
 
-def test_differences_are_paired_by_seed(regret):
+def test_differences_are_paired_by_seed(regret, tables):
     done = losses_of(regret)
     for cell, pairs in done.items():
         pairs["k50"] = [0.0, pairs["live"][1] - 0.1 * cell.seed]
-    frame = regret.frame(done)
-    adamw = regret.of(frame, "adamw", "live")
-    found = regret.less(adamw, regret.of(frame, "adamw", "k50"))
+    frame = tables.frame(done)
+    adamw = tables.of(frame, "adamw", "live")
+    found = tables.less(adamw, tables.of(frame, "adamw", "k50"))
     assert list(found.index) == [("finetune", 300, 0.001), ("finetune", 300, 0.01)]
     for row in found.itertuples():
         assert row.difference == pytest.approx(0.2)
         assert 0 < row.low < 0.2 < row.high < 0.4  # within the range of the seeds
     some = adamw[(adamw.lr == 0.01) | (adamw.seed > 0)]
-    assert list(regret.less(some, adamw).index) == [("finetune", 300, 0.01)]
+    assert list(tables.less(some, adamw).index) == [("finetune", 300, 0.01)]
 
 
-def test_the_table_of_known_losses(regret, tmp_path):
+def test_the_table_of_known_losses(regret, tables, tmp_path):
     """AdamW's weights at 2, the best at 1, auto at 1.25, its EMA at 1.5: a quarter and a half."""
-    done = losses_of(regret, methods=("adamw", "pace:c=1:kappa=0.3", regret.AUTO[0], "adamw+twin"))
+    done = losses_of(regret, methods=("adamw", "pace:c=1:kappa=0.3", tables.AUTO[0], "adamw+twin"))
     for cell, pairs in done.items():
         for name, pair in pairs.items():
             pair[:] = [3.0 + cell.seed / 100] * 2
@@ -100,14 +97,14 @@ def test_the_table_of_known_losses(regret, tmp_path):
                 ("adamw", "live"): 2.0,
                 ("adamw", "k60"): 1.5,
                 ("pace:c=1:kappa=0.3", "k70"): 1.0,
-                regret.AUTO: 1.25,
+                tables.AUTO: 1.25,
                 ("adamw+twin", "k60"): 1.2,  # of what is ours nothing is among the tuned
                 ("adamw+twin", "k20"): 0.1,
             }
             if setting in known:
                 pair[:] = [known[setting] + cell.seed / 100] * 2
     write(tmp_path / "runs.jsonl", done)
-    regret.table(tmp_path)
+    tables.table(tmp_path)
     text = (tmp_path / "tables.md").read_text()
     shares, rates, pulls, auto = (
         text.partition(f"## {title}")[2].partition("\n## ")[0]
@@ -127,15 +124,15 @@ def test_the_table_of_known_losses(regret, tmp_path):
 
 
 @pytest.mark.parametrize("lost", [0.3, -0.1])
-def test_no_share_where_seeds_differ_on_the_distance(regret, tmp_path, lost):
+def test_no_share_where_seeds_differ_on_the_distance(regret, tables, tmp_path, lost):
     """The best gains 0.1 on AdamW's weights in all seeds but one."""
-    done = losses_of(regret, methods=("adamw", regret.AUTO[0]))
+    done = losses_of(regret, methods=("adamw", tables.AUTO[0]))
     for cell, pairs in done.items():
         for name, pair in pairs.items():
             best = cell.method == "adamw" and name == "k50"
             pair[:] = [1.0 if best else 1.5, 1.5 + best * (lost if cell.seed == 0 else -0.1)]
     write(tmp_path / "runs.jsonl", done)
-    regret.table(tmp_path)
+    tables.table(tmp_path)
     shares = (tmp_path / "tables.md").read_text().partition("## auto at")[2].count("100% |")
     assert shares == (2 if lost < 0 else 0)
 
@@ -144,13 +141,13 @@ def write(path, done):
     path.write_text("".join(json.dumps([*cell, pairs]) + "\n" for cell, pairs in done.items()))
 
 
-def test_what_ran_is_not_run_again(regret, tmp_path):
+def test_what_ran_is_not_run_again(regret, tables, tmp_path):
     """From lines and from the CSV; but what is not whole is."""
     done = losses_of(regret, tasks=("finetune", "quadratic"))
     free = regret.Cell("finetune", 300, 0.001, "schedule-free", 0)
     done[free] = {"own": [1.5, math.inf]}
     write(tmp_path / "runs.jsonl", done)
-    regret.table(tmp_path)
+    tables.table(tmp_path)
     (tmp_path / "runs.jsonl").unlink()
     assert regret.written(tmp_path) == done
 

@@ -1,0 +1,226 @@
+"""What the runs of benchmarks/regret.py say: regrets, and differences of methods, over its seeds.
+
+    python benchmarks/regret_tables.py results/regret
+
+Writes losses.csv, all that the folder has, and tables.md.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+from regret import CANDIDATES, SEEDS, TASKS, Cell, written
+
+from paceline.study.statistics import DIFFERENCE, Listing, interval
+
+AUTO = ("pace:c=auto:kappa=0.3", "k60")  # a method, and the average that it returns
+UNTUNED = {
+    "auto": AUTO,
+    "auto, as a schedule": ("adamw+twin", "k60"),
+    "EMA κ 0.6": ("adamw", "k60"),
+    "EMA κ 0.5": ("adamw", "k50"),
+    "cosine": ("adamw:cosine", "live"),
+    "Schedule-Free": ("schedule-free", "own"),
+    "power κ 0.3, EMA κ 0.6": ("adamw:power:kappa=0.3", "k60"),
+    "scalar gain 0.1, EMA κ 0.6": ("pace:gain=scalar:c=0.1:kappa=0.3", "k60"),
+    "scalar gain 0.5, EMA κ 0.6": ("pace:gain=scalar:c=0.5:kappa=0.3", "k60"),
+    "PACE c 0.1, EMA κ 0.6": ("pace:c=0.1:kappa=0.3", "k60"),
+    "PACE c 1, EMA κ 0.6": ("pace:c=1:kappa=0.3", "k60"),
+}
+FAMILIES = {  # methods whose names begin so, at the best of them with the best average
+    "AdamW, constant rate": ("adamw$",),
+    "AdamW, cosine or WSD": ("adamw:cosine", "adamw:wsd"),
+    "AdamW, power": ("adamw:power",),
+    "AdamW, twin": ("adamw:twin",),
+    "AdamW, any schedule": ("adamw",),
+    "Schedule-Free": ("schedule-free",),
+    "PACE": ("pace:c=[0-9]",),
+    "PACE, scalar gain": ("pace:gain",),
+}
+VERSUS = (  # of these, the first less the second
+    ("PACE", "PACE, scalar gain"),
+    ("PACE", "AdamW, any schedule"),
+    ("PACE, scalar gain", "AdamW, any schedule"),
+)
+PULLS = {  # each less the schedule that it amounts to, all read out at κ = 0.6
+    "auto": (AUTO[0], "adamw+twin"),
+    "scalar gain 0.1": ("pace:gain=scalar:c=0.1:kappa=0.3", "adamw:twin:g=0.1:kappa=0.3"),
+    "saturated": ("pace:c=10:kappa=0.3", "adamw:power:kappa=0.3"),
+}
+CELL = ["task", "steps", "lr"]
+HORIZON = CELL[:2]
+
+
+def frame(done: dict[Cell, dict[str, list[float]]]) -> pd.DataFrame:
+    """A row for each training and average: losses to choose by and to report."""
+    rows = [
+        (*cell, average, *pair) for cell, losses in done.items() for average, pair in losses.items()
+    ]
+    found = pd.DataFrame(rows, columns=[*Cell._fields, "average", "choose", "report"])
+    return found.sort_values([*Cell._fields, "average"], ignore_index=True)
+
+
+def of(losses: pd.DataFrame, method: str, average: str) -> pd.DataFrame:
+    """The rows of one setting."""
+    return losses[(losses.method == method) & (losses.average == average)]
+
+
+def best(losses: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
+    """Rows of the best setting of each task, horizon and rate: for each seed that of the others.
+
+    Without the rate in `over` it is part of the setting.
+    """
+    setting = [*CELL, "method", "average"]
+    seeds = losses.groupby(setting).choose.transform("count")
+    losses = losses[seeds == len(SEEDS)]
+    others = losses.groupby(setting).choose.transform("sum") - losses.choose
+    return losses.loc[others.groupby([losses[key] for key in (*over, "seed")]).idxmin()]
+
+
+def less(these: pd.DataFrame, those: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
+    """Mean over seeds of what one returns less what the other returns, and its interval."""
+    one, other = (x.set_index([*over, "seed"]).report for x in (these, those))
+    rows = {
+        cell: (x.mean(), *(interval(list(x)) or (math.nan, math.nan)))
+        for cell, x in (one - other).dropna().groupby(over)
+        if len(x) == len(SEEDS)
+    }
+    index = pd.MultiIndex.from_tuples(rows, names=over)
+    return pd.DataFrame(rows.values(), index=index, columns=DIFFERENCE)
+
+
+def by_task(
+    title: str, cells: dict[str, pd.DataFrame], say: Callable[[pd.DataFrame], str], nats: bool
+) -> Listing:
+    """What there is to say of each row's cells by task, and of all, or all in nats, together."""
+    known = {task for x in cells.values() for task in x.index.get_level_values("task")}
+    tasks = [task for task in TASKS if task in known]
+    together = [task for task in tasks if not (nats and task.startswith("quadratic"))]
+    rows = []
+    for name, x in cells.items():
+        own = x.index.get_level_values("task")
+        parts = [x[own.isin(part)] for part in (*([task] for task in tasks), together)]
+        rows.append([name, *(say(part) if len(part) else "" for part in parts)])
+    return Listing(title, ["", *tasks, "all in nats" if nats else "all"], rows)
+
+
+def signs(x: pd.DataFrame) -> str:
+    low, high = (x.high < 0).sum(), (x.low > 0).sum()
+    return f"{x.difference.mean():+.3f} ({low}, {len(x) - low - high}, {high})"
+
+
+def distance(losses: pd.DataFrame, tuned: pd.DataFrame) -> pd.Series:
+    """From AdamW's last weights at a constant rate to the best, where seeds agree on one."""
+    found = less(of(losses, "adamw", "live"), tuned)
+    return found[found.low > 0].difference
+
+
+def regrets(
+    losses: pd.DataFrame, families: dict[str, pd.DataFrame], tuned: pd.DataFrame
+) -> Iterator[Listing]:
+    there = distance(losses, tuned)
+
+    def loss(x: pd.DataFrame) -> str:
+        return f"{x.difference.median():.3f}, {x.difference.max():.3f}"
+
+    def share(x: pd.DataFrame) -> str:
+        shares = (x.difference / there).dropna()
+        return f"{shares.median():.0%}, {shares.max():.0%} ({len(shares)})" if len(shares) else ""
+
+    untuned = {name: of(losses, *setting) for name, setting in UNTUNED.items()}
+    chosen = {name: best(x) for name, x in families.items()}
+    for title, compared in {"Not tuned": untuned, "Tuned at each rate": chosen}.items():
+        found = {name: less(x, tuned) for name, x in compared.items()}
+        title += ": regret, median and worst, "
+        yield by_task(title + "in the loss", found, loss, nats=True)
+        title += "as shares of the distance (of so many settings)"
+        yield by_task(title, found, share, nats=False)
+
+
+def rate_tuned(
+    losses: pd.DataFrame, rivals: pd.DataFrame, families: dict[str, pd.DataFrame]
+) -> Listing:
+    tuned = best(rivals, HORIZON)
+    compared = {name: of(losses, *UNTUNED[name]) for name in ("auto", "EMA κ 0.6")} | families
+    found = {name: less(best(x, HORIZON), tuned, HORIZON) for name, x in compared.items()}
+
+    def shown(x: pd.DataFrame, cell: tuple[str, int]) -> str:
+        if cell not in x.index:
+            return ""
+        return f"{x.loc[cell].difference:.3f}{'*' if x.loc[cell].low > 0 else ''}"
+
+    rows = [
+        [
+            task,
+            str(steps),
+            _most(x),
+            x.report.mean(),
+            *(shown(y, (task, steps)) for y in found.values()),
+        ]
+        for (task, steps), x in tuned.groupby(HORIZON)
+    ]
+    title = "Tuned, the rate too: regret (*: beyond its interval)"
+    return Listing(title, [*HORIZON, "best", "its loss", *found], rows)
+
+
+def differences(losses: pd.DataFrame, families: dict[str, pd.DataFrame]) -> Iterator[Listing]:
+    def with_slow_average(one: str, other: str) -> pd.DataFrame:
+        return less(*(of(losses, method, AUTO[1]) for method in (one, other)))
+
+    chosen = {name: best(x, HORIZON) for name, x in families.items()}
+    compared = {
+        "A pull less its schedule": {x: with_slow_average(*pair) for x, pair in PULLS.items()},
+        "Other rules less auto": {x: with_slow_average(y, AUTO[0]) for x, y in CANDIDATES.items()},
+        "Tuned, the rate too, one less another": {
+            f"{x} − {y}": less(chosen[x], chosen[y], HORIZON) for x, y in VERSUS
+        },
+    }
+    for title, found in compared.items():
+        title += ": mean (settings where lower, the same, higher)"
+        yield by_task(title, found, signs, nats=True)
+
+
+def at_each_rate(losses: pd.DataFrame, tuned: pd.DataFrame) -> Listing:
+    adamw, auto, ema = (of(losses, *x) for x in (("adamw", "live"), AUTO, UNTUNED["EMA κ 0.6"]))
+    there, regret, against = distance(losses, tuned), less(auto, tuned).difference, less(auto, ema)
+    rows = []
+    for cell in against.index:
+        at = [x.set_index(CELL).loc[[cell]] for x in (adamw, tuned, auto)]
+        share = f"{regret[cell] / there[cell]:.0%}" if cell in there else ""
+        task, steps, lr = cell
+        row = [task, str(steps), f"{lr:.3g}", *(x.report.mean() for x in at), _most(at[1]), share]
+        rows.append([*row, *against.loc[cell]])
+    names = ["AdamW, live", "best tuned", "auto", "which", "regret", *DIFFERENCE]
+    return Listing("auto at each rate; difference to the EMA κ 0.6", [*CELL, *names], rows)
+
+
+def tables(losses: pd.DataFrame) -> Iterator[Listing]:
+    rivals = losses[~losses.method.str.contains("auto|[+]")]
+    families = {
+        name: rivals[rivals.method.str.match("|".join(starts))] for name, starts in FAMILIES.items()
+    }
+    tuned = best(rivals)
+    yield from regrets(losses, families, tuned)
+    yield rate_tuned(losses, rivals, families)
+    yield from differences(losses, families)
+    yield at_each_rate(losses, tuned)
+
+
+def _most(rows: pd.DataFrame) -> str:
+    """The setting that most seeds have."""
+    return (rows.method + " " + rows.average).mode()[0]
+
+
+def table(out: Path) -> None:
+    losses = frame(written(out))
+    wide = losses.pivot(index=list(Cell._fields), columns="average", values=["choose", "report"])
+    wide.columns = [f"{average}:{half}" for half, average in wide.columns]
+    wide.to_csv(out / "losses.csv")
+    parts = [f"## {x.title}\n\n{x.markdown()}" for x in tables(losses)]
+    (out / "tables.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    table(Path(sys.argv[1]))
