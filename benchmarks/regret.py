@@ -71,6 +71,8 @@ CANDIDATES = {  # for --methods: rules that were tried before `auto`, by the nam
     "κ 0.5 to pull toward": "pace:c=auto:kappa=0.5",
     "10·G": "pace:gain=scalar:c=0:kappa=0.3+gap",
     "(20·G)²": "pace:gain=scalar:c=0:kappa=0.3+gap2",
+    "20 cosines": "pace:gain=scalar:c=0:kappa=0.3+cosine",
+    "noise": "pace:gain=scalar:c=0:kappa=0.3+noise",
     "gaps alike": "pace:gain=scalar:c=0:kappa=0.3+gaps",
 }
 DECADE = tuple(10 ** (i / 4) for i in range(5))
@@ -344,14 +346,33 @@ class Watch:
         self.optimizer, self.group = optimizer, optimizer.param_groups[0]
         self.steps, self.means = 0, defaultdict(float)
 
+    def mean(self, name: str, now: float) -> float:
+        """Running mean, of some fifty steps."""
+        self.means[name] += max(1 / max(1, self.steps), 0.02) * (now - self.means[name])
+        return self.means[name]
+
     def gap(self, above: str, below: str) -> float:
-        """Running mean of ⟨g, x - y⟩: the nats by which one average lies above another."""
+        """⟨g, x - y⟩: the nats by which one average lies above another."""
         now = 0.0
         for p, state in self.optimizer.state.items():
             x, y = ({"live": p, **state}[name] for name in (above, below))
             now += float((p.grad * (x - y)).sum())
-        self.means[above] += max(1 / max(1, self.steps), 0.02) * (now - self.means[above])
-        return self.means[above]
+        return self.mean(above, now)
+
+    def cosine(self) -> float:
+        """The cosine of g and θ - average: about 0 where the weights do not oscillate."""
+        state = self.optimizer.state
+        g = torch.cat([p.grad.flatten() for p in state])
+        x = torch.cat([(p - state[p]["average"]).flatten() for p in state])
+        return self.mean("cosine", float(F.cosine_similarity(g, x, dim=0)))
+
+    def signal(self) -> float:
+        """Σ m̂² / Σ v̂: 1 of gradients that are all alike, (1 - β₁)/(1 + β₁) of noise alone."""
+        states = self.optimizer.state.values()
+        m = sum(float(x["exp_avg"].square().sum()) for x in states)
+        v = sum(float(x["exp_avg_sq"].sum()) for x in states)
+        first, second = (1 - beta ** max(1, self.steps) for beta in self.group["betas"])
+        return self.mean("signal", m / first**2 / (v / second))
 
     def twin(self) -> float:
         """β/(β + λ) with λ of a pull that sets itself."""
@@ -367,7 +388,7 @@ class Watch:
         """Set the gain, or the rate, of the step to come."""
         if rule == "twin":
             self.group["lr"] *= self.twin()
-        else:
+        elif self.steps:  # at the first there is no state
             with torch.no_grad():
                 self.group["pullback"] = min(1.0, max(0.0, RULES[rule](self)))
         self.steps += 1
@@ -381,6 +402,8 @@ def _gaps(x: Watch) -> float:
 RULES: dict[str, Callable[[Watch], float]] = {  # gains, to be held to 0 and 1
     "gap": lambda x: 10 * x.gap("live", "average"),
     "gap2": lambda x: (20 * max(0.0, x.gap("live", "average"))) ** 2,
+    "cosine": lambda x: 20 * x.cosine(),
+    "noise": lambda x: 1 - 4 * x.signal(),
     "gaps": _gaps,  # 0 where the average lies as far above a slower one as the weights above it
 }
 

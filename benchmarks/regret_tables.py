@@ -47,7 +47,8 @@ VERSUS = (  # of these, the first less the second
 PULLS = {  # each less the schedule that it amounts to, all read out at κ = 0.6
     "auto": (AUTO[0], "adamw+twin"),
     "scalar gain 0.1": ("pace:gain=scalar:c=0.1:kappa=0.3", "adamw:twin:g=0.1:kappa=0.3"),
-    "saturated": ("pace:c=10:kappa=0.3", "adamw:power:kappa=0.3"),
+    "scalar gain 1": ("pace:gain=scalar:c=1:kappa=0.3", "adamw:power:kappa=0.3"),
+    "PACE c 10": ("pace:c=10:kappa=0.3", "adamw:power:kappa=0.3"),
 }
 CELL = ["task", "steps", "lr"]
 HORIZON = CELL[:2]
