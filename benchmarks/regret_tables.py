@@ -44,7 +44,7 @@ VERSUS = (  # of these, the first less the second
     ("PACE", "AdamW, any schedule"),
     ("PACE, scalar gain", "AdamW, any schedule"),
 )
-PULLS = {  # each less the schedule that it amounts to, all read out at κ = 0.6
+PULLS = {  # each with the schedule that it amounts to
     "auto": (AUTO[0], "adamw+twin"),
     "scalar gain 0.1": ("pace:gain=scalar:c=0.1:kappa=0.3", "adamw:twin:g=0.1:kappa=0.3"),
     "scalar gain 1": ("pace:gain=scalar:c=1:kappa=0.3", "adamw:power:kappa=0.3"),
@@ -171,9 +171,14 @@ def differences(losses: pd.DataFrame, families: dict[str, pd.DataFrame]) -> Iter
         return less(*(of(losses, method, AUTO[1]) for method in (one, other)))
 
     chosen = {name: best(x, HORIZON) for name, x in families.items()}
+    others = {"no pull": "adamw"} | CANDIDATES
     compared = {
-        "A pull less its schedule": {x: with_slow_average(*pair) for x, pair in PULLS.items()},
-        "Other rules less auto": {x: with_slow_average(y, AUTO[0]) for x, y in CANDIDATES.items()},
+        "A pull less its schedule, κ 0.6 of both": {
+            x: with_slow_average(*pair) for x, pair in PULLS.items()
+        },
+        "auto less others, κ 0.6 of all": {
+            x: with_slow_average(AUTO[0], y) for x, y in others.items()
+        },
         "Tuned, the rate too, one less another": {
             f"{x} − {y}": less(chosen[x], chosen[y], HORIZON) for x, y in VERSUS
         },

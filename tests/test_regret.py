@@ -112,7 +112,7 @@ def test_the_table_of_known_losses(regret, tables, tmp_path):
             "Not tuned: regret, median and worst, as",
             "Tuned, the rate",
             "A pull",
-            "auto",
+            "auto at",
         )
     )
     assert "| auto | 25%, 25% (2) | 25%, 25% (2) |" in shares
