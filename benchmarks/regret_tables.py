@@ -43,6 +43,7 @@ VERSUS = (  # of these, the first less the second
     ("PACE", "PACE, scalar gain"),
     ("PACE", "AdamW, any schedule"),
     ("PACE, scalar gain", "AdamW, any schedule"),
+    ("auto", "AdamW, any schedule"),
 )
 PULLS = {  # each with the schedule that it amounts to
     "auto": (AUTO[0], "adamw+twin"),
@@ -170,7 +171,8 @@ def differences(losses: pd.DataFrame, families: dict[str, pd.DataFrame]) -> Iter
     def with_slow_average(one: str, other: str) -> pd.DataFrame:
         return less(*(of(losses, method, AUTO[1]) for method in (one, other)))
 
-    chosen = {name: best(x, HORIZON) for name, x in families.items()}
+    tuned = {"auto": of(losses, *AUTO)} | families
+    chosen = {name: best(x, HORIZON) for name, x in tuned.items()}
     others = {"no pull": "adamw"} | CANDIDATES
     compared = {
         "A pull less its schedule, κ 0.6 of both": {
