@@ -57,7 +57,7 @@ WEIGHT_DECAY = 0.01
 KAPPAS = (0.2, 0.3, 0.5, 0.6, 0.7, 0.85, 0.95)
 READ_OUTS = {f"k{100 * kappa:.0f}": f"ema:power={kappa}" for kappa in KAPPAS}
 DECAYS = ("cosine", "wsd", *(f"power:kappa={kappa}" for kappa in (0.15, 0.3, 0.5)))
-TWINS = ("twin:g=0.1:kappa=0.3", "twin:g=0.5:kappa=0.5")
+TWINS = ("twin:g=0.1:kappa=0.3", "twin:g=0.5:kappa=0.3", "twin:g=0.5:kappa=0.5")
 METHODS = (
     "adamw",
     *(f"adamw:{schedule}" for schedule in (*DECAYS, *TWINS)),

@@ -48,6 +48,7 @@ VERSUS = (  # of these, the first less the second
 PULLS = {  # each with the schedule that it amounts to
     "auto": (AUTO[0], "adamw+twin"),
     "scalar gain 0.1": ("pace:gain=scalar:c=0.1:kappa=0.3", "adamw:twin:g=0.1:kappa=0.3"),
+    "scalar gain 0.5": ("pace:gain=scalar:c=0.5:kappa=0.3", "adamw:twin:g=0.5:kappa=0.3"),
     "scalar gain 1": ("pace:gain=scalar:c=1:kappa=0.3", "adamw:power:kappa=0.3"),
     "PACE c 10": ("pace:c=10:kappa=0.3", "adamw:power:kappa=0.3"),
 }
