@@ -43,6 +43,7 @@ VERSUS = (  # of these, the first less the second
     ("PACE", "PACE, scalar gain"),
     ("PACE", "AdamW, any schedule"),
     ("PACE, scalar gain", "AdamW, any schedule"),
+    ("PACE, scalar gain", "AdamW, twin"),
     ("auto", "AdamW, any schedule"),
 )
 PULLS = {  # each with the schedule that it amounts to
@@ -144,50 +145,39 @@ def regrets(
 
 def rate_tuned(
     losses: pd.DataFrame, rivals: pd.DataFrame, families: dict[str, pd.DataFrame]
-) -> Listing:
+) -> Iterator[Listing]:
     tuned = best(rivals, HORIZON)
     compared = {name: of(losses, *UNTUNED[name]) for name in ("auto", "EMA κ 0.6")} | families
-    found = {name: less(best(x, HORIZON), tuned, HORIZON) for name, x in compared.items()}
+    chosen = {name: best(x, HORIZON) for name, x in compared.items()}
 
-    def shown(x: pd.DataFrame, cell: tuple[str, int]) -> str:
-        if cell not in x.index:
-            return ""
-        return f"{x.loc[cell].difference:.3f}{'*' if x.loc[cell].low > 0 else ''}"
+    def table(title: str, found: dict[str, pd.DataFrame], say: Callable[..., str]) -> Listing:
+        rows = []
+        for (task, steps), own in tuned.groupby(HORIZON):
+            said = [
+                say(*x.loc[task, steps]) if (task, steps) in x.index else "" for x in found.values()
+            ]
+            rows.append([task, str(steps), _most(own), own.report.mean(), *said])
+        return Listing(title, [*HORIZON, "best", "its loss", *found], rows)
 
-    rows = [
-        [
-            task,
-            str(steps),
-            _most(x),
-            x.report.mean(),
-            *(shown(y, (task, steps)) for y in found.values()),
-        ]
-        for (task, steps), x in tuned.groupby(HORIZON)
-    ]
+    regret = {name: less(x, tuned, HORIZON) for name, x in chosen.items()}
     title = "Tuned, the rate too: regret (*: beyond its interval)"
-    return Listing(title, [*HORIZON, "best", "its loss", *found], rows)
+    yield table(title, regret, lambda x, low, high: f"{x:.3f}{'*' if low > 0 else ''}")
+    pairs = {f"{x} − {y}": less(chosen[x], chosen[y], HORIZON) for x, y in VERSUS}
+    title = "Tuned, the rate too: one less another"
+    yield table(title, pairs, lambda x, low, high: f"{x:+.3f} [{low:+.3f}, {high:+.3f}]")
 
 
-def differences(losses: pd.DataFrame, families: dict[str, pd.DataFrame]) -> Iterator[Listing]:
+def differences(losses: pd.DataFrame) -> Iterator[Listing]:
     def with_slow_average(one: str, other: str) -> pd.DataFrame:
         return less(*(of(losses, method, AUTO[1]) for method in (one, other)))
 
-    tuned = {"auto": of(losses, *AUTO)} | families
-    chosen = {name: best(x, HORIZON) for name, x in tuned.items()}
     others = {"no pull": "adamw"} | CANDIDATES
     compared = {
-        "A pull less its schedule, κ 0.6 of both": {
-            x: with_slow_average(*pair) for x, pair in PULLS.items()
-        },
-        "auto less others, κ 0.6 of all": {
-            x: with_slow_average(AUTO[0], y) for x, y in others.items()
-        },
-        "Tuned, the rate too, one less another": {
-            f"{x} − {y}": less(chosen[x], chosen[y], HORIZON) for x, y in VERSUS
-        },
+        "A pull less its schedule": {x: with_slow_average(*pair) for x, pair in PULLS.items()},
+        "auto less others": {x: with_slow_average(AUTO[0], y) for x, y in others.items()},
     }
     for title, found in compared.items():
-        title += ": mean (settings where lower, the same, higher)"
+        title += ", κ 0.6 of both: mean (settings where lower, the same, higher)"
         yield by_task(title, found, signs, nats=True)
 
 
@@ -212,8 +202,8 @@ def tables(losses: pd.DataFrame) -> Iterator[Listing]:
     }
     tuned = best(rivals)
     yield from regrets(losses, families, tuned)
-    yield rate_tuned(losses, rivals, families)
-    yield from differences(losses, families)
+    yield from rate_tuned(losses, rivals, families)
+    yield from differences(losses)
     yield at_each_rate(losses, tuned)
 
 
