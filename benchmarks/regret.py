@@ -17,7 +17,6 @@ import json
 import math
 import multiprocessing
 import random
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -65,7 +64,7 @@ METHODS = (
     *(f"pace:c={c}:kappa=0.3" for c in (0.1, 1, 10)),
     *(f"pace:gain=scalar:c={c}:kappa=0.3" for c in (0.1, 0.5, 1)),
     "pace:c=auto:kappa=0.3",
-    "adamw+twin",
+    "adamw+auto",  # the rate that its pull amounts to, in place of the pull
 )
 CANDIDATES = {  # for --methods: rules that were tried before `auto`, by the names in its tables
     "κ 0.5 to pull toward": "pace:c=auto:kappa=0.5",
@@ -73,7 +72,6 @@ CANDIDATES = {  # for --methods: rules that were tried before `auto`, by the nam
     "(20·G)²": "pace:gain=scalar:c=0:kappa=0.3+gap2",
     "20 cosines": "pace:gain=scalar:c=0:kappa=0.3+cosine",
     "noise": "pace:gain=scalar:c=0:kappa=0.3+noise",
-    "gaps alike": "pace:gain=scalar:c=0:kappa=0.3+gaps",
 }
 DECADE = tuple(10 ** (i / 4) for i in range(5))
 
@@ -339,72 +337,59 @@ def optimizer_of(method: Method, parameters: list[Tensor], warmup: int) -> Optim
 class Watch:
     """What a step's gradients and the state say, for other ways to set a scalar gain or the rate.
 
-    Each is asked for once between the gradients and the step.
+    A rule is asked for once between the gradients and the step.
     """
 
     def __init__(self, optimizer: PACE) -> None:
-        self.optimizer, self.group = optimizer, optimizer.param_groups[0]
-        self.steps, self.means = 0, defaultdict(float)
+        self.state, self.group = optimizer.state, optimizer.param_groups[0]
+        self.steps, self.value = 0, 0.0
 
-    def mean(self, name: str, now: float) -> float:
-        """Running mean, of some fifty steps."""
-        self.means[name] += max(1 / max(1, self.steps), 0.02) * (now - self.means[name])
-        return self.means[name]
+    def mean(self, now: float) -> float:
+        """Running mean of a rule's value, of some fifty steps."""
+        self.value += max(1 / self.steps, 0.02) * (now - self.value)
+        return self.value
 
-    def gap(self, above: str, below: str) -> float:
-        """⟨g, x - y⟩: the nats by which one average lies above another."""
-        now = 0.0
-        for p, state in self.optimizer.state.items():
-            x, y = ({"live": p, **state}[name] for name in (above, below))
-            now += float((p.grad * (x - y)).sum())
-        return self.mean(above, now)
+    def gap(self) -> float:
+        """⟨g, θ - average⟩: the nats by which the weights lie above their average."""
+        gaps = [(p.grad * (p - x["average"])).sum() for p, x in self.state.items()]
+        return self.mean(sum(map(float, gaps)))
 
     def cosine(self) -> float:
         """The cosine of g and θ - average: about 0 where the weights do not oscillate."""
-        state = self.optimizer.state
-        g = torch.cat([p.grad.flatten() for p in state])
-        x = torch.cat([(p - state[p]["average"]).flatten() for p in state])
-        return self.mean("cosine", float(F.cosine_similarity(g, x, dim=0)))
+        g = torch.cat([p.grad.flatten() for p in self.state])
+        x = torch.cat([(p - x["average"]).flatten() for p, x in self.state.items()])
+        return self.mean(float(F.cosine_similarity(g, x, dim=0)))
 
     def signal(self) -> float:
         """Σ m̂² / Σ v̂: 1 of gradients that are all alike, (1 - β₁)/(1 + β₁) of noise alone."""
-        states = self.optimizer.state.values()
+        states = self.state.values()
         m = sum(float(x["exp_avg"].square().sum()) for x in states)
         v = sum(float(x["exp_avg_sq"].sum()) for x in states)
-        first, second = (1 - beta ** max(1, self.steps) for beta in self.group["betas"])
-        return self.mean("signal", m / first**2 / (v / second))
+        first, second = (1 - beta**self.steps for beta in self.group["betas"])
+        return self.mean(m / first**2 / (v / second))
 
-    def twin(self) -> float:
-        """β/(β + λ) with λ of a pull that sets itself."""
-        sums = [
-            root_sums([state["exp_avg_sq"]], [0], [p.numel()])[0]
-            for p, state in self.optimizer.state.items()
-        ]
+    def factor(self) -> float:
+        """β/(β + λ) with λ of `auto`: what its pull makes of the rate."""
+        sums = [root_sums([x["exp_avg_sq"]], [0], [p.numel()])[0] for p, x in self.state.items()]
         correction = (1 - self.group["betas"][1] ** max(1, self.steps)) ** 0.5
         weight = PowerEMA(0.3).weight(self.steps + 1)
         return weight / (weight + auto_gain(self.group["lr"] * float(sum(sums)) / correction))
 
     def set(self, rule: str) -> None:
         """Set the gain, or the rate, of the step to come."""
-        if rule == "twin":
-            self.group["lr"] *= self.twin()
+        if rule == "auto":
+            self.group["lr"] *= self.factor()
         elif self.steps:  # at the first there is no state
             with torch.no_grad():
                 self.group["pullback"] = min(1.0, max(0.0, RULES[rule](self)))
         self.steps += 1
 
 
-def _gaps(x: Watch) -> float:
-    fast, slow = x.gap("live", "average"), x.gap("average", "return_k70")
-    return (slow / fast - 1) / 3.4 if fast > 0 else 0.0
-
-
 RULES: dict[str, Callable[[Watch], float]] = {  # gains, to be held to 0 and 1
-    "gap": lambda x: 10 * x.gap("live", "average"),
-    "gap2": lambda x: (20 * max(0.0, x.gap("live", "average"))) ** 2,
+    "gap": lambda x: 10 * x.gap(),
+    "gap2": lambda x: (20 * max(0.0, x.gap())) ** 2,
     "cosine": lambda x: 20 * x.cosine(),
     "noise": lambda x: 1 - 4 * x.signal(),
-    "gaps": _gaps,  # 0 where the average lies as far above a slower one as the weights above it
 }
 
 

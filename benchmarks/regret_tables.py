@@ -18,7 +18,7 @@ from paceline.study.statistics import DIFFERENCE, Listing, interval
 AUTO = ("pace:c=auto:kappa=0.3", "k60")  # a method, and the average that it returns
 UNTUNED = {
     "auto": AUTO,
-    "auto, as a schedule": ("adamw+twin", "k60"),
+    "auto, as a schedule": ("adamw+auto", "k60"),
     "EMA κ 0.6": ("adamw", "k60"),
     "EMA κ 0.5": ("adamw", "k50"),
     "cosine": ("adamw:cosine", "live"),
@@ -47,7 +47,7 @@ VERSUS = (  # of these, the first less the second
     ("auto", "AdamW, any schedule"),
 )
 PULLS = {  # each with the schedule that it amounts to
-    "auto": (AUTO[0], "adamw+twin"),
+    "auto": (AUTO[0], "adamw+auto"),
     "scalar gain 0.1": ("pace:gain=scalar:c=0.1:kappa=0.3", "adamw:twin:g=0.1:kappa=0.3"),
     "scalar gain 0.5": ("pace:gain=scalar:c=0.5:kappa=0.3", "adamw:twin:g=0.5:kappa=0.3"),
     "scalar gain 1": ("pace:gain=scalar:c=1:kappa=0.3", "adamw:power:kappa=0.3"),

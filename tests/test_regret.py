@@ -88,7 +88,7 @@ def test_differences_are_paired_by_seed(regret, tables):
 
 def test_the_table_of_known_losses(regret, tables, tmp_path):
     """AdamW's weights at 2, the best at 1, auto at 1.25, its EMA at 1.5: a quarter and a half."""
-    done = losses_of(regret, methods=("adamw", "pace:c=1:kappa=0.3", tables.AUTO[0], "adamw+twin"))
+    done = losses_of(regret, methods=("adamw", "pace:c=1:kappa=0.3", tables.AUTO[0], "adamw+auto"))
     for cell, pairs in done.items():
         for name, pair in pairs.items():
             pair[:] = [3.0 + cell.seed / 100] * 2
@@ -98,8 +98,8 @@ def test_the_table_of_known_losses(regret, tables, tmp_path):
                 ("adamw", "k60"): 1.5,
                 ("pace:c=1:kappa=0.3", "k70"): 1.0,
                 tables.AUTO: 1.25,
-                ("adamw+twin", "k60"): 1.2,  # of what is ours nothing is among the tuned
-                ("adamw+twin", "k20"): 0.1,
+                ("adamw+auto", "k60"): 1.2,  # of what is ours nothing is among the tuned
+                ("adamw+auto", "k20"): 0.1,
             }
             if setting in known:
                 pair[:] = [known[setting] + cell.seed / 100] * 2
@@ -175,7 +175,7 @@ def test_the_schedule_of_auto_has_its_gain(regret):
         p.grad = torch.randn(300) * 0.3
         opt.param_groups[0]["lr"] = 0.001 * step
         opt.param_groups[0]["betas"] = (0.9, 0.99)
-        ratio = watch.twin()
+        ratio = watch.factor()
         watch.steps += 1
         opt.step()
         weight = (1.0 + step) ** -0.3
