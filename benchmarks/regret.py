@@ -71,7 +71,6 @@ CANDIDATES = {  # for --methods: rules that were tried before `auto`, by the nam
     "10·G": "pace:gain=scalar:c=0:kappa=0.3+gap",
     "(20·G)²": "pace:gain=scalar:c=0:kappa=0.3+gap2",
     "20 cosines": "pace:gain=scalar:c=0:kappa=0.3+cosine",
-    "noise": "pace:gain=scalar:c=0:kappa=0.3+noise",
 }
 DECADE = tuple(10 ** (i / 4) for i in range(5))
 
@@ -360,14 +359,6 @@ class Watch:
         x = torch.cat([(p - x["average"]).flatten() for p, x in self.state.items()])
         return self.mean(float(F.cosine_similarity(g, x, dim=0)))
 
-    def signal(self) -> float:
-        """Σ m̂² / Σ v̂: 1 of gradients that are all alike, (1 - β₁)/(1 + β₁) of noise alone."""
-        states = self.state.values()
-        m = sum(float(x["exp_avg"].square().sum()) for x in states)
-        v = sum(float(x["exp_avg_sq"].sum()) for x in states)
-        first, second = (1 - beta**self.steps for beta in self.group["betas"])
-        return self.mean(m / first**2 / (v / second))
-
     def factor(self) -> float:
         """β/(β + λ) with λ of `auto`: what its pull makes of the rate."""
         sums = [root_sums([x["exp_avg_sq"]], [0], [p.numel()])[0] for p, x in self.state.items()]
@@ -389,7 +380,6 @@ RULES: dict[str, Callable[[Watch], float]] = {  # gains, to be held to 0 and 1
     "gap": lambda x: 10 * x.gap(),
     "gap2": lambda x: (20 * max(0.0, x.gap())) ** 2,
     "cosine": lambda x: 20 * x.cosine(),
-    "noise": lambda x: 1 - 4 * x.signal(),
 }
 
 
