@@ -360,7 +360,7 @@ class Watch:
         return self.mean(float(F.cosine_similarity(g, x, dim=0)))
 
     def factor(self) -> float:
-        """β/(β + λ) with λ of `auto`: what its pull makes of the rate."""
+        """β/(β + λ) with λ of `auto`: what its pull makes of the rate, to first order in β."""
         sums = [root_sums([x["exp_avg_sq"]], [0], [p.numel()])[0] for p, x in self.state.items()]
         correction = (1 - self.group["betas"][1] ** max(1, self.steps)) ** 0.5
         weight = PowerEMA(0.3).weight(self.steps + 1)
@@ -438,16 +438,16 @@ def trained(cell: Cell) -> tuple[Cell, dict[str, list[float]]]:
 def written(folder: Path) -> dict[Cell, dict[str, list[float]]]:
     """What has been run: losses to choose by and to report, by average."""
     done = {}
-    for line in (line for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()):
-        with suppress(json.JSONDecodeError):  # half a line, of a run that was killed
-            *cell, losses = json.loads(line)
-            done[Cell(*cell)] = losses
     if (path := folder / "losses.csv").exists():
         wide = pd.read_csv(path, index_col=list(Cell._fields))
         names = [name.removesuffix(":choose") for name in wide if name.endswith(":choose")]
         for cell, row in wide.iterrows():
             pairs = {name: [row[f"{name}:choose"], row[f"{name}:report"]] for name in names}
             done[Cell(*cell)] = {k: x for k, x in pairs.items() if not math.isnan(x[0])}
+    for line in (line for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()):
+        with suppress(json.JSONDecodeError):  # half a line, of a run that was killed
+            *cell, losses = json.loads(line)
+            done[Cell(*cell)] = losses  # newer than the CSV
     return {cell: x for cell, x in done.items() if x.keys() in ({"own"}, {"live", *READ_OUTS})}
 
 

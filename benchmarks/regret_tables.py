@@ -51,7 +51,6 @@ PULLS = {  # each with the schedule that it amounts to
     "scalar gain 0.1": ("pace:gain=scalar:c=0.1:kappa=0.3", "adamw:twin:g=0.1:kappa=0.3"),
     "scalar gain 0.5": ("pace:gain=scalar:c=0.5:kappa=0.3", "adamw:twin:g=0.5:kappa=0.3"),
     "scalar gain 1": ("pace:gain=scalar:c=1:kappa=0.3", "adamw:power:kappa=0.3"),
-    "PACE c 10": ("pace:c=10:kappa=0.3", "adamw:power:kappa=0.3"),
 }
 CELL = ["task", "steps", "lr"]
 HORIZON = CELL[:2]
@@ -173,7 +172,9 @@ def differences(losses: pd.DataFrame) -> Iterator[Listing]:
 
     others = {"no pull": "adamw"} | CANDIDATES
     compared = {
-        "A pull less its schedule": {x: with_slow_average(*pair) for x, pair in PULLS.items()},
+        "A pull less its schedule to first order": {
+            x: with_slow_average(*pair) for x, pair in PULLS.items()
+        },
         "auto less others": {x: with_slow_average(AUTO[0], y) for x, y in others.items()},
     }
     for title, found in compared.items():

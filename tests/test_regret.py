@@ -100,6 +100,7 @@ def test_the_table_of_known_losses(regret, tables, tmp_path):
                 tables.AUTO: 1.25,
                 ("adamw+auto", "k60"): 1.2,  # of what is ours nothing is among the tuned
                 ("adamw+auto", "k20"): 0.1,
+                (tables.AUTO[0], "k20"): 0.1,
             }
             if setting in known:
                 pair[:] = [known[setting] + cell.seed / 100] * 2
@@ -155,11 +156,13 @@ def test_what_ran_is_not_run_again(regret, tables, tmp_path):
     wide.loc[0, "k20:choose"] = math.nan
     wide.to_csv(tmp_path / "losses.csv", index=False)
     further = free._replace(seed=1)
-    lines = [json.dumps([*further, {"own": [1.0, 2.0]}]), json.dumps([*free._replace(seed=2)])[:-9]]
-    (tmp_path / "more.jsonl").write_text("\n".join(lines))
+    more = {further: {"own": [1.0, 2.0]}, free: {"own": [1.4, 1.6]}}  # one was run anew
+    write(tmp_path / "more.jsonl", more)
+    with (tmp_path / "more.jsonl").open("a") as file:
+        file.write(json.dumps([*free._replace(seed=2)])[:-9])
     found = regret.written(tmp_path)
     del done[regret.Cell(*wide.loc[0, list(regret.Cell._fields)])]
-    assert found == done | {further: {"own": [1.0, 2.0]}}
+    assert found == done | more
 
 
 def test_the_schedule_of_auto_has_its_gain(regret):

@@ -87,7 +87,7 @@ class PACE(AveragedOptimizer):
             other, and must step the same ones. Ours, not the paper's (docs/averages.md). Required,
             for no default has been earned.
         gain: "adam" as above; or "scalar", λ_t = min(1, c) for all coordinates: c has no unit then,
-            and the pull amounts to the learning rate η·β_t/(β_t + c).
+            and the pull amounts to the learning rate η·β_t/(β_t + c·(1 - β_t)).
         ema_power: κ in [0, 1], how fast the averaging weight decays. Larger is a slower average.
             None: 0.5. With pullback="auto", and nothing said of averages: 0.3, and a second one of
             0.6 (`return_power`) is returned.
