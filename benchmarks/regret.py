@@ -45,7 +45,7 @@ from paceline.train.data import (
     standard_library_files,
     tokenize,
 )
-from paceline.train.methods import Method, parse_method, scheduler
+from paceline.train.methods import Method, parse_method, scheduler, twin_rate
 from paceline.train.model import make_gpt2
 from paceline.train.sources import chitchat
 from paceline.update import auto_gain, root_sums
@@ -173,11 +173,13 @@ def finetune(seed: int) -> Problem:
 @functools.cache
 def started() -> dict[str, Tensor]:
     """Where fine-tuning starts: 4,000 steps on code under a cosine, made once."""
-    path = cache_folder() / f"regret-start-{content_key(VOCABULARY, CONTEXT, BATCH)}.pt"
+    tokenizer, data = texts()
+    method, *steps = "adamw:cosine:lr=0.003", 4000, 200
+    key = content_key(tokenizer.backend_tokenizer.to_str(), CONTEXT, BATCH, method, steps)
+    path = cache_folder() / f"regret-start-{key}.pt"
     if not path.exists():
         model = gpt(1000)
-        problem = language(model, texts()[1]["code"], seed=1000)
-        train(problem, parse_method("adamw:cosine:lr=0.003"), 4000, 200)
+        train(language(model, data["code"], seed=1000), parse_method(method), *steps)
         with whole(path) as partial:
             torch.save(model.state_dict(), partial)
     return torch.load(path, weights_only=True)
@@ -360,11 +362,11 @@ class Watch:
         return self.mean(float(F.cosine_similarity(g, x, dim=0)))
 
     def factor(self) -> float:
-        """β/(β + λ) with λ of `auto`: what its pull makes of the rate, to first order in β."""
+        """What the pull of `auto` makes of the learning rate."""
         sums = [root_sums([x["exp_avg_sq"]], [0], [p.numel()])[0] for p, x in self.state.items()]
         correction = (1 - self.group["betas"][1] ** max(1, self.steps)) ** 0.5
-        weight = PowerEMA(0.3).weight(self.steps + 1)
-        return weight / (weight + auto_gain(self.group["lr"] * float(sum(sums)) / correction))
+        gain = auto_gain(self.group["lr"] * float(sum(sums)) / correction)
+        return twin_rate(PowerEMA(0.3).weight(self.steps + 1), gain)
 
     def set(self, rule: str) -> None:
         """Set the gain, or the rate, of the step to come."""

@@ -29,7 +29,7 @@ UNTUNED = {
     "PACE c 0.1, EMA κ 0.6": ("pace:c=0.1:kappa=0.3", "k60"),
     "PACE c 1, EMA κ 0.6": ("pace:c=1:kappa=0.3", "k60"),
 }
-FAMILIES = {  # methods whose names begin so, at the best of them with the best average
+FAMILIES = {  # methods that begin so, at the best of them with the best average
     "AdamW, constant rate": ("adamw$",),
     "AdamW, cosine or WSD": ("adamw:cosine", "adamw:wsd"),
     "AdamW, power": ("adamw:power",),
@@ -46,7 +46,7 @@ VERSUS = (  # of these, the first less the second
     ("PACE, scalar gain", "AdamW, twin"),
     ("auto", "AdamW, any schedule"),
 )
-PULLS = {  # each with the schedule that it amounts to
+PULLS = {  # each with the schedule that is its twin
     "auto": (AUTO[0], "adamw+auto"),
     "scalar gain 0.1": ("pace:gain=scalar:c=0.1:kappa=0.3", "adamw:twin:g=0.1:kappa=0.3"),
     "scalar gain 0.5": ("pace:gain=scalar:c=0.5:kappa=0.3", "adamw:twin:g=0.5:kappa=0.3"),
@@ -65,12 +65,12 @@ def frame(done: dict[Cell, dict[str, list[float]]]) -> pd.DataFrame:
     return found.sort_values([*Cell._fields, "average"], ignore_index=True)
 
 
-def of(losses: pd.DataFrame, method: str, average: str) -> pd.DataFrame:
+def rows_of(losses: pd.DataFrame, method: str, average: str) -> pd.DataFrame:
     """The rows of one setting."""
     return losses[(losses.method == method) & (losses.average == average)]
 
 
-def best(losses: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
+def best_settings(losses: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
     """Rows of the best setting of each task, horizon and rate: for each seed that of the others.
 
     Without the rate in `over` it is part of the setting.
@@ -82,8 +82,11 @@ def best(losses: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
     return losses.loc[others.groupby([losses[key] for key in (*over, "seed")]).idxmin()]
 
 
-def less(these: pd.DataFrame, those: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
-    """Mean over seeds of what one returns less what the other returns, and its interval."""
+def difference(these: pd.DataFrame, those: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
+    """Mean over seeds of what one returns less what the other returns, and its interval.
+
+    There is none where a seed lacks, or both diverged.
+    """
     one, other = (x.set_index([*over, "seed"]).report for x in (these, those))
     rows = {
         cell: (x.mean(), *(interval(list(x)) or (math.nan, math.nan)))
@@ -116,7 +119,7 @@ def signs(x: pd.DataFrame) -> str:
 
 def distance(losses: pd.DataFrame, tuned: pd.DataFrame) -> pd.Series:
     """From AdamW's last weights at a constant rate to the best, where seeds agree on one."""
-    found = less(of(losses, "adamw", "live"), tuned)
+    found = difference(rows_of(losses, "adamw", "live"), tuned)
     return found[found.low > 0].difference
 
 
@@ -132,10 +135,10 @@ def regrets(
         shares = (x.difference / there).dropna()
         return f"{shares.median():.0%}, {shares.max():.0%} ({len(shares)})" if len(shares) else ""
 
-    untuned = {name: of(losses, *setting) for name, setting in UNTUNED.items()}
-    chosen = {name: best(x) for name, x in families.items()}
+    untuned = {name: rows_of(losses, *setting) for name, setting in UNTUNED.items()}
+    chosen = {name: best_settings(x) for name, x in families.items()}
     for title, compared in {"Not tuned": untuned, "Tuned at each rate": chosen}.items():
-        found = {name: less(x, tuned) for name, x in compared.items()}
+        found = {name: difference(x, tuned) for name, x in compared.items()}
         title += ": regret, median and worst, "
         yield by_task(title + "in the loss", found, loss, nats=True)
         title += "as shares of the distance (of so many settings)"
@@ -145,36 +148,40 @@ def regrets(
 def rate_tuned(
     losses: pd.DataFrame, rivals: pd.DataFrame, families: dict[str, pd.DataFrame]
 ) -> Iterator[Listing]:
-    tuned = best(rivals, HORIZON)
-    compared = {name: of(losses, *UNTUNED[name]) for name in ("auto", "EMA κ 0.6")} | families
-    chosen = {name: best(x, HORIZON) for name, x in compared.items()}
+    tuned = best_settings(rivals, HORIZON)
+    compared = {name: rows_of(losses, *UNTUNED[name]) for name in ("auto", "EMA κ 0.6")} | families
+    chosen = {"best": tuned} | {name: best_settings(x, HORIZON) for name, x in compared.items()}
 
-    def table(title: str, found: dict[str, pd.DataFrame], say: Callable[..., str]) -> Listing:
-        rows = []
-        for (task, steps), own in tuned.groupby(HORIZON):
-            said = [
-                say(*x.loc[task, steps]) if (task, steps) in x.index else "" for x in found.values()
-            ]
-            rows.append([task, str(steps), _most(own), own.report.mean(), *said])
-        return Listing(title, [*HORIZON, "best", "its loss", *found], rows)
+    def table(title: str, columns: dict[str, pd.Series]) -> Listing:
+        found = pd.DataFrame(columns, index=tuned.groupby(HORIZON).size().index).fillna("")
+        rows = [[task, str(steps), *said] for (task, steps), *said in found.itertuples()]
+        return Listing("Tuned, the rate too: " + title, [*HORIZON, *columns], rows)
 
-    regret = {name: less(x, tuned, HORIZON) for name, x in chosen.items()}
-    title = "Tuned, the rate too: regret (*: beyond its interval)"
-    yield table(title, regret, lambda x, low, high: f"{x:.3f}{'*' if low > 0 else ''}")
-    pairs = {f"{x} − {y}": less(chosen[x], chosen[y], HORIZON) for x, y in VERSUS}
-    title = "Tuned, the rate too: one less another"
-    yield table(title, pairs, lambda x, low, high: f"{x:+.3f} [{low:+.3f}, {high:+.3f}]")
+    def said(these: str, those: str, say: Callable[..., str]) -> pd.Series:
+        found = difference(chosen[these], chosen[those], HORIZON)
+        return pd.Series([say(*row) for row in found.to_numpy()], found.index, dtype=object)
+
+    def regret(x: float, low: float, high: float) -> str:
+        return f"{x:.3f}{'*' if low > 0 else ''}"
+
+    def with_interval(x: float, low: float, high: float) -> str:
+        return f"{x:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+    loss = tuned.groupby(HORIZON).report.mean()
+    regrets = {name: said(name, "best", regret) for name in compared}
+    yield table("regret (*: beyond its interval)", {"best's loss": loss} | regrets)
+    yield table("one less another", {f"{x} − {y}": said(x, y, with_interval) for x, y in VERSUS})
+    settings = {name: _most(x, HORIZON, rate=True) for name, x in chosen.items()}
+    yield table("what most seeds chose", settings)
 
 
 def differences(losses: pd.DataFrame) -> Iterator[Listing]:
     def with_slow_average(one: str, other: str) -> pd.DataFrame:
-        return less(*(of(losses, method, AUTO[1]) for method in (one, other)))
+        return difference(*(rows_of(losses, method, AUTO[1]) for method in (one, other)))
 
     others = {"no pull": "adamw"} | CANDIDATES
     compared = {
-        "A pull less its schedule to first order": {
-            x: with_slow_average(*pair) for x, pair in PULLS.items()
-        },
+        "A pull less its schedule": {x: with_slow_average(*pair) for x, pair in PULLS.items()},
         "auto less others": {x: with_slow_average(AUTO[0], y) for x, y in others.items()},
     }
     for title, found in compared.items():
@@ -183,34 +190,43 @@ def differences(losses: pd.DataFrame) -> Iterator[Listing]:
 
 
 def at_each_rate(losses: pd.DataFrame, tuned: pd.DataFrame) -> Listing:
-    adamw, auto, ema = (of(losses, *x) for x in (("adamw", "live"), AUTO, UNTUNED["EMA κ 0.6"]))
-    there, regret, against = distance(losses, tuned), less(auto, tuned).difference, less(auto, ema)
+    settings = (("adamw", "live"), AUTO, UNTUNED["EMA κ 0.6"])
+    adamw, auto, ema = (rows_of(losses, *x) for x in settings)
+    there, against = distance(losses, tuned), difference(auto, ema)
+    regret, which = difference(auto, tuned).difference, _most(tuned, CELL)
     rows = []
     for cell in against.index:
         at = [x.set_index(CELL).loc[[cell]] for x in (adamw, tuned, auto)]
         share = f"{regret[cell] / there[cell]:.0%}" if cell in there else ""
         task, steps, lr = cell
-        row = [task, str(steps), f"{lr:.3g}", *(x.report.mean() for x in at), _most(at[1]), share]
+        row = [task, str(steps), f"{lr:.3g}", *(x.report.mean() for x in at), which[cell], share]
         rows.append([*row, *against.loc[cell]])
     names = ["AdamW, live", "best tuned", "auto", "which", "regret", *DIFFERENCE]
     return Listing("auto at each rate; difference to the EMA κ 0.6", [*CELL, *names], rows)
 
 
-def tables(losses: pd.DataFrame) -> Iterator[Listing]:
-    rivals = losses[~losses.method.str.contains("auto|[+]")]
-    families = {
+def in_families(rivals: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    return {
         name: rivals[rivals.method.str.match("|".join(starts))] for name, starts in FAMILIES.items()
     }
-    tuned = best(rivals)
+
+
+def tables(losses: pd.DataFrame) -> Iterator[Listing]:
+    rivals = losses[~losses.method.str.contains("auto|[+]")]
+    families = in_families(rivals)
+    tuned = best_settings(rivals)
     yield from regrets(losses, families, tuned)
     yield from rate_tuned(losses, rivals, families)
     yield from differences(losses)
     yield at_each_rate(losses, tuned)
 
 
-def _most(rows: pd.DataFrame) -> str:
+def _most(chosen: pd.DataFrame, over: list[str], rate: bool = False) -> pd.Series:
     """The setting that most seeds have."""
-    return (rows.method + " " + rows.average).mode()[0]
+    said = chosen.method + " " + chosen.average
+    if rate:
+        said += " at " + chosen.lr.astype(str)
+    return said.groupby([chosen[key] for key in over]).agg(lambda x: x.mode()[0])
 
 
 def table(out: Path) -> None:

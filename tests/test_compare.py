@@ -253,7 +253,7 @@ def schedule_of(text, warmup=0, steps=50):
 def test_schedules():
     beta = [(1 + t) ** -0.3 for t in range(1, 51)]
     assert schedule_of("adamw:power") == pytest.approx(beta)
-    assert schedule_of("adamw:twin") == pytest.approx([b / (b + 0.5) for b in beta])
+    assert schedule_of("adamw:twin:g=1") == pytest.approx(beta)
     assert schedule_of("adamw") == pytest.approx([1.0] * 50)
     wsd = schedule_of("adamw:wsd")
     assert wsd[:41] == pytest.approx([1.0] * 41)
@@ -584,6 +584,25 @@ def test_a_stopped_run_says_so(tiny):
     trained, _ = run("adamw", watch=lambda step, losses: step == 5)
     assert trained.stopped
     assert trained.trainer.state.global_step == 5
+
+
+@pytest.mark.parametrize("gain", [0.1, 0.5, 1.0])
+def test_an_average_that_is_pulled_toward_moves_as_under_the_twin(gain):
+    """Under a steady gradient, when both have settled; β itself falls by 1e-4 a step then."""
+    steps = 3000
+    p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    pull = Pullback(torch.optim.SGD([p], lr=1.0), gain, PowerEMA(0.3), gain="scalar")
+    twin = schedule_of(f"adamw:twin:kappa=0.3:g={gain}", steps=steps)
+    other = average = 0.0
+    averages = []
+    for step in range(1, steps + 1):
+        p.grad = torch.ones_like(p)
+        pull.step()
+        other -= twin[step - 1]
+        average += (other - average) * (1 + step) ** -0.3
+        averages.append((float(pull.state[p]["average"]), average))
+    ours, its = (now - before for before, now in zip(*averages[-2:], strict=True))
+    assert ours == pytest.approx(its, rel=1e-3)
 
 
 def test_the_twin_of_a_saturated_pull_is_a_schedule():

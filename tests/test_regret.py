@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import schedulefree
 import torch
 
 
@@ -36,7 +37,7 @@ def losses_of(regret, tasks=("finetune",), methods=("adamw", "pace:c=1:kappa=0.3
 @pytest.mark.parametrize("over", [["task", "steps", "lr"], ["task", "steps"]])
 def test_chosen_by_the_other_seeds(regret, tables, over):
     done = losses_of(regret)
-    found = tables.best(tables.frame(done), over)
+    found = tables.best_settings(tables.frame(done), over)
     settings = {
         (*(getattr(cell, key) for key in over), cell.method, cell.lr, name)
         for cell, pairs in done.items()
@@ -67,7 +68,7 @@ def test_a_setting_that_lacks_a_seed_is_not_chosen(regret, tables):
     for seed in regret.SEEDS[1:]:
         done[lucky._replace(seed=seed)]["k50"] = [0.0, 0.0]
     done[lucky].pop("k50")
-    found = tables.best(tables.frame(done))
+    found = tables.best_settings(tables.frame(done))
     assert not ((found.lr == 0.001) & (found.method == "adamw") & (found.average == "k50")).any()
 
 
@@ -76,20 +77,23 @@ def test_differences_are_paired_by_seed(regret, tables):
     for cell, pairs in done.items():
         pairs["k50"] = [0.0, pairs["live"][1] - 0.1 * cell.seed]
     frame = tables.frame(done)
-    adamw = tables.of(frame, "adamw", "live")
-    found = tables.less(adamw, tables.of(frame, "adamw", "k50"))
+    adamw = tables.rows_of(frame, "adamw", "live")
+    found = tables.difference(adamw, tables.rows_of(frame, "adamw", "k50"))
     assert list(found.index) == [("finetune", 300, 0.001), ("finetune", 300, 0.01)]
     for row in found.itertuples():
         assert row.difference == pytest.approx(0.2)
         assert 0 < row.low < 0.2 < row.high < 0.4  # within the range of the seeds
     some = adamw[(adamw.lr == 0.01) | (adamw.seed > 0)]
-    assert list(tables.less(some, adamw).index) == [("finetune", 300, 0.01)]
+    assert list(tables.difference(some, adamw).index) == [("finetune", 300, 0.01)]
 
 
 def test_the_table_of_known_losses(regret, tables, tmp_path):
-    """AdamW's weights at 2, the best at 1, auto at 1.25, its EMA at 1.5: a quarter and a half."""
-    done = losses_of(regret, methods=("adamw", "pace:c=1:kappa=0.3", tables.AUTO[0], "adamw+auto"))
+    """AdamW's weights at 2, the best at 1: shares of auto are 25 % and 75 %, and 5 % twice."""
+    gap = regret.CANDIDATES["10·G"]
+    methods = ("adamw", "pace:c=1:kappa=0.3", tables.AUTO[0], "adamw+auto", gap)
+    done = losses_of(regret, tasks=("finetune", "quadratic"), methods=methods)
     for cell, pairs in done.items():
+        hard = cell.lr == 0.01
         for name, pair in pairs.items():
             pair[:] = [3.0 + cell.seed / 100] * 2
             setting = (cell.method, name)
@@ -97,31 +101,60 @@ def test_the_table_of_known_losses(regret, tables, tmp_path):
                 ("adamw", "live"): 2.0,
                 ("adamw", "k60"): 1.5,
                 ("pace:c=1:kappa=0.3", "k70"): 1.0,
-                tables.AUTO: 1.25,
-                ("adamw+auto", "k60"): 1.2,  # of what is ours nothing is among the tuned
+                tables.AUTO: 1.05 if cell.task == "quadratic" else 1.75 if hard else 1.25,
+                # of what is ours nothing is among the tuned
+                ("adamw+auto", "k60"): 1.76 + 0.1 * (cell.seed - 2) if hard else 1.2,
                 ("adamw+auto", "k20"): 0.1,
                 (tables.AUTO[0], "k20"): 0.1,
+                (gap, "k20"): 0.1,
             }
             if setting in known:
                 pair[:] = [known[setting] + cell.seed / 100] * 2
+            if setting == ("adamw", "k60") and cell.task == "quadratic":
+                pair[1] = 1.04 + 0.1 * (cell.seed - 2)  # 0.02 above the best, or it is chance
     write(tmp_path / "runs.jsonl", done)
     tables.table(tmp_path)
     text = (tmp_path / "tables.md").read_text()
-    shares, rates, pulls, auto = (
+    losses, shares, rates, chosen, pulls, auto = (
         text.partition(f"## {title}")[2].partition("\n## ")[0]
         for title in (
+            "Not tuned: regret, median and worst, in",
             "Not tuned: regret, median and worst, as",
-            "Tuned, the rate",
+            "Tuned, the rate too: regret",
+            "Tuned, the rate too: what",
             "A pull",
             "auto at",
         )
     )
-    assert "| auto | 25%, 25% (2) | 25%, 25% (2) |" in shares
-    assert "| EMA κ 0.6 | 50%, 50% (2) | 50%, 50% (2) |" in shares
-    assert "| finetune | 300 | pace:c=1:kappa=0.3 k70 | 1.0200 | 0.250* | 0.500* |" in rates
-    assert "| auto | +0.050 (0, 0, 2) | +0.050 (0, 0, 2) |" in pulls
-    row = "| finetune | 300 | 0.01 | 2.0200 | 1.0200 | 1.2700 | pace:c=1:kappa=0.3 k70 | 25% |"
-    assert f"{row} -0.2500 [-0.2500, -0.2500] |" in auto
+    assert "| auto | 0.500, 0.750 | 0.050, 0.050 | 0.500, 0.750 |" in losses
+    assert "| auto | 50%, 75% (2) | 5%, 5% (2) | 15%, 75% (4) |" in shares
+    assert "| EMA κ 0.6 | 50%, 50% (2) | 2%, 2% (2) | 26%, 50% (4) |" in shares
+    assert "| finetune | 300 | 1.0200 | 0.250* | 0.500* |" in rates
+    assert "| quadratic | 300 | 1.0200 | 0.050* | 0.020 |" in rates
+    settings = ("pace:c=1:kappa=0.3 k70", f"{tables.AUTO[0]} k60", "adamw k60")
+    assert f"| finetune | 300 | {' at 0.001 | '.join(settings)} at 0.001 |" in chosen
+    assert "| auto | +0.020 (0, 1, 1) | -0.430 (2, 0, 0) | +0.020 (0, 1, 1) |" in pulls
+    row = "| finetune | 300 | 0.01 | 2.0200 | 1.0200 | 1.7700 | pace:c=1:kappa=0.3 k70 | 75% |"
+    assert f"{row} 0.2500 [0.2500, 0.2500] |" in auto
+
+
+def test_the_families_of_every_method(regret, tables):
+    """PACE's own gains, without what is scalar; auto and its schedule are of none."""
+    methods = [*regret.METHODS, *regret.CANDIDATES.values()]
+    frame = tables.frame(losses_of(regret, methods=methods))
+    names = {name: set(x.method) for name, x in tables.in_families(frame).items()}
+    assert names.pop("AdamW, any schedule") - {"adamw+auto"} == {
+        *names["AdamW, constant rate"],
+        *names["AdamW, cosine or WSD"],
+        *names["AdamW, power"],
+        *names["AdamW, twin"],
+    }
+    sizes = {name: len(x) for name, x in names.items()}
+    assert sizes["AdamW, constant rate"] == sizes["Schedule-Free"] == 1
+    assert sizes["AdamW, cosine or WSD"] == 2
+    assert names["PACE"] == {f"pace:c={c}:kappa=0.3" for c in (0.1, 1, 10)}
+    own = {"adamw+auto", tables.AUTO[0], regret.CANDIDATES["κ 0.5 to pull toward"]}
+    assert set().union(*names.values()) == set(methods) - own
 
 
 @pytest.mark.parametrize("lost", [0.3, -0.1])
@@ -166,7 +199,7 @@ def test_what_ran_is_not_run_again(regret, tables, tmp_path):
 
 
 def test_the_schedule_of_auto_has_its_gain(regret):
-    """`Watch` says before a step what the optimizer pulls with in it."""
+    """`Watch` says before a step what the optimizer pulls with in it: a twin's rate."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(300))
     opt = regret.PACE(
@@ -183,7 +216,7 @@ def test_the_schedule_of_auto_has_its_gain(regret):
         opt.step()
         weight = (1.0 + step) ** -0.3
         gains.append(float(opt.stats()["gain_mean"]))
-        assert ratio == pytest.approx(weight / (weight + gains[-1]), rel=1e-5)
+        assert ratio == pytest.approx(weight / (weight + gains[-1] * (1 - weight)), rel=1e-5)
     assert gains[0] == 0 < gains[1]
     assert max(gains) > 0.05
 
@@ -199,6 +232,99 @@ def test_a_seed_is_one_problem_for_all_methods(regret, task):
     start, other = seen(0), seen(1)
     assert start[2:] != other[2:]
     assert (start[:2] != other[:2]) == (task != "quadratic")  # which starts at ones
+
+
+def by_hand(problem, lr, steps, clip, rule, c=0.0, kappa=0.5):
+    """Losses of the live weights and of their average with κ = 0.5, each operation spelled out."""
+    thetas = problem.parameters
+    moments = [[torch.zeros_like(p) for _ in range(2)] for p in thetas]
+    pulled, returned = ([p.detach().clone() for p in thetas] for _ in range(2))
+    value = 0.0
+    for t in range(1, steps + 1):
+        rate = lr * min(1.0, (t - 1) / round(0.05 * steps))
+        problem.loss().backward()
+        with torch.no_grad():
+            gradients = torch.cat([p.grad.flatten() for p in thetas])
+            shrink = min(1.0, clip / (float(gradients.norm()) + 1e-6))
+            gaps = torch.cat([(p - e).flatten() for p, e in zip(thetas, pulled, strict=True)])
+            gain, weight = c, (1 + t) ** -kappa
+            if rule == "auto" and t > 1:
+                root_bias2 = (1 - 0.999 ** (t - 1)) ** 0.5
+                stake = rate * sum(float(v.sqrt().sum()) for _, v in moments) / root_bias2
+                rate *= weight / (weight + min(1.0, stake / 2) ** 2 * (1 - weight))
+            elif rule and t > 1:
+                gap = float(gaps @ gradients) * shrink
+                if rule == "cosine":
+                    gap /= float(gaps.norm() * gradients.norm()) * shrink + 1e-30
+                value += max(1 / (t - 1), 0.02) * (gap - value)
+                gain = {"gap": 10 * value, "gap2": (20 * max(0, value)) ** 2, "cosine": 20 * value}
+                gain = min(1.0, max(0.0, gain[rule]))
+            for p, (m, v), e, slow in zip(thetas, moments, pulled, returned, strict=True):
+                g = p.grad * shrink
+                m.mul_(0.9).add_(g, alpha=0.1)
+                v.mul_(0.999).add_(g * g, alpha=0.001)
+                step = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+                p.copy_(p - rate * 0.01 * p - rate * step + gain * (e - p))
+                e.lerp_(p, weight)
+                slow.lerp_(p, (1 + t) ** -0.5)
+                p.grad = None
+    with torch.no_grad():
+        live = problem.judge()
+        for p, slow in zip(thetas, returned, strict=True):
+            p.copy_(slow)
+        return live, problem.judge()
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "rest"),
+    [
+        ("quadratic", "adamw", {}),  # without clipping
+        ("logistic", "adamw", {}),
+        ("logistic", "pace:gain=scalar:c=0.5:kappa=0.3", {"c": 0.5, "kappa": 0.3}),
+        ("logistic", "adamw+auto", {"rule": "auto", "kappa": 0.3}),
+        *(
+            ("logistic", f"pace:gain=scalar:c=0:kappa=0.3+{rule}", {"rule": rule, "kappa": 0.3})
+            for rule in ("gap", "gap2", "cosine")
+        ),
+    ],
+)
+def test_a_training_by_hand(regret, task, method, rest):
+    """With its warm-up, clipping and rule; without any of them the losses would be others."""
+    cell = regret.Cell(task, 60, 0.2, method, 0)
+    _, found = regret.trained(cell)
+    clip = math.inf if task == "quadratic" else 1.0
+
+    def expected(**changed):
+        facts = {"clip": clip, "rule": ""} | rest | changed
+        live, slow = by_hand(regret.TASKS[task].start(0), 0.2, 60, **facts)
+        return [*live, *slow]
+
+    ours = [*found["live"], *found["k50"]]
+    assert ours == pytest.approx(expected(), abs=1e-4)
+    assert ours != pytest.approx(expected(clip=1.0 if task == "quadratic" else 0.1), abs=1e-3)
+    if rest:
+        assert ours != pytest.approx(expected(rule="", c=0.0), abs=1e-3)
+
+
+def test_schedule_free_returns_its_average(regret):
+    cell = regret.Cell("logistic", 60, 0.05, "schedule-free", 0)
+    _, found = regret.trained(cell)
+    problem = regret.TASKS["logistic"].start(0)
+    optimizer = schedulefree.AdamWScheduleFree(
+        problem.parameters, lr=0.05, warmup_steps=3, weight_decay=0.01
+    )
+    optimizer.train()
+    for _ in range(60):
+        problem.loss().backward()
+        torch.nn.utils.clip_grad_norm_(problem.parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        live = problem.judge()
+        optimizer.eval()
+        returned = problem.judge()
+    assert found == {"own": pytest.approx(returned, abs=1e-5)}
+    assert live != pytest.approx(returned, abs=1e-3)
 
 
 def test_losses_of_every_average(regret):

@@ -86,7 +86,7 @@ class Comparison(Options):
     lr: Annotated[tuple[Rate, ...], Names] = (3e-3, 1e-2)
     """Peak learning rates > 0, separated by commas; each method is run at each of them."""
     schedule: Schedule = "constant"
-    """Schedule of the methods that name none: constant; cosine (to 0); wsd (constant, then linear to 0 over the last fifth); power, lr·(1+t)^-kappa; twin, lr·b/(b+g) with b = (1+t)^-kappa, which a pull of gain g amounts to. schedule-free never has one."""
+    """Schedule of the methods that name none: constant; cosine (to 0); wsd (constant, then linear to 0 over the last fifth); power, lr·(1+t)^-kappa; twin, lr·b/(b+g(1-b)) with b = (1+t)^-kappa, which a pull of gain g amounts to. schedule-free never has one."""
     c: Strength = 10.0
     """Strength of the pull of pace and pullback, >= 0, in the unit of a gradient."""
     kappa: Power = 0.3

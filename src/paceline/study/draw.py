@@ -670,7 +670,7 @@ def under_schedules(lab: Lab, *, by_kappa: bool) -> Drawn:
 
 
 def twins(lab: Lab) -> Drawn:
-    """PACE less its own twin: the EMA at lr·β/(β+g), with g the mean gain that PACE had."""
+    """PACE less its own twin: the EMA at the twin's rate, by the mean gain that PACE had."""
     rows: list[dict[str, Any]] = []
     for task, own in twinned(lab.scale):
         for lr in own.rates:

@@ -332,9 +332,9 @@ def scheduler(method: Method, optimizer: Optimizer, warmup: int, steps: int) -> 
     """The method's learning-rate schedule, after a linear warm-up.
 
     `constant`; `cosine` to zero; `wsd` constant, then linear to zero over the last fifth; `power`
-    lr·β_t and `twin` lr·β_t/(β_t + g), with β_t = (1 + t)^-κ: what a pull amounts to as its gain
-    saturates, and at a gain of g. The warm-up starts from a step at rate 0; Schedule-Free has its
-    own, which is one step ahead.
+    lr·β_t and `twin` lr·twin_rate(β_t, g), with β_t = (1 + t)^-κ: what a pull amounts to as its
+    gain saturates, and at a gain of g. The warm-up starts from a step at rate 0; Schedule-Free has
+    its own, which is one step ahead.
     """
     if method.name == "schedule-free":  # warms up by itself
         return get_scheduler("constant", optimizer)
@@ -356,6 +356,16 @@ def _implicit(method: Method, warmup: int) -> Callable[[int], float]:
         assert method.kappa is not None
         beta = float(PowerEMA(method.kappa).weight(done + 1))
         ramp = done / warmup if done < warmup else 1.0
-        return ramp * (beta if method.g is None else beta / (beta + method.g))
+        return ramp * (beta if method.g is None else twin_rate(beta, method.g))
 
     return factor
+
+
+def twin_rate(beta: float, gain: float) -> float:
+    """What a pull with a gain of λ makes of the learning rate: β / (β + λ·(1 - β)).
+
+    Where the optimizer takes the same step d every time, live weights and average come to move by
+    that share of d. `paceline.theory.twin_rate` is the same for arrays; docs/theory.md has what
+    else an EMA at this rate, the pull's twin, shares with it.
+    """
+    return beta / (beta + gain * (1.0 - beta))
