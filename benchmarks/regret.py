@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from paceline import PACE, PowerEMA
 from paceline.cache import cache_folder
 from paceline.files import whole
+from paceline.options import AUTO_POWER
 from paceline.train.chat import conversation_encoder
 from paceline.train.data import (
     Corpus,
@@ -61,7 +62,7 @@ METHODS = (
     "adamw",
     *(f"adamw:{schedule}" for schedule in (*DECAYS, *TWINS)),
     "schedule-free",
-    *(f"pace:c={c}:kappa=0.3" for c in (0.1, 1, 10)),
+    *(f"pace:c={c}:kappa=0.3" for c in (0.1, 1, 10, 100)),
     *(f"pace:gain=scalar:c={c}:kappa=0.3" for c in (0.1, 0.5, 1)),
     "pace:c=auto:kappa=0.3",
     "adamw+auto",  # the rate that its pull amounts to, in place of the pull
@@ -175,10 +176,11 @@ def started() -> dict[str, Tensor]:
     """Where fine-tuning starts: 4,000 steps on code under a cosine, made once."""
     tokenizer, data = texts()
     method, *steps = "adamw:cosine:lr=0.003", 4000, 200
-    key = content_key(tokenizer.backend_tokenizer.to_str(), CONTEXT, BATCH, method, steps)
+    model = gpt(1000)
+    made_of = (tokenizer.backend_tokenizer.to_str(), model.config.to_json_string(), BATCH)
+    key = content_key(*made_of, WEIGHT_DECAY, method, steps)
     path = cache_folder() / f"regret-start-{key}.pt"
     if not path.exists():
-        model = gpt(1000)
         train(language(model, data["code"], seed=1000), parse_method(method), *steps)
         with whole(path) as partial:
             torch.save(model.state_dict(), partial)
@@ -366,7 +368,7 @@ class Watch:
         sums = [root_sums([x["exp_avg_sq"]], [0], [p.numel()])[0] for p, x in self.state.items()]
         correction = (1 - self.group["betas"][1] ** max(1, self.steps)) ** 0.5
         gain = auto_gain(self.group["lr"] * float(sum(sums)) / correction)
-        return twin_rate(PowerEMA(0.3).weight(self.steps + 1), gain)
+        return twin_rate(PowerEMA(AUTO_POWER).weight(self.steps + 1), gain)
 
     def set(self, rule: str) -> None:
         """Set the gain, or the rate, of the step to come."""

@@ -18,7 +18,7 @@ from paceline.study.statistics import DIFFERENCE, Listing, interval
 AUTO = ("pace:c=auto:kappa=0.3", "k60")  # a method, and the average that it returns
 UNTUNED = {
     "auto": AUTO,
-    "auto, as a schedule": ("adamw+auto", "k60"),
+    "the twin of auto": ("adamw+auto", "k60"),
     "EMA κ 0.6": ("adamw", "k60"),
     "EMA κ 0.5": ("adamw", "k50"),
     "cosine": ("adamw:cosine", "live"),
@@ -44,9 +44,10 @@ VERSUS = (  # of these, the first less the second
     ("PACE", "AdamW, any schedule"),
     ("PACE, scalar gain", "AdamW, any schedule"),
     ("PACE, scalar gain", "AdamW, twin"),
+    ("PACE, scalar gain", "Schedule-Free"),
     ("auto", "AdamW, any schedule"),
 )
-PULLS = {  # each with the schedule that is its twin
+PULLS = {  # each with its twin
     "auto": (AUTO[0], "adamw+auto"),
     "scalar gain 0.1": ("pace:gain=scalar:c=0.1:kappa=0.3", "adamw:twin:g=0.1:kappa=0.3"),
     "scalar gain 0.5": ("pace:gain=scalar:c=0.5:kappa=0.3", "adamw:twin:g=0.5:kappa=0.3"),
@@ -114,7 +115,8 @@ def by_task(
 
 def signs(x: pd.DataFrame) -> str:
     low, high = (x.high < 0).sum(), (x.low > 0).sum()
-    return f"{x.difference.mean():+.3f} ({low}, {len(x) - low - high}, {high})"
+    mean, median = x.difference.mean(), x.difference.median()
+    return f"{mean:+.3f}, {median:+.3f} ({low}, {len(x) - low - high}, {high})"
 
 
 def distance(losses: pd.DataFrame, tuned: pd.DataFrame) -> pd.Series:
@@ -152,9 +154,9 @@ def rate_tuned(
     compared = {name: rows_of(losses, *UNTUNED[name]) for name in ("auto", "EMA κ 0.6")} | families
     chosen = {"best": tuned} | {name: best_settings(x, HORIZON) for name, x in compared.items()}
 
-    def table(title: str, columns: dict[str, pd.Series]) -> Listing:
+    def by_horizon(title: str, columns: dict[str, pd.Series]) -> Listing:
         found = pd.DataFrame(columns, index=tuned.groupby(HORIZON).size().index).fillna("")
-        rows = [[task, str(steps), *said] for (task, steps), *said in found.itertuples()]
+        rows = [[task, str(steps), *texts] for (task, steps), *texts in found.itertuples()]
         return Listing("Tuned, the rate too: " + title, [*HORIZON, *columns], rows)
 
     def said(these: str, those: str, say: Callable[..., str]) -> pd.Series:
@@ -168,11 +170,13 @@ def rate_tuned(
         return f"{x:+.3f} [{low:+.3f}, {high:+.3f}]"
 
     loss = tuned.groupby(HORIZON).report.mean()
-    regrets = {name: said(name, "best", regret) for name in compared}
-    yield table("regret (*: beyond its interval)", {"best's loss": loss} | regrets)
-    yield table("one less another", {f"{x} − {y}": said(x, y, with_interval) for x, y in VERSUS})
+    columns = {"best's loss": loss} | {name: said(name, "best", regret) for name in compared}
+    yield by_horizon("regret (*: beyond its interval)", columns)
+    yield by_horizon(
+        "one less another", {f"{x} − {y}": said(x, y, with_interval) for x, y in VERSUS}
+    )
     settings = {name: _most(x, HORIZON, rate=True) for name, x in chosen.items()}
-    yield table("what most seeds chose", settings)
+    yield by_horizon("what the most seeds chose, of a tie the first", settings)
 
 
 def differences(losses: pd.DataFrame) -> Iterator[Listing]:
@@ -181,28 +185,50 @@ def differences(losses: pd.DataFrame) -> Iterator[Listing]:
 
     others = {"no pull": "adamw"} | CANDIDATES
     compared = {
-        "A pull less its schedule": {x: with_slow_average(*pair) for x, pair in PULLS.items()},
+        "A pull less its twin": {x: with_slow_average(*pair) for x, pair in PULLS.items()},
         "auto less others": {x: with_slow_average(AUTO[0], y) for x, y in others.items()},
     }
     for title, found in compared.items():
-        title += ", κ 0.6 of both: mean (settings where lower, the same, higher)"
+        title += ", κ 0.6 of both: mean, median (settings where lower, the same, higher)"
         yield by_task(title, found, signs, nats=True)
 
 
 def at_each_rate(losses: pd.DataFrame, tuned: pd.DataFrame) -> Listing:
-    settings = (("adamw", "live"), AUTO, UNTUNED["EMA κ 0.6"])
-    adamw, auto, ema = (rows_of(losses, *x) for x in settings)
+    settings = (("adamw", "live"), AUTO, UNTUNED["the twin of auto"], UNTUNED["EMA κ 0.6"])
+    adamw, auto, twin, ema = (rows_of(losses, *x) for x in settings)
     there, against = distance(losses, tuned), difference(auto, ema)
     regret, which = difference(auto, tuned).difference, _most(tuned, CELL)
+    to_twin = difference(auto, twin).difference
     rows = []
     for cell in against.index:
         at = [x.set_index(CELL).loc[[cell]] for x in (adamw, tuned, auto)]
         share = f"{regret[cell] / there[cell]:.0%}" if cell in there else ""
         task, steps, lr = cell
-        row = [task, str(steps), f"{lr:.3g}", *(x.report.mean() for x in at), which[cell], share]
+        row = [
+            task,
+            str(steps),
+            f"{lr:.3g}",
+            *(x.report.mean() for x in at),
+            which[cell],
+            share,
+            to_twin.get(cell, math.nan),
+        ]
         rows.append([*row, *against.loc[cell]])
-    names = ["AdamW, live", "best tuned", "auto", "which", "regret", *DIFFERENCE]
+    names = [
+        "AdamW, live",
+        "best tuned",
+        "auto",
+        "which",
+        "regret",
+        "auto less its twin",
+        *DIFFERENCE,
+    ]
     return Listing("auto at each rate; difference to the EMA κ 0.6", [*CELL, *names], rows)
+
+
+def rivals_of(losses: pd.DataFrame) -> pd.DataFrame:
+    """The methods to tune: without `auto`, its twin and other rules."""
+    return losses[~losses.method.str.contains("auto|[+]")]
 
 
 def in_families(rivals: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -212,7 +238,7 @@ def in_families(rivals: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def tables(losses: pd.DataFrame) -> Iterator[Listing]:
-    rivals = losses[~losses.method.str.contains("auto|[+]")]
+    rivals = rivals_of(losses)
     families = in_families(rivals)
     tuned = best_settings(rivals)
     yield from regrets(losses, families, tuned)

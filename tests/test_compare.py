@@ -254,6 +254,7 @@ def test_schedules():
     beta = [(1 + t) ** -0.3 for t in range(1, 51)]
     assert schedule_of("adamw:power") == pytest.approx(beta)
     assert schedule_of("adamw:twin:g=1") == pytest.approx(beta)
+    assert schedule_of("adamw:twin:g=0.5") == pytest.approx([2 * b / (1 + b) for b in beta])
     assert schedule_of("adamw") == pytest.approx([1.0] * 50)
     wsd = schedule_of("adamw:wsd")
     assert wsd[:41] == pytest.approx([1.0] * 41)
@@ -588,8 +589,8 @@ def test_a_stopped_run_says_so(tiny):
 
 @pytest.mark.parametrize("gain", [0.1, 0.5, 1.0])
 def test_an_average_that_is_pulled_toward_moves_as_under_the_twin(gain):
-    """Under a steady gradient, when both have settled; β itself falls by 1e-4 a step then."""
-    steps = 3000
+    """Under a steady gradient, when both have settled; β itself falls by 6e-4 a step then."""
+    steps = 500
     p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     pull = Pullback(torch.optim.SGD([p], lr=1.0), gain, PowerEMA(0.3), gain="scalar")
     twin = schedule_of(f"adamw:twin:kappa=0.3:g={gain}", steps=steps)
@@ -602,7 +603,7 @@ def test_an_average_that_is_pulled_toward_moves_as_under_the_twin(gain):
         average += (other - average) * (1 + step) ** -0.3
         averages.append((float(pull.state[p]["average"]), average))
     ours, its = (now - before for before, now in zip(*averages[-2:], strict=True))
-    assert ours == pytest.approx(its, rel=1e-3)
+    assert ours == pytest.approx(its, rel=5e-3)
 
 
 def test_the_twin_of_a_saturated_pull_is_a_schedule():

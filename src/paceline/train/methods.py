@@ -362,10 +362,10 @@ def _implicit(method: Method, warmup: int) -> Callable[[int], float]:
 
 
 def twin_rate(beta: float, gain: float) -> float:
-    """What a pull with a gain of λ makes of the learning rate: β / (β + λ·(1 - β)).
+    """What a pull makes of the learning rate: β / (β + gain·(1 - β)), by the average's weight β.
 
     Where the optimizer takes the same step d every time, live weights and average come to move by
-    that share of d. `paceline.theory.twin_rate` is the same for arrays; docs/theory.md has what
-    else an EMA at this rate, the pull's twin, shares with it.
+    that share of d; docs/theory.md has what else an EMA at this rate, the pull's twin, shares with
+    it. `paceline.theory.twin_rate` is the same for arrays; it needs SciPy, which training does not.
     """
     return beta / (beta + gain * (1.0 - beta))
