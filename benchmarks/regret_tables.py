@@ -204,25 +204,10 @@ def at_each_rate(losses: pd.DataFrame, tuned: pd.DataFrame) -> Listing:
         at = [x.set_index(CELL).loc[[cell]] for x in (adamw, tuned, auto)]
         share = f"{regret[cell] / there[cell]:.0%}" if cell in there else ""
         task, steps, lr = cell
-        row = [
-            task,
-            str(steps),
-            f"{lr:.3g}",
-            *(x.report.mean() for x in at),
-            which[cell],
-            share,
-            to_twin.get(cell, math.nan),
-        ]
-        rows.append([*row, *against.loc[cell]])
-    names = [
-        "AdamW, live",
-        "best tuned",
-        "auto",
-        "which",
-        "regret",
-        "auto less its twin",
-        *DIFFERENCE,
-    ]
+        said = [which[cell], share, to_twin.get(cell, math.nan), *against.loc[cell]]
+        rows.append([task, str(steps), f"{lr:.3g}", *(x.report.mean() for x in at), *said])
+    means, said = ["AdamW, live", "best tuned", "auto"], ["which", "regret", "auto less its twin"]
+    names = [*means, *said, *DIFFERENCE]
     return Listing("auto at each rate; difference to the EMA κ 0.6", [*CELL, *names], rows)
 
 
