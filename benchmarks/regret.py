@@ -36,6 +36,7 @@ from paceline import PACE, PowerEMA
 from paceline.cache import cache_folder
 from paceline.files import whole
 from paceline.options import AUTO_POWER
+from paceline.theory.control import certainty_equivalent_gain
 from paceline.train.chat import conversation_encoder
 from paceline.train.data import (
     Corpus,
@@ -67,12 +68,20 @@ METHODS = (
     "pace:c=auto:kappa=0.3",
     "adamw+auto",  # the rate that its pull amounts to, in place of the pull
 )
-CANDIDATES = {  # for --methods: rules that were tried before `auto`, by the names in its tables
-    "κ 0.5 to pull toward": "pace:c=auto:kappa=0.5",
+CANDIDATES = {  # for --methods: other rules than that of `auto`, by the names in its tables
+    "(E/2)²": "pace:gain=scalar:c=0:kappa=0.3+square",
+    "(E/2)² toward κ 0.5": "pace:gain=scalar:c=0:kappa=0.5+square",
+    "of each coordinate, in the mean as `auto`": "pace:c=0:kappa=0.3+mean",
+    "1, toward κ from 0 to 0.5": "pace:gain=scalar:c=0:kappa=0.3+kappa",
     "10·G": "pace:gain=scalar:c=0:kappa=0.3+gap",
     "(20·G)²": "pace:gain=scalar:c=0:kappa=0.3+gap2",
     "20 cosines": "pace:gain=scalar:c=0:kappa=0.3+cosine",
+    "0.003 × noise to signal": "pace:gain=scalar:c=0:kappa=0.3+noise",
+    "1 - 20 × agreement": "pace:gain=scalar:c=0:kappa=0.3+agreement",
+    "1 - 1.5 × lead": "pace:gain=scalar:c=0:kappa=0.3+lead",
+    "LQ, by horizon and curvature": "pace:gain=scalar:c=0:kappa=0.3+lq",
 }
+PRICE = 1e-12  # ρ of the control: none beside (T - t)³/3
 DECADE = tuple(10 ** (i / 4) for i in range(5))
 
 
@@ -338,14 +347,14 @@ def optimizer_of(method: Method, parameters: list[Tensor], warmup: int) -> Optim
 
 
 class Watch:
-    """What a step's gradients and the state say, for other ways to set a scalar gain or the rate.
+    """What a step's gradients and the state say, for other ways to set a pull or the rate.
 
     A rule is asked for once between the gradients and the step.
     """
 
-    def __init__(self, optimizer: PACE) -> None:
+    def __init__(self, optimizer: PACE, horizon: int) -> None:
         self.state, self.group = optimizer.state, optimizer.param_groups[0]
-        self.steps, self.value = 0, 0.0
+        self.steps, self.horizon, self.value = 0, horizon, 0.0
 
     def mean(self, now: float) -> float:
         """Running mean of a rule's value, of some fifty steps."""
@@ -363,27 +372,92 @@ class Watch:
         x = torch.cat([(p - x["average"]).flatten() for p, x in self.state.items()])
         return self.mean(float(F.cosine_similarity(g, x, dim=0)))
 
-    def factor(self) -> float:
-        """What the pull of `auto` makes of the learning rate."""
+    def moments(self) -> list[tuple[Tensor, Tensor]]:
+        """m̂ and sqrt(v̂)."""
+        first, second = (1 - beta**self.steps for beta in self.group["betas"])
+        states = self.state.values()
+        return [(x["exp_avg"] / first, (x["exp_avg_sq"] / second).sqrt()) for x in states]
+
+    def noise(self) -> float:
+        """Noise to signal, Σ v̂ / Σ m̂² - 1: 0 of gradients all alike, 18 of nothing but noise."""
+        m, root = (torch.cat([x.flatten() for x in xs]) for xs in zip(*self.moments(), strict=True))
+        return 1 / self.mean(float(m.square().sum() / root.square().sum())) - 1
+
+    def agreement(self) -> float:
+        """The cosine of g and those before it, m."""
+        g = torch.cat([p.grad.flatten() for p in self.state])
+        m = torch.cat([x["exp_avg"].flatten() for x in self.state.values()])
+        return self.mean(float(F.cosine_similarity(g, m, dim=0)))
+
+    def lead(self) -> float:
+        """|θ - average| in steps, times β + λ·(1 - β): 1 where all steps go one way."""
+        moments = self.moments()
+        step = sum(float((m / (root + 1e-8)).square().sum()) for m, root in moments) ** 0.5
+        distance = sum(float((p - x["average"]).square().sum()) for p, x in self.state.items())
+        weight = PowerEMA(AUTO_POWER).weight(self.steps)
+        settles = weight + self.group["pullback"] * (1 - weight)
+        return self.mean(distance**0.5 / max(self.group["lr"] * step, 1e-30) * settles)
+
+    def stake(self) -> float:
+        """E of the step to come."""
         sums = [root_sums([x["exp_avg_sq"]], [0], [p.numel()])[0] for p, x in self.state.items()]
         correction = (1 - self.group["betas"][1] ** max(1, self.steps)) ** 0.5
-        gain = auto_gain(self.group["lr"] * float(sum(sums)) / correction)
-        return twin_rate(PowerEMA(AUTO_POWER).weight(self.steps + 1), gain)
+        return self.group["lr"] * float(sum(sums)) / correction
+
+    def factor(self) -> float:
+        """What the pull of `auto` makes of the learning rate."""
+        return twin_rate(PowerEMA(AUTO_POWER).weight(self.steps + 1), auto_gain(self.stake()))
+
+    def strength(self) -> float:
+        """The c of a gain for each coordinate whose mean is that of `auto`, with v as it is."""
+        logs = torch.cat([(root + 1e-8).log().flatten() for _, root in self.moments()])
+        low, high, target = float(logs.min()) - 30, float(logs.max()), auto_gain(self.stake())
+        for _ in range(30):
+            middle = (low + high) / 2
+            too_much = float((middle - logs).exp().clamp_max(1).mean()) > target
+            low, high = (low, middle) if too_much else (middle, high)
+        falloff = PowerEMA(AUTO_POWER).weight(self.steps + 1)
+        return math.exp(low) / max(self.group["lr"] * falloff, 1e-30)
+
+    def all_the_way(self) -> float:
+        """A gain of 1, toward an average that is the slower the more is at stake."""
+        self.group["ema_power"] = 0.5 * auto_gain(self.stake())
+        return 1.0
+
+    def control(self) -> None:
+        """Pull each coordinate by the theory's gain at no price, with the curvature tokens · v̂.
+
+        v is of the mean of a step's tokens: without a clip, tokens · v is their Fisher information.
+        The theory's average is uniform, this one is the EMA of κ = 0.3; it knows the horizon.
+        """
+        for (p, x), (_, root) in zip(self.state.items(), self.moments(), strict=True):
+            a = self.group["lr"] * BATCH * (CONTEXT - 1) * root
+            gain = certainty_equivalent_gain(self.steps, self.horizon, a.numpy(), PRICE)
+            p.lerp_(x["average"], torch.from_numpy(gain).to(p).clamp_(max=1))
 
     def set(self, rule: str) -> None:
-        """Set the gain, or the rate, of the step to come."""
+        """Set the pull, or the rate, of the step to come."""
         if rule == "auto":
             self.group["lr"] *= self.factor()
         elif self.steps:  # at the first there is no state
             with torch.no_grad():
-                self.group["pullback"] = min(1.0, max(0.0, RULES[rule](self)))
+                if rule == "lq":
+                    self.control()
+                else:  # the optimizer holds gains to 1
+                    self.group["pullback"] = max(0.0, RULES[rule](self))
         self.steps += 1
 
 
-RULES: dict[str, Callable[[Watch], float]] = {  # gains, to be held to 0 and 1
+RULES: dict[str, Callable[[Watch], float]] = {  # the pullback that each sets; below 0 none
+    "square": lambda x: (x.stake() / 2) ** 2,
+    "mean": Watch.strength,
+    "kappa": Watch.all_the_way,
     "gap": lambda x: 10 * x.gap(),
     "gap2": lambda x: (20 * max(0.0, x.gap())) ** 2,
     "cosine": lambda x: 20 * x.cosine(),
+    "noise": lambda x: 0.003 * x.noise(),
+    "agreement": lambda x: 1 - 20 * x.agreement(),
+    "lead": lambda x: 1 - 1.5 * x.lead(),
 }
 
 
@@ -398,7 +472,7 @@ def train(
     """Losses of what a method returns, by average; "live" is that of the weights themselves."""
     optimizer = optimizer_of(method, problem.parameters, warmup)
     schedule = scheduler(method, optimizer, warmup, steps)
-    watch = Watch(optimizer) if rule else None
+    watch = Watch(optimizer, steps) if rule else None
     if method.name == "schedule-free":
         optimizer.train()
     for _ in range(steps):

@@ -29,6 +29,13 @@ UNTUNED = {
     "PACE c 0.1, EMA κ 0.6": ("pace:c=0.1:kappa=0.3", "k60"),
     "PACE c 1, EMA κ 0.6": ("pace:c=1:kappa=0.3", "k60"),
 }
+THREE = ("k50", "k60", "k70")
+CHOSEN_AFTER = {  # of these averages, or of all and the last weights, the best after each training
+    "auto, best of κ 0.5, 0.6, 0.7": (AUTO[0], THREE),
+    "auto, best of all": (AUTO[0], ()),
+    "EMA, best of κ 0.5, 0.6, 0.7": ("adamw", THREE),
+    "EMA, best of all": ("adamw", ()),
+}
 FAMILIES = {  # methods that begin so, at the best of them with the best average
     "AdamW, constant rate": ("adamw$",),
     "AdamW, cosine or WSD": ("adamw:cosine", "adamw:wsd"),
@@ -69,6 +76,13 @@ def frame(done: dict[Cell, dict[str, list[float]]]) -> pd.DataFrame:
 def rows_of(losses: pd.DataFrame, method: str, average: str) -> pd.DataFrame:
     """The rows of one setting."""
     return losses[(losses.method == method) & (losses.average == average)]
+
+
+def chosen_after(losses: pd.DataFrame, method: str, averages: tuple[str, ...]) -> pd.DataFrame:
+    """Rows of that of the averages, or of all, which is best by each training's half to choose."""
+    losses = losses[losses.method == method]
+    losses = losses[losses.average.isin(averages)] if averages else losses
+    return losses.loc[losses.groupby([*CELL, "seed"]).choose.idxmin()]
 
 
 def best_settings(losses: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
@@ -138,6 +152,7 @@ def regrets(
         return f"{shares.median():.0%}, {shares.max():.0%} ({len(shares)})" if len(shares) else ""
 
     untuned = {name: rows_of(losses, *setting) for name, setting in UNTUNED.items()}
+    untuned |= {name: chosen_after(losses, *setting) for name, setting in CHOSEN_AFTER.items()}
     chosen = {name: best_settings(x) for name, x in families.items()}
     for title, compared in {"Not tuned": untuned, "Tuned at each rate": chosen}.items():
         found = {name: difference(x, tuned) for name, x in compared.items()}

@@ -52,6 +52,11 @@ FORMS = {
 }
 
 
+def gain_at(stake):
+    """Half of what is above half a nat, and at most 1."""
+    return min(1.0, max(0.0, (float(stake) - 0.5) / 2))
+
+
 def gain_of(rates, references):
     """λ of the step to come, from references of those parameters that have a gradient at it."""
     stake = sum(
@@ -59,7 +64,7 @@ def gain_of(rates, references):
         for lr, r in zip(rates, references, strict=True)
         if r.t
     )
-    return min(1.0, (stake / 2) ** 2)
+    return gain_at(stake)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -116,13 +121,13 @@ def test_parameters_of_all_dtypes_are_at_stake_together():
     """float32, 64 and 16 bits: each has the gain that all of them make."""
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     params = [Parameter(torch.ones(8, dtype=dtype)) for dtype in dtypes]
-    opt = PACE(params, lr=0.02, pullback="auto", track_stats=True)
+    opt = PACE(params, lr=0.05, pullback="auto", track_stats=True)
     for _ in range(2):
         for p in params:
             p.grad = torch.ones_like(p)
         opt.step()
     found = opt.stats()
-    expected = (0.02 * 32 / 2) ** 2
+    expected = gain_at(0.05 * 32)
     # float32's own error of squares and roots of 1
     assert found["gain_min"] == pytest.approx(expected, rel=1e-5)
     assert found["gain_max"] == pytest.approx(expected, rel=1e-5)
@@ -133,39 +138,62 @@ def test_the_layout_in_memory_does_not_matter():
     ends = []
     for layout in (torch.contiguous_format, torch.channels_last):
         p = Parameter(start.clone(memory_format=layout))
-        opt = PACE([p], lr=1e-4, pullback="auto", track_stats=True)
+        opt = PACE([p], lr=2.5e-5, pullback="auto", track_stats=True)
         walk(opt, [p], 0, 3)
         ends.append((opt.stats()["gain_mean"], p.detach().contiguous()))
+    assert 0 < ends[0][0] < 1
     torch.testing.assert_close(*ends)
 
 
 def test_parameters_without_elements_and_groups_without_parameters():
     p, none = Parameter(torch.ones(4)), Parameter(torch.ones(0, 3))
-    opt = PACE([{"params": []}, {"params": [none, p]}], lr=0.1, pullback="auto", track_stats=True)
+    opt = PACE([{"params": []}, {"params": [none, p]}], lr=0.2, pullback="auto", track_stats=True)
     for _ in range(2):
         p.grad, none.grad = torch.ones_like(p), torch.ones_like(none)
         opt.step()
-    assert opt.stats()["gain_max"] == pytest.approx((0.4 / 2) ** 2)
+    assert opt.stats()["gain_max"] == pytest.approx(gain_at(0.8))
 
 
 @pytest.mark.parametrize("form", [float, torch.tensor])
 def test_any_stake_gives_a_gain(form):
-    """Up to the square of the largest float64, of which float64 parameters can be a root."""
-    stakes = {0.0: 0.0, 1.0: 0.25, 2.0: 1.0, 3.0: 1.0, 1e200: 1.0, math.inf: 1.0}
+    stakes = {0.0: 0.0, 0.5: 0.0, 1.0: 0.25, 2.5: 1.0, 3.0: 1.0, 1e308: 1.0, math.inf: 1.0}
     for stake, gain in stakes.items():
         value = form(stake) if form is float else torch.tensor(stake, dtype=torch.float64)
         assert float(auto_gain(value)) == gain
     # A NaN, with nonfinite="ignore", is not to go from one parameter into all.
-    assert float(auto_gain(form(math.nan))) == 1.0
+    assert float(auto_gain(form(math.nan))) == 0.0
 
 
-def test_huge_gradients_step():
-    p = Parameter(torch.ones(4, dtype=torch.float64))
-    opt = PACE([p], lr=1.0, pullback="auto")
-    for g in (1e154, 1.0):
-        p.grad = torch.full_like(p, g)
+def test_up_to_half_a_nat_it_is_an_ema_of_adamw():
+    params, others = ([Parameter(x) for x in starts((6, 4), (5,))] for _ in range(2))
+    opt = PACE(params, lr=0.01, pullback="auto", track_stats=True)  # at stake: 0.01 · 29 · 0.8
+    alike = PACE(others, lr=0.01, pullback=0.0, ema_power=FAST, return_power=SLOW, track_stats=True)
+    for t in range(5):
+        walk(opt, params, t, t + 1)
+        walk(alike, others, t, t + 1)
+        assert opt.stats()["gain_max"] == 0
+    for p, q in zip(params, others, strict=True):
+        assert all(torch.equal(opt.state[p][key], alike.state[q][key]) for key in opt.state[p])
+        assert torch.equal(p, q)
+
+
+def test_a_quarter_of_the_stake_is_what_noise_costs():
+    """Where weights have settled in a quadratic, of whatever curvatures and noise."""
+    torch.manual_seed(0)
+    curvature = torch.logspace(-1, 0, 32)
+    noise = torch.rand(32) + 0.5
+    p = Parameter(torch.zeros(200, 32))
+    opt = PACE([p], lr=0.02, pullback=0.0, weight_decay=0.0, average=False)
+    losses = []
+    for step in range(2000):
+        p.grad = curvature * p.detach() + noise * torch.randn(p.shape)
         opt.step()
-    assert p.isfinite().all()
+        if step >= 1000:
+            losses.append(float((curvature * p.detach().square()).sum(1).mean()) / 2)
+    stake = 0.02 * float(opt.state[p]["exp_avg_sq"].sqrt().sum(1).mean()) / (1 - 0.999**2000) ** 0.5
+    # 200 runs of 32 coordinates, over 2 times the memory of each or more: good to 2 %; to first
+    # order in η·curvature/noise, up to 0.03, and v has the curvature's part besides.
+    assert sum(losses) / len(losses) == pytest.approx(stake / 4, rel=0.05)
 
 
 # ---- large tensors -------------------------------------------------------------------------------
@@ -199,13 +227,13 @@ def test_shards_of_rows_add_up_to_the_whole(dtype):
 
 def test_a_large_parameter_is_pulled_by_its_estimate():
     p, small = Parameter(torch.zeros(256, 257)), Parameter(torch.zeros(3))
-    opt = PACE([p, small], lr=1e-5, pullback="auto", track_stats=True)
+    opt = PACE([p, small], lr=2e-5, pullback="auto", track_stats=True)
     p.grad, small.grad = gradients(p, 0), torch.full((3,), 1000.0)
     first = p.grad.flatten()
     for _ in range(2):
         opt.step()
-    stake = 1e-5 * (251 * first[::251].abs().double().sum() + 3000.0)
-    assert opt.stats()["gain_mean"] == pytest.approx((stake.item() / 2) ** 2, rel=1e-4)
+    stake = 2e-5 * (251 * first[::251].abs().double().sum() + 3000.0)
+    assert opt.stats()["gain_mean"] == pytest.approx(gain_at(stake), rel=1e-4)
 
 
 # ---- saved and changed ---------------------------------------------------------------------------
@@ -261,7 +289,7 @@ def test_it_may_be_turned_on_and_off_between_steps():
         found = opt.stats()
         if pullback == "auto":
             assert found["gain_min"] == found["gain_max"]
-            assert found["gain_mean"] == pytest.approx((stake.item() / 2) ** 2, rel=1e-5)
+            assert found["gain_mean"] == pytest.approx(gain_at(stake), rel=1e-5)
         else:
             assert found["gain_min"] < found["gain_max"]
 
@@ -303,7 +331,7 @@ def test_a_first_step_that_failed_can_be_taken_again(capturable, monkeypatch):
     runs = []
     for fails in (False, True):
         params = [Parameter(x) for x in starts((5,), (3,), (4,))]
-        opt = PACE(params, lr=0.03, pullback="auto", capturable=capturable)
+        opt = PACE(params, lr=0.2, pullback="auto", capturable=capturable, track_stats=True)
         walk(opt, params[:1], 0, 2)
         if fails:
             with monkeypatch.context() as patch:
@@ -319,6 +347,7 @@ def test_a_first_step_that_failed_can_be_taken_again(capturable, monkeypatch):
                     walk(opt, params, 2, 3)
             assert opt.state[params[1]]["step"] == 0
         walk(opt, params, 2, 4)
+        assert opt.stats()["gain_mean"] > 0
         runs.append(params)
     assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
 
@@ -347,6 +376,7 @@ def test_counts_and_rates_as_tensors(options):
 @pytest.mark.parametrize("nonfinite", ["guard", "skip"])
 def test_gradients_that_are_not_finite_do_not_spoil_the_stake(nonfinite, options, kernel):
     params, others = ([Parameter(x) for x in starts((6, 4), (5,))] for _ in range(2))
+    options = options | {"track_stats": not options.get("fused")}
     opt = PACE(params, lr=0.03, pullback="auto", nonfinite=nonfinite, **options)
     alike = PACE(others, lr=0.03, pullback="auto", **options)
     for t in range(8):
@@ -360,6 +390,8 @@ def test_gradients_that_are_not_finite_do_not_spoil_the_stake(nonfinite, options
         if nonfinite == "skip" or t not in (0, 3, 4):
             walk(opt, params, t, t + 1)
             walk(alike, others, t, t + 1)
+            if t and options["track_stats"]:
+                assert 0 < opt.stats()["gain_mean"] < 1
         assert all(p.isfinite().all() for p in params)
         if nonfinite == "skip":  # as if those steps had not been
             assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
@@ -469,7 +501,8 @@ def run(engine, folder=None):
 
     def made(**options):
         model = wrapped(net(), engine)
-        return model, PACE(model.parameters(), **{"lr": 0.02, "pullback": "auto", **options})
+        options = {"lr": 0.1, "pullback": "auto", "track_stats": True} | options
+        return model, PACE(model.parameters(), **options)
 
     def both(model, opt):
         return dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
@@ -489,6 +522,7 @@ def run(engine, folder=None):
             assert opt.param_groups[0]["pullback"] == "auto"
         advance(model, opt, engine, 1, first=step)
         moments.append(held(model, opt))
+    assert 0 < opt.stats()["gain_mean"] < 1
     return moments
 
 
@@ -535,7 +569,7 @@ def laid_out(kinds, size, foreach):
     gains = []
     for params in (wholes, parts):
         # One at a time, for torch steps no list of DTensors of several meshes.
-        opt = PACE(params, lr=1.0 / sum(p.numel() for p in params), pullback="auto",
+        opt = PACE(params, lr=2.0 / sum(p.numel() for p in params), pullback="auto",
                    track_stats=True, foreach=foreach)  # fmt: skip
         for t in range(2):
             for i, (p, kind) in enumerate(zip(params, kinds, strict=True)):
@@ -557,7 +591,8 @@ def test_each_element_is_at_stake_once_whatever_the_layout(kinds, ranks):
     for size in ((70, 6), (300, 256)):
         large_columns = size[0] * size[1] >= LARGE and "columns" in kinds
         for whole, mine in ranks(laid_out, kinds, size, None):
-            # Of columns others are looked at: 306 draws more, of a standard error of 4 %.
+            # Of columns others are looked at: 306 draws more, of a standard error of 4 %, which
+            # are 6 % of the gain, twice.
             assert mine == pytest.approx(whole, rel=0.2 if large_columns else 1e-5)
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import schedulefree
 import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,18 @@ def test_chosen_by_the_other_seeds(regret, tables, over):
         assert (row.method, row.lr, row.average) == (method, lr, name)
         cell = regret.Cell(place[0], place[1], lr, method, seed)
         assert row.report == done[cell][name][1]
+
+
+@pytest.mark.parametrize("averages", [(), ("k50", "k70")])
+def test_an_average_chosen_after_its_training(regret, tables, averages):
+    done = losses_of(regret)
+    found = tables.chosen_after(tables.frame(done), "adamw", averages)
+    assert len(found) == 10
+    for row in found.itertuples():
+        pairs = done[regret.Cell(row.task, row.steps, row.lr, "adamw", row.seed)]
+        known = [pair for name, pair in pairs.items() if name in averages or not averages]
+        assert pairs[row.average] == min(known)  # by the first of the pair
+        assert row.report == pairs[row.average][1]
 
 
 def test_a_setting_that_lacks_a_seed_is_not_chosen(regret, tables):
@@ -208,11 +221,11 @@ def test_the_schedule_of_auto_has_its_gain(regret):
     opt = regret.PACE(
         [p], lr=0.005, pullback="auto", gain="scalar", ema_power=0.3, track_stats=True
     )
-    watch = regret.Watch(opt)
+    watch = regret.Watch(opt, 8)
     gains = []
     for step in range(1, 9):
         p.grad = torch.randn(300) * 0.3
-        opt.param_groups[0]["lr"] = 0.001 * step
+        opt.param_groups[0]["lr"] = 0.005 * step
         opt.param_groups[0]["betas"] = (0.9, 0.99)
         ratio = watch.factor()
         watch.steps += 1
@@ -222,6 +235,31 @@ def test_the_schedule_of_auto_has_its_gain(regret):
         assert ratio == pytest.approx(weight / (weight + gains[-1] * (1 - weight)), rel=1e-5)
     assert gains[0] == 0 < gains[1]
     assert max(gains) > 0.05
+
+
+def test_the_pull_of_optimal_control(regret):
+    """Each coordinate goes toward its average by g²/∫g², at most all the way."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(300))
+    opt = regret.PACE([p], lr=0.05, pullback=0.0, gain="scalar", ema_power=0.3, betas=(0.9, 0.99))
+    watch = regret.Watch(opt, 8)
+    v, gains = 0.0, []
+    for step in range(8):
+        p.grad = torch.randn(300) * torch.logspace(-3, 0, 300)
+        before = p.detach().double()
+        watch.set("lq")
+        if step:
+            curvature = 124 * (v / (1 - 0.99**step)).sqrt()  # 4 × 31 tokens that a loss is of
+            times = torch.linspace(step, 8, 10_001, dtype=torch.float64)
+            reach = -torch.expm1(-0.05 * curvature * (8 - times[:, None])) / (0.05 * curvature)
+            gain = (reach[0] ** 2 / torch.trapezoid(reach**2, times, dim=0)).clamp(max=1)
+            gains.append(gain)
+            pulled = before + gain * (opt.state[p]["average"] - before)
+            torch.testing.assert_close(p.detach().double(), pulled, rtol=1e-5, atol=1e-6)
+        v = 0.99 * v + 0.01 * p.grad.double() ** 2
+        opt.step()
+    assert gains[0].max() > 1.5 * gains[0].min()  # curvature counts
+    assert gains[-1].min() == 1
 
 
 @pytest.mark.parametrize("task", ["digits-mlp", "digits-conv", "logistic", "quadratic"])
@@ -239,43 +277,70 @@ def test_a_seed_is_one_problem_for_all_methods(regret, task):
 
 def by_hand(problem, lr, steps, clip, rule, c=0.0, kappa=0.5, warmup=3):
     """Losses of the live weights and of their average with κ = 0.5, each operation spelled out."""
-    thetas = problem.parameters
-    moments = [[torch.zeros_like(p) for _ in range(2)] for p in thetas]
-    pulled, returned = ([p.detach().clone() for p in thetas] for _ in range(2))
-    value = 0.0
+    theta = parameters_to_vector(problem.parameters).detach()
+    pulled = slow = theta
+    m = v = torch.zeros_like(theta)
+    gain = value = 0.0
+
+    def mean(now, t):
+        nonlocal value
+        value += max(1 / t, 0.02) * (now - value)
+        return value
+
     for t in range(1, steps + 1):
         rate = lr * (min(1.0, (t - 1) / warmup) if warmup else 1.0)
         problem.loss().backward()
+        g = torch.cat([p.grad.flatten() for p in problem.parameters])
+        g = g * min(1.0, clip / (float(g.norm()) + 1e-6))
+        before, gap, per, power = t - 1, theta - pulled, None, kappa
+        asked = c
+        if rule and before:
+            root = (v / (1 - 0.999**before)).sqrt()
+            last = m / (1 - 0.9**before)
+            stake = rate * float(root.sum())
+            auto = min(1.0, max(0.0, (stake - 0.5) / 2))
+            if rule == "auto":
+                weight = (1 + t) ** -kappa
+                rate *= weight / (weight + auto * (1 - weight))
+            elif rule == "mean":  # c from a grid, where the mean is what is asked for
+                grid = torch.logspace(-12, 2, 20_001, dtype=torch.float64)[:, None]
+                means = (grid / (root + 1e-8)).clamp_max(1).mean(1)
+                per = float(grid[(means <= auto).sum() - 1])
+            elif rule == "kappa":
+                asked, power = 1.0, 0.5 * auto
+            elif rule == "square":
+                asked = (stake / 2) ** 2
+            elif rule in ("gap", "gap2"):
+                nats = mean(float(gap @ g), before)
+                asked = 10 * nats if rule == "gap" else (20 * max(0, nats)) ** 2
+            elif rule == "cosine":
+                asked = 20 * mean(float(gap @ g) / float(gap.norm() * g.norm() + 1e-30), before)
+            elif rule == "agreement":
+                asked = 1 - 20 * mean(float(m @ g / m.norm() / g.norm()), before)
+            elif rule == "noise":
+                asked = 0.003 * (1 / mean(float((last**2).sum() / (root**2).sum()), before) - 1)
+            elif rule == "lead":
+                in_steps = float(gap.norm() / (rate * (last / (root + 1e-8)).norm()))
+                settles = t**-kappa + gain * (1 - t**-kappa)
+                asked = 1 - 1.5 * mean(in_steps * settles, before)
+        gain = min(1.0, max(0.0, asked))
+        m = 0.9 * m + 0.1 * g
+        v = 0.999 * v + 0.001 * g * g
+        root = (v / (1 - 0.999**t)).sqrt() + 1e-8
+        pull = gain if per is None else (per / root).clamp_max(1)
+        theta = theta - rate * 0.01 * theta - rate * m / (1 - 0.9**t) / root - pull * gap
+        pulled = torch.lerp(pulled, theta, (1 + t) ** -power)
+        slow = torch.lerp(slow, theta, (1 + t) ** -0.5)
+        for p in problem.parameters:
+            p.grad = None
+        vector_to_parameters(theta, problem.parameters)
+
+    def judged(weights):
         with torch.no_grad():
-            gradients = torch.cat([p.grad.flatten() for p in thetas])
-            shrink = min(1.0, clip / (float(gradients.norm()) + 1e-6))
-            gaps = torch.cat([(p - e).flatten() for p, e in zip(thetas, pulled, strict=True)])
-            gain, weight = c, (1 + t) ** -kappa
-            if rule == "auto" and t > 1:
-                root_bias2 = (1 - 0.999 ** (t - 1)) ** 0.5
-                stake = rate * sum(float(v.sqrt().sum()) for _, v in moments) / root_bias2
-                rate *= weight / (weight + min(1.0, stake / 2) ** 2 * (1 - weight))
-            elif rule and t > 1:
-                gap = float(gaps @ gradients) * shrink
-                if rule == "cosine":
-                    gap /= float(gaps.norm() * gradients.norm()) * shrink + 1e-30
-                value += max(1 / (t - 1), 0.02) * (gap - value)
-                gain = {"gap": 10 * value, "gap2": (20 * max(0, value)) ** 2, "cosine": 20 * value}
-                gain = min(1.0, max(0.0, gain[rule]))
-            for p, (m, v), e, slow in zip(thetas, moments, pulled, returned, strict=True):
-                g = p.grad * shrink
-                m.mul_(0.9).add_(g, alpha=0.1)
-                v.mul_(0.999).add_(g * g, alpha=0.001)
-                step = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
-                p.copy_(p - rate * 0.01 * p - rate * step + gain * (e - p))
-                e.lerp_(p, weight)
-                slow.lerp_(p, (1 + t) ** -0.5)
-                p.grad = None
-    with torch.no_grad():
-        live = problem.judge()
-        for p, slow in zip(thetas, returned, strict=True):
-            p.copy_(slow)
-        return live, problem.judge()
+            vector_to_parameters(weights, problem.parameters)
+            return problem.judge()
+
+    return judged(theta), judged(slow)
 
 
 @pytest.mark.parametrize(
@@ -287,8 +352,9 @@ def by_hand(problem, lr, steps, clip, rule, c=0.0, kappa=0.5, warmup=3):
         ("logistic", "adamw+auto", {"rule": "auto", "kappa": 0.3}),
         *(
             ("logistic", f"pace:gain=scalar:c=0:kappa=0.3+{rule}", {"rule": rule, "kappa": 0.3})
-            for rule in ("gap", "gap2", "cosine")
+            for rule in ("square", "gap", "gap2", "cosine", "noise", "agreement", "lead", "kappa")
         ),
+        ("logistic", "pace:c=0:kappa=0.3+mean", {"rule": "mean", "kappa": 0.3}),
     ],
 )
 def test_a_training_by_hand(regret, task, method, rest):
