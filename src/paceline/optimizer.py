@@ -82,11 +82,11 @@ class PACE(AveragedOptimizer):
             coordinates of its groups: λ_t = min(1, max(0, (E_t - 1/2)/2)), with E_t the sum of
             η_t·sqrt(v̂_{t-1}) over those groups' coordinates with a gradient: what the step can
             change the loss by, to first order. Up to half a nat nothing pulls: that step is
-            AdamW's. It is in the unit of the loss, and made for cross-entropy in nats;
-            of parameters of 2^16 elements or more every 251st is looked at, and of shards that are
-            no DTensors (FSDP1, ZeRO) those of this rank alone. Ranks that hold DTensors wait for
-            each other, and must step the same ones. Ours, not the paper's (docs/averages.md).
-            Required, for no default has been earned.
+            AdamW's. It is in the unit of the loss, and made for cross-entropy in nats; of
+            parameters of 2^16 elements or more every 251st is looked at, and of shards that are no
+            DTensors (FSDP1, ZeRO) those of this rank alone. Ranks that hold DTensors wait for each
+            other, and must step the same ones. Ours, not the paper's (docs/averages.md). Required,
+            for no default has been earned.
         gain: "adam" as above; or "scalar", λ_t = min(1, c) for all coordinates: c has no unit then,
             and the pull amounts to the learning rate η·β_t/(β_t + c·(1 - β_t)).
         ema_power: κ in [0, 1], how fast the averaging weight decays. Larger is a slower average.
