@@ -302,10 +302,14 @@ def by_hand(problem, lr, steps, clip, rule, c=0.0, kappa=0.5, warmup=3):
             if rule == "auto":
                 weight = (1 + t) ** -kappa
                 rate *= weight / (weight + auto * (1 - weight))
-            elif rule == "mean":  # c from a grid, where the mean is what is asked for
-                grid = torch.logspace(-12, 2, 20_001, dtype=torch.float64)[:, None]
-                means = (grid / (root + 1e-8)).clamp_max(1).mean(1)
-                per = float(grid[(means <= auto).sum() - 1])
+            elif rule == "mean":  # c from a grid, and a finer one, where the mean is as asked for
+                low, high = -12.0, 2.0
+                for _ in range(2):
+                    grid = torch.linspace(low, high, 1001, dtype=torch.float64)
+                    means = (10 ** grid[:, None] / (root + 1e-8)).clamp_max(1).mean(1)
+                    at = min(999, max(0, int((means <= auto).sum()) - 1))
+                    low, high = float(grid[at]), float(grid[at + 1])
+                per = 10**low
             elif rule == "kappa":
                 asked, power = 1.0, 0.5 * auto
             elif rule == "square":
