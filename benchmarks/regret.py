@@ -68,7 +68,7 @@ METHODS = (
     "pace:c=auto:kappa=0.3",
     "adamw+auto",  # the rate that its pull amounts to, in place of the pull
 )
-CANDIDATES = {  # for --methods: other rules than that of `auto`, by the names in its tables
+CANDIDATES = {  # other rules than that of `auto`, by the names in its tables
     "(E/2)²": "pace:gain=scalar:c=0:kappa=0.3+square",
     "(E/2)² toward κ 0.5": "pace:gain=scalar:c=0:kappa=0.5+square",
     "of each coordinate, in the mean as `auto`": "pace:c=0:kappa=0.3+mean",
@@ -424,7 +424,7 @@ class Watch:
         self.group["ema_power"] = 0.5 * auto_gain(self.stake())
         return 1.0
 
-    def control(self) -> None:
+    def control(self) -> float:
         """Pull each coordinate by the theory's gain at no price, with the curvature tokens · v̂.
 
         v is of the mean of a step's tokens: without a clip, tokens · v is their Fisher information.
@@ -434,17 +434,15 @@ class Watch:
             a = self.group["lr"] * BATCH * (CONTEXT - 1) * root
             gain = certainty_equivalent_gain(self.steps, self.horizon, a.numpy(), PRICE)
             p.lerp_(x["average"], torch.from_numpy(gain).to(p).clamp_(max=1))
+        return 0.0  # the optimizer's own pull
 
     def set(self, rule: str) -> None:
         """Set the pull, or the rate, of the step to come."""
         if rule == "auto":
             self.group["lr"] *= self.factor()
         elif self.steps:  # at the first there is no state
-            with torch.no_grad():
-                if rule == "lq":
-                    self.control()
-                else:  # the optimizer holds gains to 1
-                    self.group["pullback"] = max(0.0, RULES[rule](self))
+            with torch.no_grad():  # the optimizer holds gains to 1
+                self.group["pullback"] = max(0.0, RULES[rule](self))
         self.steps += 1
 
 
@@ -458,6 +456,7 @@ RULES: dict[str, Callable[[Watch], float]] = {  # the pullback that each sets; b
     "noise": lambda x: 0.003 * x.noise(),
     "agreement": lambda x: 1 - 20 * x.agreement(),
     "lead": lambda x: 1 - 1.5 * x.lead(),
+    "lq": Watch.control,
 }
 
 
@@ -550,6 +549,13 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the runs")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument(
+        "--candidates",
+        dest="methods",
+        action="store_const",
+        const=list(CANDIDATES.values()),
+        help="instead of the methods: other rules for a gain than that of auto",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
     run(**vars(parser.parse_args()))
 
