@@ -11,7 +11,7 @@ def test_every_promise_of_the_readme_names_a_test_that_exists():
     rows = [line.split("|")[2] for line in section.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 19
     for row in rows:
-        files = re.findall(r"`(test_\w+\.py)`(?: \(([^)]*)\))?", row)
+        files = re.findall(r"`([\w/]*test_\w+\.py)`(?: \(([^)]*)\))?", row)
         assert files, row
         for file, words in files:
             tests = re.findall(r"def (test_\w+)", (ROOT / "tests" / file).read_text())

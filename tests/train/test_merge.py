@@ -1,4 +1,4 @@
-"""Merging of checkpoints: the sum, the formats, memory, and what is refused."""
+"""Merging of checkpoints: the sum, the formats, memory and kills."""
 
 import io
 import json
@@ -16,13 +16,14 @@ import torch
 
 pytest.importorskip("transformers")
 
+from merged import average, tree
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from paceline.averaging import RULES, parse
+from paceline.averaging import parse
 from paceline.cli import main
 from paceline.train import merge as merging
 from paceline.train.merge import Merge
@@ -40,15 +41,6 @@ def gpt2(seed, **options):
 
 def mean(states, name):
     return sum(state[name].double() for state in states) / len(states)
-
-
-def average(*arguments, status=0):
-    assert main(["average", *map(str, arguments)]) == status
-
-
-def tree(folder):
-    """All that is there, and what is in it."""
-    return {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")}
 
 
 def header(path):
@@ -360,6 +352,7 @@ def test_adapters(tmp_path, capsys):
 
 # ---- memory, kills, full disks -----------------------------------------------------------------
 
+
 PEAK = """
 import sys
 from pathlib import Path
@@ -512,155 +505,3 @@ def test_a_kill_leaves_nothing_that_could_be_taken_for_a_model(point, tmp_path, 
         average(*given, "--out", out)  # goes over what is left there
         assert not (tmp_path / f".{name}.partial").exists()
         assert name != "out" or not (out / "stale").exists()
-
-
-# ---- what is refused ---------------------------------------------------------------------------
-
-
-def put(folder, state, name="model.safetensors"):
-    folder.mkdir(exist_ok=True)
-    save_file(state, folder / name)
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder of good and bad checkpoints; the current folder."""
-    monkeypatch.chdir(tmp_path)
-    good = {"w": torch.ones(2, 3), "b": torch.ones(3)}
-    for name, state in {
-        "A": good,
-        "B": good,
-        "LESS": {"w": torch.ones(2, 3)},
-        "MORE": good | {"c": torch.ones(1)},
-        "SHAPE": good | {"b": torch.ones(1, 3)},
-        "DTYPE": good | {"b": torch.ones(3).half()},
-        "NAN": good | {"b": torch.tensor([1.0, float("nan"), 1.0])},
-        "INF": good | {"w": torch.ones(2, 3).index_fill(1, torch.tensor(1), float("inf"))},
-        "MINUS": good | {"w": torch.ones(2, 3).index_fill(1, torch.tensor(2), -float("inf"))},
-        "HUGE": good | {"w": torch.full((2, 3), 1e6)},
-        "QUANT": good,
-        "FP8": {"w": torch.ones(2, 3).to(torch.float8_e4m3fn)},
-        "CUT": good,
-    }.items():
-        put(tmp_path / name, state)
-        save_file(state, f"{name}.safetensors")
-    put(tmp_path / "LORA", good, "adapter_model.safetensors")
-    (tmp_path / "QUANT" / "config.json").write_text('{"quantization_config": {}}')
-    data = (tmp_path / "CUT" / "model.safetensors").read_bytes()
-    (tmp_path / "CUT" / "model.safetensors").write_bytes(data[:-1])
-    (tmp_path / "GARBAGE.safetensors").write_text("no header at all")
-    (tmp_path / "EMPTY.safetensors").write_text("")
-    (tmp_path / "EMPTY").mkdir()
-    (tmp_path / "BIN").mkdir()
-    (tmp_path / "BIN" / "pytorch_model-00001-of-00002.bin").write_text("")
-    (tmp_path / "notes.txt").write_text("")
-    (tmp_path / "LINK").symlink_to("nowhere")
-    for name, index in {
-        "NOJSON": "{",
-        "LIST": "[]",
-        "NOMAP": "{}",
-        "NOFILES": '{"weight_map": {}}',
-        "OUTSIDE": '{"weight_map": {"w": "../A/model.safetensors"}}',
-        "NUMBER": '{"weight_map": {"w": 1}}',
-        "LOST": '{"weight_map": {"w": "lost.safetensors"}}',
-        "LISTED": '{"weight_map": {"w": "part.safetensors", "z": "part.safetensors"}}',
-    }.items():
-        put(tmp_path / name, good, "part.safetensors")
-        (tmp_path / name / "model.safetensors.index.json").write_text(index)
-    (tmp_path / "RUN" / "checkpoint-1").mkdir(parents=True)
-    put(tmp_path / "RUN" / "checkpoint-1", good)
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("", "give at least two checkpoints, got 0"),
-        ("A", "give at least two checkpoints, got 1"),
-        ("RUN", "give at least two checkpoints, got 1"),
-        ("A nowhere", "no such file or folder: nowhere"),
-        ("A " + "x" * 300, "xxx: File name too long"),
-        (
-            "A EMPTY",
-            "model.safetensors, model.safetensors.index.json nor adapter_model.safetensors\n",
-        ),
-        ("A BIN", "BIN holds neither .*; convert its .bin by from_pretrained() and save_pre"),
-        ("A B A", "checkpoints: one is given twice"),
-        ("A ./RUN/../A", "checkpoints: one is given twice"),
-        ("A B.safetensors", "A is a model folder, and B.safetensors is a file"),
-        ("A B LORA", "A is a model folder, and LORA is an adapter folder"),
-        ("A B LESS", "tensor 'b' is F32 of shape (3,) in A and missing in LESS"),
-        ("A MORE", "tensor 'c' is missing in A and F32 of shape (1,) in MORE"),
-        ("A SHAPE", "tensor 'b' is F32 of shape (3,) in A and F32 of shape (1, 3) in SHAPE"),
-        ("A B DTYPE", "tensor 'b' is F32 of shape (3,) in A and F16 of shape (3,) in DTYPE"),
-        ("A NAN B", "tensor 'b' of NAN holds a NaN or infinity"),
-        ("INF A", "tensor 'w' of INF holds a NaN or infinity"),
-        ("A MINUS", "tensor 'w' of MINUS holds a NaN or infinity"),
-        ("A HUGE --dtype float16", "the average of 'w' is too large for torch.float16"),
-        ("A.safetensors NAN.safetensors --out o.safetensors", "tensor 'b' of NAN.safe"),
-        ("A QUANT", "QUANT is a quantized model"),
-        ("A FP8", "FP8/model.safetensors: tensor 'w' is of dtype F8_E4M3, which cannot be"),
-        ("A CUT", "CUT/model.safetensors cannot be read as safetensors: "),
-        ("A.safetensors GARBAGE.safetensors", "GARBAGE.safetensors cannot be read as safetens"),
-        ("A.safetensors EMPTY.safetensors", "EMPTY.safetensors cannot be read as safetensors"),
-        ("notes.txt A", "notes.txt cannot be read as safetensors"),
-        ("A NOJSON", "NOJSON/model.safetensors.index.json is not JSON: "),
-        ("A LIST", "LIST/model.safetensors.index.json is not a JSON object"),
-        ("A NOMAP", "NOMAP/model.safetensors.index.json has no weight_map of tensors to files"),
-        ("A NOFILES", "NOFILES/model.safetensors.index.json has no weight_map"),
-        ("A OUTSIDE", "OUTSIDE/model.safetensors.index.json has no weight_map"),
-        ("A NUMBER", "NUMBER/model.safetensors.index.json has no weight_map"),
-        ("A LOST", "LOST/lost.safetensors cannot be read as safetensors: No such file"),
-        ("A LISTED", "LISTED/model.safetensors.index.json lists 'z', which none of its files has"),
-        ("A B --out EMPTY", "out: EMPTY is there already; name another"),
-        ("A B --out LINK", "out: LINK is there already; name another"),
-        ("A B --out notes.txt", "out: notes.txt is there already"),
-        ("A B --out no/where", "out: there is no folder no for where"),
-        ("A B --out notes.txt/x", "out: there is no folder notes.txt for x"),
-        ("A B --out o.safetensors", "out: o.safetensors must be a folder, as the checkpoints"),
-        ("A.safetensors B.safetensors", "out: OUT must end in .safetensors"),
-        ("A B --rule mean", "rule: unknown average 'mean' in 'mean'; known: ema, uniform, swa, l"),
-        ("A B --rule ema:start", "rule: averaging 'ema:start': 'start' must be one option=number"),
-        ("A B --rule swa:window=2", "rule: averaging 'swa:window=2' has no option 'window'"),
-        ("A B --rule lawa", "rule: averaging 'lawa' needs window="),
-        ("A B --rule ema:beta=2", "rule: .*beta of ema must be in (0, 1], got 2"),
-        ("A B --dtype int8", "int8"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(arguments, message, place, capsys):
-    before = tree(place)
-    arguments = arguments.split()
-    if "--out" not in arguments:
-        arguments += ["--out", "OUT"]
-    average(*arguments, status=2)
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert error.startswith("paceline: ")
-    assert re.search(re.escape(message).replace(r"\.\*", ".*"), error), error
-    assert tree(place) == before
-
-
-def test_all_headers_are_checked_before_anything_is_written(place, monkeypatch):
-    monkeypatch.setattr(merging, "_write", lambda *_: pytest.fail("something was written"))
-    for bad in ("CUT", "SHAPE", "LESS"):
-        average("A", "B", bad, "--out", "OUT", status=2)
-
-
-def test_what_has_no_weight_is_not_read(place):
-    average("NAN", "A", "B", "--rule", "lawa:window=2", "--out", "OUT")
-    assert torch.equal(load_file("OUT/model.safetensors")["b"], torch.ones(3))
-
-
-def test_every_option_is_explained(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["average", "--help"])
-    assert stop.value.code == 0
-    said = capsys.readouterr().out
-    for name in Merge.model_fields.keys() - {"checkpoints"}:
-        (entry,) = re.findall(
-            rf"^[│ ] --{name}(?![\w-]).*?(?=^[│ ] --|\Z)", said, re.DOTALL | re.MULTILINE
-        )
-        assert len(re.findall(r"[A-Za-z]{2,}", entry)) > 4, entry
-    assert "count checkpoints" in " ".join(said.split())
-    for rule in RULES:
-        assert re.search(rf"^{rule.name}[\[:]", said, re.MULTILINE)

@@ -7,19 +7,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from gains import FAST, LARGE, SLOW
 from problems import gradients, walk
-from ranks import Ranks
 from reference import Reference
 from torch.nn import Parameter
 
 from paceline import PACE, Pullback
-from paceline.averaging import PowerEMA
 from paceline.update import auto_gain, root_sums
 
-FAST, SLOW = 0.3, 0.6  # powers of the average that it goes toward, and of the one it returns
 SLOW_TEXT = "returned=ema:power=0.6"
-LARGE = 2**16  # elements from which on every 251st stands for all
 
 
 def weights(params):
@@ -32,6 +28,7 @@ def starts(*shapes):
 
 
 # ---- the rule ------------------------------------------------------------------------------------
+
 
 # Of every form the largest error of weights up to 5: float32's is some 30 roundings of 2e-7.
 # bfloat16 weights differ by a last place, 2^-6 there, where float32 and float64 round to two sides;
@@ -417,6 +414,7 @@ def test_a_closure_may_make_the_gradients():
 
 # ---- options -------------------------------------------------------------------------------------
 
+
 DEFAULTS = [  # what is said; ema_power, ema_beta, averaging and returns of the group
     ({"pullback": "auto"}, (FAST, None, None, SLOW_TEXT)),
     ({"pullback": "auto", "ema_start": 9}, (FAST, None, None, SLOW_TEXT)),
@@ -481,177 +479,3 @@ def test_what_it_does_not_go_with():
     adamw = torch.optim.AdamW([Parameter(torch.ones(2))])
     with pytest.raises(ValueError, match=r"^pullback must be a finite number >= 0, got 'auto'$"):
         Pullback(adamw, "auto")
-
-
-# ---- ranks ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    if not dist.is_available():
-        pytest.skip("torch without distributed")
-    made = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield made
-    made.close()
-
-
-def run(engine, folder=None):
-    """What is held after each step; with a folder, saved on the way and loaded into another."""
-    from test_distributed import advance, dcp, get_state_dict, held, net, set_state_dict, wrapped
-
-    def made(**options):
-        model = wrapped(net(), engine)
-        options = {"lr": 0.1, "pullback": "auto", "track_stats": True} | options
-        return model, PACE(model.parameters(), **options)
-
-    def both(model, opt):
-        return dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
-
-    model, opt = made()
-    if folder:  # asking for a checkpoint before the first step is no step
-        get_state_dict(model, opt)
-    moments = []
-    for step in range(5):
-        if folder and step == 3:
-            dcp.save(both(model, opt), checkpoint_id=folder, no_dist=engine is None)
-            model, opt = made(lr=9.0, pullback=9.0, return_power=0.9)
-            state = both(model, opt)
-            dcp.load(state, checkpoint_id=folder, no_dist=engine is None)
-            model_state, opt_state = state["model"], state["optimizer"]
-            set_state_dict(model, opt, model_state_dict=model_state, optim_state_dict=opt_state)
-            assert opt.param_groups[0]["pullback"] == "auto"
-        advance(model, opt, engine, 1, first=step)
-        moments.append(held(model, opt))
-    assert 0 < opt.stats()["gain_mean"] < 1
-    return moments
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.distributed.*:UserWarning")
-@pytest.mark.parametrize(("engine", "saves"), [("ddp", False), ("fsdp", False), ("fsdp", True)])
-def test_two_ranks_go_where_one_process_goes(engine, saves, ranks, tmp_path):
-    from test_distributed import assert_close
-
-    alone = run(None)
-    for mine in ranks(run, engine, str(tmp_path) if saves else None):
-        for a, b in zip(mine, alone, strict=True):
-            assert_close(a, b)  # to 1e-6, as it is for any other pull
-
-
-def laid_out(kinds, size, foreach):
-    """Equal gradients: gains of parameters laid out over the ranks, and of the same ones whole."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-    from torch.distributed.tensor.placement_types import _StridedShard
-
-    line, plane = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
-    layouts = {
-        "rows": (line, [Shard(0)]),
-        "columns": (line, [Shard(1)]),
-        "replicated": (line, [Replicate()]),
-        "hybrid": (plane, [Shard(0), Replicate()]),
-        # as FSDP2 lays out what tensor parallelism has laid out before it
-        "rows of rows": (plane, [_StridedShard(0, split_factor=1), Shard(0)]),
-    }
-    half = {"rows": 0, "hybrid": 0, "rows of rows": 0, "columns": 1}
-
-    def placed(x, kind):
-        if kind == "plain":
-            return x.clone()
-        dim = half.get(kind)
-        mine = x if dim is None else x.chunk(2, dim)[dist.get_rank()]
-        return DTensor.from_local(
-            mine.clone(), *layouts[kind], run_check=False, shape=x.shape, stride=x.stride()
-        )
-
-    torch.manual_seed(0)
-    wholes = [Parameter(torch.randn(size)) for _ in kinds]
-    parts = [Parameter(placed(p.detach(), kind)) for p, kind in zip(wholes, kinds, strict=True)]
-    gains = []
-    for params in (wholes, parts):
-        # One at a time, for torch steps no list of DTensors of several meshes.
-        opt = PACE(params, lr=2.0 / sum(p.numel() for p in params), pullback="auto",
-                   track_stats=True, foreach=foreach)  # fmt: skip
-        for t in range(2):
-            for i, (p, kind) in enumerate(zip(params, kinds, strict=True)):
-                g = torch.randn(size, generator=torch.Generator().manual_seed(10 * t + i))
-                p.grad = placed(g, kind) if params is parts else g
-            opt.step()
-        gains.append(opt.stats()["gain_mean"])
-    return gains
-
-
-LAYOUTS = [
-    *(["plain"], ["rows"], ["columns"], ["replicated"], ["hybrid"], ["rows of rows"]),
-    ["plain", "rows", "replicated", "columns", "rows of rows", "hybrid", "rows"],
-]
-
-
-@pytest.mark.parametrize("kinds", LAYOUTS, ids=",".join)
-def test_each_element_is_at_stake_once_whatever_the_layout(kinds, ranks):
-    for size in ((70, 6), (300, 256)):
-        large_columns = size[0] * size[1] >= LARGE and "columns" in kinds
-        for whole, mine in ranks(laid_out, kinds, size, None):
-            # Of columns others are looked at: 306 draws more, of a standard error of 4 %, which
-            # are 6 % of the gain, twice.
-            assert mine == pytest.approx(whole, rel=0.2 if large_columns else 1e-5)
-
-
-# ---- training runs -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def methods():
-    return pytest.importorskip("paceline.train.methods")
-
-
-METHODS = {  # κ of the average, and of the one to return
-    "pace:c=auto": (FAST, SLOW),
-    "pace:cosine:c=auto:lr=3e-4": (FAST, SLOW),
-    "pace:c=auto:kappa=0.5": (0.5, None),
-    "pace:c=auto:return_kappa=0.7": (FAST, 0.7),
-    "pace:c=auto:kappa=0.5:return_kappa=0.8": (0.5, 0.8),
-}
-
-
-@pytest.mark.parametrize("text", METHODS)
-def test_methods_say_it(text, methods):
-    kappa, returned = METHODS[text]
-    method = methods.parse_method(text, lr=1.0, c=0.1, kappa=0.4)
-    assert (method.c, method.kappa, method.return_kappa) == ("auto", kappa, returned)
-    assert "c=auto" in method.label
-    assert methods.parse_method(method.written) == method
-    model = torch.nn.Linear(3, 2)
-    opt = methods.make_optimizer(
-        method, model, decayed={"weight"}, weight_decay=0.1, warmup=0, steps=10
-    )
-    for group in opt.param_groups:
-        assert (group["pullback"], group["ema_power"]) == ("auto", kappa)
-        assert group["returns"] == (returned and f"returned={PowerEMA(returned)}")
-    watched = methods.parse_method("pace", lr=1.0, c=0.1, kappa=0.4)  # as it was
-    assert (watched.c, watched.kappa, watched.return_kappa) == (0.1, 0.4, None)
-
-
-def test_methods_pass_the_kind_of_gain_on(methods):
-    method = methods.parse_method("pace:c=0.2:gain=scalar", lr=1.0, kappa=0.4)
-    opt = methods.make_optimizer(
-        method, torch.nn.Linear(3, 2), decayed=set(), weight_decay=0.0, warmup=0, steps=10
-    )
-    assert {group["gain"] for group in opt.param_groups} == {"scalar"}
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("pullback:sgd:c=auto", "c=auto is of pace alone"),
-        ("ema:c=auto", "c=auto is of pace alone"),
-        ("pace:c=automatic", r"c: .*got 'automatic'"),
-        ("pace:c=-1", r"c: .*got '-1'"),
-        ("pace:c=nan", r"c: "),
-    ],
-)
-def test_bad_methods(text, says, methods):
-    from paceline.train import InputError
-
-    with pytest.raises(InputError, match=f"^method '{text}': {says}") as raised:
-        methods.parse_method(text, lr=1.0, kappa=0.4)
-    assert "\n" not in str(raised.value)

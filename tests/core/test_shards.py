@@ -1,88 +1,33 @@
-"""PACE under DDP, FSDP2 and torch.distributed.checkpoint: two ranks do what one process does."""
-
-import contextlib
+"""PACE under DDP and FSDP2: two ranks do what one process does."""
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from ranks import Ranks
-from torch import nn, optim
-from torch.distributed._functional_collectives import all_reduce
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
+from problems import RETURNS
+from sharding import (
+    AROUND,
+    BASES,
+    advance,
+    assert_close,
+    assert_equal,
+    held,
+    net,
+    pullback,
+    whole,
+    wrapped,
 )
+from torch import nn
+from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.nn.parallel import DistributedDataParallel
 
-from paceline import PACE, Pullback, save_checkpoint, update
+from paceline import PACE, save_checkpoint, update
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
 STEPS = 6
-RETURNS = {"slow": "ema:power=0.7", "mean": "uniform"}
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    made = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield made
-    made.close()
-
-
-def net():
-    """Of 2 ranks the first holds 3 of 5 rows, and the only row of the last layer."""
-    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator))
-    return model
-
-
-def wrapped(model, engine):
-    if engine == "ddp":
-        return DistributedDataParallel(model)
-    if engine == "fsdp":
-        mesh = init_device_mesh("cpu", (2,))
-        for layer in (model[0], model[3]):
-            fully_shard(layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
-    return model
-
-
-def whole(x):
-    x = x.detach()
-    return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
-
-
-def held(model, opt):
-    """All that a run holds, gathered: parameters and their state, in order."""
-    state = [{key: whole(value) for key, value in opt.state[p].items()} for p in model.parameters()]
-    return [whole(p) for p in model.parameters()], state
-
-
-def advance(model, opt, engine, steps, *, first=0, parts=1, clip=None):
-    """Steps on the same global batches whatever the engine: half of each for each rank."""
-    for step in range(first, first + steps):
-        generator = torch.Generator().manual_seed(100 + step)
-        x = torch.randn(16, 6, generator=generator)
-        if engine:
-            x = x.view(2, 8, 6)[dist.get_rank()]
-        for i, part in enumerate(x.chunk(parts)):
-            later = engine == "ddp" and i < parts - 1
-            with model.no_sync() if later else contextlib.nullcontext():
-                loss = (model(part) - part[:, :1]).square().mean() / parts
-                loss.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        opt.step()
-        opt.zero_grad()
 
 
 def run(engine, options, parts=1, clip=None):
@@ -102,20 +47,8 @@ def run(engine, options, parts=1, clip=None):
     return moments
 
 
-def assert_close(a, b, atol=1e-6, rtol=1e-6):
-    for x, y in zip(a[0], b[0], strict=True):
-        torch.testing.assert_close(x, y, atol=atol, rtol=rtol)
-    for s, t in zip(a[1], b[1], strict=True):
-        assert s.keys() == t.keys()
-        for key in s:
-            torch.testing.assert_close(s[key], t[key], atol=atol, rtol=rtol)
-
-
-def assert_equal(a, b):
-    assert_close(a, b, 0.0, 0.0)
-
-
 # ---- trajectories ----------------------------------------------------------------------------
+
 
 OPTIONS = {
     "default": {},
@@ -144,24 +77,6 @@ def test_two_ranks_give_the_trajectory_of_one_process(engine, options, parts, cl
     for mine in ranks(run, engine, OPTIONS[options], parts, clip):
         for a, b in zip(mine, alone, strict=True):
             assert_close(a, b, close, close)
-
-
-BASES = {
-    "AdamW": lambda params: optim.AdamW(params, lr=0.05),
-    "SGD": lambda params: optim.SGD(params, lr=0.05, momentum=0.9),
-}
-AROUND = {
-    "no pull": {},
-    "adam": {"pullback": 2.0},
-    "own": {"pullback": 2.0, "gain": "own", "averaging": "bema:start=1"},
-    "scalar": {"pullback": 0.3, "gain": "scalar", "averaging": "lawa:window=2"},
-    "measured": {"pullback": 2.0, "track_stats": True},
-    "returns": {"pullback": 2.0, "returns": RETURNS},
-}
-
-
-def pullback(model, base, around):
-    return Pullback(BASES[base](model.parameters()), **AROUND[around])
 
 
 def run_around(engine, base, around):
@@ -445,218 +360,3 @@ def test_the_guard_holds_one_coordinate_of_a_shard(engine, ranks):
         assert stats["guarded_coordinates"] == (engine == "ddp" or rank == 1)
         changed = before[0][0] != after[0][0]
         assert (~changed).nonzero().tolist() == [[4, 3]]
-
-
-# ---- torch.distributed.checkpoint ------------------------------------------------------------
-
-
-def second(opt):
-    """The average to swap in: of several not what eval() would put in without a name."""
-    return opt.returns[:2][-1]
-
-
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-
-
-def with_checkpoints_asked_for(engine, moment, asked, flat=False):
-    model = wrapped(net(), engine)
-    opt = PACE(model.parameters(), lr=0.05, pullback=2.0)
-    if "before" not in moment:
-        advance(model, opt, engine, 2)
-    if "swapped" in moment:
-        opt.eval()
-    options = FLAT if flat else None
-    if "get" in asked:
-        states = get_state_dict(model, opt, options=options)
-    if "set" in asked:
-        set_state_dict(
-            model, opt, model_state_dict=states[0], optim_state_dict=states[1], options=options
-        )
-    opt.train()
-    if "before" in moment:
-        # Other weights come in before the first step: the average begins with them.
-        with torch.no_grad():
-            for p in model.parameters():
-                p.mul_(0.5)
-    advance(model, opt, engine, 3, first=2)
-    return held(model, opt)
-
-
-@pytest.mark.parametrize(
-    ("asked", "flat"), [("get", False), ("get, set", False), ("get, set", True)]
-)
-@pytest.mark.parametrize("moment", ["before", "before, swapped", "after", "swapped"])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_asking_for_a_checkpoint_disturbs_nothing(engine, moment, asked, flat, ranks):
-    plain = ranks(with_checkpoints_asked_for, engine, moment, "")
-    those = ranks(with_checkpoints_asked_for, engine, moment, asked, flat)
-    for a, b in zip(plain, those, strict=True):
-        assert_equal(a, b)
-
-
-def run_and_save(engine, folder, swapped, form, saved_at=3):
-    """Trains, saves at a step, trains on; what is held at the end."""
-    model = wrapped(net(), engine)
-    opt = PACE(model.parameters(), lr=0.05, pullback=2.0, **form)
-    advance(model, opt, engine, saved_at)
-    live = held(model, opt)
-    if swapped:
-        opt.eval(second(opt))
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
-    dcp.save(state, checkpoint_id=folder, no_dist=engine is None)
-    opt.train()
-    assert_equal(held(model, opt), live)
-    advance(model, opt, engine, 2, first=saved_at)
-    return held(model, opt)
-
-
-def load_and_go_on(engine, folder, form, saved_at=3):
-    model = wrapped(net(), engine)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(7.0)
-    opt = PACE(model.parameters(), lr=9.0, pullback=9.0, **form)
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
-    dcp.load(state, checkpoint_id=folder, no_dist=engine is None)
-    set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    opt.train()
-    advance(model, opt, engine, 2, first=saved_at)
-    return held(model, opt)
-
-
-# A float32 average is exact over any number of ranks; with bfloat16 state only the gradients'
-# own rounding differs, which may flip a stochastic one: a unit in the last place of 8 bits.
-FORMS = {
-    "float32": ({}, 1e-6),
-    "bfloat16 state": ({"state_dtype": torch.bfloat16}, 2**-6),
-    "lawa": ({"averaging": "lawa:window=3"}, 1e-6),
-    "bema": ({"averaging": "bema"}, 1e-6),
-    "returns": ({"returns": RETURNS}, 1e-6),
-    "returns, bfloat16 state": ({"returns": RETURNS, "state_dtype": torch.bfloat16}, 2**-6),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.distributed.*:UserWarning")
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("swapped", [False, True])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_saved_on_two_ranks_and_loaded_on_one_and_the_reverse(
-    engine, swapped, form, ranks, tmp_path
-):
-    form, close = FORMS[form]
-    two, *_ = ranks(run_and_save, engine, str(tmp_path / "two"), swapped, form)
-    one = run_and_save(None, str(tmp_path / "one"), swapped, form)
-    ends = [load_and_go_on(None, str(tmp_path / "two"), form)]
-    ends += ranks(load_and_go_on, engine, str(tmp_path / "one"), form)
-    again = ranks(load_and_go_on, engine, str(tmp_path / "two"), form)
-    for end in ends:
-        assert_close(end, two, close, close)
-        assert_close(end, one, close, close)
-    for end in again:
-        assert_equal(end, two)
-
-
-def save_and_go_on_around(engine, folder, base, around, swapped):
-    model = wrapped(net(), engine)
-    opt = pullback(model, base, around)
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
-    advance(model, opt, engine, 3)
-    live = held(model, opt)
-    if swapped:
-        opt.eval(second(opt))
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
-    dcp.save(state, checkpoint_id=folder)
-    opt.train()
-    assert_equal(held(model, opt), live)
-    advance(model, opt, engine, 2, first=3)
-    return held(model, opt)
-
-
-def load_and_go_on_around(engine, folder, base, around):
-    model = wrapped(net(), engine)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(7.0)
-    opt = pullback(model, base, around)
-    opt.param_groups[0]["lr"] = 9.0
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
-    dcp.load(state, checkpoint_id=folder, no_dist=engine is None)
-    set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    opt.train()
-    advance(model, opt, engine, 2, first=3)
-    return held(model, opt)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.distributed.*:UserWarning")
-@pytest.mark.parametrize("around", ["no pull", "adam", "own", "returns"])
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("swapped", [False, True])
-def test_around_another_optimizer_shards_are_saved_and_loaded(
-    swapped, base, around, ranks, tmp_path
-):
-    for two in ranks(save_and_go_on_around, "fsdp", str(tmp_path), base, around, swapped):
-        assert_close(load_and_go_on_around(None, str(tmp_path), base, around), two)
-        for end in ranks(load_and_go_on_around, "fsdp", str(tmp_path), base, around):
-            assert_equal(end, two)
-
-
-def whole_state_into_shards(state):
-    model = wrapped(net(), "fsdp")
-    with pytest.raises(ValueError, match="'average' is a whole tensor.*set_optimizer_state_dict"):
-        pullback(model, "SGD", "own").load_state_dict(state)
-
-
-def test_around_another_optimizer_a_whole_average_is_not_loaded_into_a_shard(ranks):
-    model = net()
-    opt = pullback(model, "SGD", "own")
-    advance(model, opt, None, 1)
-    ranks(whole_state_into_shards, opt.state_dict())
-
-
-# ---- exports ---------------------------------------------------------------------------------
-
-
-def export(engine, swapped, name):
-    model = wrapped(net(), engine)
-    opt = PACE(model.parameters(), lr=0.05, pullback=2.0, returns=RETURNS)
-    advance(model, opt, engine, 3)
-    before = held(model, opt)
-    if swapped:
-        opt.eval(swapped)
-    exported = opt.averaged_state_dict(model, name)
-    opt.train()
-    assert_equal(held(model, opt), before)
-    key = "average" if name == "average" else f"return_{name or 'slow'}"
-    return exported, [state[key] for state in before[1]]
-
-
-@pytest.mark.parametrize("name", [None, "mean", "average"])
-@pytest.mark.parametrize("swapped", [None, "mean", "average"])
-def test_an_export_gathers_whole_averages_on_the_first_rank(swapped, name, ranks):
-    (exported, averages), (other, _) = ranks(export, "fsdp", swapped, name)
-    assert other == {}
-    assert list(exported) == list(net().state_dict())
-    for x, average in zip(exported.values(), averages, strict=True):
-        assert type(x) is torch.Tensor
-        assert torch.equal(x, average)
-    net().load_state_dict(exported)
-
-
-def test_under_ddp_every_rank_can_export(ranks):
-    for exported, averages in ranks(export, "ddp", None, "mean"):
-        assert list(exported) == [f"module.{name}" for name in net().state_dict()]
-        for x, average in zip(exported.values(), averages, strict=True):
-            assert torch.equal(x, average)
-
-
-def load_a_whole_checkpoint(state):
-    model = wrapped(net(), "fsdp")
-    with pytest.raises(ValueError, match="'average' is a whole tensor.*set_optimizer_state_dict"):
-        PACE(model.parameters(), pullback=1.0).load_state_dict(state)
-
-
-def test_a_whole_tensor_is_not_loaded_into_a_shard(ranks):
-    model = net()
-    opt = PACE(model.parameters(), pullback=1.0)
-    advance(model, opt, None, 1)
-    ranks(load_a_whole_checkpoint, opt.state_dict())

@@ -11,14 +11,7 @@ pytest.importorskip("scipy")
 
 from paceline import EMA, PACE, PowerEMA, Pullback, Uniform
 from paceline.theory.quadratic import Pull, Quadratic, limit, limiting_error, moments
-from paceline.theory.simulate import (
-    Estimate,
-    Stylised,
-    convex_errors,
-    estimate,
-    simulate,
-    slope,
-)
+from paceline.theory.simulate import Estimate, Stylised, convex_errors, estimate, simulate, slope
 
 # ---- on quadratics ------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
-"""`paceline report`: what is read, what is computed of it, and the page in a browser."""
+"""`paceline report`: what is read, and what is computed of it."""
 
-import html.parser
 import itertools
 import json
 import math
@@ -8,8 +7,6 @@ import re
 import shutil
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
-from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -17,6 +14,16 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("plotly")
 
+from exploring import (
+    STEPS,
+    Parsed,
+    ending,
+    rows_of,
+    write,
+    write_comparison,
+    write_run,
+    write_sweep,
+)
 from rich.console import Console
 
 from paceline.cli import _parse
@@ -36,103 +43,7 @@ from paceline.study.explore import (
     tell_apart,
 )
 from paceline.train import InputError
-from paceline.train.methods import Method, parse_method
-from paceline.train.recipe import Recipe, read_recipe
-
-EVIL = '</script><img src=x onerror="alert(1)"> <b>%{y}</b> & {{ 7 * 7 }} [red]'
-STEPS = (0, 50, 100)
-
-
-def rows_of(text, lr, seed, losses, *, setting=None, selection=None, trained_with=None):
-    """A run's rows as sweeps write them; losses: (live, returned) at STEPS, None for diverged."""
-    method = parse_method(text, lr=lr, c=1.0, kappa=0.3, g=1.0)
-    run = f"{method.label} lr={lr:g} seed={seed} {setting}"
-    rows = []
-    for step, (live, returned) in zip(STEPS, losses, strict=False):
-        row = {"run": run, "label": method.label, **method.model_dump(), "seed": seed}
-        row |= {"trained_with": trained_with or run, "seconds": 1.0, "train_loss": live}
-        row |= {"step": step, "tokens": step * 128, "live_loss": live, "returned_loss": returned}
-        if method.name == "pace":
-            row |= {"gain_mean": 0.25 + step / 1000, "clipped": 0.5}
-        if setting is not None:
-            row |= {"setting": setting, "steps": STEPS[-1], "selection_loss": selection}
-        rows.append(row)
-    return rows
-
-
-def ending(live, returned):
-    return [(4.0, 4.0), (live + 0.5, returned + 0.5), (live, returned)]
-
-
-def write(folder, rows, **manifest):
-    folder.mkdir(parents=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return folder
-
-
-FACTS = {
-    "command": "paceline sweep tiny --seeds 0,1",
-    "started": "2026-11-22T10:00:00+00:00",
-    "versions": {"paceline": "0.1.0", "torch": "2.13.0"},
-    "hardware": {"cpu": "one", "cores": 2},
-}
-
-
-def write_sweep(folder, seeds=(0, 1), extra=()):
-    """Two settings; pace over c, κ and rate, with a diverged corner; adamw; an ema of adamw."""
-    rows = list(extra)
-    for number, setting in enumerate(("tiny-sft on smol", "tiny-pretrain on nano")):
-        for lr, seed in itertools.product((0.003, 0.01), seeds):
-            base = 2.0 + number + 10 * lr + seed / 100
-            adamw = rows_of("adamw", lr, seed, ending(base, base), setting=setting, selection=base)
-            rows += adamw
-            rows += rows_of(
-                "ema",
-                lr,
-                seed,
-                ending(base, base - 0.1),
-                setting=setting,
-                selection=base - 0.1,
-                trained_with=adamw[0]["run"],
-            )
-            for c, kappa in itertools.product((1, 10), (0.3, 0.7)):
-                end = base - 0.05 * c * kappa * (1 + seed)
-                losses = ending(base, end)
-                if c == 1 and lr == 0.01:
-                    losses = [(4.0, 4.0), (None, None), (None, None)] if seed else losses
-                text = f"pace:c={c}:kappa={kappa}"
-                rows += rows_of(text, lr, seed, losses, setting=setting, selection=losses[-1][1])
-    configuration = {"seeds": list(seeds), "lr": [0.003, 0.01], "batch": 8}
-    return write(folder, rows, **FACTS, configuration=configuration, failed={"x": "<i>no</i>"})
-
-
-def write_comparison(folder, steps=100, seeds=(0,), batch=4, **losses):
-    """By default adamw and ema; `width` and `layers` name the setting."""
-    losses = losses or {"adamw": 3.0, "ema": 2.9}
-    rows = []
-    for seed, (name, loss) in itertools.product(seeds, losses.items()):
-        rows += rows_of(name, 0.003, seed, ending(loss, loss))
-    configuration = {"width": 64, "layers": 2, "batch": batch, "steps": 2000, "lr": [0.003]}
-    facts = {**FACTS, "command": "paceline compare", "text": "books", "steps": steps}
-    return write(folder, rows, **facts, configuration=configuration)
-
-
-def write_run(folder, method="pace", seed=0, steps=20, last=20, **changes):
-    """As `paceline train` leaves it: the Trainer's log, the recipe, the manifest."""
-    values = {**read_recipe("demo-sft"), "method": method, "seed": seed, "steps": steps, **changes}
-    recipe = Recipe(**values)
-    lines = [{"eval_live_loss": 7.5, "eval_loss": 7.5, "eval_num_tokens": 0.0, "step": 0}]
-    for step in (10, 20):
-        if step <= last:
-            lines.append({"loss": 6.8, "gain_mean": 0.9, "clipped": 0.5, "step": step})
-            loss = {"eval_live_loss": 7 - step / 20, "eval_loss": 6.9 - step / 20}
-            lines.append({**loss, "eval_num_tokens": 400.0 * step, "step": step})
-    facts = {**FACTS, "command": "paceline train demo-sft", "steps": steps}
-    write(folder, lines, **facts, recipe=json.loads(recipe.model_dump_json()))
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    return folder
+from paceline.train.methods import Method
 
 
 def cells_of(*folders):
@@ -483,258 +394,3 @@ def test_configurations_differ_between_folders_or_within_one(tmp_path):
     assert rest["config.hidden_size"] == ["", "", "128"]
     assert not differing.keys() & rest.keys()
     assert dict(configurations(sources[:1])[0]) == {"name": ["adamw, ema"]}
-
-
-# ---- the page ---------------------------------------------------------------------------------
-
-
-class Parsed(html.parser.HTMLParser):
-    """Tags, links, and the texts of scripts and of table cells."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.links, self.scripts, self.cells = [("", {})], [], {}, []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        self.links += [value for name, value in attributes if name == "href"]
-
-    def handle_data(self, text):
-        tag, attributes = self.tags[-1]
-        if tag == "script":
-            self.scripts[attributes.get("id")] = self.scripts.get(attributes.get("id"), "") + text
-        if tag == "td":
-            self.cells.append(text)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A page over all kinds of folders, with a label and a setting that would break out."""
-    folder = tmp_path_factory.mktemp("made")
-    extra = []
-    for seed in (0, 1):
-        extra += rows_of("adamw", 0.003, seed, ending(2.5, 2.4), setting="tiny-sft on smol")
-        extra += rows_of("adamw", 0.003, seed, ending(2.5, 2.4), setting=EVIL)
-    for row in extra:
-        row |= {"label": EVIL, "name": EVIL, "run": f"{EVIL} {row['seed']}"}
-    write_sweep(folder / "runs" / 'a "sweep" & <b>', extra=extra)
-    write_comparison(folder / "runs/cmp")
-    write_run(folder / "runs/run")
-    out = folder / "pages/page.html"
-    with (folder / "said").open("w") as said:
-        console = Console(file=said, width=200)
-        report(Report(runs=(folder / "runs",), out=out), console)
-    text = out.read_text(encoding="utf-8")
-    return SimpleNamespace(
-        out=out, text=text, parsed=Parsed(text), said=(folder / "said").read_text()
-    )
-
-
-def test_nothing_that_users_wrote_becomes_markup(made):
-    assert EVIL not in made.text
-    assert made.text.count("</script>") == 3
-    assert not [tag for tag, _ in made.parsed.tags if tag in ("img", "b")]
-    assert not [tag for tag, values in made.parsed.tags if "src" in values or tag == "link"]
-    data = json.loads(made.parsed.scripts["data"])
-    assert EVIL in {series["label"] for series in data["curves"]}
-    assert EVIL in made.parsed.cells[0] + "".join(made.parsed.cells)
-    assert "NaN" not in made.parsed.scripts["data"]
-
-
-def test_the_page_is_light_and_its_links_lead_to_the_data(made):
-    assert 1e6 < made.out.stat().st_size < 3e6
-    assert len(made.parsed.links) == 2 + 2 + 3
-    for link in made.parsed.links:
-        assert not link.startswith("/")
-        assert (made.out.parent / unquote(link)).is_file()
-    assert [path.name for path in made.out.parent.iterdir()] == ["page.html"]
-
-
-def test_the_terminal_shows_the_first_table_and_where_the_page_is(made):
-    lines = made.said.splitlines()
-    assert "Each kind of method at its best" in lines[0]
-    [line] = [line for line in lines if "tiny-sft" in line and "pace c=10 κ=0.7" in line]
-    assert "−0.5250 [−0." in line
-    assert "x failed: <i>no</i>" in made.said
-    assert "[red]" in made.said
-    assert lines[-1].startswith(f"Report: {made.out} (2.")
-
-
-def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    folder = write_comparison(tmp_path / "cmp")
-    (tmp_path / "report.html").write_text("before")
-
-    def full(self, *_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(InputError, match="cannot write .*No space left"):
-        report(Report(runs=(folder,), out=tmp_path / "report.html"), Console(quiet=True))
-    assert (tmp_path / "report.html").read_text() == "before"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cmp", "report.html"]
-
-
-# ---- in a browser -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("needs Chromium")
-    with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
-@pytest.fixture(scope="module")
-def opened(browser, made):
-    """The page where there is no network, and what went wrong on it."""
-    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900})
-    page = context.new_page()
-    wrong = []
-    page.on("console", lambda message: wrong.append(message.text))
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("dialog", lambda dialog: wrong.append("dialog"))
-    page.on("request", lambda r: r.url.startswith(("file:", "blob:")) or wrong.append(r.url))
-    page.goto(made.out.as_uri())
-    page.wait_for_selector("#map .heatmaplayer image", timeout=20_000)
-    yield page, wrong
-    context.close()
-
-
-@pytest.fixture
-def page(opened):
-    page, wrong = opened
-    yield page
-    assert wrong == []
-
-
-def column(table, number):
-    return table.locator(f"tbody tr:visible > :nth-child({number})").all_inner_texts()
-
-
-def test_tables_sort_filter_and_change_their_baseline(page):
-    table = page.locator(".results").last
-    returned = table.locator("th").nth(5)
-
-    def keys(column=6):
-        return table.locator(f"td:nth-child({column})").evaluate_all(
-            "cells => cells.map(cell => cell.dataset.sort).filter(key => key).map(Number)"
-        )
-
-    assert returned.get_attribute("aria-sort") == "none"
-    returned.locator("button").click()
-    up = keys()
-    assert up == sorted(up)
-    assert up[-1] == math.inf
-    assert returned.get_attribute("aria-sort") == "ascending"
-    returned.locator("button").press("Enter")
-    assert keys() == up[::-1]
-    assert returned.get_attribute("aria-sort") == "descending"
-    table.locator("th").nth(6).locator("button").click()
-    assert keys(7) == sorted(keys(7))
-    assert column(table, 7)[-1] == "no adamw here"
-    table.locator("th").nth(1).locator("button").press("Space")
-    labels = column(table, 2)
-    assert labels == sorted(labels) != []
-    assert returned.get_attribute("aria-sort") == "none"
-
-    table.locator("input").fill("pace  0.01 NANO")
-    assert {tuple(x) for x in zip(column(table, 1), column(table, 3), strict=True)} == {
-        ("tiny-pretrain on nano", "0.01")
-    }
-    assert table.locator("[role=status]").inner_text().startswith("4 of ")
-    table.locator("select").select_option(label="pace c=10 κ=0.3, at the same rate")
-    assert table.locator("th").nth(6).inner_text().strip().startswith("returned − pace c=10 κ=0.3")
-    shown = dict(zip(column(table, 2), column(table, 7), strict=True))
-    assert shown["pace c=10 κ=0.3"] == "baseline"
-    assert shown["pace c=1 κ=0.7"] == "diverged"
-    assert shown["pace c=10 κ=0.7"].startswith("−0.3000")  # 0.05·10·0.4 · (1 + 2)/2
-
-
-def test_curves_can_be_hidden_and_follow_their_controls(page):
-    visible = "document.getElementById('curves')._fullData.filter(t => t.visible === true).length"
-    names = page.locator("#curves .legendtext").all_text_contents()
-    assert f"{EVIL}, 0.003" in names
-    before = page.evaluate(visible)
-    page.locator("#curves .legendtoggle").nth(names.index("pace c=10 κ=0.7, 0.003")).click()
-    page.wait_for_function(f"{visible} === {before - 5}")  # band, returned, live, gain, clipped
-    caption = page.locator("#curve-caption")
-    assert caption.inner_text() == "tiny-sft on smol, each method at its best learning rate"
-    page.select_option("#curve-rate", label="0.01")
-    page.select_option("#curve-x", label="tokens")
-    assert caption.inner_text() == "tiny-sft on smol, learning rate 0.01"
-    traces = page.evaluate(
-        "document.getElementById('curves').data.map(t => [t.name, t.x, t.y, t.line.dash])"
-    )
-    ema = [trace for trace in traces if trace[0] == "ema κ=0.3"]
-    assert [trace[3] for trace in ema] == ["solid", "dot"]  # adamw's own live is its returned
-    assert ema[0][1] == [0, 6400, 12800]
-    assert ema[0][2] == pytest.approx([4, 2.505, 2.005])
-    page.select_option("#curve-setting", label=EVIL)
-    assert caption.inner_text() == f"{EVIL}, learning rate 0.003"
-    page.select_option("#curve-setting", label="llama on chitchat")
-    assert page.locator("#curve-rate option").all_inner_texts() == ["0.003"]
-
-
-def test_the_map_is_drawn_with_its_best_and_its_diverged(page):
-    drawn = (
-        "(({data, layout}) => [data[0].x, data[0].y, data[0].text, data[1].text, "
-        "layout.shapes.map(s => [s.x0, s.y0])])(document.getElementById('map'))"
-    )
-    page.select_option("#map-setting", label="tiny-sft on smol")
-    assert page.locator("#map-caption").inner_text() == "tiny-sft on smol: pace, kappa 0.7"
-    x, y, text, lost, frames = page.evaluate(drawn)
-    assert (x, y) == (["0.003", "0.01"], ["1", "10"])
-    assert float(text[0].pop(0)) == pytest.approx(1.9825, abs=6e-4)
-    assert text == [[""], ["★ 1.510", "1.580"]]
-    assert lost == [["", "✕"], ["", ""]]
-    assert frames == [[-0.5, 0.5]]
-    page.select_option("#map-fixed-2", label="0.3")
-    assert page.evaluate(drawn)[2][1] == ["★ 1.810", "1.880"]
-    page.select_option("#map-y", label="lr")  # which x had
-    assert page.eval_on_selector("#map-x", "x => x.value") == '"c"'
-    assert page.evaluate(drawn)[0] == ["1", "10"]
-
-
-@pytest.mark.parametrize(
-    ("scheme", "ink", "behind"),
-    [("light", "#1b1f24", "rgb(255, 255, 255)"), ("dark", "#e4e8ed", "rgb(20, 24, 29)")],
-)
-def test_a_phone_scrolls_tables_and_not_the_page(page, scheme, ink, behind):
-    page.set_viewport_size({"width": 390, "height": 844})
-    page.emulate_media(color_scheme=scheme)
-    page.wait_for_function(f"document.getElementById('curves').layout.font.color === '{ink}'")
-    page.wait_for_function("document.getElementById('curves').layout.legend.orientation === 'h'")
-    page.wait_for_function("document.querySelector('#curves svg').clientWidth < 390")
-    assert page.evaluate("document.documentElement.scrollWidth") == 390
-    box = page.locator(".results .wide").first
-    assert box.evaluate("box => box.scrollWidth > box.clientWidth")
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == behind
-
-
-def test_paper_has_whole_tables_no_controls_and_light_charts(page):
-    page.set_viewport_size({"width": 390, "height": 844})
-    page.emulate_media(color_scheme="dark")
-    table = page.locator(".results").last
-    table.locator("input").fill("nothing like this")
-    assert column(table, 2) == []
-    page.evaluate(
-        "addEventListener('beforeprint', () => window.printed = "
-        "[document.getElementById('curves').layout.width, "
-        "document.getElementById('curves').layout.font.color])"
-    )
-    assert page.pdf(format="A4").startswith(b"%PDF")
-    assert page.evaluate("window.printed") == [680, "#1b1f24"]
-    assert page.evaluate("document.getElementById('curves').layout.width") is None
-    page.emulate_media(media="print")
-    page.set_viewport_size({"width": 700, "height": 1000})
-    page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert len(column(table, 2)) == table.locator("tbody tr").count() > 0
-    assert page.locator("select:visible, input:visible, details:visible").count() == 0
-    assert page.evaluate("document.documentElement.scrollWidth") <= 704
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -1,0 +1,228 @@
+"""Checkpoints and exports of models that two ranks share."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from problems import RETURNS
+from sharding import BASES, advance, assert_close, assert_equal, held, net, pullback, wrapped
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from paceline import PACE
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+
+# ---- torch.distributed.checkpoint ------------------------------------------------------------
+
+
+def second(opt):
+    """The average to swap in: of several not what eval() would put in without a name."""
+    return opt.returns[:2][-1]
+
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def with_checkpoints_asked_for(engine, moment, asked, flat=False):
+    model = wrapped(net(), engine)
+    opt = PACE(model.parameters(), lr=0.05, pullback=2.0)
+    if "before" not in moment:
+        advance(model, opt, engine, 2)
+    if "swapped" in moment:
+        opt.eval()
+    options = FLAT if flat else None
+    if "get" in asked:
+        states = get_state_dict(model, opt, options=options)
+    if "set" in asked:
+        set_state_dict(
+            model, opt, model_state_dict=states[0], optim_state_dict=states[1], options=options
+        )
+    opt.train()
+    if "before" in moment:
+        # Other weights come in before the first step: the average begins with them.
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.5)
+    advance(model, opt, engine, 3, first=2)
+    return held(model, opt)
+
+
+@pytest.mark.parametrize(
+    ("asked", "flat"), [("get", False), ("get, set", False), ("get, set", True)]
+)
+@pytest.mark.parametrize("moment", ["before", "before, swapped", "after", "swapped"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_asking_for_a_checkpoint_disturbs_nothing(engine, moment, asked, flat, ranks):
+    plain = ranks(with_checkpoints_asked_for, engine, moment, "")
+    those = ranks(with_checkpoints_asked_for, engine, moment, asked, flat)
+    for a, b in zip(plain, those, strict=True):
+        assert_equal(a, b)
+
+
+def run_and_save(engine, folder, swapped, form, saved_at=3):
+    """Trains, saves at a step, trains on; what is held at the end."""
+    model = wrapped(net(), engine)
+    opt = PACE(model.parameters(), lr=0.05, pullback=2.0, **form)
+    advance(model, opt, engine, saved_at)
+    live = held(model, opt)
+    if swapped:
+        opt.eval(second(opt))
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+    dcp.save(state, checkpoint_id=folder, no_dist=engine is None)
+    opt.train()
+    assert_equal(held(model, opt), live)
+    advance(model, opt, engine, 2, first=saved_at)
+    return held(model, opt)
+
+
+def load_and_go_on(engine, folder, form, saved_at=3):
+    model = wrapped(net(), engine)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(7.0)
+    opt = PACE(model.parameters(), lr=9.0, pullback=9.0, **form)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+    dcp.load(state, checkpoint_id=folder, no_dist=engine is None)
+    set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    opt.train()
+    advance(model, opt, engine, 2, first=saved_at)
+    return held(model, opt)
+
+
+# A float32 average is exact over any number of ranks; with bfloat16 state only the gradients'
+# own rounding differs, which may flip a stochastic one: a unit in the last place of 8 bits.
+FORMS = {
+    "float32": ({}, 1e-6),
+    "bfloat16 state": ({"state_dtype": torch.bfloat16}, 2**-6),
+    "lawa": ({"averaging": "lawa:window=3"}, 1e-6),
+    "bema": ({"averaging": "bema"}, 1e-6),
+    "returns": ({"returns": RETURNS}, 1e-6),
+    "returns, bfloat16 state": ({"returns": RETURNS, "state_dtype": torch.bfloat16}, 2**-6),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed.*:UserWarning")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_saved_on_two_ranks_and_loaded_on_one_and_the_reverse(
+    engine, swapped, form, ranks, tmp_path
+):
+    form, close = FORMS[form]
+    two, *_ = ranks(run_and_save, engine, str(tmp_path / "two"), swapped, form)
+    one = run_and_save(None, str(tmp_path / "one"), swapped, form)
+    ends = [load_and_go_on(None, str(tmp_path / "two"), form)]
+    ends += ranks(load_and_go_on, engine, str(tmp_path / "one"), form)
+    again = ranks(load_and_go_on, engine, str(tmp_path / "two"), form)
+    for end in ends:
+        assert_close(end, two, close, close)
+        assert_close(end, one, close, close)
+    for end in again:
+        assert_equal(end, two)
+
+
+def save_and_go_on_around(engine, folder, base, around, swapped):
+    model = wrapped(net(), engine)
+    opt = pullback(model, base, around)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+    advance(model, opt, engine, 3)
+    live = held(model, opt)
+    if swapped:
+        opt.eval(second(opt))
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+    dcp.save(state, checkpoint_id=folder)
+    opt.train()
+    assert_equal(held(model, opt), live)
+    advance(model, opt, engine, 2, first=3)
+    return held(model, opt)
+
+
+def load_and_go_on_around(engine, folder, base, around):
+    model = wrapped(net(), engine)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(7.0)
+    opt = pullback(model, base, around)
+    opt.param_groups[0]["lr"] = 9.0
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+    dcp.load(state, checkpoint_id=folder, no_dist=engine is None)
+    set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    opt.train()
+    advance(model, opt, engine, 2, first=3)
+    return held(model, opt)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed.*:UserWarning")
+@pytest.mark.parametrize("around", ["no pull", "adam", "own", "returns"])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_around_another_optimizer_shards_are_saved_and_loaded(
+    swapped, base, around, ranks, tmp_path
+):
+    for two in ranks(save_and_go_on_around, "fsdp", str(tmp_path), base, around, swapped):
+        assert_close(load_and_go_on_around(None, str(tmp_path), base, around), two)
+        for end in ranks(load_and_go_on_around, "fsdp", str(tmp_path), base, around):
+            assert_equal(end, two)
+
+
+def whole_state_into_shards(state):
+    model = wrapped(net(), "fsdp")
+    with pytest.raises(ValueError, match="'average' is a whole tensor.*set_optimizer_state_dict"):
+        pullback(model, "SGD", "own").load_state_dict(state)
+
+
+def test_around_another_optimizer_a_whole_average_is_not_loaded_into_a_shard(ranks):
+    model = net()
+    opt = pullback(model, "SGD", "own")
+    advance(model, opt, None, 1)
+    ranks(whole_state_into_shards, opt.state_dict())
+
+
+# ---- exports ---------------------------------------------------------------------------------
+
+
+def export(engine, swapped, name):
+    model = wrapped(net(), engine)
+    opt = PACE(model.parameters(), lr=0.05, pullback=2.0, returns=RETURNS)
+    advance(model, opt, engine, 3)
+    before = held(model, opt)
+    if swapped:
+        opt.eval(swapped)
+    exported = opt.averaged_state_dict(model, name)
+    opt.train()
+    assert_equal(held(model, opt), before)
+    key = "average" if name == "average" else f"return_{name or 'slow'}"
+    return exported, [state[key] for state in before[1]]
+
+
+@pytest.mark.parametrize("name", [None, "mean", "average"])
+@pytest.mark.parametrize("swapped", [None, "mean", "average"])
+def test_an_export_gathers_whole_averages_on_the_first_rank(swapped, name, ranks):
+    (exported, averages), (other, _) = ranks(export, "fsdp", swapped, name)
+    assert other == {}
+    assert list(exported) == list(net().state_dict())
+    for x, average in zip(exported.values(), averages, strict=True):
+        assert type(x) is torch.Tensor
+        assert torch.equal(x, average)
+    net().load_state_dict(exported)
+
+
+def test_under_ddp_every_rank_can_export(ranks):
+    for exported, averages in ranks(export, "ddp", None, "mean"):
+        assert list(exported) == [f"module.{name}" for name in net().state_dict()]
+        for x, average in zip(exported.values(), averages, strict=True):
+            assert torch.equal(x, average)
+
+
+def load_a_whole_checkpoint(state):
+    model = wrapped(net(), "fsdp")
+    with pytest.raises(ValueError, match="'average' is a whole tensor.*set_optimizer_state_dict"):
+        PACE(model.parameters(), pullback=1.0).load_state_dict(state)
+
+
+def test_a_whole_tensor_is_not_loaded_into_a_shard(ranks):
+    model = net()
+    opt = PACE(model.parameters(), pullback=1.0)
+    advance(model, opt, None, 1)
+    ranks(load_a_whole_checkpoint, opt.state_dict())

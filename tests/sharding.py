@@ -1,0 +1,96 @@
+"""A net under DDP or FSDP2, and its training, for tests on two ranks."""
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+from problems import RETURNS
+from torch import nn, optim
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from paceline import Pullback
+
+
+def net():
+    """Of 2 ranks the first holds 3 of 5 rows, and the only row of the last layer."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    return model
+
+
+def wrapped(model, engine):
+    if engine == "ddp":
+        return DistributedDataParallel(model)
+    if engine == "fsdp":
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in (model[0], model[3]):
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    return model
+
+
+def whole(x):
+    x = x.detach()
+    return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
+
+
+def held(model, opt):
+    """All that a run holds, gathered: parameters and their state, in order."""
+    state = [{key: whole(value) for key, value in opt.state[p].items()} for p in model.parameters()]
+    return [whole(p) for p in model.parameters()], state
+
+
+def advance(model, opt, engine, steps, *, first=0, parts=1, clip=None):
+    """Steps on the same global batches whatever the engine: half of each for each rank."""
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(100 + step)
+        x = torch.randn(16, 6, generator=generator)
+        if engine:
+            x = x.view(2, 8, 6)[dist.get_rank()]
+        for i, part in enumerate(x.chunk(parts)):
+            later = engine == "ddp" and i < parts - 1
+            with model.no_sync() if later else contextlib.nullcontext():
+                loss = (model(part) - part[:, :1]).square().mean() / parts
+                loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        opt.step()
+        opt.zero_grad()
+
+
+def assert_close(a, b, atol=1e-6, rtol=1e-6):
+    for x, y in zip(a[0], b[0], strict=True):
+        torch.testing.assert_close(x, y, atol=atol, rtol=rtol)
+    for s, t in zip(a[1], b[1], strict=True):
+        assert s.keys() == t.keys()
+        for key in s:
+            torch.testing.assert_close(s[key], t[key], atol=atol, rtol=rtol)
+
+
+def assert_equal(a, b):
+    assert_close(a, b, 0.0, 0.0)
+
+
+BASES = {
+    "AdamW": lambda params: optim.AdamW(params, lr=0.05),
+    "SGD": lambda params: optim.SGD(params, lr=0.05, momentum=0.9),
+}
+
+AROUND = {
+    "no pull": {},
+    "adam": {"pullback": 2.0},
+    "own": {"pullback": 2.0, "gain": "own", "averaging": "bema:start=1"},
+    "scalar": {"pullback": 0.3, "gain": "scalar", "averaging": "lawa:window=2"},
+    "measured": {"pullback": 2.0, "track_stats": True},
+    "returns": {"pullback": 2.0, "returns": RETURNS},
+}
+
+
+def pullback(model, base, around):
+    return Pullback(BASES[base](model.parameters()), **AROUND[around])

@@ -1,0 +1,146 @@
+"""Cells: who trains what."""
+
+import json
+import pickle
+
+import pytest
+
+pytest.importorskip("optuna")
+pytest.importorskip("transformers")
+
+
+from studies import BASE, RECIPE, TASK, cell_of
+
+from paceline.study.cells import Task, cells
+from paceline.train.methods import parse_method
+from paceline.train.recipe import Recipe
+
+TEXT = "\n".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs" for i in range(300))
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (cell_of(BASE), True),
+        (cell_of("pace:lr=0.01:kappa=0.30:c=1.0"), True),
+        (cell_of(BASE, micro_batch=1), True),
+        (cell_of(BASE, loaders=2), True),
+        (cell_of(BASE, save_every=3), True),
+        (cell_of(BASE, report_to=("none",)), True),
+        (cell_of(BASE, gradient_checkpointing=True), True),
+        (cell_of(BASE, seed=0, lr=0.5, c=7, kappa=0.9), True),  # the cell has its own
+        (cell_of(BASE, seed=1), False),
+        (cell_of(f"{BASE}:every=2"), False),
+        (cell_of(f"{BASE}:return_kappa=0.7"), False),
+        (cell_of(f"{BASE},{BASE}:return_kappa=0.7"), False),
+        (cell_of("pace:c=1:kappa=0.3:lr=1.0000001e-2"), False),
+        (cell_of("pace:cosine:c=1:kappa=0.3:lr=1e-2"), False),
+        (cell_of(BASE, steps=7), False),
+        (cell_of(BASE, batch=4), False),
+        (cell_of(BASE, context=15), False),
+        (cell_of(BASE, weight_decay=0.1), False),
+        (cell_of(BASE, eval_examples=100), False),
+        (cell_of(BASE, precision="bf16"), False),
+        (cell_of(BASE, config={**RECIPE["config"], "n_embd": 16}), False),
+        (cell_of(BASE, task=Task("tiny", TASK.recipe, TASK.recipe)), False),
+        (cell_of(BASE, task=Task("another name", TASK.recipe)), True),
+    ],
+)
+def test_a_cell_is_known_by_all_that_decides_it(other, same):
+    assert (other.key == cell_of(BASE).key) == same
+
+
+def test_where_a_start_comes_from_is_part_of_a_cell():
+    starts = [Recipe(**{**RECIPE, **change}) for change in ({}, {"steps": 9}, {"lr": 0.5})]
+    tasks = [Task("tiny", TASK.recipe, start) for start in starts]
+    assert len({cell_of(BASE, task=task).key for task in tasks}) == 3
+    assert len({task.start_folder for task in tasks}) == 3
+    assert Task("tiny", TASK.recipe, Recipe(**RECIPE, loaders=2)).start_folder == (
+        tasks[0].start_folder
+    )
+    assert TASK.start_folder is None
+
+
+def test_methods_that_share_a_trajectory_are_one_cell():
+    texts = ["adamw:lr=1e-2", "ema:kappa=0.3:lr=1e-2", "uniform:lr=1e-2", "pace:lr=1e-2"]
+    texts += ["pace:lr=1e-2:return_kappa=0.7", "adamw:lr=1e-3", "ema:kappa=0.3:lr=1e-2"]
+    methods = [parse_method(text, **TASK.parse()) for text in texts]
+    found = cells(TASK, methods, (3, 4))
+    assert [(len(cell.run.methods), cell.run.seed) for cell in found] == [
+        *((3, 3), (2, 3), (1, 3)),
+        *((3, 4), (2, 4), (1, 4)),
+    ]
+    assert [cell.trajectory.name for cell in found[:3]] == ["adamw", "pace", "adamw"]
+    assert found[1].trajectory.return_kappa is None
+    # In whatever order they were asked for.
+    assert found[0].key == cells(TASK, [methods[2], methods[1], methods[0]], (3,))[0].key
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.md"
+    path.write_text(TEXT)
+    return {"data": (str(path),)}
+
+
+def test_a_real_cell(data, monkeypatch):
+    """A worker's second cell is what it would have been as its first, and so is a shared one."""
+    from paceline.study import cells as module
+
+    first = cell_of(f"{BASE},{BASE}:return_kappa=0.7", **data)
+    job = pickle.loads(pickle.dumps(first.train))  # as a worker gets it
+    told = []
+    result = job(lambda step, losses: told.append(step))
+    assert told == sorted(told)
+    assert told[-1] == 1000  # thousandths: what the bar of a job counts
+    rows, log = result
+    facts = {"setting": "tiny", "cell": first.key, "steps": 6, "name": "pace", "c": 1.0}
+    facts |= {"lr": 0.01, "schedule": "constant", "seed": 0, "trained_with": first.run.name}
+    facts |= {"tokens": 6 * 2 * 16}
+    assert [row["step"] for row in rows] == [0, 3, 6] * 2
+    assert [row["run"] for row in rows[2::3]] == first.run.names
+    assert [row["label"] for row in rows[2::3]] == [m.label for m in first.run.methods]
+    assert [row["return_kappa"] for row in rows[2::3]] == [None, 0.7]
+    for row in rows[2::3]:
+        assert facts.items() <= row.items()
+        losses = [row[f"{name}_loss"] for name in ("train", "live", "returned", "selection")]
+        assert len(set(losses)) == 4
+        assert all(1 < loss < 7 for loss in losses)
+        assert row["seconds"] > 0
+        assert 0 < row["gain_mean"] <= 1
+    assert rows[2]["live_loss"] == rows[5]["live_loss"]
+    assert rows[2]["returned_loss"] != rows[5]["returned_loss"]
+    assert [line["step"] for line in log] == [2, 4, 6]
+    assert all({"step", "loss", "gain_mean", "clipped"} == set(line) for line in log)
+    json.dumps([rows, log], allow_nan=False)
+
+    def curve(cell, method=0):
+        rows = cell.train(lambda step, losses: False).rows[3 * method : 3 * method + 3]
+        return [[row["live_loss"], row["returned_loss"], row["selection_loss"]] for row in rows]
+
+    seen = [[row["live_loss"], row["returned_loss"], row["selection_loss"]] for row in rows]
+    watching = cell_of("adamw:lr=1e-2,ema:kappa=0.3:lr=1e-2", seed=1, **data)
+    assert module._last is not None
+    again = curve(watching, 1)  # on the first one's data
+    assert curve(cell_of(f"{BASE}:return_kappa=0.7", **data)) == seen[3:]
+    monkeypatch.setattr(module, "_last", None)
+    alone = curve(cell_of("ema:kappa=0.3:lr=1e-2", seed=1, **data))
+    assert alone == again
+    assert again[0][0] != seen[0][0]  # from other weights
+    # Another recipe gets its own data.
+    other = cell_of(BASE, **data, context=8)
+    assert curve(other) != seen[:3]
+    assert cell_of(BASE, **data).train(lambda step, losses: step >= 500) is None
+
+
+def test_the_two_halves_share_nothing(data, tmp_path):
+    from paceline.study.cells import _assemble
+
+    cell = cell_of(BASE, **data)
+    trainer = _assemble(cell.task.recipe, tmp_path, cell.run.methods)
+    halves = {name: data["input_ids"] for name, data in trainer.eval_dataset.items()}
+    assert list(halves) == ["selection", "test"]
+    chosen_by, reported = ({tuple(ids) for ids in halves[name]} for name in halves)
+    assert min(len(chosen_by), len(reported)) > 5
+    assert abs(len(halves["selection"]) - len(halves["test"])) <= 1
+    assert not chosen_by & reported

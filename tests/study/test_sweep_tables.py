@@ -1,0 +1,187 @@
+"""What is chosen from what, and what the tables of a sweep say of it."""
+
+import math
+import re
+
+import pytest
+
+pytest.importorskip("optuna")
+pytest.importorskip("transformers")
+
+from studies import SWEEP, cell_of, study_in, worked_off
+from sweeping import result_of
+
+from paceline.study import sweep
+from paceline.study.ledger import Outcomes
+from paceline.study.statistics import DIFFERENCE, Listing, interval
+from paceline.study.sweep import Tuning
+
+
+def test_settings_are_chosen_by_one_half_and_numbers_are_from_the_other(tmp_path):
+    plan = Tuning(study_in(tmp_path))
+
+    def losses(method, seed):  # the smaller rate is better on the first half only
+        return (1.0, 7.0 + seed) if method.lr < 5e-3 else (2.0, 3.0)
+
+    outcomes = worked_off(plan, losses)
+    assert {(x.method.lr, x.selection) for x in plan.chosen(outcomes)} == {(0.001, 1.0)}
+    table = sweep.best_table(plan, outcomes)
+    facts = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert [(row["selection loss"], row["loss"], row["seeds"]) for row in facts] == [
+        (1.0, 7.5, 2)
+    ] * 3
+
+
+def test_a_setting_that_diverges_is_not_chosen_and_counts_as_infinite(tmp_path):
+    plan = Tuning(study_in(tmp_path))
+
+    def losses(method, seed):
+        if method.name == "pace" and method.c == 1:
+            return math.nan, math.nan  # all of them
+        if method.name == "ema" and seed == 1:
+            return 2.0, math.inf  # after it was chosen
+        return (math.inf if method.lr > 5e-3 else 3.0), 3.0
+
+    outcomes = worked_off(plan, losses)
+    assert {(x.method.lr, x.method.c) for x in plan.chosen(outcomes)} == {
+        *((0.001, None), (0.001, 0.1))
+    } | {(x.method.lr, None) for x in plan.chosen(outcomes) if x.family == "ema"}
+    table = sweep.best_table(plan, outcomes)
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert rows["ema"]["loss"] == math.inf
+    assert rows["ema"]["seeds"] == 2
+    assert rows["ema"]["difference"] is rows["ema"]["low"] is None
+    assert table.rows[-1][0] == "ema"  # the last
+    assert "inf" in table.markdown()
+
+
+def test_a_method_of_which_nothing_was_finished_is_in_the_table(tmp_path):
+    plan = Tuning(study_in(tmp_path))
+    outcomes = worked_off(
+        plan,
+        lambda method, seed: (math.nan, math.nan) if method.name == "pace" else (1.0, 1.0),
+        failing=lambda cell: cell.trajectory.schedule == "wsd",
+    )
+    table = sweep.best_table(plan, outcomes)
+    assert [row[0] for row in table.rows][-1] == "pace"
+    assert table.rows[-1][table.columns.index("loss")] == math.inf
+    (pace,) = [chosen for chosen in plan.chosen(outcomes) if chosen.family == "pace"]
+    assert (pace.method, pace.selection, pace.trainings) == (None, math.inf, 4)
+    adamw = next(chosen for chosen in plan.chosen(outcomes) if chosen.family == "adamw")
+    assert adamw.method.schedule == "constant"  # a failure is no better than a divergence
+    assert adamw.trainings == 4
+    assert not any(cell.run.seed for cell in plan.wanted(outcomes) if cell.trajectory.c)
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    text = SWEEP.replace("seeds: [0, 1]", "seeds: [0, 1, 2, 3]\nbaseline: ema")
+    plan = Tuning(study_in(tmp_path, text))
+    harder = [0.0, 5.0, 1.0, 9.0]  # seeds
+    better = [0.1, 0.3, 0.2, 0.4]  # than the EMA with each of them
+
+    def losses(method, seed):
+        pull = 1 + better[seed] if method.c == 1 and method.lr == 0.01 else 0
+        return 3 - pull, 4 + harder[seed] - (better[seed] if pull else 0)
+
+    outcomes = worked_off(plan, losses)
+    table = sweep.best_table(plan, outcomes)
+    assert table.title.endswith("difference to ema")
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert rows["pace"]["loss"] == pytest.approx(4 + 3.75 - 0.25)
+    assert rows["pace"]["difference"] == pytest.approx(-0.25)
+    low, high = interval([-x for x in better])
+    assert (rows["pace"]["low"], rows["pace"]["high"]) == pytest.approx((low, high))
+    assert [rows["ema"][name] for name in ("difference", "low", "high")] == [0.0, 0.0, 0.0]
+    assert table.rows[0][0] == "pace"
+
+
+def equal_of(plan, outcomes):
+    table = sweep.equal_table(plan.losses(outcomes))
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+
+def test_at_equal_rate_and_average_only_the_pull_differs(tmp_path):
+    plan = Tuning(study_in(tmp_path))
+    outcomes = worked_off(plan)
+    rows = equal_of(plan, outcomes)
+    # Each pull and rate once, against the EMA of its κ, 0.3, and not that of 0.7 or of wsd.
+    assert [(row["method"], row["lr"]) for row in rows] == [
+        *(("pace c=0.1 κ=0.3", "0.001"), ("pace c=1 κ=0.3", "0.001")),
+        *(("pace c=0.1 κ=0.3", "0.01"), ("pace c=1 κ=0.3", "0.01")),
+    ]
+    assert {row["without the pull"] for row in rows} == {"ema κ=0.3"}
+    for row in rows:
+        c = float(re.search(r"c=([\d.]+)", row["method"])[1])
+        assert row["difference"] == pytest.approx(-0.1 * c)
+        assert row["loss"] - row["without"] == pytest.approx(row["difference"])  # of equal seeds
+    assert [row["seeds"] for row in rows] == [1, 1, 1, 2]
+
+
+def test_equal_means_that_nothing_else_differs(tmp_path):
+    text = """
+    recipe: RECIPE
+    methods:
+      ema: {lr: 1e-2, kappa: 0.3}
+      rare: {method: pace, lr: 1e-2, c: 1, kappa: 0.3, every: 4}
+      slower: {method: pace, lr: 1e-2, c: 1, kappa: 0.3, return_kappa: 0.7}
+      small: {method: pace, lr: 1e-2, c: 1, kappa: 0.3, eps: 1e-3}
+      other: {method: "pullback:sgd", lr: 1e-2, c: 1, kappa: 0.3}
+      around: {method: "pullback:adamw", lr: 1e-2, c: 1, kappa: 0.3}
+      warm: {method: pace, lr: 1e-2, c: 1, kappa: 0.3, schedule: cosine}
+    seeds: [0]
+    """
+    plan = Tuning(study_in(tmp_path, text))
+    rows = equal_of(plan, worked_off(plan))
+    assert [row["method"] for row in rows] == ["pullback adamw c=1 κ=0.3"]
+
+
+def test_the_same_tables_from_whatever_order(tmp_path):
+    """Of hashes, too: of two that could be compared to, one is taken the same each time."""
+    plan = Tuning(study_in(tmp_path))
+    outcomes = worked_off(plan)
+    turned = Outcomes(dict(reversed(outcomes.finished.items())), {})
+    assert equal_of(plan, outcomes) == equal_of(plan, turned)
+    assert sweep.best_table(plan, outcomes) == sweep.best_table(plan, turned)
+
+
+def test_methods_whose_labels_are_the_same_are_told_apart():
+    """A label has six digits."""
+    cell = cell_of("ema:kappa=0.3:lr=1e-2,ema:kappa=0.30000001:lr=1e-2")
+    first, second = cell.run.methods
+    assert first.label == second.label
+    rows = result_of(cell).rows
+    for number, row in enumerate(rows):
+        row["returned_loss"] = number
+    outcomes = Outcomes({cell.key: result_of(cell)._replace(rows=rows)}, {})
+    ends = [sweep.last_row(outcomes, cell, method) for method in (first, second)]
+    assert [row["kappa"] for row in ends] == [0.3, 0.30000001]
+
+
+def test_a_difference_is_shown_with_its_interval(tmp_path):
+    rows = [["one", -0.1, -0.2, 0.0], ["two", 0.5, None, None], ["three", None, None, None]]
+    table = Listing("title", ["a", *DIFFERENCE], rows)
+    assert table.markdown().splitlines() == [
+        "| a | difference [95 %] |",
+        "| --- | ---: |",
+        "| one | -0.1000 [-0.2000, 0.0000] |",
+        "| two | 0.5000 |",
+        "| three |  |",
+    ]
+    table.write(tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_text().startswith("a,difference,low,high\none,-0.1,-0.2,0")
+
+
+def test_tables_as_text(tmp_path):
+    rows = [["one", "3e-05", None], ["two", "0.01", math.inf], ["three", "1", 0.123456]]
+    table = Listing("title", ["a", "lr", "x"], rows)
+    assert table.markdown().splitlines() == [
+        "| a | lr | x |",
+        "| --- | ---: | ---: |",
+        "| one | 3e-05 |  |",
+        "| two | 0.01 | inf |",
+        "| three | 1 | 0.1235 |",
+    ]
+    table.write(tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_text() == (
+        "a,lr,x\none,3e-05,\ntwo,0.01,inf\nthree,1,0.123456\n"
+    )

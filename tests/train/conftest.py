@@ -1,0 +1,103 @@
+"""Fixtures of several files of this room. What is optional is imported where it is needed."""
+
+import shutil
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working directory, and a cache of datasets beside it."""
+    import datasets
+
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    return place
+
+
+@pytest.fixture
+def quiet():
+    """No bars and no warnings of the libraries."""
+    from paceline.train.terminal import quiet
+
+    quiet()
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A chitchat of twenty conversations."""
+    from conversing import talk
+
+    from paceline.train import sources
+
+    monkeypatch.setattr(sources, "chitchat", lambda: map(talk, range(20)))
+
+
+@pytest.fixture
+def refused(folder, capfd):
+    """Call with the arguments of a command that is refused: what it says, without the name."""
+    from recipes import contents
+
+    from paceline.cli import main
+
+    def call(*arguments):
+        before = contents(folder)
+        capfd.readouterr()
+        assert main(list(arguments)) == 2
+        out, error = capfd.readouterr()
+        assert out == ""
+        assert error.count("\n") == 1, error
+        assert error.startswith("paceline: ")
+        assert contents(folder) == before
+        return error.removeprefix("paceline: ").rstrip("\n")
+
+    return call
+
+
+# ---- whole runs ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def surroundings(tmp_path_factory):
+    """One thread, as the models are tiny; and the datasets' cache among the temporary files."""
+    import datasets
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("data")))
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory):
+    """The keys and values of the recipe that the tests vary."""
+    import training
+
+    return training.values_in(tmp_path_factory.mktemp("conversations"))
+
+
+@pytest.fixture(scope="module")
+def recorded(surroundings, values, tmp_path_factory):
+    """A run that nothing happened to, and what was recorded of it."""
+    from training import Recorder, go
+
+    recorder = Recorder()
+    folder = tmp_path_factory.mktemp("recorded") / "run"
+    assert go(folder, values, recorder)
+    return folder, recorder
+
+
+@pytest.fixture(scope="module")
+def finished(recorded):
+    return recorded[0]
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of it, to be spoilt."""
+    return shutil.copytree(finished, tmp_path / "run")

@@ -1,0 +1,84 @@
+"""`paceline train` in two processes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("trl")
+
+
+from training import (
+    STEPS,
+    apart,
+    go_on,
+    lines,
+    near,
+    nothing_half_written,
+    read,
+    same,
+    timeless,
+    unfinished,
+    weights,
+    write_recipe,
+)
+
+pytestmark = pytest.mark.usefixtures("surroundings")
+
+
+def evaluated(run):
+    return [row for row in timeless(lines(run)) if "eval_loss" in row]
+
+
+def launch(*arguments, processes=1, module="paceline"):
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    where = [module] if module.endswith(".py") else ["-m", module]
+    command = [sys.executable, "-m", *(several if processes > 1 else []), *where, *arguments]
+    if processes == 1:
+        command.remove("-m")
+    done = subprocess.run(
+        [str(word) for word in command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(values, finished, tmp_path):
+    recipe, run = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "run"
+    said = launch("train", recipe, "--out", run, processes=2)
+    assert said.count("The model: ") == 1  # one speaks
+    near(run, finished)
+    assert read(run / "manifest.json")["processes"] == 2
+    unfinished(run)
+    assert go_on(run) == 0  # on one
+    near(run, finished)
+    assert nothing_half_written(run)
+
+
+@pytest.mark.slow
+def test_sharded_over_two_processes(values, finished, tmp_path):
+    recipe, run = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "run"
+    script = str(Path(__file__).parents[1] / "fsdp_on_cpu.py")
+    launch("train", recipe, "--out", run, "--fsdp", processes=2, module=script)
+    near(run, finished)
+    for step in (9, 12):
+        averaged = weights(run / "checkpoints" / f"checkpoint-{step}")
+        usual = weights(finished / "checkpoints" / f"checkpoint-{step}")
+        assert apart(averaged, usual) < 1e-5
+    assert same(weights(run / "checkpoints" / f"checkpoint-{STEPS}"), weights(run / "model"))
+    again = shutil.copytree(run, tmp_path / "again")
+    unfinished(again)
+    launch("train", "--resume", again, processes=2, module=script)
+    for name in ("live", "model"):
+        assert same(weights(again / name), weights(run / name))
+    near(again, run)
+    assert evaluated(again) == evaluated(run)

@@ -1,0 +1,177 @@
+"""Which tokens of a conversation are learned."""
+
+import functools
+import io
+import re
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from conversing import (
+    CONVERSATIONS,
+    EXPECTED,
+    MARKED,
+    TEMPLATES,
+    UNMARKED,
+    assistant,
+    chatml,
+    in_brackets,
+    system,
+    talk,
+    user,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from paceline.train import InputError
+from paceline.train.chat import CHATML, END, START, conversation_encoder, show, use_chatml
+from paceline.train.data import make_tokenizer
+
+pytestmark = pytest.mark.usefixtures("folder", "quiet")
+
+# It marks the last turn, and so no turn is written the same when others follow.
+LAST = """\
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' + m.content + ('!' if loop.last else '') -}}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+GEMMA3 = (TEMPLATES / "gemma3.jinja").read_text(encoding="utf-8")
+
+
+@functools.cache
+def encoder_of(template):
+    """A tokenizer with this template, and what encodes with it."""
+    tokenizer = tokenizer_of(template)
+    return tokenizer, conversation_encoder(tokenizer)
+
+
+def tokenizer_of(template):
+    """A byte-level tokenizer with a few merges, and none across a line."""
+    tokenizer = make_tokenizer(["hello there, hello user", "a b c d", "question answer"] * 9, 300)
+    if template == CHATML:
+        use_chatml(tokenizer)
+    else:
+        special = [START, END, "<start_of_turn>", "<end_of_turn>"]
+        tokenizer.add_special_tokens({"additional_special_tokens": special})
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+IDS = ["chatml", "unmarked", "marked", "qwen3"]
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("template", EXPECTED, ids=IDS)
+def test_what_the_assistant_says_is_learned_and_nothing_else(template, name):
+    messages = CONVERSATIONS[name]
+    tokenizer, encode = encoder_of(template)
+    assert in_brackets(tokenizer, encode(messages)) == EXPECTED[template](messages)
+
+
+def test_masks_of_one_conversation_in_full():
+    tokenizer = tokenizer_of(CHATML)
+    encoded = conversation_encoder(tokenizer)([user("a"), assistant("b c")])
+    named = [tokenizer.convert_ids_to_tokens(i) for i in encoded["input_ids"]]
+    learned = [name for name, m in zip(named, encoded["assistant_masks"], strict=True) if m]
+    assert learned == ["b", "Ġc", "<|im_end|>"]
+    assert named[-4:] == ["b", "Ġc", "<|im_end|>", "Ċ"]
+
+
+def test_gemma_as_trl_knows_it():
+    tokenizer = tokenizer_of(GEMMA3)
+    encode = conversation_encoder(tokenizer)
+    assert in_brackets(tokenizer, encode([system("Be brief."), *talk(1)])) == (
+        "<|endoftext|><start_of_turn>user\nBe brief.\n\nquestion 1<end_of_turn>\n"
+        "<start_of_turn>model\n⟦answer 1<end_of_turn>\n⟧"
+    )
+    with pytest.raises(InputError, match="^chat_template: Conversation roles must alternate"):
+        encode([*talk(1), *talk(2)[1:]])
+
+
+ROLES = st.sampled_from(["system", "user", "assistant"])
+
+MESSAGE = st.fixed_dictionaries({"role": ROLES, "content": st.text(max_size=12)})
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=st.lists(MESSAGE, min_size=1, max_size=6))
+def test_any_conversation(messages):
+    for template in (CHATML, UNMARKED):
+        tokenizer, encode = encoder_of(template)
+        assert in_brackets(tokenizer, encode(messages)) == EXPECTED[template](messages)
+
+
+def test_a_token_across_the_border_is_learned():
+    """Where no special token is between header and text, as in `assistant: hello`."""
+    template = UNMARKED.replace("<|im_start|>", "").replace("\\n' + m", ": ' + m")
+    template = template.replace("assistant\\n", "assistant: ")
+    tokenizer = tokenizer_of(template)
+    encoded = conversation_encoder(tokenizer)([user("hello"), assistant("hello there")])
+    assert in_brackets(tokenizer, encoded).endswith("assistant:⟦ hello there<|im_end|>⟧\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (LAST, "the tokenizer's template writes a turn differently when others follow"),
+        (LAST.replace("if loop.last", "if loop.last and m.role == 'assistant'"), "the tokenizer's"),
+        (UNMARKED.replace("<|im_start|>assistant", "<|im_start|>bot"), "the tokenizer's template"),
+        ("{% for %}", "Expected an expression"),
+        ("{% for m in mesages %}{{ m.content }}{% endfor %}", "it writes, or marks, nothing"),
+        ("hello", "it writes, or marks, nothing"),
+        ("", "it writes, or marks, nothing"),
+        (MARKED.replace("== 'assistant'", "== 'bot'"), "it writes, or marks, nothing"),
+        ("{{ raise_exception('not\nme') }}", "not me"),
+        ("{{ messages[9].content + 'x' }}", ""),
+    ],
+)
+def test_templates_that_cannot_be_used(template, message):
+    with pytest.raises(InputError, match=f"^chat_template: {message}") as error:
+        conversation_encoder(tokenizer_of(template))
+    assert "\n" not in str(error.value)
+
+
+def test_how_to_do_without_such_a_template():
+    with pytest.raises(InputError, match=r"--chat-template FILE, or --chat-template chatml$"):
+        conversation_encoder(tokenizer_of(LAST))
+    tokenizer = tokenizer_of(LAST)
+    use_chatml(tokenizer)
+    encoded = conversation_encoder(tokenizer)(talk(1))
+    assert in_brackets(tokenizer, encoded) == chatml(talk(1))
+
+
+def test_chatml_ends_turns_and_texts_with_the_same_token():
+    plain = make_tokenizer(["hello"], 300)
+    plain.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    size = len(plain)
+    use_chatml(plain)
+    assert plain.eos_token == END
+    assert len(plain) == size + 2
+    use_chatml(plain)  # once is enough
+    assert len(plain) == size + 2
+    assert plain.bos_token == "<|endoftext|>"
+    assert {"<|tool|>", START, END} <= set(plain.all_special_tokens)
+    asked = plain.apply_chat_template([user("q")], tokenize=False, add_generation_prompt=True)
+    assert asked == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("color", [None, "standard"])
+def test_shown_is_what_is_learned(color):
+    tokenizer = tokenizer_of(CHATML)
+    messages = [user("🦊 [bold]?[/bold]"), assistant("[red]🦊"), user("b"), assistant("")]
+    encoded = conversation_encoder(tokenizer)(messages)
+    ids = encoded["input_ids"]
+    labels = [i if m else -100 for i, m in zip(ids, encoded["assistant_masks"], strict=True)]
+    output = io.StringIO()
+    console = Console(file=output, width=500, color_system=color, force_terminal=color is not None)
+    show(tokenizer, ids, labels, console)
+    said = output.getvalue()
+    if color:
+        said = re.sub("\x1b\\[2m(.*?)\x1b\\[0m", r"\1", said, flags=re.DOTALL)
+        said = re.sub("\x1b\\[1;32m(.*?)\x1b\\[0m", r"⟦\1⟧", said, flags=re.DOTALL)
+    assert said == chatml(messages) + "\n"

@@ -1,0 +1,310 @@
+"""`paceline train`: runs that go on, runs that cannot, and the demos."""
+
+import os
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("transformers")
+pytest.importorskip("trl")
+
+from training import (
+    FAMILIES,
+    SEQUENCES,
+    STEPS,
+    apart,
+    assert_ended_alike,
+    checkpoints,
+    conversations,
+    go,
+    go_on,
+    lines,
+    nothing_half_written,
+    order,
+    read,
+    unfinished,
+    weights,
+    write_jsonl,
+    write_recipe,
+)
+from transformers import AutoModelForCausalLM
+
+from paceline.cli import main
+from paceline.train.build import RunTrainer
+from paceline.train.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("surroundings")
+
+
+def one_line(capsys, *parts):
+    said = capsys.readouterr().err
+    assert said.startswith("paceline: ")
+    assert said.count("\n") == 1
+    for part in parts:
+        assert part in said
+    assert "Traceback" not in said
+    return said
+
+
+def at_step(monkeypatch, step, what):
+    """Have something done within a step of the run to come."""
+    usual = RunTrainer.training_step
+
+    def training_step(trainer, *args, **kwargs):
+        if trainer.state.global_step == step:
+            what()
+        return usual(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(RunTrainer, "training_step", training_step)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+# ---- going on ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "family"), [(3, "llama"), (7, "llama"), (10, "gpt2")], ids=["evaluated", "odd", "drop"]
+)
+def test_stopped_and_resumed_as_if_not(
+    values, finished, step, family, tmp_path, capsys, monkeypatch
+):
+    """With GPT-2's dropout too, which draws random numbers at each step."""
+    whole, run = finished, tmp_path / "run"
+    recipe = write_recipe(tmp_path / "recipe.yaml", values, config=FAMILIES[family])
+    if family != "llama":
+        whole = tmp_path / "whole"
+        assert main(["train", str(recipe), "--out", str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, step, interrupt)
+        before = signal.getsignal(signal.SIGINT)
+        assert main(["train", str(recipe), "--out", str(run)]) == 130
+        assert signal.getsignal(signal.SIGINT) is before
+    said = capsys.readouterr().out
+    assert f"Stopped at step {step + 1} of {STEPS}" in said
+    assert f"paceline train --resume {run}" in said
+    assert checkpoints(run)[-1] == step + 1
+    assert not (run / "model").exists()
+    assert nothing_half_written(run)
+    assert go_on(run) == 0
+    assert f"Going on from checkpoint-{step + 1}" in capsys.readouterr().out
+    assert_ended_alike(whole, run)
+    assert read(run / "manifest.json")["resumed"][0]["from"] == f"checkpoint-{step + 1}"
+
+
+def test_a_second_signal_ends_at_once(values, tmp_path, monkeypatch, capsys):
+    recipe = write_recipe(tmp_path / "recipe.yaml", values)
+
+    def twice():
+        interrupt()
+        interrupt()
+
+    at_step(monkeypatch, 5, twice)
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 130
+    assert "interrupted" in one_line(capsys)
+    assert checkpoints(tmp_path / "run") == [3]
+
+
+def test_killed_between_the_last_checkpoint_and_the_models(finished, copied, monkeypatch):
+    for name in ("model", "live"):
+        shutil.rmtree(copied / name)
+    (copied / "live").mkdir()  # it was about to be replaced
+    at_step(monkeypatch, STEPS, lambda: pytest.fail("a step more"))
+    assert go_on(copied) == 0
+    assert_ended_alike(finished, copied)
+
+
+def test_killed_before_the_first_checkpoint_starts_anew(finished, values, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill():
+        raise Killed
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, kill)
+        with pytest.raises(Killed):
+            go(run, values)
+    assert lines(run)
+    assert go_on(run) == 0
+    assert_ended_alike(finished, run)
+
+
+def test_a_finished_run_says_so(finished, capsys, monkeypatch):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    assert go_on(finished) == 0
+    assert "is finished" in capsys.readouterr().out.replace("\n", " ")
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
+
+
+def test_goes_on_with_what_may_change(finished, copied):
+    unfinished(copied)
+    assert go_on(copied, "--micro-batch", "2", "--save-every", "2", "--keep-checkpoints", "5") == 0
+    assert checkpoints(copied) == [9, 10, 12]
+    assert order(copied) == order(finished)
+    for name in ("live", "model"):
+        assert apart(weights(copied / name), weights(finished / name)) < 5e-6
+    facts = read(copied / "manifest.json")
+    assert facts["recipe"]["micro_batch"] is None
+    assert facts["resumed"][0]["from"] == "checkpoint-9"
+    assert Recipe(**yaml.safe_load((copied / "recipe.yaml").read_text())).micro_batch == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--lr", "1e-3"], ["lr: a run goes on as it began", "micro_batch"]),
+        (["--steps", "24"], ["steps: a run goes on as it began"]),
+        (["--out", "elsewhere"], ["resume: a run goes on in its own folder"]),
+    ],
+    ids=["lr", "steps", "out"],
+)
+def test_does_not_go_on_with_what_may_not(copied, arguments, parts, capsys):
+    unfinished(copied)
+    assert go_on(copied, *arguments) == 2
+    one_line(capsys, *parts)
+    assert checkpoints(copied) == [9]
+    assert not (copied / "model").exists()
+
+
+def test_does_not_go_on_with_other_data(values, tmp_path, capsys):
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    write_jsonl(data, conversations(SEQUENCES, 0))
+    assert go(run, values, data=(str(data),))
+    unfinished(run)
+    rows = conversations(SEQUENCES, 0)
+    rows[-1][0]["content"] += " no"
+    write_jsonl(data, rows)
+    assert go_on(run) == 2
+    one_line(capsys, "data: it is not what the run began with")
+    assert not (run / "model").exists()
+
+
+def test_no_run_and_no_empty_folder(values, tmp_path, capsys):
+    assert go_on(tmp_path) == 2
+    one_line(capsys, "no folder of a run", str(tmp_path))
+    assert go_on(tmp_path / "nowhere") == 2
+    one_line(capsys, "no folder of a run")
+    recipe = write_recipe(tmp_path / "recipe.yaml", values)
+    assert main(["train", str(recipe), "--out", str(tmp_path)]) == 2
+    one_line(capsys, "not an empty folder", "--resume")
+    assert main(["train", str(recipe), "--out", str(recipe)]) == 2
+    one_line(capsys, "not an empty folder")
+    assert sorted(tmp_path.iterdir()) == [recipe]
+
+
+# ---- what cannot be done -------------------------------------------------------------------------
+
+
+def raises(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+    ],
+    ids=["device", "cpu"],
+)
+def test_out_of_memory_is_one_line(values, error, tmp_path, capsys, monkeypatch):
+    recipe, run = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "run"
+    at_step(monkeypatch, 4, raises(error))
+    assert main(["train", str(recipe), "--out", str(run)]) == 2
+    one_line(capsys, "out of memory", "--micro-batch", "--gradient-checkpointing")
+    assert checkpoints(run) == [3]
+    assert nothing_half_written(run)
+
+
+def test_other_errors_are_not_taken_for_that(values, tmp_path, monkeypatch):
+    at_step(monkeypatch, 1, raises(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        go(tmp_path / "run", values)
+
+
+def test_full_disk_in_a_checkpoint(finished, values, tmp_path, capsys, monkeypatch):
+    recipe, run = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        full = raises(OSError(28, "No space left on device"))
+        at_step(patch, 4, lambda: patch.setattr(torch, "save", full))
+        assert main(["train", str(recipe), "--out", str(run)]) == 2
+    one_line(capsys, f"cannot write to {run}: No space left", f"paceline train --resume {run}")
+    assert checkpoints(run) == [3]
+    assert nothing_half_written(run)
+    assert go_on(run) == 0
+    assert_ended_alike(finished, run)
+
+
+@pytest.mark.parametrize("limit", [100_000, 200_000], ids=["model", "optimizer"])
+def test_files_that_cannot_grow(values, limit, tmp_path, capsys, monkeypatch):
+    """By the system's limit of a file's size, which is met as a full disk is."""
+    recipe, run = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "run"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        at_step(monkeypatch, 4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard)))
+        assert main(["train", str(recipe), "--out", str(run)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    one_line(capsys, f"cannot write to {run}: ", f"paceline train --resume {run}")
+    assert checkpoints(run) == [3]
+    assert nothing_half_written(run)
+
+
+@pytest.mark.parametrize("save", ["save_live_model", "save_model"])
+def test_full_disk_at_the_end(finished, copied, save, capsys, monkeypatch):
+    """In writing the models: the last checkpoint is there, and enough."""
+    for name in ("model", "live"):
+        shutil.rmtree(copied / name)
+    with monkeypatch.context() as patch:
+        full = raises(OSError(28, "No space left on device"))
+        patch.setattr(RunTrainer, save, full)
+        assert go_on(copied) == 2
+    one_line(capsys, "No space left", f"paceline train --resume {copied}")
+    assert not (copied / "model").exists()
+    assert nothing_half_written(copied)
+    assert go_on(copied) == 0
+    assert_ended_alike(finished, copied)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"batch": 100}, [f"batch: 100 sequences a step are more than the {SEQUENCES}"]),
+        ({"context": 65}, ["context: 65 tokens are more than the model's 64"]),
+        ({"fsdp": True}, ["fsdp: ", "torchrun"]),
+        ({"micro_batch": 3}, ["micro_batch: 3 does not divide the batch of 4"]),
+        ({"warmup": 12.0}, ["warmup: 12 steps leave nothing of 12"]),
+    ],
+    ids=lambda x: next(iter(x)),
+)
+def test_what_does_not_go_together_is_one_line(values, changes, parts, tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "recipe.yaml", values, **changes)
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 2
+    one_line(capsys, *parts)
+    assert not [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
+
+
+# ---- what comes with the package -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["demo-sft", "demo-pretrain"])
+def test_the_demos_run(name, tmp_path):
+    few = ["--steps", "4", "--examples", "64", "--eval-examples", "8", "--report-to", "tensorboard"]
+    run = tmp_path / "run"
+    assert main(["train", name, "--out", str(run), *few]) == 0
+    rows = [row for row in lines(run) if "eval_loss" in row]
+    assert rows[-1]["step"] == 4
+    assert rows[-1]["eval_live_loss"] < rows[0]["eval_live_loss"]
+    assert list((run / "tensorboard").iterdir())
+    assert AutoModelForCausalLM.from_pretrained(run / "model").num_parameters() > 0
