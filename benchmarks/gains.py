@@ -14,14 +14,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from paceline.state import averages_of
 from paceline.update import scalars
 
 
 def gains(group, state):
     """λ at a parameter's last step, one for each coordinate."""
-    s = scalars(int(state["step"]), group)
+    s = scalars(int(state["step"]), group, averages_of(group))
     root = state["exp_avg_sq"].float().sqrt() / s.root_bias2 + s.eps
-    gain = torch.full_like(root, s.gain) if s.scalar else s.gain / root
+    gain = torch.full_like(root, s.gain) if s.uniform_gain else s.gain / root
     return gain.clamp(max=1.0) if s.clip else gain
 
 

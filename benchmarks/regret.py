@@ -32,10 +32,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paceline import PACE, PowerEMA
+from paceline import PACE, PowerEMA, auto
 from paceline.cache import cache_folder
 from paceline.files import whole
-from paceline.options import AUTO_POWER
 from paceline.theory.control import certainty_equivalent_gain
 from paceline.train.chat import conversation_encoder
 from paceline.train.data import (
@@ -50,13 +49,12 @@ from paceline.train.data import (
 from paceline.train.methods import Method, parse_method, scheduler, twin_rate
 from paceline.train.model import make_gpt2
 from paceline.train.sources import chitchat
-from paceline.update import auto_gain, root_sums
 
 SEEDS = range(5)
 SMOLLM2 = "models/smollm2-135m"
 WEIGHT_DECAY = 0.01
 KAPPAS = (0.2, 0.3, 0.5, 0.6, 0.7, 0.85, 0.95)
-READ_OUTS = {f"k{100 * kappa:.0f}": f"ema:power={kappa}" for kappa in KAPPAS}
+READ_OUTS = {f"k{100 * kappa:.0f}": f"ema:kappa={kappa}" for kappa in KAPPAS}
 DECAYS = ("cosine", "wsd", *(f"power:kappa={kappa}" for kappa in (0.15, 0.3, 0.5)))
 TWINS = ("twin:g=0.1:kappa=0.3", "twin:g=0.5:kappa=0.3", "twin:g=0.5:kappa=0.5")
 METHODS = (
@@ -340,7 +338,7 @@ def optimizer_of(method: Method, parameters: list[Tensor], warmup: int) -> Optim
         weight_decay=WEIGHT_DECAY,
         pullback=method.c or 0.0,
         gain=method.gain or "adam",
-        ema_power=method.kappa or 0.5,
+        kappa=method.kappa or 0.5,
         fused=True,
         returns=READ_OUTS,
     )
@@ -394,34 +392,36 @@ class Watch:
         moments = self.moments()
         step = sum(float((m / (root + 1e-8)).square().sum()) for m, root in moments) ** 0.5
         distance = sum(float((p - x["average"]).square().sum()) for p, x in self.state.items())
-        weight = PowerEMA(AUTO_POWER).weight(self.steps)
+        weight = PowerEMA(auto.AUTO_KAPPA).weight(self.steps)
         settles = weight + self.group["pullback"] * (1 - weight)
         return self.mean(distance**0.5 / max(self.group["lr"] * step, 1e-30) * settles)
 
     def stake(self) -> float:
         """E of the step to come."""
-        sums = [root_sums([x["exp_avg_sq"]], [0], [p.numel()])[0] for p, x in self.state.items()]
+        sums = [
+            auto.root_sums([x["exp_avg_sq"]], [0], [p.numel()])[0] for p, x in self.state.items()
+        ]
         correction = (1 - self.group["betas"][1] ** max(1, self.steps)) ** 0.5
         return self.group["lr"] * float(sum(sums)) / correction
 
     def factor(self) -> float:
         """What the pull of `auto` makes of the learning rate."""
-        return twin_rate(PowerEMA(AUTO_POWER).weight(self.steps + 1), auto_gain(self.stake()))
+        return twin_rate(PowerEMA(auto.AUTO_KAPPA).weight(self.steps + 1), auto.gain(self.stake()))
 
     def strength(self) -> float:
         """The c of a gain for each coordinate whose mean is that of `auto`, with v as it is."""
         logs = torch.cat([(root + 1e-8).log().flatten() for _, root in self.moments()])
-        low, high, target = float(logs.min()) - 30, float(logs.max()), auto_gain(self.stake())
+        low, high, target = float(logs.min()) - 30, float(logs.max()), auto.gain(self.stake())
         for _ in range(30):
             middle = (low + high) / 2
             too_much = float((middle - logs).exp().clamp_max(1).mean()) > target
             low, high = (low, middle) if too_much else (middle, high)
-        falloff = PowerEMA(AUTO_POWER).weight(self.steps + 1)
+        falloff = PowerEMA(auto.AUTO_KAPPA).weight(self.steps + 1)
         return math.exp(low) / max(self.group["lr"] * falloff, 1e-30)
 
     def all_the_way(self) -> float:
         """A gain of 1, toward an average that is the slower the more is at stake."""
-        self.group["ema_power"] = 0.5 * auto_gain(self.stake())
+        self.group["averaging"] = PowerEMA(0.5 * auto.gain(self.stake()))
         return 1.0
 
     def control(self) -> float:

@@ -5,7 +5,7 @@ import functools
 import pytest
 from hypothesis import settings
 
-from paceline import fused
+from paceline import kernels
 
 # Derandomised: a failure here is a failure everywhere. No deadline: these machines are shared.
 settings.register_profile("paceline", derandomize=True, deadline=None, max_examples=100)
@@ -23,8 +23,8 @@ def _own_cache(tmp_path_factory):
 @functools.cache
 def _why_no_kernel():
     try:
-        fused.build()
-    except fused.BuildError as error:
+        kernels.cpu.build()
+    except kernels.BuildError as error:
         return str(error)
 
 

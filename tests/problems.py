@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-RETURNS = {"slow": "ema:power=0.7", "mean": "uniform"}  # averages to return, by name
+from paceline.averaging import EMA, PowerEMA
+
+OF_THE_AVERAGE = ("ema_power", "ema_beta", "ema_rate", "ema_start", "ema_every")
+RETURNS = {"slow": "ema:kappa=0.7", "mean": "uniform"}  # averages to return, by name
 
 
 def same(a, b):
@@ -15,6 +18,18 @@ def same(a, b):
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b)
+
+
+def pace_options(options, defaults=()):
+    """PACE's options for the reference's, whose five of the average are one rule here."""
+    given = {**dict(defaults), **options}
+    power, beta, rate, start, every = (given.get(name) for name in OF_THE_AVERAGE)
+    if beta is None:
+        power = 0.5 if power is None else power
+        rule = PowerEMA(power, 1.0 if rate is None else rate, start or 0, every or 1)
+    else:
+        rule = EMA(beta, every=every or 1)
+    return {k: v for k, v in options.items() if k not in OF_THE_AVERAGE} | {"averaging": rule}
 
 
 def problem(dtype=torch.float32, seed=0):

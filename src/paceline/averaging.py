@@ -7,20 +7,22 @@ that `coefficients` can tell how much of each is in it.
 
 Rules are also written as text, which is how parameter groups, checkpoints and the command line
 have them: the name, then options, as in `uniform:start=100`, `lawa:window=10:every=50`,
-`ema:power=0.5` and `ema:half_life=200`. `parse` reads that, `str` writes it.
+`ema:kappa=0.5` and `ema:half_life=200`. `parse` reads that, `str` writes it.
 """
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 MIN_WEIGHT = 1e-4  # of a power EMA
+RULES: dict[str, list[type["Averaging"]]] = {}  # by name; PowerEMA and EMA share one
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,63 @@ class Averaging(ABC):
 
         average_t = (1 - weight(t))·average_{t-1} + weight(t)·θ_t,     average_0 = θ_0
 
-    A rule that needs more names it in `keeps`; its `weight` is 0, and `update_` does it all.
+    A rule of your own is a subclass, which PACE, Pullback, checkpoints and the command line take as
+    they take those of this module:
+
+        @dataclass(frozen=True)
+        class Linear(Averaging):
+            # Iterate s counts in proportion to s.
+            name: ClassVar[str] = "linear"
+
+            def falloff(self, step):
+                return 2.0 / (step + 1.0)
+
+            def weight(self, step):
+                return self.falloff(step)
+
+        opt = PACE(model.parameters(), lr=1e-3, pullback=0.1, averaging=Linear())
+
+    It must be a frozen dataclass whose fields are numbers, for `str` writes them and `parse` reads
+    them back; have a `name` of its own; and say `falloff`. `weight` gets whole numbers, or a tensor
+    of steps where the count is not read on the host (`capturable=True`). A rule that needs more
+    tensors than the average names them in `keeps`, makes them in `begin`, and does all in
+    `update_`; its `weight` is not asked for. Define the class before a checkpoint is loaded.
     """
 
     name: ClassVar[str]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        name = cls.__dict__.get("name")
+        if name is None:  # a base of further rules
+            return
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError(
+                f"name of {cls.__name__} must be letters, digits, _ or -, got {name!r}"
+            )
+        same = (cls.__module__, cls.__qualname__)  # a class defined once more replaces itself
+        others = [x for x in RULES.get(name, []) if (x.__module__, x.__qualname__) != same]
+        if others and cls.__module__ != __name__:
+            raise ValueError(f"name of {cls.__name__} must be its own, got {name!r}, {others[0]}'s")
+        RULES[name] = [*others, cls]
+
+    def __post_init__(self) -> None:
+        """Check that all fields are numbers.
+
+        Raises:
+            ValueError: one is not finite, not whole where it must be, or out of its range.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kinds = (int,) if field.type in (int, "int") else (int, float)
+            fine = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+            optional = value is None and field.default is None
+            kind = "a finite number" if float in kinds else "a whole number"
+            self._require(field.name, fine or optional, kind)
+            if field.name in ("every", "window"):
+                self._require(field.name, value >= 1, ">= 1")
+            if field.name == "start":
+                self._require(field.name, value >= 0, "a number of steps >= 0")
 
     @property
     def keeps(self) -> tuple[str, ...]:
@@ -102,19 +157,6 @@ class Averaging(ABC):
         if not ok:
             raise ValueError(f"{name} of {self.name} must be {range_}, got {getattr(self, name)!r}")
 
-    def _require_numbers(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kinds = (int,) if field.type is int else (int, float)
-            fine = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-            optional = value is None and field.default is None
-            kind = "a finite number" if float in kinds else "a whole number"
-            self._require(field.name, fine or optional, kind)
-            if field.name in ("every", "window"):
-                self._require(field.name, value >= 1, ">= 1")
-            if field.name == "start":
-                self._require(field.name, value >= 0, "a number of steps >= 0")
-
 
 @dataclass(frozen=True)
 class PowerEMA(Averaging):
@@ -125,7 +167,7 @@ class PowerEMA(Averaging):
     Until ρ the weight is 1: the average is the live weights themselves.
 
     Args:
-        power: κ in [0, 1]. 1 is nearly a uniform average, 0 no average at all.
+        kappa: κ in [0, 1]. 1 is nearly a uniform average, 0 no average at all.
         rate: γ > 0, steps⁻¹.
         start: ρ >= 0, steps.
         every: the average takes in every this-many-th iterate, >= 1.
@@ -136,20 +178,20 @@ class PowerEMA(Averaging):
     Source: Au & Block, arXiv:2606.25086 (2026).
     """
 
-    power: float = 0.5
+    kappa: float = 0.5
     rate: float = 1.0
     start: float = 0
     every: int = 1
     name: ClassVar[str] = "ema"
 
     def __post_init__(self) -> None:
-        self._require_numbers()
-        self._require("power", 0 <= self.power <= 1, "in [0, 1]")
+        super().__post_init__()
+        self._require("kappa", 0 <= self.kappa <= 1, "in [0, 1]")
         self._require("rate", self.rate > 0, "> 0")
 
     def falloff(self, step: int | Tensor) -> float | Tensor:
         """β_t."""
-        weight: float | Tensor = (1.0 + self.rate * _at_least(0, step - self.start)) ** -self.power
+        weight: float | Tensor = (1.0 + self.rate * _at_least(0, step - self.start)) ** -self.kappa
         return _at_least(MIN_WEIGHT, weight)
 
     def weight(self, step: int | Tensor) -> float | Tensor:
@@ -183,7 +225,7 @@ class EMA(Averaging):
     name: ClassVar[str] = "ema"
 
     def __post_init__(self) -> None:
-        self._require_numbers()
+        super().__post_init__()
         if (self.beta is None) == (self.half_life is None):
             raise ValueError(
                 "an EMA must have either beta or half_life, "
@@ -227,9 +269,6 @@ class SWA(Averaging):
     every: int = 1
     name: ClassVar[str] = "swa"
 
-    def __post_init__(self) -> None:
-        self._require_numbers()
-
     def falloff(self, step: int | Tensor) -> float | Tensor:
         """1/n, where n iterates are in."""
         return 1.0 / _at_least(1, (step - self.start) // self.every)
@@ -260,9 +299,6 @@ class Uniform(Averaging):
 
     start: int = 0
     name: ClassVar[str] = "uniform"
-
-    def __post_init__(self) -> None:
-        self._require_numbers()
 
     def falloff(self, step: int | Tensor) -> float | Tensor:
         """1/n, where n iterates are in."""
@@ -296,13 +332,10 @@ class LAWA(Averaging):
     every: int = 1
     name: ClassVar[str] = "lawa"
 
-    def __post_init__(self) -> None:
-        self._require_numbers()
-
     @property
     def keeps(self) -> tuple[str, ...]:
         """The snapshots, in a ring."""
-        return tuple(f"average_snapshot_{i}" for i in range(self.window))
+        return tuple(f"snapshot_{i}" for i in range(self.window))
 
     def begin(self, weights: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Room for the snapshots."""
@@ -346,7 +379,7 @@ class BEMA(Averaging):
     what one expects.
 
     Args:
-        power: κ in [0, 1], of the EMA.
+        kappa: κ in [0, 1], of the EMA.
         bias_power: η in [0, 1], of the correction.
         lag: ρ >= 1 steps of age that both begin with.
         rate: γ > 0, steps⁻¹.
@@ -360,7 +393,7 @@ class BEMA(Averaging):
     arXiv:2508.00180 (2025).
     """
 
-    power: float = 0.5
+    kappa: float = 0.5
     bias_power: float = 0.2
     lag: float = 10
     rate: float = 1.0
@@ -369,8 +402,8 @@ class BEMA(Averaging):
     name: ClassVar[str] = "bema"
 
     def __post_init__(self) -> None:
-        self._require_numbers()
-        self._require("power", 0 <= self.power <= 1, "in [0, 1]")
+        super().__post_init__()
+        self._require("kappa", 0 <= self.kappa <= 1, "in [0, 1]")
         self._require("bias_power", 0 <= self.bias_power <= 1, "in [0, 1]")
         self._require("lag", self.lag >= 1, ">= 1")
         self._require("rate", self.rate > 0, "> 0")
@@ -378,7 +411,7 @@ class BEMA(Averaging):
     @property
     def keeps(self) -> tuple[str, ...]:
         """The EMA, and θ_τ."""
-        return ("average_ema", "average_initial")
+        return ("ema", "initial")
 
     def begin(self, weights: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Both are θ_0; the second in the parameter's dtype, which holds it exactly."""
@@ -387,7 +420,7 @@ class BEMA(Averaging):
 
     def falloff(self, step: int | Tensor) -> float | Tensor:
         """β_t."""
-        weight: float | Tensor = (self.lag + self.rate * step) ** -self.power
+        weight: float | Tensor = (self.lag + self.rate * step) ** -self.kappa
         return weight
 
     def update_(
@@ -409,19 +442,13 @@ class BEMA(Averaging):
                     tensor.copy_(x)
                 continue
             x = x.to(average.dtype)
-            ema.lerp_(x.to(ema.dtype), age**-self.power)
+            ema.lerp_(x.to(ema.dtype), age**-self.kappa)
             torch.sub(x, initial, out=average)
             average.mul_(age**-self.bias_power).add_(ema)
 
 
-RULES: tuple[type[Averaging], ...] = (PowerEMA, EMA, Uniform, SWA, LAWA, BEMA)
-
-
-@lru_cache(maxsize=256)
 def parse(text: str) -> Averaging:
-    """A rule from its text: `ema` (with power, or with beta or half_life), `uniform`, `swa`, ...
-
-    `kappa` is another name of `power`.
+    """A rule from its text: `ema` (with kappa, or with beta or half_life), `uniform`, `swa`, ...
 
     Raises:
         ValueError: an unknown name or option, an option without its value, or what the rule raises.
@@ -430,7 +457,6 @@ def parse(text: str) -> Averaging:
     given: dict[str, Any] = {}
     for part in parts:
         option, equals, value = part.partition("=")
-        option = {"kappa": "power"}.get(option, option)
         try:
             number = float(value)
         except ValueError:
@@ -438,23 +464,45 @@ def parse(text: str) -> Averaging:
         if not equals or math.isnan(number) or option in given:
             raise ValueError(f"averaging {text!r}: {part!r} must be one option=number")
         given[option] = int(number) if number.is_integer() else number
-    constant = {"beta", "half_life"} & given.keys()
-    rules = [rule for rule in RULES if rule.name == name and (rule is EMA) == bool(constant)]
-    if not rules:
-        known = ", ".join(dict.fromkeys(rule.name for rule in RULES))
-        raise ValueError(f"unknown average {name!r} in {text!r}; known: {known}")
-    options = fields(rules[0])
+    if name not in RULES:
+        raise ValueError(f"unknown average {name!r} in {text!r}; known: {', '.join(RULES)}")
+    # Of two rules with one name, the one that has more of the options.
+    rule = max(RULES[name], key=lambda rule: len(given.keys() & {x.name for x in fields(rule)}))
+    names = [field.name for field in fields(rule)]
     for option in given:
-        if option not in {field.name for field in options}:
-            names = [field.name for field in options]
+        if option not in names:
             raise ValueError(f"averaging {text!r} has no option {option!r}; it has {names}")
-    for field in options:
+    for field in fields(rule):
         if field.default is MISSING and field.name not in given:
             raise ValueError(f"averaging {text!r} needs {field.name}=")
     try:
-        return rules[0](**given)
+        return rule(**given)
     except ValueError as error:
         raise ValueError(f"averaging {text!r}: {error}") from None
+
+
+def as_rule(value: Averaging | str) -> Averaging:
+    """The rule itself, or the rule of a text.
+
+    Raises:
+        ValueError: the text is of no rule; or the rule cannot be kept as text, which options and
+            checkpoints need; the message says what its class has to be.
+    """
+    if isinstance(value, str):
+        return parse(value)
+    kind = type(value)
+    if kind not in RULES.get(getattr(kind, "name", ""), []):
+        raise ValueError(f"averaging {kind.__name__} must have a class attribute `name` of its own")
+    if "__dataclass_params__" not in kind.__dict__:
+        raise ValueError(f"averaging {kind.__name__} must be a @dataclass(frozen=True)")
+    if kind.update_ is not Averaging.update_ and not value.keeps:
+        raise ValueError(f"averaging {kind.__name__} has update_, and must name tensors in `keeps`")
+    if parse(str(value)) != value:
+        raise ValueError(
+            f"averaging {kind.__name__} must have fields that are numbers, got {value!r}, which is "
+            f"{parse(str(value))!r} when it is read from its text {str(value)!r}"
+        )
+    return value
 
 
 def lerp_(averages: list[Tensor], weights: list[Tensor], weight: float | Tensor) -> None:

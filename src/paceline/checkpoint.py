@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .averaged import AveragedOptimizer
+from .base import AveragedOptimizer
 from .files import whole
 from .shards import is_sharded
 

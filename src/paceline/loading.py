@@ -1,34 +1,42 @@
 """What an optimizer checkpoint must be to be loaded, said before anything is changed."""
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .options import Group, check_options, decoded, describe, further_state
+from . import swap
+from .base import describe
+from .options import Group
 from .shards import is_sharded
+from .state import RETURN, State, extra_keys_in
 
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
-AVERAGES = {"average", "offset"}
-# What checkpoints did that lack these options.
-OLDER = {"averaging": None, "returns": None, "gain": "adam"}
-# What torch's AdamW has besides: how it steps, which says nothing about how we do.
-ADAMW_ONLY = {
-    "amsgrad",
-    "capturable",
-    "decoupled_weight_decay",
-    "differentiable",
-    "foreach",
-    "fused",
-}
+Check = Callable[[State, Tensor, swap.Swapped | None], None]
 
 
-def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
-    """A checkpoint as it is to be loaded: what it lacks is as in the optimizer's groups.
+def validated_checkpoint(
+    saved: dict[str, Any],
+    groups: list[Group],
+    *,
+    keys: frozenset[str] | None,
+    count: str,
+    complete: Callable[[Group, Group, int], Group],
+    checker: Callable[[Group, list[tuple[Tensor, State]]], Check],
+) -> dict[str, Any]:
+    """A checkpoint as it is to be loaded: with all options, without state of no step.
+
+    State that other tools have put in is kept, with a warning.
 
     Args:
-        saved: a `state_dict()` of PACE or of torch.optim.AdamW.
+        saved: a `state_dict()`.
         groups: the optimizer's parameter groups; not changed.
+        keys: of the optimizer's own state, besides further averages; None: others are a base's.
+        count: the key of the steps taken.
+        complete: from a saved group, the optimizer's, and its index: all options, checked.
+        checker: from a completed group, and its parameters with their saved states: what raises a
+            ValueError that says what is wrong with one of them.
 
     Raises:
         ValueError: it does not fit; the message names the first parameter or option that does not.
@@ -39,93 +47,64 @@ def fitted(saved: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
             f"the checkpoint's parameter groups have {sizes[0]} parameters, the optimizer's "
             f"{sizes[1]}: make the same groups, in the same order, and load again"
         )
-    ours = ["pullback" in group for group in saved["param_groups"]]
-    completed = []
-    for theirs, own, mine in zip(saved["param_groups"], ours, groups, strict=True):
-        taken = theirs.keys() - (set() if own else ADAMW_ONLY)
-        group = {**mine, "swapped": "", **{key: theirs[key] for key in taken}}
-        group["swapped"] = group["swapped"] or ""  # None, in older checkpoints
-        if own:
-            group |= {key: OLDER[key] for key in OLDER.keys() - theirs.keys()}
-        check_options(group)
+    states, completed, others = dict(saved["state"]), [], set()
+    for g, (theirs, mine) in enumerate(zip(saved["param_groups"], groups, strict=True)):
+        group = complete(theirs, mine, g)
+        group[swap.SWAPPED] = theirs.get(swap.SWAPPED) or ""
         completed.append(group)
-
-    states = dict(saved["state"])
-    unknown = set(states)
-    for g, group in enumerate(completed):
-        swapped = decoded(group["swapped"]) or [""] * len(group["params"])
-        kept = [states[key] for key in group["params"] if states.get(key)]
-        # None in all the group: they are yet to begin, as after a checkpoint of AdamW.
-        averaged = group["average"] and any(AVERAGES & state.keys() for state in kept)
-        keeps = further_state(group)
-        for i, (key, dtype) in enumerate(zip(group["params"], swapped, strict=True)):
-            state = states.get(key, {})
-            unknown.discard(key)
+        found = [states.get(key, {}) for key in theirs["params"]]
+        check = checker(group, list(zip(mine["params"], found, strict=True)))
+        records = swap.read(group[swap.SWAPPED], len(found))
+        for i, (key, record) in enumerate(zip(theirs["params"], records, strict=True)):
+            state, param = found[i], mine["params"][i]
             try:
-                _check_state(state, groups[g]["params"][i], keeps, averaged, dtype)
+                check(state, param, record)
+                if record and record.average and RETURN + record.average not in state:
+                    raise ValueError(
+                        f"the checkpoint had its average {record.average!r} swapped in, and lacks "
+                        "that"
+                    )
             except ValueError as error:
                 raise ValueError(
                     f"{describe(groups, g, i)} cannot be loaded: {error}; nothing was changed"
                 ) from None
-            if state and state["step"] == 0 and not dtype:
-                del states[key]  # saved before its first step, which begins its average anew
-    if unknown:
+            if keys is not None:
+                others |= state.keys() - keys - extra_keys_in(state)
+            if state.get(count) == 0 and not record:
+                del states[key]  # saved before its first step, where its averages begin
+    known = {key for group in completed for key in group["params"]}
+    unknown = sorted(map(repr, states.keys() - known))
+    if any(not isinstance(key, str) for key in states.keys() - known):
         raise ValueError(
-            f"the checkpoint has state for {sorted(map(str, unknown))[0]!r}, which is in none of "
-            "its groups; nothing was changed"
+            f"the checkpoint has state for {unknown[0]}, which is in none of its groups; nothing "
+            "was changed"
         )
-    for g, (theirs, own) in enumerate(zip(saved["param_groups"], ours, strict=True)):
-        # Adam's weight decay is another; torch before 2.7 does not tell the two apart.
-        is_adamw = "amsgrad" in theirs and theirs.get("decoupled_weight_decay", True)
-        if not own and not is_adamw:
-            raise ValueError(
-                f"group {g} of the checkpoint is neither PACE's nor torch.optim.AdamW's, it has "
-                f"{sorted(theirs.keys() - {'params'})}; nothing was changed"
-            )
+    if others or unknown:
+        warnings.warn(
+            f"the checkpoint's state has {', '.join([*unknown, *sorted(map(repr, others))])} of "
+            "another tool; it is carried along",
+            stacklevel=4,
+        )
     return {**saved, "state": states, "param_groups": completed}
 
 
-def _check_state(
-    state: dict[str, Any], param: Tensor, keeps: frozenset[str], averaged: bool, swapped: str
-) -> None:
-    """Raises: ValueError: what is wrong with one parameter's state."""
-    averages = AVERAGES & state.keys()
-    if not state:
-        if swapped:
-            raise ValueError("the checkpoint has no state for it, but had its average swapped in")
-        return  # it had no gradient yet
-    if missing := sorted(MOMENTS - state.keys()):
-        raise ValueError(
-            f"its state lacks {missing} and has {sorted(map(str, state))}; PACE loads checkpoints "
-            "of PACE and of torch.optim.AdamW"
-        )
-    if averages and (missing := sorted(keeps - state.keys())):
-        raise ValueError(f"its state lacks {missing}, which its averages are made of")
-    if extra := sorted(map(str, state.keys() - MOMENTS - AVERAGES - keeps)):
-        raise ValueError(f"its state has {extra}, which PACE does not keep")
-    name = swapped.partition("@")[2]
-    if name and f"return_{name}" not in state:
-        raise ValueError(f"the checkpoint had its average {name!r} swapped in, and lacks that")
-    if len(averages) == 2 or ((averaged or swapped) and not averages):
-        raise ValueError(f"its state must have 'average' or 'offset', got {sorted(averages)}")
-    for name in sorted(state.keys() - {"step"}):
-        check_tensor(name, state[name], param)
-    step = torch.as_tensor(state["step"])
-    if step.numel() != 1:
-        raise ValueError(f"its 'step' must be one number, got shape {tuple(step.shape)}")
-
-
-def check_tensor(name: str, value: Any, param: Tensor) -> None:
+def check_tensor(key: str, value: Any, param: Tensor) -> None:
     """Raises: ValueError: why a saved value cannot be state that is shaped like the parameter."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"its {name!r} must be a floating-point tensor, got {kind}")
+        raise ValueError(f"its {key!r} must be a floating-point tensor, got {kind}")
     if value.shape != param.shape:
-        raise ValueError(f"its {name!r} has shape {tuple(value.shape)}")
+        raise ValueError(f"its {key!r} has shape {tuple(value.shape)}")
     if is_sharded(value) != is_sharded(param):
         kinds = ["a whole tensor", "a shard"]
         raise ValueError(
-            f"its {name!r} is {kinds[is_sharded(value)]}, the parameter "
+            f"its {key!r} is {kinds[is_sharded(value)]}, the parameter "
             f"{kinds[is_sharded(param)]}; load it by "
             "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
         )
+
+
+def check_count(key: str, value: Any) -> None:
+    """Raises: ValueError: a saved count of steps is not one number."""
+    if torch.as_tensor(value).numel() != 1:
+        raise ValueError(f"its {key!r} must be one number, got shape {tuple(value.shape)}")

@@ -1,33 +1,56 @@
-"""PACE as a `torch.optim.Optimizer`: arguments, lazy state, averaged weights in and out."""
+"""PACE as a `torch.optim.Optimizer`: its arguments, its groups, the plan of a step."""
 
+import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import fused, rounding, shards
-from .averaged import AveragedOptimizer, begin_, further_dtype, summarize, take_in_
+from . import auto, kernels, rounding, shards
 from .averaging import Averaging
-from .loading import AVERAGES, MOMENTS, OLDER, fitted
-from .options import (
-    AUTO,
-    DTYPES,
-    EMA_OPTIONS,
-    Group,
+from .base import AveragedOptimizer, describe, summarize
+from .loading import Check, check_count, check_tensor, validated_checkpoint
+from .options import Group, check_pace, expand_short
+from .state import (
+    AVERAGE,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    OFFSET,
+    PACE_KEYS,
+    PLAIN,
+    STEP,
+    WIDE,
+    State,
     averages_of,
-    check_options,
-    describe,
-    encoded,
-    fill_in,
-    further_state,
-    require_one_return,
-    returns_of,
+    counts_on_device,
+    extra_keys_in,
+    prepare,
+    restore,
+    state_dtype,
+    take_in,
 )
-from .update import PLAIN, Scalars, Slot, in_batches, root_sums, scalars, step_
+from .swap import SWAPPED, Swapped, written
+from .update import Scalars, Slot, scalars
+
+# What torch's AdamW has besides: how it steps, which says nothing about how we do.
+ADAMW_ONLY = {
+    "amsgrad",
+    "capturable",
+    "decoupled_weight_decay",
+    "differentiable",
+    "foreach",
+    "fused",
+}
+# Options that decide how tensors are batched, what their state holds, and which kernel they take.
+SHAPING = (
+    *("averaging", "returns", "fused", "capturable", "state_dtype"),
+    *("stochastic_round", "nonfinite", "track_stats"),
+)
 
 
 class PACE(AveragedOptimizer):
@@ -41,8 +64,8 @@ class PACE(AveragedOptimizer):
     θ are the *live* weights, where gradients are taken; ema is the *average*, which is the model to
     evaluate, save and return. m̂ and v̂ are Adam's bias-corrected moments, η the scheduled learning
     rate of the step. With c = 0 the live weights are those of `torch.optim.AdamW`, and the average
-    watches ("EMA-evaluated AdamW"). With a constant averaging weight (`ema_beta`) β_t is that
-    constant, and the gain has no β_t in it.
+    watches ("EMA-evaluated AdamW"). With a constant averaging weight (`averaging=EMA(0.01)`) β_t is
+    that constant, and the gain has no β_t in it.
 
         opt = PACE(model.parameters(), lr=1e-3, pullback=0.1)
         for batch in batches:                # any training loop
@@ -53,69 +76,62 @@ class PACE(AveragedOptimizer):
             evaluate(model)
         torch.save(opt.averaged_state_dict(model), "model.pt")
 
-    The pull wants a fast average, the model to return a slow one: `return_power=0.7` keeps a second
-    average in the same pass over memory, and returns that. `returns={"slow": "ema:power=0.7",
+    The pull wants a fast average, the model to return a slow one: `return_kappa=0.7` keeps a second
+    average in the same pass over memory, and returns that. `returns={"slow": "ema:kappa=0.7",
     "mean": "uniform"}` keeps several: `opt.averaged("mean")` and `opt.averaged_state_dict(model,
     "mean")` ask for one by name; without a name it is the first.
 
-    State for each parameter, created at its first step: `step` (0-dim float32), `exp_avg` (m),
-    `exp_avg_sq` (v) and `average`, all of the parameter's shape and in float32 (float64 for a
-    float64 parameter): 12 bytes a parameter, 8 with `average=False`. While the average is swapped
-    in, `average` keeps the live weights, for 16-bit parameters in packed form. Each further average
-    is `return_<name>`, 4 bytes a parameter (8 for a float64 one), whatever `state_dtype` says.
+    State for each parameter, created at its first step (`paceline.state`): `step` (0-dim float32),
+    `exp_avg` (m), `exp_avg_sq` (v) and `average`, all of the parameter's shape and in float32
+    (float64 for a float64 parameter): 12 bytes a parameter. While the average is swapped in,
+    `average` keeps the live weights, for 16-bit parameters in packed form. Each further average is
+    `return_<name>`, 4 bytes a parameter (8 for a float64 one), whatever `state_dtype` says.
 
     With `state_dtype=torch.bfloat16` all three take 6 bytes a parameter, and float32 parameters
-    have `offset`, the average minus the live weights, in place of `average`: who changes the
-    weights between steps moves the average with them.
+    have `offset`, the average minus the live weights, in place of `average`: changing the weights
+    between steps then moves the average with them.
 
-    Every option below but `params` can be set for each parameter group.
+    Every option below except `params` can be set for each parameter group.
 
     Args:
         params: parameters, named parameters, or groups (dicts) of them.
-        lr: learning rate η >= 0, a number or 0-dim tensor. LR schedulers work as usual.
-        betas: decay of the first and second moment, each in [0, 1).
+        lr: learning rate η >= 0, a number or one-element tensor. LR schedulers work as usual.
+        betas: decay of the first and second moment, each in [0, 1): numbers, or one-element tensors
+            that are read at each step.
         eps: ε >= 0, in the unit of a gradient.
         weight_decay: decoupled weight decay wd >= 0.
         pullback: strength c >= 0, in the unit of a gradient: its best value moves with the scale
             of the gradients (the paper: 0.15-0.25 fine-tuning 1-2B models, 0.03 a 135M one, 0.002
-            to 0.003 pretraining GPT-2). Or "auto", which sets itself, at each step for all
-            coordinates of its groups: λ_t = min(1, max(0, (E_t - 1/2)/2)), with E_t the sum of
-            η_t·sqrt(v̂_{t-1}) over those groups' coordinates with a gradient: what the step can
-            change the loss by, to first order. Up to half a nat nothing pulls: that step is
-            AdamW's. It is in the unit of the loss, and made for cross-entropy in nats; of
-            parameters of 2^16 elements or more every 251st is looked at, and of shards that are no
-            DTensors (FSDP1, ZeRO) those of this rank alone. Ranks that hold DTensors wait for each
-            other, and must step the same ones. Ours, not the paper's (docs/averages.md). Required,
-            for no default has been earned.
+            to 0.003 pretraining GPT-2). Or "auto", a gain that sets itself at each step, the same
+            for all coordinates of its groups, from what the step can change the loss by
+            (`paceline.auto`): up to half a nat nothing pulls. It is made for cross-entropy in nats;
+            parameters of 2^16 elements or more count by every 251st; of shards that are no DTensors
+            (FSDP1, ZeRO) this rank's alone count, and ranks that hold DTensors wait for each other
+            and must step the same ones. Ours, not the paper's (docs/averages.md). Required, here or
+            in every group, for no default has been earned.
         gain: "adam" as above; or "scalar", λ_t = min(1, c) for all coordinates: c has no unit then,
             and the pull amounts to the learning rate η·β_t/(β_t + c·(1 - β_t)).
-        ema_power: κ in [0, 1], how fast the averaging weight decays. Larger is a slower average.
-            None: 0.5. With pullback="auto", and nothing said of averages: 0.3, and a second one of
-            0.6 (`return_power`) is returned.
-        ema_beta: a constant averaging weight in (0, 1]; takes the place of the power where given.
-        ema_rate: γ > 0, in steps⁻¹.
-        ema_start: ρ >= 0 steps during which the average is the live weights.
-        ema_every: the average takes in every this-many-th step's weights, >= 1. The pull is
-            applied at every step.
-        averaging: any other average of `paceline.averaging`, or its text, as in Uniform(start=100)
-            or "ema:half_life=200", instead of what the five options before say. β_t is then what
-            its `falloff` says. LAWA and BEMA keep more state than the average, take a second pass,
-            also over guarded coordinates, and go with neither state_dtype nor capturable.
-        return_power: κ in [0, 1] of a second average, to be returned; nothing pulls toward it.
-            Short for returns=PowerEMA(return_power).
-        returns: averages to be returned, which nothing pulls toward: one, or a dict of them by
-            names of letters and digits, of which `eval()` puts in the first. Of LAWA and BEMA the
-            same is true as above, but that they go with `state_dtype`.
+        kappa: κ in [0, 1], how fast the averaging weight decays. Larger is a slower average. Short
+            for averaging=PowerEMA(kappa).
+        averaging: the average that the pull goes toward: a rule of `paceline.averaging`, one of
+            your own, or its text, as in Uniform(start=100) or "ema:half_life=200". β_t is what its
+            `falloff` says. The pull is applied at every step, also where the rule takes in every
+            few. LAWA and BEMA keep more state than the average, take a second pass, also over
+            guarded coordinates, and go with neither state_dtype nor capturable. Default: κ = 0.5;
+            with pullback="auto", κ = 0.3, and a second average of κ = 0.6 is returned.
+        return_kappa: κ in [0, 1] of a second average, to be returned; nothing pulls toward it.
+            Short for returns=PowerEMA(return_kappa).
+        returns: averages to be returned, which nothing pulls toward: one, or a mapping of names of
+            letters and digits to such, of which `eval()` puts in the first. LAWA and BEMA do not go
+            with capturable here.
         clip: hold the gain to at most 1, so that the pull never goes past the average.
-        average: keep an average. False, for which `pullback` must be 0, is plain AdamW.
-        fused: step in one pass over memory (`paceline.fused`): True demands it, False does not use
-            it. None uses it on the CPU, for those parameters of a group that it can step if they
-            have 2^18 elements or more in all, and if a C++ compiler works; it warns once if none
-            does. It steps contiguous float32, bfloat16 and float64 parameters. On accelerators
-            None is False: through `torch.compile` it is there, but has not been measured.
-        foreach: without the kernel, step many tensors at a time (True) or one by one (False). None
-            chooses: together, but for tensor subclasses. Either way some four times 2^18 elements
-            of scratch on the CPU, and 2^24 on accelerators.
+        fused: step in one pass over memory (`paceline.kernels`): True demands it, False does not
+            use it. None uses it on the CPU, for those parameters of a group that it can step if
+            they have 2^18 elements or more in all, and if a C++ compiler works; it warns once if
+            none does. It steps contiguous float32, bfloat16 and float64 parameters. On accelerators
+            None is False: through `torch.compile` it is there, but has not been measured. Without
+            it, tensors are stepped together, with some four times 2^18 elements of scratch on the
+            CPU and 2^24 on accelerators.
         capturable: keep `step` on the parameter's device and wait for nothing there, as a CUDA
             graph needs. Costs more launches.
         state_dtype: torch.bfloat16, or its name, keeps m, v and the average in it, rounded
@@ -127,8 +143,8 @@ class PACE(AveragedOptimizer):
             the optimizer, its step and the element: nothing to save, the same on replay.
         nonfinite: what a gradient that is not finite, or whose square is not, does. "guard": its
             coordinates stand still at this step, all bits of weight, moments and average kept. It
-            takes no memory traffic in the kernel; on accelerators, without `fused=True`, copies of
-            what is stepped together. "skip": no parameter of the groups with this option steps, on
+            takes no memory traffic in the kernel; on accelerators it copies what is stepped
+            together. "skip": no parameter of the groups with this option steps, on
             any rank, and the step does not count. "raise": FloatingPointError
             before anything has changed, on all ranks. These two read the gradients once more, and
             go by each tensor's sum of squares; all ranks of the default process group must step
@@ -137,6 +153,8 @@ class PACE(AveragedOptimizer):
         maximize: ascend instead of descend.
         track_stats: measure each step for `stats()`; costs time, and scratch memory of some four
             times the parameters that are stepped together. Of sharded parameters, this rank's.
+        foreach: taken, because trainers pass it to every optimizer, and not needed: tensors are
+            stepped together anyway. It is no option of groups, and not to be True with fused=True.
 
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
@@ -148,24 +166,18 @@ class PACE(AveragedOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Sequence[float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
-        pullback: float | Literal["auto"],
+        pullback: float | Literal["auto"] | None = None,
         gain: str = "adam",
-        ema_power: float | None = None,
-        ema_beta: float | None = None,
-        ema_rate: float = 1.0,
-        ema_start: int = 0,
-        ema_every: int = 1,
+        kappa: float | None = None,
         averaging: Averaging | str | None = None,
-        return_power: float | None = None,
-        returns: Averaging | str | dict[str, Averaging | str] | None = None,
+        return_kappa: float | None = None,
+        returns: Averaging | str | Mapping[str, Averaging | str] | None = None,
         clip: bool = True,
-        average: bool = True,
         fused: bool | None = None,
-        foreach: bool | None = None,
         capturable: bool = False,
         state_dtype: torch.dtype | None = None,
         stochastic_round: bool = False,
@@ -173,6 +185,7 @@ class PACE(AveragedOptimizer):
         nonfinite: str = "guard",
         maximize: bool = False,
         track_stats: bool = False,
+        foreach: bool | None = None,
     ) -> None:
         self._forget()
         defaults = {
@@ -182,17 +195,12 @@ class PACE(AveragedOptimizer):
             "weight_decay": weight_decay,
             "pullback": pullback,
             "gain": gain,
-            "ema_power": ema_power,
-            "ema_beta": ema_beta,
-            "ema_rate": ema_rate,
-            "ema_start": ema_start,
-            "ema_every": ema_every,
+            "kappa": kappa,
             "averaging": averaging,
+            "return_kappa": return_kappa,
             "returns": returns,
             "clip": clip,
-            "average": average,
             "fused": fused,
-            "foreach": foreach,
             "capturable": capturable,
             "state_dtype": state_dtype,
             "stochastic_round": stochastic_round,
@@ -200,19 +208,20 @@ class PACE(AveragedOptimizer):
             "nonfinite": nonfinite,
             "maximize": maximize,
             "track_stats": track_stats,
+            "foreach": foreach,
         }
-        if return_power is not None:
-            defaults["return_power"] = return_power
-        require_one_return(defaults)
-        fill_in(defaults)
-        check_options(defaults)
-        super().__init__(params, defaults)
+        expand_short(defaults)
+        checked = defaults | ({"pullback": 0.0} if pullback is None else {})
+        auto.fill_in(checked)
+        check_pace(checked)
+        if pullback is None:  # each group gives its own, and what it keeps follows from that
+            checked |= {name: defaults[name] for name in ("pullback", "averaging", "returns")}
+        super().__init__(params, checked)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # one that an older version pickled
-            for option, value in OLDER.items():
-                group.setdefault(option, value)
+    def _forget(self) -> None:
+        super()._forget()
+        self._plans: dict[int, Plan] = {}  # by the group's index
+        self._states: list[State] = []  # of all parameters, when the plans were made
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters with options of its own.
@@ -222,26 +231,20 @@ class PACE(AveragedOptimizer):
                 go with an option.
             RuntimeError: `fused=True`, and the kernel cannot be built here.
         """
-        if isinstance(param_group, dict):  # a group's own average is not mixed with the default
-            require_one_return(param_group)
-            if param_group.get("averaging") is not None:
-                param_group |= EMA_OPTIONS | param_group
-            elif EMA_OPTIONS.keys() & param_group.keys():
-                param_group.setdefault("averaging", None)
-            if param_group.get("ema_power") is not None:
-                param_group.setdefault("ema_beta", None)
-            if param_group.get("average") is False and self.defaults["pullback"] == AUTO:
-                param_group.setdefault("returns", None)  # which nobody asked for
+        if isinstance(param_group, dict):  # else torch says what is wrong
+            expand_short(param_group)
         super().add_param_group(param_group)
         try:
-            check_options(param_group)
+            if param_group["pullback"] is None:
+                raise ValueError("pullback must be given, to PACE or in every group")
+            auto.fill_in(param_group)
+            check_pace(param_group)
             self._check_params(len(self.param_groups) - 1)
-        except (ValueError, fused.BuildError):
+        except (ValueError, kernels.BuildError):
             self.param_groups.pop()
             raise
-        # While swapped: of each parameter the dtype when its average came in, if it did. Kept here,
-        # for groups go into checkpoints, whose engines want plain values of one kind.
-        param_group["swapped"] = encoded("" for _ in param_group["params"]) if self.swapped else ""
+        live: list[Swapped | None] = [None] * len(param_group["params"])
+        param_group[SWAPPED] = written(live) if self.swapped else ""
 
     def _check_params(self, group: int) -> None:
         options = self.param_groups[group]
@@ -249,7 +252,7 @@ class PACE(AveragedOptimizer):
         if len(set(params)) < len(params):
             raise ValueError(f"params must be given once each, got one twice in group {group}")
         for index, param in enumerate(params):
-            if param.dtype not in DTYPES and not param.is_complex():
+            if param.dtype not in WIDE and not param.is_complex():
                 raise ValueError(
                     f"params must be 16-, 32- or 64-bit floating-point tensors, got {param.dtype} "
                     f"in {describe(self.param_groups, group, index)}"
@@ -268,13 +271,15 @@ class PACE(AveragedOptimizer):
                 self._demand_fused(group, index, ValueError)
         if options["fused"]:
             for device in {p.device for p in params}:
-                fused.prepare(device)
+                kernels.prepare(device)
 
     @torch.no_grad()
     def _demand_fused(self, group: int, index: int, error: type[Exception]) -> None:
         options = self.param_groups[group]
         param = options["params"][index]
-        reason = fused.reason_against(shards.local(param), _state_dtype(param, options), param.grad)
+        reason = kernels.reason_against(
+            shards.local(param), state_dtype(param, options), param.grad
+        )
         if reason:
             raise error(
                 f"fused=True {reason}, got {describe(self.param_groups, group, index)}; nothing "
@@ -302,205 +307,84 @@ class PACE(AveragedOptimizer):
                 Nothing has changed then.
             FloatingPointError: with `nonfinite="raise"`, as said there.
         """
-        if closure is None and (stepped := self._rehearsal()):
-            for group, p in stepped:
-                self._ready(p, group, further_state(group))
-            self._rehearsed = True
+        if closure is None and (probed := self._is_state_probe()):
+            for group, p in probed:
+                prepare(self.state[p], p, group, averages_of(group))
+            self._state_is_provisional = True
             return None
         self._refuse_while_swapped()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
-        skip = self._judge_gradients()
-        if self._rehearsed:  # averages begin from what is in the parameters now
+        held = self._plans_that_hold()
+        for index, plan in enumerate(held):
+            if plan is None:
+                self._check_fused(index)
+                self._check_gradients(index)
+        skip = self._skips_step()
+        if self._state_is_provisional:  # averages begin from what is in the parameters now
             self.state.clear()
-            self._rehearsed = False
+            self._state_is_provisional = False
 
-        stake = self._stake()
-        plans = []  # complete before the first change
-        first = 0  # the group's first parameter's place in the optimizer
-        for group in self.param_groups:
-            skips = skip if group["nonfinite"] == "skip" else False
-            batches = [] if skips is True else list(self._batches(group, first, skips, stake))
-            plans.append([(slots, s, _one_pass(slots, group)) for slots, s in batches])
-            first += len(group["params"])
+        change = auto.expected_loss_change(self.param_groups, self.state)
+        plans = self._completed(held, skip)
+        # Complete before the first change.
+        work = [list(plan.work(_skips(plan.group, skip), change)) for plan in plans]
 
-        measured: list[list[dict[str, Tensor]]] = []
-        held: list[int | Tensor] = []
-        for group, plan in zip(self.param_groups, plans, strict=True):
+        measured: list[list[dict[str, Any]]] = []
+        for plan, items in zip(plans, work, strict=True):
             measured.append([])
-            if plan:
-                self._count_step(group, skip)
-            for slots, numbers, one_pass in plan:
-                if one_pass:
-                    held += fused.step_(slots, numbers)
-                else:
-                    measure = group["track_stats"]
-                    measured[-1] += [step_(x, numbers, measure=measure) for x in in_batches(slots)]
-        held += [batch.pop("held") for group in measured for batch in group if "held" in batch]
-        for group, plan in zip(self.param_groups, plans, strict=True):
-            if plan and group["average"]:
-                self._take_in(group, skip if group["nonfinite"] == "skip" else False)
-        self._count_faults(held, skip)
+            plan.count_step(_skips(plan.group, skip))
+            for kernel, grads, keys, numbers in items:
+                measured[-1] += kernel.step(grads, keys, numbers, measure=plan.group["track_stats"])
+        skipped = [x.pop("skipped") for group in measured for x in group if "skipped" in x]
+        for plan in plans:
+            # A skip that a device decides is asked for only where it is needed.
+            if plan.averages.kept and not _skips(plan.group, skip):
+                plan.take_in()
+        self._count_faults(skipped, skip)
         self._stats = summarize(measured)
         return loss
 
-    def _count_step(self, group: Group, skip: bool | Tensor) -> None:
-        steps = [self.state[p]["step"] for p in group["params"] if p.grad is not None]
-        if group["nonfinite"] == "skip" and isinstance(skip, Tensor):
-            for step in steps:
-                step.add_(~skip.to(step.device))
-        else:
-            torch._foreach_add_(steps, 1.0)
+    def _plans_that_hold(self) -> list["Plan | None"]:
+        """Of each group the plan of the step before, if the coming step goes by it, too."""
+        states = list(self.state.values())
+        if not _same(states, self._states):
+            self._plans, self._states = {}, states
+        first, held = 0, []
+        for index, group in enumerate(self.param_groups):
+            plan = self._plans.get(index)
+            held.append(plan if plan is not None and plan.holds(group, first) else None)
+            first += len(group["params"])
+        return held
 
-    def _batches(
-        self, group: Group, first: int, skip: bool | Tensor, stake: float | Tensor
-    ) -> Iterator[tuple[list[Slot], Scalars]]:
-        """The parameters that have gradients, with state, and the scalars of their next step.
+    def _completed(self, held: list["Plan | None"], skip: bool | Tensor) -> list["Plan"]:
+        """The plan of each group for the coming step; of no tensors where the host skips it."""
+        first, plans = 0, []
+        for index, (group, plan) in enumerate(zip(self.param_groups, held, strict=True)):
+            if _skips(group, skip) is True:
+                plan = Plan(group, first, self.state, [])
+            elif plan is None:
+                plan = self._plans[index] = Plan(group, first, self.state, group["params"])
+            plans.append(plan)
+            first += len(group["params"])
+        if plans != held:
+            self._states = list(self.state.values())
+        return plans
 
-        Args:
-            group: a parameter group.
-            first: the place of its first parameter in the optimizer.
-            skip: a tensor that says on the device whether the step is skipped, or False.
-            stake: as `_stake` has it.
-        """
-        foreach = group["foreach"]
-        further = further_state(group)
-        returned = [f"return_{k}" for k, rule in returns_of(group).items() if not rule.keeps]
-        rounds = group["state_dtype"] is not None or group["stochastic_round"]
-        stepped: dict[tuple[Any, ...], list[tuple[int, Slot, Tensor]]] = defaultdict(list)
-        for place, p in enumerate(group["params"], first):
-            if p.grad is None:
-                continue
-            state = self._ready(p, group, further)
-            average = state.get("average", state.get("offset")) if group["average"] else None
-            slot = Slot(
-                shards.local(p),
-                shards.local_grad(p),
-                shards.local(state["exp_avg"]),
-                shards.local(state["exp_avg_sq"]),
-                None if average is None else shards.local(average),
-                start=shards.first_element(p) if rounds else 0,
-                returned=tuple(shards.local(state[key]) for key in returned),
-            )
-            mine = slot.param
-            together = type(mine) in PLAIN if foreach is None else foreach
-            step = None if _counts_on_device(p, group) else state["step"].item()
-            fits = fused.reason_against(mine, slot.exp_avg.dtype, slot.grad) is None
-            dtypes = (mine.dtype, slot.grad.dtype)
-            key = (mine.device, dtypes, fits, None if together else place, step)
-            stepped[key].append((place, slot, state["step"]))
-        for (device, *_, step), members in stepped.items():
-            places, slots, counts = map(list, zip(*members, strict=True))
-            # Counts that the host may not read: a vector, and vectors of scalars from it.
-            now = torch.stack(counts) + 1.0 if step is None else int(step) + 1
-            at_stake = stake.to(device) if isinstance(stake, Tensor) else stake
-            numbers = scalars(now, group, at_stake)
-            if isinstance(skip, Tensor):
-                numbers = numbers._replace(hold=skip.to(device))
-            if rounds:
-                keys = _keys(group["seed"], places, now, device)
-                slots = [slot._replace(key=key) for slot, key in zip(slots, keys, strict=True)]
-            if not isinstance(now, Tensor):
-                yield slots, numbers
-                continue
-            for i, slot in enumerate(slots):
-                own = Scalars._make(_of(x, i) for x in numbers)
-                yield [slot], own._replace(weights=tuple(_of(x, i) for x in numbers.weights))
-
-    def _stake(self) -> float | Tensor:
-        """E_t of `auto_gain` at the step to come; on accelerators 0-dim, and nothing is read."""
-        stepped: dict[Any, list[tuple[Tensor, Any]]] = defaultdict(list)
-        for group in self.param_groups:
-            for p in group["params"] if group["pullback"] == AUTO else ():
-                if p.grad is None or not self.state.get(p):
-                    continue
-                step, lr = self.state[p]["step"], group["lr"]
-                on_device = _counts_on_device(p, group)
-                count = step.double().clamp_min(1.0) if on_device else max(1.0, step.item())
-                if isinstance(lr, Tensor) and lr.device.type == "cpu":
-                    lr = float(lr)
-                rate = lr / (1.0 - group["betas"][1] ** count) ** 0.5
-                # Those go into one operation that hold the same parts and have rates of one kind.
-                stepped[p.device, shards.holders(p), type(rate)].append((p, rate))
-        parts = []
-        for members in stepped.values():
-            params, rates = zip(*members, strict=True)
-            roots = root_sums(
-                [shards.local(self.state[p]["exp_avg_sq"]) for p in params],
-                [shards.first_element(p) for p in params],
-                [p.numel() for p in params],
-            )
-            part = torch.stack(torch._foreach_mul(roots, rates)).sum()
-            parts.append(shards.total(part, params[0]))
-        if not parts:
-            return 0.0
-        stake = torch.stack([part.to(parts[0].device) for part in parts]).sum()
-        return stake.item() if stake.device.type == "cpu" else stake
-
-    def _take_in(self, group: Group, skip: bool | Tensor) -> None:
-        """Have averages that are more than one tensor take in the weights of this step."""
-        rules = {key: rule for key, rule in averages_of(group).items() if rule.keeps}
-        if not rules or skip:  # asked only where it is needed: a device would be waited for
+    def _check_fused(self, group: int) -> None:
+        """Raises: RuntimeError: `fused=True`, and its kernel cannot step a parameter."""
+        options = self.param_groups[group]
+        if not options["fused"]:
             return
-        for p in group["params"]:
-            if p.grad is not None:
-                take_in_(rules, int(self.state[p]["step"]), [(p, self.state[p])])
+        stepped = [(i, p) for i, p in enumerate(options["params"]) if p.grad is not None]
+        for device in {p.device for _, p in stepped}:
+            kernels.prepare(device)
+        for i, _ in stepped:
+            self._demand_fused(group, i, RuntimeError)
 
-    def _ready(self, param: Tensor, group: Group, further: frozenset[str]) -> dict[str, Any]:
-        """The parameter's state: made at its first step, in the form that the options ask for.
-
-        `further` is the group's `further_state`.
-        """
-        state: dict[str, Any] = self.state[param]
-        dtype = _state_dtype(param, group)
-        counter = param.device if _counts_on_device(param, group) else torch.device("cpu")
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=counter)
-            state["exp_avg"] = fused.empty_state(param, dtype, param.device).zero_()
-            state["exp_avg_sq"] = fused.empty_state(param, dtype, param.device).zero_()
-        elif state["exp_avg"].dtype != dtype:
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = state[key].to(dtype)
-        if state["step"].device != counter:
-            state["step"] = state["step"].to(counter)
-        if param.is_contiguous() and not state["exp_avg"].is_contiguous():
-            # The kernel goes by places in memory, and the parameter has another layout now.
-            for key in state.keys() - {"step"}:
-                state[key] = fused.empty_state(param, state[key].dtype, param.device).copy_(
-                    state[key]
-                )
-        if not group["average"]:
-            return state
-        if dtype.itemsize < param.dtype.itemsize:
-            if "average" in state:
-                state["offset"] = (state.pop("average") - param.detach()).to(dtype)
-            elif "offset" not in state:
-                state["offset"] = fused.empty_state(param, dtype, param.device).zero_()
-        elif "offset" in state:
-            state["average"] = param.detach().to(dtype) + state.pop("offset")
-        elif "average" not in state or state["average"].dtype != dtype:
-            source = state.get("average", param.detach())
-            state["average"] = fused.empty_state(param, dtype, param.device).copy_(source)
-        if len(state) != 4 + len(further) or not further <= state.keys():
-            begin_(state, group, param.detach(), DTYPES.get(param.dtype, param.dtype))
-        for key in further:  # the parameter may be of another dtype than before
-            state[key] = state[key].to(further_dtype(key, state[key].dtype, param, group))
-        return state
-
-    def _check_gradients(self) -> None:
-        for g, group in enumerate(self.param_groups):
-            if group["fused"]:
-                for device in {p.device for p in group["params"] if p.grad is not None}:
-                    fused.prepare(device)
-            for i, p in enumerate(group["params"]):
-                if group["fused"] and p.grad is not None:
-                    self._demand_fused(g, i, RuntimeError)
-        super()._check_gradients()
-
-    # ---- reports and checkpoints --------------------------------------------------------------
+    # ---- checkpoints --------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict()`; state keeps its dtype whatever the parameters'.
@@ -512,6 +396,8 @@ class PACE(AveragedOptimizer):
         warning says so, and the averages begin from the weights that are there at the next step,
         as if all steps before had been there: give Uniform, SWA and BEMA that step as their start.
 
+        State that another tool has put beside PACE's is carried along, with a warning.
+
         Raises:
             ValueError: state of another class, missing, left over, misshapen, or of a shard; groups
                 that do not match; or an option out of its range. The message names the parameter
@@ -519,43 +405,43 @@ class PACE(AveragedOptimizer):
         """
         loaded: dict[str, Any] = {}
 
-        def fit(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
-            loaded.update(fitted(final, self.param_groups))
+        def validate(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(
+                validated_checkpoint(
+                    final,
+                    self.param_groups,
+                    keys=PACE_KEYS,
+                    count=STEP,
+                    complete=_complete,
+                    checker=_checker,
+                )
+            )
             return loaded
 
-        def restore(_: Optimizer) -> None:
-            # torch has cast float state to the parameter's dtype: take ours from the source again.
+        def restore_ours(_: Optimizer) -> None:
             # A copy, for two optimizers that share tensors would swap each other's averages.
-            ids = [i for group in loaded["param_groups"] for i in group["params"]]
-            params = [p for group in self.param_groups for p in group["params"]]
-            options = [group for group in self.param_groups for _ in group["params"]]
-            for i, p, group in zip(ids, params, options, strict=True):
-                for key, value in loaded["state"].get(i, {}).items():
-                    if key == "step":
-                        device = p.device if _counts_on_device(p, group) else "cpu"
-                        step = torch.as_tensor(value).reshape(())
-                        self.state[p][key] = step.to(device, torch.float32, copy=True)
-                    else:
-                        dtype = _state_dtype(p, group)
-                        if key not in MOMENTS | AVERAGES:
-                            dtype = further_dtype(key, value.dtype, p, group)
-                        mine = fused.empty_state(p, dtype, p.device)
-                        self.state[p][key] = mine.copy_(value)
+            for saved, group in zip(loaded["param_groups"], self.param_groups, strict=True):
+                averages = averages_of(group)
+                keys = PACE_KEYS | averages.extra_keys
+                for key, p in zip(saved["params"], group["params"], strict=True):
+                    source, own = loaded["state"].get(key, {}), state_dtype(p, group)
+                    if source:
+                        restore(self.state[p], source, keys, p, averages, own)
 
         # The first sees what the user's own hooks made of the state, the second runs before theirs.
         hooks = [
-            self.register_load_state_dict_pre_hook(fit),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
+            self.register_load_state_dict_pre_hook(validate),
+            self.register_load_state_dict_post_hook(restore_ours, prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
         finally:
             for hook in hooks:
                 hook.remove()
-        self._stats = None
-        self._rehearsed = False
-        kept = [self.state.get(p) for g in self.param_groups if g["average"] for p in g["params"]]
-        if any(state and not AVERAGES & state.keys() for state in kept):
+        self._stats, self._state_is_provisional = None, False
+        self._plans = {}
+        states = [self.state.get(p) for group in self.param_groups for p in group["params"]]
+        if any(state and not {AVERAGE, OFFSET} & state.keys() for state in states):
             warnings.warn(
                 "the checkpoint keeps no averages, as those of torch.optim.AdamW: its moments, "
                 "steps and options are taken over, and averages begin from the weights that are "
@@ -564,33 +450,190 @@ class PACE(AveragedOptimizer):
             )
 
 
-def _of(x: Any, i: int) -> Any:
-    """The i-th of a vector of scalars; what is none is every slot's."""
-    return x[i] if isinstance(x, Tensor) and x.ndim else x
+# ---- the plan of a step -------------------------------------------------------------------------
+
+Work: TypeAlias = tuple[kernels.Kernel, list[Tensor], list[Any] | None, Scalars]
 
 
-def _counts_on_device(param: Tensor, group: Group) -> bool:
-    """Whether the step count is to be where the parameter is, and not read."""
-    skips = group["nonfinite"] == "skip" and param.device.type != "cpu"
-    return bool(group["capturable"]) or skips
+@dataclass
+class Batch:
+    """Tensors that step together: of one device, one set of dtypes and one step count."""
+
+    params: list[Tensor]
+    places: list[int]  # of each parameter its place in the optimizer
+    states: list[State]
+    steps: list[Tensor]  # the count in each state
+    count: int | None  # steps taken; None if the host must not read them
+    kernels: list[kernels.Kernel]  # one for all; or one each where the host must not read counts
 
 
-def _state_dtype(param: Tensor, group: Group) -> torch.dtype:
-    dtype: torch.dtype | None = group["state_dtype"]
-    return dtype or DTYPES.get(param.dtype, param.dtype)
+class Plan:
+    """How the tensors of a group step: kept between steps, for as long as it holds.
+
+    Args:
+        group: the parameter group, whose parameters have the gradients of the coming step.
+        first: the place of its first parameter in the optimizer.
+        states: the optimizer's `state`; what the options ask for is made there.
+        params: the group's parameters, or none where it does not step.
+    """
+
+    def __init__(self, group: Group, first: int, states: Any, params: list[Tensor]) -> None:
+        self.group, self.averages = group, averages_of(group)
+        self.shaped_by = _shaping(group, first)
+        self.params = list(params)
+        self.rounds = group["state_dtype"] is not None or group["stochastic_round"]
+        self.stepped: list[Tensor] = []
+        alike: dict[tuple[Any, ...], list[tuple[Slot, Tensor, int]]] = defaultdict(list)
+        for place, p in enumerate(self.params, first):
+            if p.grad is None:
+                continue
+            self.stepped.append(p)
+            state = states[p]
+            prepare(state, p, group, self.averages)
+            slot = self._slot(p, state)
+            count = None if counts_on_device(p, group) else int(state[STEP].item())
+            fits = kernels.reason_against(slot.param, slot.exp_avg.dtype, slot.grad) is None
+            alone = None if type(slot.param) in PLAIN else place
+            dtypes = (slot.param.dtype, shards.local_grad(p).dtype)
+            alike[slot.param.device, dtypes, fits, alone, count].append((slot, p, place))
+        self.batches = []
+        for (*_, count), members in alike.items():
+            slots, params, places = map(list, zip(*members, strict=True))
+            parts = [[slot] for slot in slots] if count is None else [slots]
+            chosen = [kernels.choose(part, group) for part in parts]
+            own = [states[p] for p in params]
+            steps = [state[STEP] for state in own]
+            self.batches.append(Batch(params, places, own, steps, count, chosen))
+        self._remember([slot for members in alike.values() for slot, *_ in members], states)
+
+    def _slot(self, param: Tensor, state: State) -> Slot:
+        return Slot(
+            shards.local(param),
+            shards.local_grad(param),
+            shards.local(state[EXP_AVG]),
+            shards.local(state[EXP_AVG_SQ]),
+            shards.local(state[AVERAGE] if AVERAGE in state else state[OFFSET]),
+            start=shards.first_element(param) if self.rounds else 0,
+            extra=tuple(shards.local(state[key]) for key in self.averages.extra),
+        )
+
+    # ---- whether it holds
+
+    def _remember(self, slots: list[Slot], states: Any) -> None:
+        """Keep what `holds` compares with."""
+        self.plain = all(type(p) in PLAIN and p.layout is torch.strided for p in self.stepped)
+        self.states = [states[p] for p in self.stepped]
+        self.values = [x for state in self.states for x in state.values()]
+        tensors = ((slot.param, *slot[2:5], *slot.extra) for slot in slots)
+        self.tensors = [x for group in tensors for x in group if x is not None]
+        if self.plain:
+            self.layout = _layout(self.tensors), [p.dtype for p in self.stepped]
+            self.gradients = _kinds([p.grad for p in self.stepped])
+
+    def holds(self, group: Group, first: int) -> bool:
+        """Whether the coming step goes as this plan has it.
+
+        Not if a parameter, option, gradient or state has come, gone or become another, or if a
+        tensor's memory, size, strides or dtype, or a count of steps, has changed. A plan with
+        tensor subclasses never holds.
+        """
+        params = group["params"]
+        return (
+            self.plain
+            and self.group is group
+            and self.shaped_by == _shaping(group, first)
+            and _same(params, self.params)
+            and _same([p for p in params if p.grad is not None], self.stepped)
+            and _same([x for state in self.states for x in state.values()], self.values)
+            and (_layout(self.tensors), [p.dtype for p in self.stepped]) == self.layout
+            and _kinds([p.grad for p in self.stepped]) == self.gradients
+            and all(
+                x.count is None or set(map(Tensor.item, x.steps)) == {x.count} for x in self.batches
+            )
+        )
+
+    # ---- the step
+
+    def work(self, skip: bool | Tensor, change: float | Tensor) -> Iterator[Work]:
+        """Each kernel with gradients, keys of stochastic rounding and numbers of the coming step.
+
+        Args:
+            skip: a tensor that says on the device whether the step is skipped, or False.
+            change: the expected loss change (`paceline.auto`).
+        """
+        for batch in self.batches:
+            local_grad = _grad if self.plain else shards.local_grad
+            grads = [local_grad(p) for p in batch.params]
+            device = grads[0].device
+            # Counts that the host may not read: a vector, and vectors of scalars from it.
+            now = torch.stack(batch.steps) + 1.0 if batch.count is None else batch.count + 1
+            expected = change.to(device) if isinstance(change, Tensor) else change
+            numbers = scalars(now, self.group, self.averages, expected)
+            if isinstance(skip, Tensor):
+                numbers = numbers._replace(skip_nonfinite=skip.to(device))
+            keys = _keys(self.group["seed"], batch.places, now, device) if self.rounds else None
+            if batch.count is not None:
+                yield batch.kernels[0], grads, keys, numbers
+                continue
+            for i, kernel in enumerate(batch.kernels):
+                own = Scalars._make(_of(x, i) for x in numbers)
+                own = own._replace(extra_weights=tuple(_of(x, i) for x in numbers.extra_weights))
+                yield kernel, grads[i : i + 1], keys[i : i + 1] if keys else None, own
+
+    def count_step(self, skip: bool | Tensor) -> None:
+        """Add 1 to each count, but where a device says that the step is skipped."""
+        for batch in self.batches:
+            if isinstance(skip, Tensor):
+                for step in batch.steps:
+                    step.add_(~skip.to(step.device))
+            else:
+                torch._foreach_add_(batch.steps, 1.0)
+            if batch.count is not None:
+                batch.count += 1
+
+    def take_in(self) -> None:
+        """Have averages whose rules keep more tensors take in the weights of the step."""
+        for batch in self.batches:
+            for p, state in zip(batch.params, batch.states, strict=True):
+                take_in(self.averages, int(state[STEP]), [(p, state)])
 
 
-def _one_pass(slots: list[Slot], group: Group) -> bool:
-    """Whether tensors go to the one-pass kernel."""
-    if group["fused"] is not None or group["foreach"] is not None or group["track_stats"]:
-        return bool(group["fused"])
+def _skips(group: Group, skip: bool | Tensor) -> bool | Tensor:
+    """Whether a group skips a step that groups with nonfinite="skip" do."""
+    return skip if group["nonfinite"] == "skip" else False
+
+
+def _shaping(group: Group, first: int) -> tuple[Any, ...]:
+    return (first, *(group[name] for name in SHAPING))
+
+
+def _same(a: list[Any], b: list[Any]) -> bool:
+    """Whether two lists are of the same objects."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _layout(tensors: list[Tensor]) -> tuple[list[Any], ...]:
+    """Where tensors are in memory, and how."""
     return (
-        slots[0].param.device.type == "cpu"
-        and sum(slot.param.numel() for slot in slots) >= fused.WORTH_BUILDING
-        # All tensors of a batch fit the kernel, or none does.
-        and fused.reason_against(slots[0].param, slots[0].exp_avg.dtype, slots[0].grad) is None
-        and fused.available()
+        list(map(Tensor.data_ptr, tensors)),
+        list(map(Tensor.numel, tensors)),
+        list(map(Tensor.is_contiguous, tensors)),
     )
+
+
+def _kinds(grads: list[Any]) -> tuple[list[Any], ...]:
+    """What decides whether gradients can be stepped, and by which kernel."""
+    return [x.dtype for x in grads], [x.layout for x in grads], list(map(Tensor.numel, grads))
+
+
+def _grad(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad
+
+
+def _of(x: Any, i: int) -> Any:
+    """The i-th of a vector of scalars; any other number is every slot's."""
+    return x[i] if isinstance(x, Tensor) and x.ndim else x
 
 
 def _keys(
@@ -605,3 +648,59 @@ def _keys(
     # Made on the device from nothing, for a CUDA graph cannot hold a copy from the host.
     all_places = torch.arange(max(places) + 1, dtype=torch.int32, device=device)
     return list(rounding.keys(seed, torch.stack([all_places[i] for i in places]), step.int()))
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+def _complete(saved: Group, mine: Group, index: int) -> Group:
+    """All options of a saved group of PACE or of torch.optim.AdamW, checked."""
+    ours = "pullback" in saved
+    # Adam's weight decay is another; torch before 2.7 does not tell the two apart.
+    if not ours and not ("amsgrad" in saved and saved.get("decoupled_weight_decay", True)):
+        raise ValueError(
+            f"group {index} of the checkpoint is neither PACE's nor torch.optim.AdamW's, it has "
+            f"{sorted(saved.keys() - {'params'})}; nothing was changed"
+        )
+    if not ours and saved["amsgrad"]:
+        raise ValueError(
+            f"group {index} of the checkpoint is of AdamW with amsgrad, which PACE does not have; "
+            "nothing was changed"
+        )
+    taken = saved.keys() - (set() if ours else ADAMW_ONLY)
+    group = {**mine, **{key: saved[key] for key in taken}}
+    check_pace(group)
+    return group
+
+
+def _checker(group: Group, members: list[tuple[Tensor, State]]) -> Check:
+    """What raises a ValueError for a saved state that PACE cannot load under a group's options."""
+    # No average in all the group: they are yet to begin, as after a checkpoint of AdamW.
+    averaged = any({AVERAGE, OFFSET} & state.keys() for _, state in members)
+    needed = averages_of(group).extra_keys
+
+    def check(state: State, param: Tensor, record: Swapped | None) -> None:
+        if not state:
+            if record:
+                raise ValueError(
+                    "the checkpoint has no state for it, but had its average swapped in"
+                )
+            return  # it had no gradient yet
+        moments = {STEP, EXP_AVG, EXP_AVG_SQ}
+        if missing := sorted(moments - state.keys()):
+            raise ValueError(
+                f"its state lacks {missing} and has {sorted(map(str, state))}; PACE loads "
+                "checkpoints of PACE and of torch.optim.AdamW"
+            )
+        averages = {AVERAGE, OFFSET} & state.keys()
+        if averages and (missing := sorted(needed - state.keys())):
+            raise ValueError(f"its state lacks {missing}, which its averages are made of")
+        if extra := sorted(extra_keys_in(state) - needed):
+            raise ValueError(f"its state has {extra}, which its averages are not made of")
+        if len(averages) == 2 or ((averaged or record) and not averages):
+            raise ValueError(f"its state must have 'average' or 'offset', got {sorted(averages)}")
+        for key in sorted(state.keys() & (PACE_KEYS | needed) - {STEP}):
+            check_tensor(key, state[key], param)
+        check_count(STEP, state[STEP])
+
+    return check

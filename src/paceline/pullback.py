@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,30 +11,30 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import shards
-from .averaged import AveragedOptimizer, begin_, further_dtype, further_in, summarize, take_in_
 from .averaging import Averaging, PowerEMA
-from .loading import check_tensor
-from .options import (
+from .base import AveragedOptimizer, describe, summarize
+from .loading import Check, check_count, check_tensor, validated_checkpoint
+from .options import Group, check_average_and_pull, expand_short, number, require
+from .state import (
     AVERAGE,
-    DTYPES,
-    Group,
+    AVERAGE_STEP,
+    OWN_EXP_AVG_SQ,
+    PLAIN,
+    PULLBACK_KEYS,
+    WIDE,
+    Averages,
+    State,
     averages_of,
-    averaging_of,
-    check_pull,
-    decoded,
-    describe,
-    encoded,
-    further_state,
-    number,
-    require,
-    require_one_return,
-    returns_of,
+    begin_extra,
+    extra_keys_in,
+    restore,
+    take_in,
+    wide_dtype,
 )
-from .update import PLAIN, Follower, follow_, in_batches
+from .swap import SWAPPED, Swapped, written
+from .update import MovedSlot, in_batches, pull_
 
 GAINS = ("adam", "own", "scalar")
-# What this adds to the base's state of a parameter, besides the averages.
-STEP, OWN = "average_step", "pullback_exp_avg_sq"
 # State of bases whose `exp_avg_sq` is of gradients in another basis than the parameter's.
 ROTATED = {"Q", "GG", "projector", "ortho_matrix"}
 # Options that LR schedulers add to groups.
@@ -59,22 +59,22 @@ class Pullback(AveragedOptimizer):
     that schedulers, scalers and checkpoints see one flat optimizer; swap and export are as in PACE.
     Step, save and load this one, not the base.
 
-    State that it adds for each parameter: `average_step` (0-dim float32), `average` (float32, or
-    float64), `return_<name>` for each of `returns`, what rules keep besides, and
-    `pullback_exp_avg_sq` where it keeps a second moment of its own. A pull holds a copy of the
-    weights while the base steps, and is a pass over memory that PACE's kernel does not need:
+    It adds to each parameter's state what `paceline.state` says: a count of steps, the averages,
+    and a second moment of its own where the base keeps none. A pull holds a copy of the weights
+    while the base steps, and is a pass over memory that PACE's kernel does not need:
     docs/averages.md says what that costs.
 
-    Every option below but `base` can be set for each parameter group, in the base's groups.
+    Every option below except `base` can be set for each parameter group, in the base's groups.
 
     Args:
         base: any torch optimizer that moves the weights in `step()` only, keeps all of its state
             in `state` and `param_groups`, and, where a pull is asked for, has not stepped.
         pullback: strength c >= 0; with the gains "adam" and "own" in the unit of a gradient, with
             "scalar" the gain itself.
-        averaging: an average of `paceline.averaging`, or its text. Its steps go on from the base's
-            own count, where it keeps one as `step`.
-        return_power: as in PACE, κ of a second average, to be returned.
+        averaging: as in PACE, the average that the pull goes toward; by default that of κ = 0.5.
+            Its steps go on from the base's own count, where it keeps one as `step`.
+        kappa: as in PACE, short for averaging=PowerEMA(kappa).
+        return_kappa: as in PACE, κ of a second average, to be returned.
         returns: as in PACE, averages to be returned.
         gain: where v̂ comes from. "adam": from the base's `exp_avg_sq` (with amsgrad
             `max_exp_avg_sq`), with the group's betas[1] and eps, for each parameter for which the
@@ -104,10 +104,11 @@ class Pullback(AveragedOptimizer):
         self,
         base: Optimizer,
         pullback: float = 0.0,
-        averaging: Averaging | str = PowerEMA(),  # noqa: B008  # it is frozen
+        averaging: Averaging | str | None = None,
         *,
-        return_power: float | None = None,
-        returns: Averaging | str | dict[str, Averaging | str] | None = None,
+        kappa: float | None = None,
+        return_kappa: float | None = None,
+        returns: Averaging | str | Mapping[str, Averaging | str] | None = None,
         gain: str = "adam",
         gain_beta2: float = 0.999,
         gain_eps: float = 1e-8,
@@ -117,7 +118,9 @@ class Pullback(AveragedOptimizer):
     ) -> None:
         ours = {
             "pullback": pullback,
+            "kappa": kappa,
             "averaging": averaging,
+            "return_kappa": return_kappa,
             "returns": returns,
             "gain": gain,
             "gain_beta2": gain_beta2,
@@ -126,9 +129,9 @@ class Pullback(AveragedOptimizer):
             "nonfinite": nonfinite,
             "track_stats": track_stats,
         }
-        if return_power is not None:
-            ours["return_power"] = return_power
-        require_one_return(ours)
+        expand_short(ours)
+        if ours["averaging"] is None:
+            ours["averaging"] = PowerEMA()
         _check_options(ours)
         _check_base(base, ours)
         self.base, self._ours = base, ours
@@ -140,8 +143,7 @@ class Pullback(AveragedOptimizer):
                 f"{type(base).__name__} with state; make it anew, or give pullback=0"
             )
         for group, complete in zip(base.param_groups, completed, strict=True):
-            group.pop("return_power", None)  # it is in `returns`
-            group |= complete | {"swapped": ""}
+            _assign(group, complete | {SWAPPED: ""})
         self._forget()
         # In place of Optimizer's __init__, which would make groups and a state of its own.
         super().__setstate__({"defaults": base.defaults | ours})
@@ -167,17 +169,18 @@ class Pullback(AveragedOptimizer):
         self.base.param_groups = value
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base", "defaults", "_ours", "_rehearsed")
+        names = ("base", "defaults", "_ours", "_state_is_provisional")
         return {name: getattr(self, name) for name in names}
 
     def _completed(self, index: int) -> Group:
         """One of the base's groups with all of our options, checked."""
         groups = self.base.param_groups
-        require_one_return(groups[index])
-        complete = self._ours | groups[index]
+        said = dict(groups[index])
+        expand_short(said)
+        complete = self._ours | said
         _check_options(complete)
         for i, p in enumerate(complete["params"]):
-            if p.dtype not in DTYPES:
+            if p.dtype not in WIDE:
                 raise ValueError(
                     f"params must be 16-, 32- or 64-bit floating-point tensors, got {p.dtype} in "
                     f"{describe(groups, index, i)}"
@@ -194,12 +197,12 @@ class Pullback(AveragedOptimizer):
         self.base.add_param_group(param_group)
         groups = self.base.param_groups
         try:
-            groups[-1] |= self._completed(len(groups) - 1)
-            groups[-1].pop("return_power", None)
+            _assign(groups[-1], self._completed(len(groups) - 1))
         except ValueError:
             groups.pop()
             raise
-        groups[-1]["swapped"] = encoded("" for _ in groups[-1]["params"]) if self.swapped else ""
+        live: list[Swapped | None] = [None] * len(groups[-1]["params"])
+        groups[-1][SWAPPED] = written(live) if self.swapped else ""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's own."""
@@ -223,8 +226,8 @@ class Pullback(AveragedOptimizer):
                 Nothing has changed then.
             FloatingPointError: with `nonfinite="raise"`, as said there.
         """
-        if closure is None and self._rehearsal():
-            self._rehearse()
+        if closure is None and self._is_state_probe():
+            self._make_provisional_state()
             return None
         self._refuse_while_swapped()
         plan: list[_Planned] | None = None
@@ -251,8 +254,8 @@ class Pullback(AveragedOptimizer):
         self._follow(plan or [])
         return loss
 
-    def _rehearse(self) -> None:
-        """Have the base make its state, add ours, and take back all else that this changed."""
+    def _make_provisional_state(self) -> None:
+        """Have the base make its state by a step, add ours, and undo the rest of that step."""
         plan = self._plan()
         groups = [dict(group) for group in self.param_groups]
         self.base.step()
@@ -262,9 +265,8 @@ class Pullback(AveragedOptimizer):
             self._begin(x)
         for group, before in zip(self.param_groups, groups, strict=True):
             counts = {"step": 0} if "step" in group else {}  # some count there: to be loaded, too
-            group.clear()
-            group |= counts | before
-        self._rehearsed = True
+            _assign(group, counts | before)
+        self._state_is_provisional = True
 
     def _plan(self) -> list["_Planned"]:
         """What has to be known of each parameter that steps, before the base moves it.
@@ -272,28 +274,29 @@ class Pullback(AveragedOptimizer):
         Raises:
             _Skipped: the step is to be skipped.
         """
-        self._check_gradients()
-        if bool(self._judge_gradients()):
+        for group in range(len(self.param_groups)):
+            self._check_gradients(group)
+        if bool(self._skips_step()):
             raise _Skipped
-        if self._rehearsed:  # averages begin from what is in the parameters now
+        if self._state_is_provisional:  # averages begin from what is in the parameters now
             self.state.clear()
-            self._rehearsed = False
+            self._state_is_provisional = False
         plan = []
         for group in self.param_groups:
-            pulls = group["pullback"] != 0
-            further = further_state(group)
+            pulls, averages = group["pullback"] != 0, averages_of(group)
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state.get(p, {})
                 # A base's count for all the group is not that of one that joins it now.
-                done = state.get(STEP, state.get("step", group.get("step", 0) if state else 0))
-                begins = AVERAGE not in state or further_in(state) != further
+                base_count = state.get("step", group.get("step", 0) if state else 0)
+                done = state.get(AVERAGE_STEP, base_count)
+                begins = AVERAGE not in state or extra_keys_in(state) != averages.extra_keys
                 before = p.detach().clone() if pulls or begins else None
                 square = None
                 if pulls and not _has_second_moment(p, state, group):  # at a first step: yet
-                    square = shards.local_grad(p).to(DTYPES[p.dtype]).square()
-                plan.append(_Planned(p, group, float(done), before, square))
+                    square = shards.local_grad(p).to(wide_dtype(p)).square()
+                plan.append(_Planned(p, group, averages, float(done), before, square))
         return plan
 
     def _begin(self, x: "_Planned") -> None:
@@ -302,20 +305,21 @@ class Pullback(AveragedOptimizer):
         Not before the base has made its own: it would take a state that is not empty for that.
         """
         state = self.state[x.param]
-        dtype = DTYPES[x.param.dtype]
+        dtype = wide_dtype(x.param)
         if AVERAGE not in state:
             assert x.before is not None
-            state[STEP] = torch.tensor(x.done, dtype=torch.float32)
+            state[AVERAGE_STEP] = torch.tensor(x.done, dtype=torch.float32)
             state[AVERAGE] = x.before.to(dtype, copy=True)
         if x.before is not None:
-            begin_(state, x.group, x.before, dtype)
+            begin_extra(state, x.averages, x.before)
         if x.square is None or _has_second_moment(x.param, state, x.group):
-            state.pop(OWN, None)  # or it would be out of date when it is needed again
+            state.pop(OWN_EXP_AVG_SQ, None)  # or it would be out of date when it is needed again
             return
-        if OWN not in state:
+        if OWN_EXP_AVG_SQ not in state:
             # Steps that were taken without it count as if they had had this gradient, too.
-            state[OWN] = torch.zeros_like(x.param, dtype=dtype)
-            shards.local(state[OWN]).add_(x.square, alpha=1.0 - x.group["gain_beta2"] ** x.done)
+            state[OWN_EXP_AVG_SQ] = torch.zeros_like(x.param, dtype=dtype)
+            own = shards.local(state[OWN_EXP_AVG_SQ])
+            own.add_(x.square, alpha=1.0 - x.group["gain_beta2"] ** x.done)
 
     def _follow(self, plan: list["_Planned"]) -> None:
         """After the base's step: the pull, and the averages."""
@@ -323,36 +327,37 @@ class Pullback(AveragedOptimizer):
         for x in plan:
             self._begin(x)
             state = self.state[x.param]
-            state[STEP] += 1
-            if x.square is not None and OWN in state:
-                shards.local(state[OWN]).lerp_(x.square, 1.0 - x.group["gain_beta2"])
+            state[AVERAGE_STEP] += 1
+            if x.square is not None and OWN_EXP_AVG_SQ in state:
+                own = shards.local(state[OWN_EXP_AVG_SQ])
+                own.lerp_(x.square, 1.0 - x.group["gain_beta2"])
             param = shards.local(x.param)
             alone = None if type(param) in PLAIN else id(param)
-            place = (id(x.group), param.device, param.dtype, OWN in state)
-            alike[*place, int(state[STEP]), alone].append(x)
+            place = (id(x.group), param.device, param.dtype, OWN_EXP_AVG_SQ in state)
+            alike[*place, int(state[AVERAGE_STEP]), alone].append(x)
         measured: dict[int, list[Any]] = {id(group): [] for group in self.param_groups}
         for (which, *_, own, step, _), members in alike.items():
-            group = members[0].group
-            numbers = _numbers(group, averaging_of(group), step, own)
+            group, averages = members[0].group, members[0].averages
+            numbers = _numbers(group, averages, step, own)
             measured[which] += [
-                follow_(batch, **numbers, measure=group["track_stats"])
-                for batch in in_batches([self._follower(x) for x in members])
+                pull_(batch, **numbers, measure=group["track_stats"])
+                for batch in in_batches([self._slot(x) for x in members])
             ]
-            take_in_(averages_of(group), step, [(x.param, self.state[x.param]) for x in members])
+            take_in(averages, step, [(x.param, self.state[x.param]) for x in members])
         self._stats = summarize(list(measured.values()), own_step="base_norm")
 
-    def _follower(self, x: "_Planned") -> Follower:
+    def _slot(self, x: "_Planned") -> MovedSlot:
         state = self.state[x.param]
         param, average = shards.local(x.param), shards.local(state[AVERAGE])
-        simple = (name for name, rule in returns_of(x.group).items() if not rule.keeps)
-        returned = tuple(shards.local(state[f"return_{name}"]) for name in simple)
+        extra = tuple(shards.local(state[key]) for key in x.averages.extra)
         if not x.group["pullback"]:
-            return Follower(param, average, returned=returned)
+            return MovedSlot(param, average, extra=extra)
         assert x.before is not None
         v = None
         if x.group["gain"] != "scalar":
-            v = shards.local(state[OWN] if OWN in state else _second_moment(state, x.group))
-        return Follower(param, average, shards.local(x.before), v, returned)
+            own = state.get(OWN_EXP_AVG_SQ)
+            v = shards.local(_second_moment(state, x.group) if own is None else own)
+        return MovedSlot(param, average, shards.local(x.before), v, extra)
 
     # ---- checkpoints --------------------------------------------------------------------------
 
@@ -371,28 +376,28 @@ class Pullback(AveragedOptimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, saved)
             saved = saved if changed is None else changed
-        saved = self._fitted(saved)
+        saved = validated_checkpoint(
+            saved,
+            self.param_groups,
+            keys=None,
+            count=AVERAGE_STEP,
+            complete=self._complete,
+            checker=_checker,
+        )
         # A copy, for torch's optimizers would share the tensors with where they come from.
         theirs = {key: _copied(state) for key, state in saved["state"].items()}
         self.base.load_state_dict(saved | {"state": theirs})
-        keys = [key for group in saved["param_groups"] for key in group["params"]]
-        params = [(p, group) for group in self.param_groups for p in group["params"]]
-        for key, (p, group) in zip(keys, params, strict=True):
-            source = saved["state"].get(key, {})
-            # The base may have cast ours to the parameter's dtype: take it from the source again.
-            kept = further_state(group)
-            for name in {AVERAGE, OWN, *kept} & source.keys():
-                dtype = DTYPES[p.dtype]
-                if name in kept:
-                    dtype = further_dtype(name, source[name].dtype, p, group)
-                mine = torch.empty_like(p, dtype=dtype, requires_grad=False)
-                self.state[p][name] = mine.copy_(source[name])
-            if STEP in source:
-                self.state[p][STEP] = torch.tensor(float(source[STEP]), dtype=torch.float32)
-        self._stats, self._rehearsed = None, False
+        for theirs, group in zip(saved["param_groups"], self.param_groups, strict=True):
+            averages = averages_of(group)
+            keys = PULLBACK_KEYS | averages.extra_keys
+            for key, p in zip(theirs["params"], group["params"], strict=True):
+                if source := saved["state"].get(key, {}):
+                    restore(self.state[p], source, keys, p, averages, wide_dtype(p))
+        self._stats, self._state_is_provisional = None, False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-        if any(_has_stepped(state) and AVERAGE not in state for state in saved["state"].values()):
+        states = [saved["state"].get(key, {}) for g in saved["param_groups"] for key in g["params"]]
+        if any(_has_stepped(state) and AVERAGE not in state for state in states):
             warnings.warn(
                 f"the checkpoint keeps no averages, as those of {type(self.base).__name__}: its "
                 "state is taken over, and averages begin from the weights that are there at the "
@@ -400,54 +405,18 @@ class Pullback(AveragedOptimizer):
                 stacklevel=2,
             )
 
-    def _fitted(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """The checkpoint with all of our options, once all that is ours fits."""
-        sizes = [[len(g["params"]) for g in x] for x in (saved["param_groups"], self.param_groups)]
-        if sizes[0] != sizes[1]:
+    def _complete(self, saved: Group, mine: Group, index: int) -> Group:
+        """All options of a saved group of this optimizer or of its base, checked."""
+        lacks = sorted(self.base.defaults.keys() - saved.keys())
+        others = sorted(saved.keys() - mine.keys() - SCHEDULED)
+        if lacks and others:
             raise ValueError(
-                f"the checkpoint's parameter groups have {sizes[0]} parameters, the optimizer's "
-                f"{sizes[1]}: make the same groups, in the same order, and load again"
+                f"group {index} of the checkpoint is not of {type(self.base).__name__}: it lacks "
+                f"{lacks} and has {others}; nothing was changed"
             )
-        groups, states = [], dict(saved["state"])
-        pairs = zip(saved["param_groups"], self.param_groups, strict=True)
-        for g, (theirs, mine) in enumerate(pairs):
-            group = {name: mine[name] for name in self._ours} | {"swapped": ""} | theirs
-            if "averaging" in theirs and "returns" not in theirs:  # an older one, that has none yet
-                group["returns"] = None
-            lacks = sorted(self.base.defaults.keys() - theirs.keys())
-            others = sorted(theirs.keys() - mine.keys() - SCHEDULED)
-            if lacks and others:
-                raise ValueError(
-                    f"group {g} of the checkpoint is not of {type(self.base).__name__}: it lacks "
-                    f"{lacks} and has {others}; nothing was changed"
-                )
-            _check_options(group)
-            groups.append(group)
-            swapped = decoded(group["swapped"]) or [""] * len(theirs["params"])
-            kept = [states.get(key, {}) for key in theirs["params"]]
-            # Of none in the group: a pull that was asked for since the last step.
-            pulled = any(
-                OWN in state or _has_second_moment(p, state, group)
-                for p, state in zip(mine["params"], kept, strict=True)
-            )
-            for i, (key, dtype) in enumerate(zip(theirs["params"], swapped, strict=True)):
-                state = states.get(key, {})
-                try:
-                    _check_state(state, mine["params"][i], group, pulled, dtype)
-                except ValueError as error:
-                    raise ValueError(
-                        f"{describe(self.param_groups, g, i)} cannot be loaded: {error}; "
-                        "nothing was changed"
-                    ) from None
-                if state.get(STEP) == 0 and not dtype:
-                    del states[key]  # saved before its first step, which begins all of it anew
-        known = {key for group in groups for key in group["params"]}
-        if unknown := sorted(map(str, states.keys() - known)):
-            raise ValueError(
-                f"the checkpoint has state for {unknown[0]!r}, which is in none of its groups; "
-                "nothing was changed"
-            )
-        return {**saved, "state": states, "param_groups": groups}
+        group = {name: mine[name] for name in self._ours} | saved
+        _check_options(group)
+        return group
 
 
 class _Skipped(Exception):
@@ -459,29 +428,33 @@ class _Planned(NamedTuple):
 
     param: Tensor
     group: Group
+    averages: Averages
     done: float  # steps that were taken of it
     before: Tensor | None  # θ_t, where it will be needed
     square: Tensor | None  # g², this rank's part, where a second moment of our own may need it
 
 
-def _check_state(
-    state: dict[str, Any], param: Tensor, group: Group, pulled: bool, swapped: str
-) -> None:
-    """Raises: ValueError: what is wrong with that of a parameter's saved state which is ours."""
-    needed = {AVERAGE, STEP, *further_state(group)}
-    if pulled and group["pullback"] and not _has_second_moment(param, state, group):
-        needed.add(OWN)
-    if not swapped and not state.keys() & {AVERAGE, STEP, OWN}:
-        return  # it had no gradient yet, or is the base's alone
-    if missing := sorted(needed - state.keys()):
-        raise ValueError(f"its state lacks {missing}")
-    name = swapped.partition("@")[2]
-    if name and f"return_{name}" not in needed:
-        raise ValueError(f"the checkpoint had its average {name!r} swapped in, and lacks that")
-    for name in sorted((needed | {OWN}) & state.keys() - {STEP}):
-        check_tensor(name, state[name], param)
-    if torch.as_tensor(state[STEP]).numel() != 1:
-        raise ValueError(f"its {STEP!r} must be one number")
+def _checker(group: Group, members: list[tuple[Tensor, State]]) -> Check:
+    """What raises a ValueError for a saved state that lacks, or has wrong, what is ours in it."""
+    # None in all the group: a pull that was asked for since the last step.
+    pulled = any(
+        OWN_EXP_AVG_SQ in state or _has_second_moment(p, state, group) for p, state in members
+    )
+    averages = {AVERAGE, AVERAGE_STEP, *averages_of(group).extra_keys}
+
+    def check(state: State, param: Tensor, record: Swapped | None) -> None:
+        if not record and not state.keys() & PULLBACK_KEYS:
+            return  # it had no gradient yet, or is the base's alone
+        needed = set(averages)
+        if pulled and group["pullback"] and not _has_second_moment(param, state, group):
+            needed.add(OWN_EXP_AVG_SQ)
+        if missing := sorted(needed - state.keys()):
+            raise ValueError(f"its state lacks {missing}")
+        for key in sorted(state.keys() & (averages | PULLBACK_KEYS) - {AVERAGE_STEP}):
+            check_tensor(key, state[key], param)
+        check_count(AVERAGE_STEP, state[AVERAGE_STEP])
+
+    return check
 
 
 def _copied(value: Any) -> Any:
@@ -493,9 +466,14 @@ def _copied(value: Any) -> Any:
     return type(value)(map(_copied, value)) if isinstance(value, (list, tuple)) else value
 
 
+def _assign(group: Group, options: Group) -> None:
+    """Give a group just these options; it stays the same object."""
+    group.clear()
+    group |= options
+
+
 def _check_options(options: Group) -> None:
-    check_pull(options)
-    require(options, "averaging", options["averaging"] is not None, "an average, or its text")
+    check_average_and_pull(options)
     require(options, "gain", options["gain"] in GAINS, f"one of {', '.join(GAINS)}")
     require(options, "gain_beta2", 0 <= number(options["gain_beta2"]) < 1, "in [0, 1)")
     require(options, "gain_eps", 0 <= number(options["gain_eps"]) < math.inf, "a number >= 0")
@@ -517,7 +495,7 @@ def _check_base(base: Optimizer, ours: dict[str, Any]) -> None:
             )
     if taken := sorted(base.defaults.keys() & ours.keys()):
         raise ValueError(f"base must not have options of our names, got a {name} with {taken}")
-    if any("swapped" in group for group in base.param_groups):
+    if any(SWAPPED in group for group in base.param_groups):
         raise ValueError(f"base must not have been in a Pullback before, got a {name} that was")
     if extra := sorted(base.state_dict().keys() - {"state", "param_groups"}):
         raise ValueError(
@@ -553,8 +531,16 @@ def _second_moment(state: dict[str, Any], group: Group) -> Tensor:
     return v.dequantize() if quantized else v  # type: ignore[no-any-return]
 
 
-def _numbers(group: Group, rule: Averaging, step: int, own: bool) -> dict[str, Any]:
-    """What `follow_` needs besides tensors, at a step under a group's options."""
+def _numbers(group: Group, averages: Averages, step: int, own: bool) -> dict[str, Any]:
+    """What `pull_` needs besides tensors, at a step under a group's options.
+
+    Args:
+        group: the options.
+        averages: of the group.
+        step: t, from 1.
+        own: whether the second moment is one that Pullback keeps.
+    """
+    rule = averages.own
     gain = group["pullback"]
     beta2, eps = group["gain_beta2"], group["gain_eps"]
     if gain and group["gain"] != "scalar":
@@ -569,5 +555,5 @@ def _numbers(group: Group, rule: Averaging, step: int, own: bool) -> dict[str, A
         "eps": eps,
         "clip": group["gain_clip"],
         "weight": rule.weight(step),
-        "weights": [x.weight(step) for x in returns_of(group).values() if not x.keeps],
+        "extra_weights": [averages.rules[key].weight(step) for key in averages.extra],
     }

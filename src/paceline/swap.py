@@ -1,13 +1,51 @@
-"""Exchange of live weights and average, in place: nothing is lost, and no third copy is kept."""
+"""Exchange of live weights and average, in place: nothing is lost, and no third copy is kept.
+
+Also the record of it: what each parameter of a group holds, as the plain text that goes into
+checkpoints with the group.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Exchange = Callable[[Tensor, Tensor], None]
 
+SWAPPED = "swapped"  # the option of a group that holds its record
 SLICE = 2**20  # elements exchanged at a time, which bounds the scratch
+
+
+class Swapped(NamedTuple):
+    """An average that is in a parameter now."""
+
+    dtype: str  # of the parameter when it came in, as in "torch.float32"
+    average: str  # its name; "" for the average that the pull goes toward
+
+
+def written(records: Iterable[Swapped | None]) -> str:
+    """A group's record, in the order of its parameters; None: it holds its live weights.
+
+    Text, for checkpoint engines refuse other values: a word a parameter, runs of one word in short,
+    as in `torch.float32@slow*3,*1`. Never empty, for that is a group's record while it is live.
+    """
+    words = ["" if x is None else f"{x.dtype}@{x.average}".removesuffix("@") for x in records]
+    return ",".join(f"{word}*{len(list(run))}" for word, run in groupby(words)) or "*0"
+
+
+def read(record: str | None, count: int) -> list[Swapped | None]:
+    """The records of a group of `count` parameters from their text; None or "": all are live.
+
+    Raises:
+        ValueError: the text is not of so many parameters.
+    """
+    runs = [run.rpartition("*") for run in (record or f"*{count}").split(",")]
+    words = [word for word, _, n in runs for _ in range(min(int(n), count + 1))]
+    if len(words) != count:
+        raise ValueError(f"swapped is of {len(words)} parameters, the group has {count}")
+    parts = [word.partition("@") for word in words]
+    return [Swapped(dtype, average) if dtype else None for dtype, _, average in parts]
 
 
 def swap_in(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -7,13 +7,14 @@ bias-corrected moments m̂ and v̂, pullback strength c and running average `ema
     λ_t     = min(1, η·c·β_t / (sqrt(v̂_t) + ε))               gain, one for each coordinate
     θ_{t+1} = (1 - η·wd)·θ_t - η·m̂_t / (sqrt(v̂_t) + ε)        AdamW
               + λ_t·(ema_{t-1} - θ_t)                         and the pull toward the average
-    ema_t   = (1 - β_t)·ema_{t-1} + β_t·θ_{t+1}               at every `ema_every`-th step
+    ema_t   = (1 - β_t)·ema_{t-1} + β_t·θ_{t+1}               every `every`-th step
 
-With a constant averaging weight the gain has no β_t in it. A pull that sets itself (`auto_gain`)
-has one gain for all coordinates. Further averages, which are there to be returned (`returns`), take
-in θ_{t+1} beside that one, and pull nothing. `step_` works on lists, so
-that one call serves one tensor or a whole model, and compiles. The one other writing of the rule is
-the CPU's one-pass kernel, kernel.cpp, which is held to the same reference.
+With a constant averaging weight the gain has no β_t in it; with a uniform gain λ_t is one number
+for all coordinates. Extra averages, which are only returned, take in θ_{t+1} and pull nothing.
+
+`step_` is the rule for lists of tensors of any size; it compiles. The kernels (paceline.kernels)
+write it once more, and are held to the same reference. `pull_` is its second half alone, after
+another optimizer's step.
 
 State narrower than its parameter keeps d = ema - θ, the *offset* of the average from the live
 weights, instead of the average: small beside the weights, it loses little to bfloat16's 8 bits
@@ -31,19 +32,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import rounding
+from . import auto, rounding
 from .averaging import lerp_
-from .options import AUTO, averaging_of, returns_of
+from .state import PLAIN, Averages
 
 # Elements stepped together, which bounds the scratch; a CPU's share of them stays in its cache.
 TOGETHER = 2**24
 TOGETHER_ON_CPU = 2**18
-PLAIN = (Tensor, torch.nn.Parameter)  # not a DTensor or another subclass
-# Of tensors of so many elements only every so-many-th is looked at for the stake: a prime, so that
-# no row or column is left out.
-SAMPLED, STRIDE = 2**16, 251
-# Nats at stake: up to the first nothing pulls, from the second on the pull goes all the way.
-UNPULLED, SATURATED = 0.5, 2.5
+
+
+# ---- what a step takes --------------------------------------------------------------------------
 
 
 class Scalars(NamedTuple):
@@ -56,31 +54,46 @@ class Scalars(NamedTuple):
     step_size: float | Tensor  # η / (1 - beta1^t): step_size·m = η·m̂
     shrink: float | Tensor  # 1 - η·wd
     gain: float | Tensor  # numerator of λ: η·c·β_t, or η·c with a constant weight; 0.0 = no pull
-    scalar: bool  # λ is `gain` itself, for all coordinates
+    uniform_gain: bool  # λ is `gain` itself, for all coordinates
     clip: bool  # gain at most 1
     weight: float | Tensor  # β_t; 0.0 = the average stays as it is at this step
-    ascend: bool  # maximize instead of minimize
+    maximize: bool  # ascend instead of descend
     stochastic: bool = False  # round bfloat16 parameters stochastically
-    # True: hold each coordinate whose gradient is not finite; 0-dim bool tensor: hold all if true.
-    hold: bool | Tensor = False
-    weights: tuple[float | Tensor, ...] = ()  # as `weight`, of each further average
+    # True: skip coordinates whose gradient is not finite. A 0-dim bool tensor: skip all if true.
+    skip_nonfinite: bool | Tensor = False
+    extra_weights: tuple[float | Tensor, ...] = ()  # as `weight`, of each extra average
 
 
-def scalars(step: int | Tensor, group: dict[str, Any], stake: float | Tensor = 0.0) -> Scalars:
+def scalars(
+    step: int | Tensor,
+    group: dict[str, Any],
+    averages: Averages,
+    expected_loss_change: float | Tensor = 0.0,
+) -> Scalars:
     """The scalars of step t = `step` (from 1) under a PACE parameter group's options.
-
-    `stake` is E_t of `auto_gain`, where that asks for it.
 
     With a tensor of steps, or a learning rate on an accelerator, what depends on them comes as
     tensors, so that no device has to be waited for; it is computed in float64.
+
+    Args:
+        step: t, a whole number, or a tensor of them on the parameters' device.
+        group: the options.
+        averages: of the group.
+        expected_loss_change: E_t of `paceline.auto`, for groups whose pull sets itself.
     """
     lr = group["lr"]
     if isinstance(step, Tensor):
         step = step.double()
     if isinstance(lr, Tensor):
-        lr = float(lr) if lr.device.type in ("cpu", "mps") else lr.double()
-    beta1, beta2 = group["betas"]
-    rule = averaging_of(group)
+        lr = float(lr) if lr.device.type in ("cpu", "mps") else lr.double().reshape(())
+    beta1, beta2 = map(float, group["betas"])
+    own, strength = averages.own, group["pullback"]
+    if strength == auto.AUTO:
+        gain = auto.gain(expected_loss_change)
+    elif group["gain"] == "scalar":
+        gain = strength
+    else:
+        gain = lr * strength * own.falloff(step) if strength else 0.0
     return Scalars(
         beta1=beta1,
         beta2=beta2,
@@ -88,95 +101,54 @@ def scalars(step: int | Tensor, group: dict[str, Any], stake: float | Tensor = 0
         root_bias2=(1.0 - beta2**step) ** 0.5,
         step_size=lr / (1.0 - beta1**step),
         shrink=1.0 - lr * group["weight_decay"],
-        gain=_gain(group, lr, rule.falloff(step), stake) if group["pullback"] else 0.0,
-        scalar=group["gain"] == "scalar" or group["pullback"] == AUTO,
+        gain=gain,
+        uniform_gain=group["gain"] == "scalar" or strength == auto.AUTO,
         clip=group["clip"],
-        weight=rule.weight(step),
-        ascend=group["maximize"],
+        weight=own.weight(step),
+        maximize=group["maximize"],
         stochastic=group["stochastic_round"],
-        hold=group["nonfinite"] not in ("ignore", "raise", "skip"),  # a misspelt one guards, too
-        weights=tuple(rule.weight(step) for rule in returns_of(group).values() if not rule.keeps),
+        # One that is misspelt between steps guards, too.
+        skip_nonfinite=group["nonfinite"] not in ("ignore", "raise", "skip"),
+        extra_weights=tuple(averages.rules[key].weight(step) for key in averages.extra),
     )
-
-
-def _gain(
-    group: dict[str, Any], lr: float | Tensor, falloff: float | Tensor, stake: float | Tensor
-) -> float | Tensor:
-    if group["pullback"] == AUTO:
-        return auto_gain(stake)
-    strength: float = group["pullback"]
-    return strength if group["gain"] == "scalar" else lr * strength * falloff
-
-
-def auto_gain(stake: float | Tensor) -> float | Tensor:
-    """λ_t = min(1, max(0, (E_t - 1/2)/2)), the gain of a pull that sets itself.
-
-        E_t = Σ_groups η_t·Σ_i sqrt(v̂_{t-1,i})
-
-    is what a step of AdamW puts at stake, in the unit of the loss: what that would change by, to
-    first order, were every coordinate's gradient its root mean square, with the sign of its step.
-    In a quadratic whose gradients are mostly noise the live weights settle E/4 above the minimum,
-    to first order in the rate, whatever the curvature: where it is α the variance is η·sqrt(v)/2α.
-    So half a nat at stake is an eighth that steps cost.
-    """
-    share = (stake - UNPULLED) / (SATURATED - UNPULLED)
-    if isinstance(share, Tensor):  # a NaN, of gradients that nothing guards, is 0
-        return share.nan_to_num(0.0).clamp(0.0, 1.0)
-    return min(1.0, max(0.0, share))
-
-
-def root_sums(
-    second_moments: Sequence[Tensor], starts: Sequence[int], sizes: Sequence[int]
-) -> list[Tensor]:
-    """Σ_i sqrt(v_i) of each tensor, 0-dim float32 or wider; of large ones an estimate.
-
-    Args:
-        second_moments: v, or this rank's part of it, of any shapes, on one device.
-        starts: place of the first element of each within its parameter: of shards the same elements
-            are looked at as of the whole.
-        sizes: elements of each whole parameter.
-    """
-    seen, factors = [], []
-    for v, start, size in zip(second_moments, starts, sizes, strict=True):
-        few = size < SAMPLED
-        seen.append(v if few else v.reshape(-1)[-start % STRIDE :: STRIDE])
-        factors.append(1.0 if few else float(STRIDE))
-    roots = torch._foreach_sqrt([x.to(torch.promote_types(x.dtype, torch.float32)) for x in seen])
-    return list(torch._foreach_mul(torch._foreach_norm(roots, 1), factors))
 
 
 class Slot(NamedTuple):
     """One tensor with its state, or a piece of one, as a step takes it."""
 
     param: Tensor  # θ_t, becomes θ_{t+1}; any shape
-    grad: Tensor  # g; not changed
+    grad: Tensor | None  # g; not changed; None in a plan that is kept between steps
     exp_avg: Tensor  # m, updated
     exp_avg_sq: Tensor  # v, updated
-    average: Tensor | None  # ema, or the offset d where narrower than the parameter; updated
+    average: Tensor  # ema, or the offset d where narrower than the parameter; updated
     key: int | Tensor | None = None  # seed of stochastic rounding (`rounding.keys`)
     start: int = 0  # place of the first element within its parameter, before shards and slices
-    returned: tuple[Tensor, ...] = ()  # further averages, in float32 or wider; updated
+    extra: tuple[Tensor, ...] = ()  # extra averages, in float32 or wider; updated
+
+    def at_step(self, grads: list[Tensor], keys: list[Any] | None, i: int) -> "Slot":
+        """Itself as the i-th tensor of a step with these gradients and keys."""
+        return self._replace(grad=grads[i], key=keys[i] if keys else None)
 
     def pieces(self, size: int) -> Iterator["Slot"]:
         """Itself, or if it has more than `size` elements, slices of about that size."""
-        for start, tensors in _slices([*self[:5], *self.returned], size):
-            own, returned = tensors[:5], tuple(tensors[5:])
-            yield Slot(*own, self.key, self.start + start, returned)  # type: ignore[arg-type, call-arg]
+        for start, tensors in _slices([*self[:5], *self.extra], size):
+            own, extra = tensors[:5], tuple(tensors[5:])
+            yield Slot(*own, self.key, self.start + start, extra)  # type: ignore[arg-type, call-arg]
 
 
-class Follower(NamedTuple):
+class MovedSlot(NamedTuple):
     """One tensor that another optimizer has moved, with what pulls it and its average."""
 
     param: Tensor  # θ', becomes θ_{t+1}; any shape
     average: Tensor  # in float32 or wider; updated
     before: Tensor | None = None  # θ_t, where there is a pull
     second_moment: Tensor | None = None  # v; None: one gain for all coordinates
-    returned: tuple[Tensor, ...] = ()  # further averages, in float32 or wider; updated
+    extra: tuple[Tensor, ...] = ()  # extra averages, in float32 or wider; updated
 
-    def pieces(self, size: int) -> Iterator["Follower"]:
+    def pieces(self, size: int) -> Iterator["MovedSlot"]:
         """As those of a `Slot`."""
-        for _, tensors in _slices([*self[:4], *self.returned], size):
-            yield Follower(*tensors[:4], tuple(tensors[4:]))  # type: ignore[arg-type, call-arg]
+        for _, tensors in _slices([*self[:4], *self.extra], size):
+            yield MovedSlot(*tensors[:4], tuple(tensors[4:]))  # type: ignore[arg-type, call-arg]
 
 
 def _slices(
@@ -199,12 +171,12 @@ def _slices(
         yield row * (total // length), part
 
 
-Piece = TypeVar("Piece", Slot, Follower)
+AnySlot = TypeVar("AnySlot", Slot, MovedSlot)
 
 
-def batches(slots: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
+def batches(slots: Iterable[AnySlot], size: int) -> Iterator[list[AnySlot]]:
     """The same tensors in batches of at most about `size` elements, large ones in slices."""
-    batch: list[Piece] = []
+    batch: list[AnySlot] = []
     elements = 0
     for slot in slots:
         for piece in slot.pieces(size):
@@ -217,10 +189,13 @@ def batches(slots: Iterable[Piece], size: int) -> Iterator[list[Piece]]:
         yield batch
 
 
-def in_batches(slots: list[Piece]) -> Iterator[list[Piece]]:
+def in_batches(slots: list[AnySlot]) -> Iterator[list[AnySlot]]:
     """Batches that bound a step's scratch."""
     on_cpu = slots[0].param.device.type == "cpu"
     return batches(slots, TOGETHER_ON_CPU if on_cpu else TOGETHER)
+
+
+# ---- the rule -----------------------------------------------------------------------------------
 
 
 def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, Tensor]:
@@ -228,109 +203,143 @@ def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, 
 
     Arithmetic is in float32 (float64 for float64 parameters). What is stored narrower is widened,
     stepped and rounded once: parameters to nearest, or stochastically where `s.stochastic`; state
-    stochastically. The average is of the weights as stored: of what the model really held.
+    stochastically. The average takes in the weights as stored: what the model really held.
 
-    With `s.hold` a coordinate whose gradient, or its square, is not finite stands still: its
-    weight, moments and average keep their bits.
+    With `s.skip_nonfinite` a coordinate whose gradient, or its square, is not finite stands still:
+    its weight, moments and averages keep their bits.
 
     Args:
-        slots: the tensors; all with an average or none, then with a `gain` of 0.
+        slots: the tensors, with gradients.
         s: the step's scalars.
         measure: return what `measurements` documents; costs time, and scratch of some four times
             the size of these tensors.
 
     Returns:
-        0-dim tensors: `held`, how many coordinates stood still, unless the host knows that none
+        0-dim tensors: `skipped`, how many coordinates stood still, unless the host knows that none
         did; and the measurements, if asked for.
     """
-    params = [slot.param for slot in slots]
-    kept = [slot.average for slot in slots if slot.average is not None]
-    offset = bool(kept) and kept[0].itemsize < params[0].itemsize
+    params, stored = [x.param for x in slots], [x.average for x in slots]
+    offset = stored[0].itemsize < params[0].itemsize
     dtype = torch.promote_types(params[0].dtype, torch.float32)
-
-    def wide(tensors: list[Tensor]) -> list[Tensor]:
-        return [x.to(dtype) for x in tensors]  # x itself if it is wide already
-
-    theta, grads = wide(params), wide([slot.grad for slot in slots])
-    free = _free(grads, s.hold)
-    held: list[tuple[Tensor, Tensor, Tensor]] = []
-    if free:
-        grads = [torch.where(ok, g, 0.0) for ok, g in zip(free, grads, strict=True)]
-        for slot, ok in zip(slots, free, strict=True):
-            tensors = (slot.param, slot.exp_avg, slot.exp_avg_sq, slot.average, *slot.returned)
-            held += [(x, x.clone(), ok) for x in tensors if x is not None]
-    m, v = wide([slot.exp_avg for slot in slots]), wide([slot.exp_avg_sq for slot in slots])
-    averages = wide(kept)
-    pulls = bool(averages) and (isinstance(s.gain, Tensor) or s.gain != 0)
-    moves = bool(averages) and (isinstance(s.weight, Tensor) or s.weight != 0)
-    if s.ascend:
-        grads = list(torch._foreach_neg(grads))
+    theta, averages = _wide(params, dtype), _wide(stored, dtype)
+    m, v = _wide([x.exp_avg for x in slots], dtype), _wide([x.exp_avg_sq for x in slots], dtype)
+    g = _wide([x.grad for x in slots], dtype)
+    finite = _finite(g, s.skip_nonfinite)
+    untouched = _copies_of_skipped(slots, finite)
+    g = _gradients(g, finite, s.maximize)
+    noise = [rounding.noise(x.param, x.key, x.start) for x in slots if x.key is not None]
     before = [x.clone() for x in theta] if measure or offset else []
 
-    torch._foreach_lerp_(m, grads, 1.0 - s.beta1)
+    torch._foreach_lerp_(m, g, 1.0 - s.beta1)  # m_t
     torch._foreach_mul_(v, s.beta2)
-    torch._foreach_addcmul_(v, grads, grads, 1.0 - s.beta2)
+    torch._foreach_addcmul_(v, g, g, 1.0 - s.beta2)  # v_t
     denom = list(torch._foreach_sqrt(v))
     torch._foreach_div_(denom, s.root_bias2)
-    torch._foreach_add_(denom, s.eps)
-
-    pull: list[Tensor] = []
-    if pulls:  # starts at θ_t, before AdamW moves it
-        pull = [d.clone() for d in averages] if offset else _minus(averages, theta)
-
+    torch._foreach_add_(denom, s.eps)  # sqrt(v̂_t) + ε
+    pull = _from_live(averages, theta, offset) if _may_act(s.gain) else []  # ema_{t-1} - θ_t
     torch._foreach_mul_(theta, s.shrink)
-    torch._foreach_addcdiv_(theta, torch._foreach_mul(m, s.step_size), denom, -1.0)
+    torch._foreach_addcdiv_(theta, torch._foreach_mul(m, s.step_size), denom, -1.0)  # AdamW
     adamw = _minus(theta, before) if measure else []
-
-    gain = pull_(theta, pull, None if s.scalar else denom, s.gain, s.clip) if pulls else []
-
-    bits = [rounding.noise(x.param, x.key, x.start) for x in slots if x.key is not None]
-
-    def store(out: list[Tensor], values: list[Tensor], which: int, stochastic: bool = True) -> None:
-        for i, (x, value) in enumerate(zip(out, values, strict=True)):
-            if x is value:
-                continue
-            if stochastic:
-                rounding.round_(x, value, bits[i], which)
-            else:
-                x.copy_(value)
-
-    store([slot.exp_avg for slot in slots], m, rounding.EXP_AVG)
-    store([slot.exp_avg_sq for slot in slots], v, rounding.EXP_AVG_SQ)
+    gain = (
+        _add_pull_(theta, pull, None if s.uniform_gain else denom, s.gain, s.clip) if pull else []
+    )
     if offset:
-        torch._foreach_sub_(averages, _minus(theta, before))
-        torch._foreach_mul_(averages, 1.0 - s.weight)
-        store(kept, averages, rounding.AVERAGE)
-        # θ as it comes back from an exchange (paceline.swap), so that exchanges change nothing.
-        averages = wide(kept)
-        torch._foreach_add_(theta, averages)
-        torch._foreach_sub_(theta, averages)
-    store(params, theta, rounding.PARAM, s.stochastic)
-    if moves and not offset:
-        lerp_(averages, wide(params), s.weight)
-        store(kept, averages, rounding.AVERAGE)
-    take_in_(slots, s.weights)
-    for x, old, ok in held:
+        averages = _take_in_offset_(stored, averages, theta, before, s.weight, noise)  # d_t
+    _store_(params, theta, noise if s.stochastic else [], rounding.PARAM)  # θ_{t+1}
+    if not offset and _may_act(s.weight):
+        lerp_(averages, _wide(params, dtype), s.weight)
+        _store_(stored, averages, noise, rounding.AVERAGE)  # ema_t
+
+    _store_([x.exp_avg for x in slots], m, noise, rounding.EXP_AVG)
+    _store_([x.exp_avg_sq for x in slots], v, noise, rounding.EXP_AVG_SQ)
+    _lerp_extra_(slots, s.extra_weights)
+    for x, old, ok in untouched:
         x.copy_(torch.where(ok, x, old))
     found: dict[str, Tensor] = {}
-    if free and s.hold is True:
-        found["held"] = torch.stack([(~ok).sum() for ok in free]).sum()
+    if finite and s.skip_nonfinite is True:
+        found["skipped"] = torch.stack([(~ok).sum() for ok in finite]).sum()
     if not measure:
         return found
-    after, averages = wide(params), wide(kept)
-    offsets = averages if offset or not averages else _minus(averages, after)
-    return found | measurements(before, adamw, after, pull, gain, offsets, s.clip)
-
-
-def take_in_(slots: Sequence[Slot | Follower], weights: Sequence[float | Tensor]) -> None:
-    """Have the further averages take in the weights as stored."""
-    for i, weight in enumerate(weights):
-        if isinstance(weight, Tensor) or weight:
-            averages = [slot.returned[i] for slot in slots]
-            lerp_(averages, [slot.param.to(averages[0].dtype) for slot in slots], weight)
+    after, averages = _wide(params, dtype), _wide(stored, dtype)
+    distance = averages if offset else _minus(averages, after)
+    return found | measurements(before, adamw, after, pull, gain, distance, s.clip)
 
 
 def pull_(
+    slots: list[MovedSlot],
+    *,
+    gain: float | Tensor,
+    root_bias2: float,
+    eps: float,
+    clip: bool,
+    weight: float | Tensor,
+    extra_weights: Sequence[float | Tensor] = (),
+    measure: bool = False,
+) -> dict[str, Tensor]:
+    """What PACE does beside AdamW's step, after another optimizer's: the pull, and the average.
+
+        θ_{t+1} = θ' + min(1, gain / (sqrt(v̂) + ε))·(average - θ_t)
+        average = (1 - weight)·average + weight·θ_{t+1}
+
+    Args:
+        slots: tensors of one device and dtype, changed in place; all with a pull or none, and all
+            with a second moment or none. Without one λ is min(1, gain).
+        gain: numerator of λ.
+        root_bias2: sqrt(1 - beta2^t).
+        eps: ε.
+        clip: gain at most 1.
+        weight: of the new weights in the average.
+        extra_weights: the same of each extra average.
+        measure: return what `measurements` documents.
+
+    Returns:
+        The measurements, where asked for and pulled.
+    """
+    params, averages = [x.param for x in slots], [x.average for x in slots]
+    dtype = averages[0].dtype
+    before = _wide([x.before for x in slots], dtype)
+    if before:
+        theta = _wide(params, dtype)
+        moved = _minus(theta, before) if measure else []
+        pull = _minus(averages, before)
+        denom = None
+        if slots[0].second_moment is not None:
+            denom = list(torch._foreach_sqrt(_wide([x.second_moment for x in slots], dtype)))
+            torch._foreach_div_(denom, root_bias2)
+            torch._foreach_add_(denom, eps)
+        gains = _add_pull_(theta, pull, denom, gain, clip)
+        _store_(params, theta, [], rounding.PARAM)
+    after = _wide(params, dtype)
+    lerp_(averages, after, weight)
+    _lerp_extra_(slots, extra_weights)
+    if not before or not measure:
+        return {}
+    return measurements(before, moved, after, pull, gains, _minus(averages, after), clip)
+
+
+# ---- its helpers --------------------------------------------------------------------------------
+
+
+def _wide(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in the dtype of the arithmetic; themselves where they are in it."""
+    return [x.to(dtype) for x in tensors if x is not None]
+
+
+def _minus(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    return list(torch._foreach_sub(a, b))
+
+
+def _may_act(factor: float | Tensor) -> bool:
+    """Whether a factor is not known to be 0."""
+    return isinstance(factor, Tensor) or factor != 0
+
+
+def _from_live(averages: list[Tensor], theta: list[Tensor], offset: bool) -> list[Tensor]:
+    """ema_{t-1} - θ_t, in memory of its own."""
+    return [d.clone() for d in averages] if offset else _minus(averages, theta)
+
+
+def _add_pull_(
     theta: list[Tensor],
     pull: list[Tensor],
     denom: list[Tensor] | None,
@@ -344,7 +353,7 @@ def pull_(
         pull: average - θ_t; scaled by λ.
         denom: sqrt(v̂) + ε; becomes λ. None: λ is one number, the gain, at most 1 if clipped.
         gain: numerator of λ.
-        clip: as `Scalars` has it.
+        clip: gain at most 1.
 
     Returns:
         λ, in the memory of `denom`.
@@ -364,62 +373,82 @@ def pull_(
     return denom
 
 
-def follow_(
-    slots: list[Follower],
-    *,
-    gain: float | Tensor,
-    root_bias2: float,
-    eps: float,
-    clip: bool,
+def _take_in_offset_(
+    stored: list[Tensor],
+    offsets: list[Tensor],
+    theta: list[Tensor],
+    before: list[Tensor],
     weight: float | Tensor,
-    weights: Sequence[float | Tensor] = (),
-    measure: bool = False,
-) -> dict[str, Tensor]:
-    """What PACE does beside AdamW's step, after another optimizer's: the pull, and the average.
-
-        θ_{t+1} = θ' + min(1, gain / (sqrt(v̂) + ε))·(average - θ_t)
-        average = (1 - weight)·average + weight·θ_{t+1}
+    noise: list[Tensor],
+) -> list[Tensor]:
+    """Store d_t, and make θ_{t+1} what it is after an exchange (paceline.swap), which adds d_t.
 
     Args:
-        slots: tensors of one device and dtype, changed in place; all with a pull or none, and all
-            with a second moment or none. Without one λ is min(1, gain).
-        gain: numerator of λ.
-        root_bias2: sqrt(1 - beta2^t).
-        eps: ε.
-        clip: gain at most 1.
-        weight: of the new weights in the average.
-        weights: the same of each further average.
-        measure: return what `measurements` documents.
+        stored: d_{t-1} in its own dtype; becomes d_t.
+        offsets: the same, wide; changed.
+        theta: θ_{t+1}; rounded so that (θ + d_t) - d_t is θ.
+        before: θ_t.
+        weight: β_t.
+        noise: of the stochastic rounding.
 
     Returns:
-        The measurements, where asked for and pulled.
+        d_t as stored, wide.
     """
-    params, averages = [slot.param for slot in slots], [slot.average for slot in slots]
-    dtype = averages[0].dtype
+    torch._foreach_sub_(offsets, _minus(theta, before))
+    torch._foreach_mul_(offsets, 1.0 - weight)
+    _store_(stored, offsets, noise, rounding.AVERAGE)
+    offsets = _wide(stored, theta[0].dtype)
+    torch._foreach_add_(theta, offsets)
+    torch._foreach_sub_(theta, offsets)
+    return offsets
 
-    def wide(tensors: Iterable[Tensor | None]) -> list[Tensor]:
-        return [x.to(dtype) for x in tensors if x is not None]
 
-    before = wide(slot.before for slot in slots)
-    if before:
-        theta = wide(params)
-        moved = _minus(theta, before) if measure else []
-        pull = _minus(averages, before)
-        denom = None
-        if slots[0].second_moment is not None:
-            denom = list(torch._foreach_sqrt(wide(slot.second_moment for slot in slots)))
-            torch._foreach_div_(denom, root_bias2)
-            torch._foreach_add_(denom, eps)
-        gains = pull_(theta, pull, denom, gain, clip)
-        for param, x in zip(params, theta, strict=True):
-            if param is not x:
-                param.copy_(x)
-    after = wide(params)
-    lerp_(averages, after, weight)
-    take_in_(slots, weights)
-    if not before or not measure:
-        return {}
-    return measurements(before, moved, after, pull, gains, _minus(averages, after), clip)
+def _store_(out: list[Tensor], values: list[Tensor], noise: list[Tensor], which: int) -> None:
+    """Write values where they are kept: stochastically rounded if there is noise, or to nearest."""
+    for i, (x, value) in enumerate(zip(out, values, strict=True)):
+        if x is value:
+            continue
+        if noise:
+            rounding.round_(x, value, noise[i], which)
+        else:
+            x.copy_(value)
+
+
+def _lerp_extra_(slots: Sequence[Slot | MovedSlot], weights: Sequence[float | Tensor]) -> None:
+    """Have the extra averages take in the weights as stored."""
+    for i, weight in enumerate(weights):
+        if _may_act(weight):
+            averages = [slot.extra[i] for slot in slots]
+            lerp_(averages, [slot.param.to(averages[0].dtype) for slot in slots], weight)
+
+
+def _finite(grads: list[Tensor], skip_nonfinite: bool | Tensor) -> list[Tensor]:
+    """Masks of the coordinates to step; none where the host knows that all are."""
+    if isinstance(skip_nonfinite, Tensor):
+        return [~skip_nonfinite for _ in grads]
+    on_host = grads[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    if not skip_nonfinite or (on_host and squared_norm(grads).isfinite()):
+        return []
+    limit = math.sqrt(torch.finfo(grads[0].dtype).max)
+    return [g.abs() <= limit for g in grads]
+
+
+def _copies_of_skipped(
+    slots: list[Slot], finite: list[Tensor]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """All that a step changes, copies of it, and masks of what is to be put back where false."""
+    return [
+        (x, x.clone(), ok)
+        for slot, ok in zip(slots, finite, strict=False)
+        for x in (slot.param, slot.exp_avg, slot.exp_avg_sq, slot.average, *slot.extra)
+    ]
+
+
+def _gradients(grads: list[Tensor], finite: list[Tensor], maximize: bool) -> list[Tensor]:
+    """The gradients to descend along, 0 at skipped coordinates; the given tensors do not change."""
+    if finite:
+        grads = [torch.where(ok, g, 0.0) for ok, g in zip(finite, grads, strict=True)]
+    return list(torch._foreach_neg(grads)) if maximize else grads
 
 
 def squared_norm(grads: list[Tensor]) -> Tensor:
@@ -432,28 +461,13 @@ def squared_norm(grads: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(grads, 2, dtype=dtype)).max().square()
 
 
-def _free(grads: list[Tensor], hold: bool | Tensor) -> list[Tensor]:
-    """Masks of the coordinates to step; none where the host knows that all are."""
-    if isinstance(hold, Tensor):
-        return [~hold for _ in grads]
-    on_host = grads[0].device.type == "cpu" and not torch.compiler.is_compiling()
-    if not hold or (on_host and squared_norm(grads).isfinite()):
-        return []
-    limit = math.sqrt(torch.finfo(grads[0].dtype).max)
-    return [g.abs() <= limit for g in grads]
-
-
-def _minus(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
-    return list(torch._foreach_sub(a, b))
-
-
 def measurements(
     before: list[Tensor],
     adamw: list[Tensor],
     after: list[Tensor],
     pull: list[Tensor],
     gain: list[Tensor],
-    offsets: list[Tensor],
+    distance: list[Tensor],
     clip: bool,
 ) -> dict[str, Tensor]:
     """What one step did, as 0-dim tensors that add up over batches (`gain_min` and `_max` aside).
@@ -480,5 +494,5 @@ def measurements(
         "adamw_sq": squares(adamw),
         "pull_sq": squares(pull),
         "update_sq": squares(_minus(after, before)),
-        "distance_sq": squares(offsets),
+        "distance_sq": squares(distance),
     }

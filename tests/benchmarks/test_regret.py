@@ -218,9 +218,7 @@ def test_the_schedule_of_auto_has_its_gain(regret):
     """`Watch` says before a step what the optimizer pulls with in it: a twin's rate."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(300))
-    opt = regret.PACE(
-        [p], lr=0.005, pullback="auto", gain="scalar", ema_power=0.3, track_stats=True
-    )
+    opt = regret.PACE([p], lr=0.005, pullback="auto", gain="scalar", kappa=0.3, track_stats=True)
     watch = regret.Watch(opt, 8)
     gains = []
     for step in range(1, 9):
@@ -241,7 +239,7 @@ def test_the_pull_of_optimal_control(regret):
     """Each coordinate goes toward its average by g²/∫g², at most all the way."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(300))
-    opt = regret.PACE([p], lr=0.05, pullback=0.0, gain="scalar", ema_power=0.3, betas=(0.9, 0.99))
+    opt = regret.PACE([p], lr=0.05, pullback=0.0, gain="scalar", kappa=0.3, betas=(0.9, 0.99))
     watch = regret.Watch(opt, 8)
     v, gains = 0.0, []
     for step in range(8):

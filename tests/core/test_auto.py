@@ -12,10 +12,10 @@ from problems import gradients, walk
 from reference import Reference
 from torch.nn import Parameter
 
-from paceline import PACE, Pullback
-from paceline.update import auto_gain, root_sums
+from paceline import PACE, Pullback, auto, optimizer, state
+from paceline.auto import root_sums
 
-SLOW_TEXT = "returned=ema:power=0.6"
+FAST_TEXT, SLOW_TEXT = "ema:kappa=0.3", "returned=ema:kappa=0.6"
 
 
 def weights(params):
@@ -34,8 +34,7 @@ def starts(*shapes):
 # bfloat16 weights differ by a last place, 2^-6 there, where float32 and float64 round to two sides;
 # bfloat16 state is off by some of its own 2^-8 at each step.
 FORMS = {
-    "together": (torch.float32, {"fused": False, "foreach": True}, 1e-5),
-    "one by one": (torch.float32, {"foreach": False}, 1e-5),
+    "together": (torch.float32, {"fused": False}, 1e-5),
     "kernel": (torch.float32, {"fused": True}, 1e-5),
     "measured": (torch.float32, {"track_stats": True}, 1e-5),
     "capturable": (torch.float32, {"capturable": True}, 1e-5),
@@ -156,15 +155,15 @@ def test_any_stake_gives_a_gain(form):
     stakes = {0.0: 0.0, 0.5: 0.0, 1.0: 0.25, 2.5: 1.0, 3.0: 1.0, 1e308: 1.0, math.inf: 1.0}
     for stake, gain in stakes.items():
         value = form(stake) if form is float else torch.tensor(stake, dtype=torch.float64)
-        assert float(auto_gain(value)) == gain
+        assert float(auto.gain(value)) == gain
     # A NaN, with nonfinite="ignore", is not to go from one parameter into all.
-    assert float(auto_gain(form(math.nan))) == 0.0
+    assert float(auto.gain(form(math.nan))) == 0.0
 
 
 def test_up_to_half_a_nat_it_is_an_ema_of_adamw():
     params, others = ([Parameter(x) for x in starts((6, 4), (5,))] for _ in range(2))
     opt = PACE(params, lr=0.01, pullback="auto", track_stats=True)  # at stake: 0.01 · 29 · 0.8
-    alike = PACE(others, lr=0.01, pullback=0.0, ema_power=FAST, return_power=SLOW, track_stats=True)
+    alike = PACE(others, lr=0.01, pullback=0.0, kappa=FAST, return_kappa=SLOW, track_stats=True)
     for t in range(5):
         walk(opt, params, t, t + 1)
         walk(alike, others, t, t + 1)
@@ -180,7 +179,7 @@ def test_a_quarter_of_the_stake_is_what_noise_costs():
     curvature = torch.logspace(-1, 0, 32)
     noise = torch.rand(32) + 0.5
     p = Parameter(torch.zeros(200, 32))
-    opt = PACE([p], lr=0.02, pullback=0.0, weight_decay=0.0, average=False)
+    opt = PACE([p], lr=0.02, pullback=0.0, weight_decay=0.0)
     losses = []
     for step in range(2000):
         p.grad = curvature * p.detach() + noise * torch.randn(p.shape)
@@ -253,7 +252,11 @@ def test_resume_is_bit_for_bit(state_dtype, inside, tmp_path):
     torch.save(saved, tmp_path / "run.pt")
     saved = torch.load(tmp_path / "run.pt", weights_only=True)
     group = saved["opt"]["param_groups"][0]
-    assert (group["pullback"], group["ema_power"], group["returns"]) == ("auto", FAST, SLOW_TEXT)
+    assert (group["pullback"], group["averaging"], group["returns"]) == (
+        "auto",
+        FAST_TEXT,
+        SLOW_TEXT,
+    )
     own = {"step", "exp_avg", "exp_avg_sq", "offset" if state_dtype else "average"}
     assert saved["opt"]["state"][0].keys() == own | {"return_returned"}  # nothing new is kept
     others = [Parameter(x) for x in saved["params"]]
@@ -273,7 +276,7 @@ def test_resume_is_bit_for_bit(state_dtype, inside, tmp_path):
 
 def test_it_may_be_turned_on_and_off_between_steps():
     """From a step on the gain is what an optimizer that was so from the start has."""
-    params, opt = trained(pullback=0.1, ema_power=FAST, track_stats=True)
+    params, opt = trained(pullback=0.1, kappa=FAST, track_stats=True)
     (group,) = opt.param_groups
     for pullback in ("auto", 0.1, "auto"):
         stake = 0.03 * sum(
@@ -302,14 +305,10 @@ def test_a_misspelt_one_that_was_set_between_steps_does_not_pass_for_it():
 
 def test_checkpoints_of_other_optimizers():
     params, opt = trained(pullback=0.1)
-    saved = copy.deepcopy(opt.state_dict())
-    for group in saved["param_groups"]:  # as older versions wrote it
-        for option in ("returns", "averaging", "gain"):
-            del group[option]
     resumed = PACE(params, pullback="auto")
-    resumed.load_state_dict(saved)  # the checkpoint's options count
+    resumed.load_state_dict(opt.state_dict())  # the checkpoint's options count
     (group,) = resumed.param_groups
-    assert (group["pullback"], group["ema_power"], group["returns"]) == (0.1, 0.5, None)
+    assert (group["pullback"], group["averaging"], group["returns"]) == (0.1, "ema:kappa=0.5", None)
 
     adamw = torch.optim.AdamW(params, lr=0.03)
     walk(adamw, params, 5, 6)
@@ -318,7 +317,11 @@ def test_checkpoints_of_other_optimizers():
         resumed.load_state_dict(adamw.state_dict())
     walk(resumed, params, 6, 7)
     (group,) = resumed.param_groups
-    assert (group["pullback"], group["ema_power"], group["returns"]) == ("auto", FAST, SLOW_TEXT)
+    assert (group["pullback"], group["averaging"], group["returns"]) == (
+        "auto",
+        FAST_TEXT,
+        SLOW_TEXT,
+    )
     assert resumed.stats()["gain_mean"] > 0  # from the moments that were taken over
 
 
@@ -332,14 +335,14 @@ def test_a_first_step_that_failed_can_be_taken_again(capturable, monkeypatch):
         walk(opt, params[:1], 0, 2)
         if fails:
             with monkeypatch.context() as patch:
-                ready = opt._ready
+                prepare = state.prepare
 
-                def short_of_memory(p, *rest, ready=ready, last=params[2]):
+                def short_of_memory(made, p, *rest, prepare=prepare, last=params[2]):
                     if p is last:
                         raise torch.OutOfMemoryError
-                    return ready(p, *rest)
+                    prepare(made, p, *rest)
 
-                patch.setattr(opt, "_ready", short_of_memory)
+                patch.setattr(optimizer, "prepare", short_of_memory)
                 with pytest.raises(torch.OutOfMemoryError):
                     walk(opt, params, 2, 3)
             assert opt.state[params[1]]["step"] == 0
@@ -415,18 +418,15 @@ def test_a_closure_may_make_the_gradients():
 # ---- options -------------------------------------------------------------------------------------
 
 
-DEFAULTS = [  # what is said; ema_power, ema_beta, averaging and returns of the group
-    ({"pullback": "auto"}, (FAST, None, None, SLOW_TEXT)),
-    ({"pullback": "auto", "ema_start": 9}, (FAST, None, None, SLOW_TEXT)),
-    ({"pullback": "auto", "ema_power": 0.5}, (0.5, None, None, None)),
-    ({"pullback": "auto", "ema_beta": 0.01}, (None, 0.01, None, None)),
-    ({"pullback": "auto", "averaging": "uniform"}, (0.5, None, "uniform", None)),
-    ({"pullback": "auto", "return_power": 0.7}, (FAST, None, None, "returned=ema:power=0.7")),
-    ({"pullback": "auto", "returns": "uniform"}, (FAST, None, None, "returned=uniform")),
-    ({"pullback": 0.1}, (0.5, None, None, None)),
-    ({"pullback": 0.1, "ema_beta": 0.01}, (None, 0.01, None, None)),
-    ({"pullback": 0.1, "averaging": "uniform"}, (0.5, None, "uniform", None)),
-    ({"pullback": 0.1, "return_power": 0.7}, (0.5, None, None, "returned=ema:power=0.7")),
+DEFAULTS = [  # what is said; averaging and returns of the group
+    ({"pullback": "auto"}, (FAST_TEXT, SLOW_TEXT)),
+    ({"pullback": "auto", "kappa": 0.5}, ("ema:kappa=0.5", None)),
+    ({"pullback": "auto", "averaging": "uniform"}, ("uniform", None)),
+    ({"pullback": "auto", "return_kappa": 0.7}, (FAST_TEXT, "returned=ema:kappa=0.7")),
+    ({"pullback": "auto", "returns": "uniform"}, (FAST_TEXT, "returned=uniform")),
+    ({"pullback": 0.1}, ("ema:kappa=0.5", None)),
+    ({"pullback": 0.1, "averaging": "uniform"}, ("uniform", None)),
+    ({"pullback": 0.1, "return_kappa": 0.7}, ("ema:kappa=0.5", "returned=ema:kappa=0.7")),
 ]
 
 
@@ -436,9 +436,8 @@ def test_what_is_left_out(said, expected):
     opt.add_param_group({"params": [Parameter(torch.ones(2))]})
     for group in opt.param_groups:
         assert group["pullback"] == said["pullback"]
-        names = ("ema_power", "ema_beta", "averaging", "returns")
-        assert tuple(group[name] for name in names) == expected
-        assert "return_power" not in group
+        assert (group["averaging"], group["returns"]) == expected
+        assert not {"kappa", "return_kappa"} & group.keys()
     for p in (p for group in opt.param_groups for p in group["params"]):
         p.grad = torch.ones_like(p)
     opt.step()  # and such groups step
@@ -449,19 +448,32 @@ def test_what_is_left_out(said, expected):
 def test_groups_with_options_of_their_own():
     own = [
         {"pullback": 0.1},
-        {"return_power": 0.7},
-        {"returns": None},
-        {"average": False, "pullback": 0},  # nobody has asked for an average to return
+        {"return_kappa": 0.7},
+        {"returns": None, "kappa": 0.3},
+        {"pullback": 0},
     ]
     groups = [{"params": [Parameter(torch.ones(2))], **o} for o in own]
     opt = PACE(copy.deepcopy(groups[:3]), pullback="auto")
     opt.add_param_group(groups[3])
     assert [group["pullback"] for group in opt.param_groups] == [0.1, "auto", "auto", 0.0]
-    returns = [group["returns"] for group in opt.param_groups[1:]]
-    assert returns == ["returned=ema:power=0.7", None, None]
+    assert [(group["averaging"], group["returns"]) for group in opt.param_groups] == [
+        (FAST_TEXT, SLOW_TEXT),  # what PACE was told is every group's
+        (FAST_TEXT, "returned=ema:kappa=0.7"),
+        (FAST_TEXT, None),
+        (FAST_TEXT, SLOW_TEXT),
+    ]
 
 
-BAD = ["automatic", "", None, -1, math.nan, math.inf, True, ["auto"]]
+def test_every_group_may_give_the_pullback():
+    groups = [{"params": [Parameter(torch.ones(2))], "pullback": c} for c in (0.1, "auto")]
+    opt = PACE(groups)
+    assert [group["averaging"] for group in opt.param_groups] == ["ema:kappa=0.5", FAST_TEXT]
+    with pytest.raises(ValueError, match="^pullback must be given, to PACE or in every group"):
+        opt.add_param_group({"params": [Parameter(torch.ones(2))]})
+    assert len(opt.param_groups) == 2
+
+
+BAD = ["automatic", "", -1, math.nan, math.inf, True, ["auto"]]
 
 
 @pytest.mark.parametrize("value", BAD)
@@ -474,8 +486,6 @@ def test_bad_strengths(value):
 
 
 def test_what_it_does_not_go_with():
-    with pytest.raises(ValueError, match=r"^average=False needs pullback=0, got pullback='auto'"):
-        PACE([Parameter(torch.ones(2))], pullback="auto", average=False)
     adamw = torch.optim.AdamW([Parameter(torch.ones(2))])
     with pytest.raises(ValueError, match=r"^pullback must be a finite number >= 0, got 'auto'$"):
         Pullback(adamw, "auto")

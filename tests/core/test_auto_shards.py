@@ -30,7 +30,7 @@ def run(engine, folder=None):
     for step in range(5):
         if folder and step == 3:
             dcp.save(both(model, opt), checkpoint_id=folder, no_dist=engine is None)
-            model, opt = made(lr=9.0, pullback=9.0, return_power=0.9)
+            model, opt = made(lr=9.0, pullback=9.0, return_kappa=0.9)
             state = both(model, opt)
             dcp.load(state, checkpoint_id=folder, no_dist=engine is None)
             model_state, opt_state = state["model"], state["optimizer"]
@@ -51,7 +51,7 @@ def test_two_ranks_go_where_one_process_goes(engine, saves, ranks, tmp_path):
             assert_close(a, b)  # to 1e-6, as it is for any other pull
 
 
-def laid_out(kinds, size, foreach):
+def laid_out(kinds, size):
     """Equal gradients: gains of parameters laid out over the ranks, and of the same ones whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -84,7 +84,7 @@ def laid_out(kinds, size, foreach):
     for params in (wholes, parts):
         # One at a time, for torch steps no list of DTensors of several meshes.
         opt = PACE(params, lr=2.0 / sum(p.numel() for p in params), pullback="auto",
-                   track_stats=True, foreach=foreach)  # fmt: skip
+                   track_stats=True)  # fmt: skip
         for t in range(2):
             for i, (p, kind) in enumerate(zip(params, kinds, strict=True)):
                 g = torch.randn(size, generator=torch.Generator().manual_seed(10 * t + i))
@@ -104,7 +104,7 @@ LAYOUTS = [
 def test_each_element_is_at_stake_once_whatever_the_layout(kinds, ranks):
     for size in ((70, 6), (300, 256)):
         large_columns = size[0] * size[1] >= LARGE and "columns" in kinds
-        for whole, mine in ranks(laid_out, kinds, size, None):
+        for whole, mine in ranks(laid_out, kinds, size):
             # Of columns others are looked at: 306 draws more, of a standard error of 4 %, which
             # are 6 % of the gain, twice.
             assert mine == pytest.approx(whole, rel=0.2 if large_columns else 1e-5)

@@ -7,7 +7,6 @@ from torch.nn import Parameter
 
 from paceline import PACE
 from paceline.averaging import BEMA, EMA, LAWA, SWA, PowerEMA, Uniform, parse
-from paceline.options import averaging_of
 
 
 def ema(weight, every=1):
@@ -138,7 +137,7 @@ def test_text_and_back(name):
 
 
 def test_text():
-    assert str(PowerEMA()) == "ema:power=0.5"
+    assert str(PowerEMA()) == "ema:kappa=0.5"
     assert str(Uniform()) == "uniform"
     assert parse("ema") == PowerEMA()
     assert parse("ema:kappa=0.3") == PowerEMA(0.3)
@@ -147,13 +146,13 @@ def test_text():
     assert parse("uniform:start=1e3") == Uniform(1000)
     for number in (1e-7, 1 / 3, 5e-324, 123456789.5, 1e16):
         assert parse(str(EMA(half_life=number))) == EMA(half_life=number)
-    assert str(PowerEMA(np.float64(0.3))) == "ema:power=0.3"  # as a sweep has it
+    assert str(PowerEMA(np.float64(0.3))) == "ema:kappa=0.3"  # as a sweep has it
 
 
 BAD = [
-    (lambda: PowerEMA(1.5), "power of ema must be in [0, 1], got 1.5"),
+    (lambda: PowerEMA(1.5), "kappa of ema must be in [0, 1], got 1.5"),
     (lambda: PowerEMA(0.5, start=-1), "start of ema must be a number of steps >= 0, got -1"),
-    (lambda: PowerEMA(float("nan")), "power of ema must be a finite number, got nan"),
+    (lambda: PowerEMA(float("nan")), "kappa of ema must be a finite number, got nan"),
     (lambda: PowerEMA(0.5, rate=0), "rate of ema must be > 0, got 0"),
     (lambda: PowerEMA(0.5, every=0), "every of ema must be >= 1, got 0"),
     (lambda: EMA(), "either beta or half_life, got beta=None and half_life=None"),
@@ -167,21 +166,21 @@ BAD = [
     (lambda: BEMA(lag=0.5), "lag of bema must be >= 1, got 0.5"),
     (lambda: BEMA(bias_power=-0.1), "bias_power of bema must be in [0, 1], got -0.1"),
     (lambda: BEMA(rate=-1), "rate of bema must be > 0, got -1"),
-    (lambda: parse("polyak"), "unknown average 'polyak' in 'polyak'; known: ema, uniform, swa"),
+    (lambda: parse("polyak"), "unknown average 'polyak' in 'polyak'; known: ema, swa, uniform"),
     (lambda: parse("uniform:window=3"), "has no option 'window'; it has ['start']"),
     (lambda: parse("uniform:start"), "'start' must be one option=number"),
     (lambda: parse("uniform:start=soon"), "'start=soon' must be one option=number"),
-    (lambda: parse("ema:power=0.1:kappa=0.2"), "'kappa=0.2' must be one option=number"),
+    (lambda: parse("ema:kappa=0.1:kappa=0.2"), "'kappa=0.2' must be one option=number"),
     (lambda: parse("lawa"), "averaging 'lawa' needs window="),
-    (lambda: parse("ema:power=2"), "'ema:power=2': power of ema must be in [0, 1], got 2"),
+    (lambda: parse("ema:kappa=2"), "'ema:kappa=2': kappa of ema must be in [0, 1], got 2"),
     (lambda: parse("ema:beta=0.1:power=1"), "has no option 'power'; it has ['beta', 'half_life'"),
     (
         lambda: PACE([Parameter(torch.zeros(2))], pullback=0.1, averaging=3),
         "averaging must be an average of paceline.averaging, or its text, got 3",
     ),
     (
-        lambda: PACE([Parameter(torch.zeros(2))], pullback=0.1, averaging="uniform", ema_power=0.3),
-        "ema_power must be left out where averaging is given, got 0.3 beside averaging='uniform'",
+        lambda: PACE([Parameter(torch.zeros(2))], pullback=0.1, averaging="uniform", kappa=0.3),
+        "averaging must be left out with kappa, got 'uniform'",
     ),
     (
         lambda: PACE([Parameter(torch.zeros(2))], pullback=0, averaging=LAWA(2), capturable=True),
@@ -190,7 +189,7 @@ BAD = [
     (
         lambda: PACE([Parameter(torch.zeros(2))], pullback=0, averaging=BEMA(),
                      state_dtype=torch.bfloat16),
-        "averaging='bema:power=0.5' needs state_dtype left out, got torch.bfloat16",
+        "averaging='bema:kappa=0.5' needs state_dtype left out, got torch.bfloat16",
     ),
 ]  # fmt: skip
 
@@ -202,22 +201,16 @@ def test_bad_input(make, says):
     assert says in str(error.value)
 
 
-def test_a_groups_rule_is_made_once():
-    """It is asked for at each step of each parameter, and costs as much as a small one's step."""
-    (group,) = PACE([Parameter(torch.zeros(2))], pullback=0.0).param_groups
-    assert averaging_of(group) is averaging_of(group) == PowerEMA()
-    group["ema_every"] = 3
-    assert averaging_of(group) == PowerEMA(every=3)
-
-
 def test_groups_with_averages_of_their_own():
     a, b, c = (Parameter(torch.zeros(2)) for _ in range(3))
     opt = PACE(
-        [{"params": a}, {"params": b, "averaging": Uniform()}, {"params": c, "ema_power": 0.4}],
+        [{"params": a}, {"params": b, "averaging": Uniform()}, {"params": c, "kappa": 0.4}],
         pullback=0.0,
-        ema_power=0.3,
+        kappa=0.3,
     )
-    assert [g["averaging"] for g in opt.param_groups] == [None, "uniform", None]
-    assert [g["ema_power"] for g in opt.param_groups] == [0.3, 0.5, 0.4]
-    opt = PACE([{"params": a}, {"params": b, "ema_power": 0.4}], pullback=0, averaging="uniform")
-    assert [g["averaging"] for g in opt.param_groups] == ["uniform", None]
+    assert [g["averaging"] for g in opt.param_groups] == [
+        *("ema:kappa=0.3", "uniform", "ema:kappa=0.4"),
+    ]
+    assert all("kappa" not in group for group in opt.param_groups)  # it has become averaging
+    opt = PACE([{"params": a}, {"params": b, "kappa": 0.4}], pullback=0, averaging="uniform")
+    assert [g["averaging"] for g in opt.param_groups] == ["uniform", "ema:kappa=0.4"]

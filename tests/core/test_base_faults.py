@@ -8,15 +8,15 @@ import torch
 from problems import advance, assert_same, problem, snapshot
 from torch.nn import Parameter
 
-from paceline import PACE, fused, update
+from paceline import PACE, kernels, update
+from paceline.kernels import compiled, cpu
 
 BAD = [float("nan"), float("inf"), -float("inf")]
 SIZE = 300  # with slices of 128, two whole ones and a rest
 
 PATHS = {
     "kernel": {"fused": True},
-    "together": {"foreach": True},
-    "one by one": {"foreach": False},
+    "together": {"fused": False},
     "capturable": {"capturable": True},
     "measured": {"track_stats": True},
     "compiled": {},
@@ -28,7 +28,7 @@ FORMS = {
     "float32, narrow": (torch.float32, {"state_dtype": torch.bfloat16}),
     "bfloat16, narrow": (torch.bfloat16, {"state_dtype": torch.bfloat16}),
     "stochastic": (torch.bfloat16, {"state_dtype": torch.bfloat16, "stochastic_round": True}),
-    "no average": (torch.float32, {"average": False, "pullback": 0.0}),
+    "no pull": (torch.float32, {"pullback": 0.0}),
 }
 
 
@@ -61,9 +61,9 @@ def test_the_guard_holds_what_a_bad_gradient_would_move_and_nothing_else(
 ):
     if path == "compiled":
         # As on an accelerator, without its compiler: what is traced does the same step.
-        monkeypatch.setattr(fused, "_cpu_step", lambda slots, s: sum(fused.compiled_step(slots, s)))
-        monkeypatch.setattr(fused, "WORTH_A_LAUNCH", 10)
-        monkeypatch.setattr(fused, "_compiled", lambda: on_a_device)
+        monkeypatch.setattr(cpu, "Kernel", compiled.Kernel)
+        monkeypatch.setattr(compiled, "WORTH_A_LAUNCH", 10)
+        monkeypatch.setattr(compiled, "_compiled", lambda: on_a_device)
     bad = {5: BAD[0], 130: BAD[1], 131: BAD[2], SIZE - 1: 1e30}
     large = 1e300 if FORMS[form][0] == torch.float64 else 1e30  # their squares are infinite
     options = {"fused": True} if path == "compiled" else PATHS[path]
@@ -95,7 +95,7 @@ def on_a_device(slots, s):
         return update.step_(slots, s)
 
 
-@pytest.mark.parametrize("path", ["kernel", "together", "one by one", "capturable"])
+@pytest.mark.parametrize("path", ["kernel", "together", "capturable"])
 def test_without_the_guard_a_nan_takes_weights_and_average(path, kernel, monkeypatch):
     def faults(grad):
         grad[5] = float("nan")
@@ -169,7 +169,7 @@ def test_what_a_device_decides_to_skip_is_skipped_without_the_host(state_dtype, 
             skip = torch.tensor(step in (0, 3))
             if skip and not skipping:
                 continue
-            monkeypatch.setattr(opt, "_judge_gradients", lambda skip=skip: skip)
+            monkeypatch.setattr(opt, "_skips_step", lambda skip=skip: skip)
             if skip:
                 for p in model.parameters():
                     p.grad = torch.full_like(p, float("nan"))
@@ -230,13 +230,13 @@ def test_an_error_on_the_way_to_the_kernel_leaves_nothing_counted(monkeypatch):
     p, q = Parameter(torch.ones(4, dtype=torch.float16)), Parameter(torch.ones(2**18))
     opt = PACE([p, q], lr=0.1, pullback=0.1)
     p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
-    fused.available.cache_clear()
+    cpu.available.cache_clear()
     with monkeypatch.context() as patch, warnings.catch_warnings():
-        patch.setattr(fused, "build", lambda: (_ for _ in ()).throw(fused.BuildError("none")))
+        patch.setattr(cpu, "build", lambda: (_ for _ in ()).throw(kernels.BuildError("none")))
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="without its one-pass kernel"):
             opt.step()
-    fused.available.cache_clear()
+    cpu.available.cache_clear()
     assert [opt.state[x]["step"].item() for x in (p, q)] == [0, 0]
     assert (p == 1).all()
     assert (q == 1).all()

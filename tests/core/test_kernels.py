@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from paceline import PACE, fused, swap, update
+from paceline import PACE, kernels, swap, update
+from paceline.kernels import cpu
 
 SHAPES = [(150, 151), (7,), (), (0,), (50, 400)]
 
@@ -27,9 +28,8 @@ DTYPES = [  # of parameters, of state, stochastic rounding of parameters
 
 RULES = [
     {"pullback": 0.3},
-    {"pullback": 30.0, "ema_every": 3, "clip": False, "maximize": True},
-    {"pullback": 0.0, "ema_start": 5},
-    {"pullback": 0.0, "average": False},
+    {"pullback": 30.0, "averaging": "ema:every=3", "clip": False, "maximize": True},
+    {"pullback": 0.0, "averaging": "ema:start=5"},
 ]
 
 
@@ -75,9 +75,8 @@ def test_every_path_takes_the_same_step(dtype, state_dtype, stochastic, rule, ke
         "stochastic_round": stochastic,
         **rule,
     }
-    expected = train(foreach=False, **options)
+    expected = train(fused=False, **options)
     assert_close(train(fused=True, **options), expected)
-    assert_close(train(fused=False, **options), expected)
     assert_close(train(capturable=True, **options), expected)
 
 
@@ -86,9 +85,9 @@ def test_threads_and_pieces_change_nothing(state_dtype, kernel, monkeypatch):
     threads = torch.get_num_threads()
     ends = []
     try:
-        for count, openmp in ((1, fused._openmp()), (2, fused._openmp()), (5, None)):
+        for count, openmp in ((1, cpu._openmp()), (2, cpu._openmp()), (5, None)):
             torch.set_num_threads(count)
-            monkeypatch.setattr(fused, "_openmp", lambda found=openmp: found)
+            monkeypatch.setattr(cpu, "_openmp", lambda found=openmp: found)
             ends.append(train(5, fused=True, state_dtype=state_dtype, shapes=[(700, 1000), (3,)]))
     finally:
         torch.set_num_threads(threads)
@@ -102,16 +101,16 @@ def test_threads_and_pieces_change_nothing(state_dtype, kernel, monkeypatch):
 
 def test_none_chooses_the_kernel_for_large_models_that_it_can_step(kernel, monkeypatch):
     calls = []
-    step = fused.step_
-    monkeypatch.setattr(fused, "step_", lambda slots, s: calls.append(len(slots)) or step(slots, s))
+    made = cpu.Kernel
+    monkeypatch.setattr(cpu, "Kernel", lambda slots: calls.append(len(slots)) or made(slots))
     large, small = [(300, 1000), (5,)], [(9, 9)]
     for count, options in (
         (1, {"shapes": large}),
         (0, {"shapes": small}),
         (1, {"shapes": small, "fused": True}),
         (0, {"shapes": large, "fused": False}),
-        (0, {"shapes": large, "foreach": True}),
-        (0, {"shapes": large, "foreach": False}),
+        (1, {"shapes": large, "foreach": True}),  # which is taken, and not needed
+        (1, {"shapes": small, "fused": True, "foreach": False}),
         (0, {"shapes": large, "track_stats": True}),
         (0, {"shapes": large, "dtype": torch.float16}),
     ):
@@ -132,17 +131,17 @@ def test_none_chooses_the_kernel_for_large_models_that_it_can_step(kernel, monke
 def unbuilt(tmp_path, monkeypatch):
     """As on a machine that has never built the kernel."""
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
-    fused.build.cache_clear()
-    fused.available.cache_clear()
+    cpu.build.cache_clear()
+    cpu.available.cache_clear()
     yield tmp_path / "cache"
-    fused.build.cache_clear()
-    fused.available.cache_clear()
+    cpu.build.cache_clear()
+    cpu.available.cache_clear()
 
 
 def test_builds_once_whatever_changes(unbuilt, kernel, monkeypatch):
     builds = []
     run = subprocess.run
-    monkeypatch.setattr(fused.subprocess, "run", lambda *a, **k: builds.append(1) or run(*a, **k))
+    monkeypatch.setattr(cpu.subprocess, "run", lambda *a, **k: builds.append(1) or run(*a, **k))
     for dtype, state_dtype, stochastic in DTYPES:
         for shapes in ([(3,)], [(300, 1000), (2, 2)], SHAPES):  # and the rate changes in each
             train(
@@ -154,7 +153,7 @@ def test_builds_once_whatever_changes(unbuilt, kernel, monkeypatch):
                 shapes=shapes,
             )
     assert len(builds) == 1
-    fused.build.cache_clear()  # another process
+    cpu.build.cache_clear()  # another process
     train(1, fused=True)
     assert len(builds) == 1
     assert [path.suffix for path in unbuilt.iterdir()] == [".so"]
@@ -243,12 +242,10 @@ def test_a_strided_gradient_is_no_obstacle(kernel):
     "options",
     [
         {},
-        {"foreach": False},
         {"track_stats": True},
         {"state_dtype": torch.bfloat16},
         {"capturable": True},
-        {"capturable": True, "ema_every": 2, "state_dtype": torch.bfloat16},
-        {"capturable": True, "average": False, "pullback": 0.0},
+        {"capturable": True, "averaging": "ema:every=2", "state_dtype": torch.bfloat16},
         {"capturable": True, "state_dtype": torch.bfloat16},
     ],
     ids=str,
@@ -292,14 +289,13 @@ def test_compiled_for_other_devices_it_is_one_graph(monkeypatch, tmp_path, kerne
     from torch._dynamo.utils import counters
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(fused, "reason_against", lambda *_: None)
-    monkeypatch.setattr(fused, "step_", fused.compiled_step)
+    monkeypatch.setattr(cpu, "Kernel", kernels.compiled.Kernel)
     torch._dynamo.reset()
     counters.clear()
     for options in ({}, {"state_dtype": torch.bfloat16}):
         graphs = counters["stats"]["unique_graphs"]
         for shapes in ([(300, 301), (7,)], [(100, 1000), (70_000,), (300, 300), (4, 5)]):
-            expected = train(4, shapes=shapes, foreach=False, **options)
+            expected = train(4, shapes=shapes, fused=False, **options)
             assert_close(train(4, shapes=shapes, fused=True, **options), expected)
             assert_close(train(4, shapes=shapes, fused=True, capturable=True, **options), expected)
         assert counters["stats"]["unique_graphs"] == graphs + 1
@@ -323,9 +319,7 @@ def scratch(work):
     return peak
 
 
-@pytest.mark.parametrize(
-    "options", [{"fused": True}, {"fused": False}, {"foreach": False}], ids=str
-)
+@pytest.mark.parametrize("options", [{"fused": True}, {"fused": False}], ids=str)
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
 def test_state_is_12_or_6_bytes_and_scratch_less_than_the_largest_parameter(
     options, state_dtype, kernel
@@ -356,7 +350,7 @@ def test_large_state_asks_for_huge_pages():
 
 def test_batches_are_bounded_and_cover_everything():
     tensors = [torch.arange(float(n)).view(-1, 2) for n in (10, 4000, 6, 2, 300)]
-    slots = [update.Slot(x, x, x, x, None) for x in tensors]
+    slots = [update.Slot(x, x, x, x, x) for x in tensors]
     batches = list(update.batches(slots, 100))
     assert max(sum(slot.param.numel() for slot in batch) for batch in batches) <= 100
     flat = torch.cat([slot.param.reshape(-1) for batch in batches for slot in batch])
@@ -372,7 +366,7 @@ def test_batches_are_bounded_and_cover_everything():
 
 def test_the_library_is_what_the_source_says(kernel):
     """Argument types are declared: ctypes would cut 64-bit addresses to 32 otherwise."""
-    assert fused.build().argtypes[0] is ctypes.c_void_p
+    assert cpu.build().argtypes[0] is ctypes.c_void_p
 
 
 @pytest.mark.parametrize("how", ["loaded", "made contiguous"])
@@ -400,7 +394,7 @@ def test_state_follows_the_layout_of_its_parameter(how, kernel):
 
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="a newer torch has it")
 def test_gradients_wider_than_their_parameters_are_not_given_to_the_kernel(kernel, monkeypatch):
-    monkeypatch.setattr(fused, "WORTH_BUILDING", 0)
+    monkeypatch.setattr(kernels, "WORTH_BUILDING", 0)
     p, q, r = (Parameter(torch.ones(40, dtype=torch.bfloat16)) for _ in range(3))
     p.grad_dtype = torch.float32
     p.grad, q.grad = torch.linspace(-1, 1, 40), torch.ones_like(q)

@@ -13,7 +13,7 @@ from problems import advance, assert_same, problem, snapshot
 from torch import nn
 from torch.nn import Parameter
 
-from paceline import PACE
+from paceline import EMA, PACE
 
 # ---- state -----------------------------------------------------------------------------------
 
@@ -78,20 +78,20 @@ def test_groups_have_options_of_their_own():
     a, b, c = (Parameter(torch.ones(4)) for _ in range(3))
     opt = PACE(
         [
-            {"params": [a], "average": False, "pullback": 0},
-            {"params": [b], "ema_beta": 0.2},
-            {"params": [c], "ema_power": 0.3},
+            {"params": [a]},
+            {"params": [b], "averaging": EMA(0.2)},
+            {"params": [c], "kappa": 0.3},
         ],
         pullback=0.3,
-        ema_beta=0.1,
+        averaging=EMA(0.1),
     )
-    assert [g["ema_beta"] for g in opt.param_groups] == [0.1, 0.2, None]
+    rules = [group["averaging"] for group in opt.param_groups]
+    assert rules == ["ema:beta=0.1", "ema:beta=0.2", "ema:kappa=0.3"]
     for p in (a, b, c):
         p.grad = torch.ones(4)
     opt.step()
-    assert "average" not in opt.state[a]
     # after one step ema = 1 + weight·(θ - 1)
-    for p, weight in ((b, 0.2), (c, 2**-0.3)):
+    for p, weight in ((a, 0.1), (b, 0.2), (c, 2**-0.3)):
         expected = 1 + weight * (p.detach() - 1)
         torch.testing.assert_close(opt.state[p]["average"], expected)
 
@@ -211,17 +211,6 @@ def test_dtypes_may_not_change_while_swapped_or_after_the_first_step():
         other.train()
 
 
-def test_without_an_average_the_returned_model_is_the_live_one():
-    model, generator = problem()
-    opt = PACE(model.parameters(), pullback=0, average=False)
-    advance(model, opt, generator, 3)
-    before = snapshot(model, opt)
-    with opt.averaged():
-        assert_same(snapshot(model, opt), before)
-    for name, value in opt.averaged_state_dict(model).items():
-        assert torch.equal(value, model.state_dict()[name])
-
-
 class Tied(nn.Module):
     """Tied weights, a frozen parameter and buffers."""
 
@@ -286,27 +275,14 @@ def test_averaged_state_dict_of_a_model_that_is_not_ours():
         opt.averaged_state_dict(model)  # rather than the live weights unnoticed
 
 
-def test_turning_the_average_off_returns_the_live_weights():
-    model, generator = problem()
-    opt = PACE(model.parameters(), lr=0.05, pullback=0.0)
-    advance(model, opt, generator, 3)
-    opt.param_groups[0]["average"] = False
-    advance(model, opt, generator, 3)
-    before = snapshot(model, opt)
-    with opt.averaged():
-        assert_same(snapshot(model, opt), before)
-    assert torch.equal(opt.averaged_state_dict(model)["0.weight"], model[0].weight)
-
-
 # ---- stats -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("foreach", [False, True])
-def test_stats_say_what_the_step_did(foreach):
+def test_stats_say_what_the_step_did():
     torch.manual_seed(0)
     p, q, idle = Parameter(torch.randn(40)), Parameter(torch.randn(3, 5)), Parameter(torch.ones(2))
     groups = [{"params": [p, q]}, {"params": [idle]}]
-    opt = PACE(groups, lr=0.2, pullback=8.0, weight_decay=0.1, foreach=foreach)
+    opt = PACE(groups, lr=0.2, pullback=8.0, weight_decay=0.1)
     faults = {"guarded_coordinates": 0, "guarded_steps": 0, "skipped_steps": 0}
     assert opt.stats() == faults
     for group in opt.param_groups:
@@ -425,29 +401,24 @@ def test_learning_rate_as_a_tensor():
         {"lr": "fast"},
         {"lr": True},
         {"lr": 10**400},
-        {"lr": torch.tensor([0.1])},
+        {"lr": torch.tensor([0.1, 0.1])},
         {"lr": torch.tensor(-0.1)},
         {"eps": -1e-8},
         {"weight_decay": -0.1},
         {"betas": (0.9, 1.0)},
         {"betas": 0.9},
         {"betas": (0.9,)},
-        {"betas": (torch.tensor(0.9), 0.999)},
+        {"betas": (torch.tensor([0.9, 0.9]), 0.999)},
+        {"betas": (torch.tensor(1.0), 0.999)},
+        {"betas": "0.9"},
         {"pullback": -0.1},
         {"pullback": math.inf},
-        {"pullback": None},
         {"pullback": torch.tensor(0.1)},
-        {"ema_power": 1.5},
-        {"ema_power": -0.1},
-        {"ema_beta": 0.0},
-        {"ema_beta": 1.1},
-        {"ema_rate": 0.0},
-        {"ema_start": -1},
-        {"ema_every": 0},
-        {"ema_every": 1.5},
-        {"ema_every": True},
+        {"kappa": 1.5},
+        {"kappa": -0.1},
+        {"kappa": True},
+        {"return_kappa": "slow"},
         {"clip": 3},
-        {"average": "no"},
         {"foreach": "yes"},
         {"foreach": 1.0},
         {"fused": "yes"},
@@ -479,8 +450,7 @@ def test_options_become_plain_numbers():
         lr=np.float64(0.1),
         betas=[np.float32(0.5), 0],
         pullback=1,
-        ema_power=1,
-        ema_start=np.int64(0),
+        kappa=np.int64(1),
     )
     p.grad = torch.ones(2)
     opt.step()
@@ -493,12 +463,10 @@ def test_options_become_plain_numbers():
 
 def test_contradictions():
     p = [Parameter(torch.ones(2))]
-    with pytest.raises(ValueError, match=r"average=False needs pullback=0, got pullback=0\.1"):
-        PACE(p, pullback=0.1, average=False)
-    with pytest.raises(TypeError, match="pullback"):
+    with pytest.raises(ValueError, match=r"^pullback must be given, to PACE or in every group$"):
         PACE(p)
-    for other in ({"foreach": True}, {"foreach": False}, {"track_stats": True}):
-        with pytest.raises(ValueError, match="fused=True needs foreach=None and track_stats=False"):
+    for other in ({"foreach": True}, {"track_stats": True}):
+        with pytest.raises(ValueError, match=f"fused=True needs {next(iter(other))}"):
             PACE(p, pullback=0.1, fused=True, **other)
 
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings, stateful
 from hypothesis import strategies as st
+from problems import pace_options
 from reference import Reference
 from torch import nn
 from torch.nn import Parameter
 
-from paceline import PACE, fused
+from paceline import PACE, kernels
 
 # Largest deviation from the reference, relative to the largest value the coordinate has had. A step
 # rounds some five times, by 6e-8 in float32 and 1.1e-16 in float64, and a sequence has up to 40
@@ -27,10 +28,10 @@ from paceline import PACE, fused
 TOLERANCE = {np.dtype("float32"): 1e-5, np.dtype("float64"): 1e-12}
 TOO_LARGE = {torch.float32: 1e25, torch.float64: 1e200}  # finite, but its square is not
 SIZES = (1.0, 1.0, 1.0, 1e-3, 0.0, 1e6, 1e18, None)  # of gradients; None is none
-NOT_OF_THE_RULE = ("lr", "average", "returns", "nonfinite", "foreach", "fused")
+NOT_OF_THE_RULE = ("lr", "returns", "nonfinite", "fused")
 # Averages to return: what PACE is told, and the weight of the t-th iterate.
 RETURNED = {
-    "slow": ("ema:power=0.7", lambda t: (1 + t) ** -0.7),
+    "slow": ("ema:kappa=0.7", lambda t: (1 + t) ** -0.7),
     "mean": ("uniform", lambda t: 1 / t),
     "rare": ("ema:beta=0.5:every=2", lambda t: 0.5 * (t % 2 == 0)),
 }
@@ -39,8 +40,8 @@ FAULTS = ("guarded_coordinates", "guarded_steps", "skipped_steps")
 
 @functools.cache
 def has_kernel():
-    with contextlib.suppress(fused.BuildError):
-        return bool(fused.build())
+    with contextlib.suppress(kernels.BuildError):
+        return bool(kernels.cpu.build())
     return False
 
 
@@ -74,11 +75,8 @@ def new_groups(draw, most):
     options["eps"] = 1e-8 if options["clip"] else 0.5
     if options["gain"] == "scalar" and not options["clip"]:
         options["pullback"] = min(options["pullback"], 0.3)
-    options["average"] = options["pullback"] != 0 or draw(st.booleans())
-    returns = {name: RETURNED[name][0] for name in options["returns"]}
-    options["returns"] = returns if returns and options["average"] else None
-    ways = [(None, None), (True, None), (False, None), (None, has_kernel())]
-    options["foreach"], options["fused"] = draw(pick(ways))
+    options["returns"] = {name: RETURNED[name][0] for name in options["returns"]} or None
+    options["fused"] = draw(pick([None, False, has_kernel()]))
     shapes = draw(st.lists(pick([(1,), (3,), (), (2, 2)]), min_size=1, max_size=most))
     return draw(pick([torch.float32, torch.float64])), options, shapes, draw(seeds)
 
@@ -108,7 +106,7 @@ class Expected(Reference):
         self.returned = tuple(options["returns"] or ())
         for name in self.returned:
             setattr(self, name, self.theta.copy())
-        self.names = (*("theta", "m", "v", "ema")[: 3 + options["average"]], *self.returned)
+        self.names = ("theta", "m", "v", "ema", *self.returned)
         self.weights = ("theta", "ema", *self.returned)
         self.largest = dict.fromkeys(self.names, 0.0) | dict.fromkeys(self.weights, abs(start))
         # What PACE was last seen to hold, to the bit: before its first step the weights alone.
@@ -170,7 +168,7 @@ class Sequences(stateful.RuleBasedStateMachine):
         new = [Parameter(torch.tensor(start, dtype=dtype)) for start in starts]
         self.model.extend(new)
         self.groups.append([Expected(p.detach().numpy().copy(), options) for p in new])
-        return {"params": new, **options}
+        return {"params": new, **pace_options(options)}
 
     def pairs(self):
         """Each parameter, and what is expected of it."""

@@ -198,7 +198,6 @@ BAD_OPTIONS = [
     ({"pullback": -1.0}, "pullback must be a finite number >= 0, got -1.0"),
     ({"pullback": math.inf}, "pullback must be a finite"),
     ({"pullback": None}, "pullback must be a finite"),
-    ({"averaging": None}, "averaging must be an average, or its text, got None"),
     ({"averaging": 0.5}, "averaging must be an average of paceline.averaging"),
     ({"averaging": "mean"}, "unknown average 'mean'"),
     ({"gain": "own "}, "gain must be one of adam, own, scalar, got 'own '"),

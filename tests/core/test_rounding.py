@@ -8,7 +8,7 @@ import torch
 from reference import Reference
 from torch.nn import Parameter
 
-from paceline import PACE, rounding
+from paceline import EMA, PACE, rounding
 
 SIZE = 30_000
 
@@ -168,8 +168,7 @@ def test_an_average_in_bfloat16_follows_a_drift_of_float32_size(dtype, fused, ke
         [p],
         lr=0.0,
         pullback=0.0,
-        ema_power=None,
-        ema_beta=beta,
+        averaging=EMA(beta),
         state_dtype=torch.bfloat16,
         fused=fused,
     )
@@ -225,7 +224,7 @@ def test_bfloat16_state_stays_near_the_reference():
     rng = np.random.default_rng(0)
     size = 20_000
     p = Parameter(torch.ones(size))
-    opt = PACE([p], lr=1e-3, pullback=0.05, ema_power=0.5, state_dtype=torch.bfloat16)
+    opt = PACE([p], lr=1e-3, pullback=0.05, kappa=0.5, state_dtype=torch.bfloat16)
     ref = Reference(np.ones(size), pullback=0.05, ema_power=0.5)
     for _ in range(300):
         g = np.float32(rng.normal(size=size))
@@ -284,7 +283,7 @@ def test_a_model_converted_after_the_first_step_keeps_its_average():
     with pytest.raises(RuntimeError, match=r"is torch.bfloat16 now, .*torch.bfloat16 average"):
         opt.eval()
     p.grad = torch.zeros_like(p)
-    opt.param_groups[0].update(lr=0.0, ema_every=1000)
+    opt.param_groups[0].update(lr=0.0, averaging="ema:every=1000")
     opt.step()
     assert opt.state[p].keys() == {"step", "exp_avg", "exp_avg_sq", "average"}
     # The weights, the offset and their sum were each rounded to bfloat16; all are below 1.
@@ -294,7 +293,7 @@ def test_a_model_converted_after_the_first_step_keeps_its_average():
 def test_changing_the_state_dtype_between_steps_converts_the_state():
     p, opt = run(range(10))
     average = opt.state[p]["average"].clone()
-    opt.param_groups[0].update(state_dtype=torch.bfloat16, lr=0.0, ema_every=1000)
+    opt.param_groups[0].update(state_dtype=torch.bfloat16, lr=0.0, averaging="ema:every=1000")
     p.grad = torch.zeros_like(p)
     opt.step()
     unit = 2.0**-8 * (average - p.detach()).abs()

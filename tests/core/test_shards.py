@@ -53,7 +53,7 @@ def run(engine, options, parts=1, clip=None):
 OPTIONS = {
     "default": {},
     "kernel": {"fused": True},
-    "loop": {"foreach": False},
+    "eager": {"fused": False},
     "capturable": {"capturable": True},
     "skip": {"nonfinite": "skip"},
     "raise": {"nonfinite": "raise"},
@@ -178,7 +178,7 @@ def sharded_steps(placement, options):
 
 @pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()], ids=str)
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("path", [{"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("path", [{"fused": False}, {"fused": True}], ids=str)
 def test_any_placement_steps_and_rows_round_as_in_one_process(
     path, state_dtype, placement, ranks, kernel
 ):

@@ -199,8 +199,8 @@ class LoadsAsTorch(Broken):
         torch.optim.Optimizer.load_state_dict(self, state_dict)
 
 
-class CountsRehearsals(Broken):
-    def _rehearsal(self):
+class CountsProbes(Broken):
+    def _is_state_probe(self):
         return []
 
 
@@ -243,9 +243,9 @@ BROKEN = {
     "misshapen state": LoadsAsTorch,
     "missing state": LoadsAsTorch,
     "foreign state": LoadsAsTorch,
-    "distributed checkpoint first": CountsRehearsals,
+    "distributed checkpoint first": CountsProbes,
     "distributed checkpoint later": SuffersBeingAsked,
-    "distributed checkpoint averaged": CountsRehearsals,
+    "distributed checkpoint averaged": CountsProbes,
     "non finite gradient": Trusting,
     "skipped by the scaler": SkipsNothing,
 }

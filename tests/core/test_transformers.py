@@ -108,7 +108,7 @@ def test_live_and_returned_weights_are_evaluated_on_the_same_batches(kind, tmp_p
 def test_further_averages_are_evaluated_by_name(tmp_path):
     def several(params):
         return PACE(
-            params, lr=0.01, pullback=0.5, returns={"slow": "ema:power=0.7", "mean": "uniform"}
+            params, lr=0.01, pullback=0.5, returns={"slow": "ema:kappa=0.7", "mean": "uniform"}
         )
 
     trainer = prepare(tmp_path, several)

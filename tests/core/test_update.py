@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import pace_options
 from reference import Reference
 from torch.nn import Parameter
 
-from paceline import PACE
+from paceline import EMA, PACE
 
 # Largest float32 deviation from the float64 reference that we allow, relative to the largest
 # weight. 500 steps accumulate rounding of about sqrt(500)·6e-8 = 1.3e-6 of a weight.
@@ -41,7 +42,6 @@ RULES = {
 
 
 PATHS = {
-    "one by one": {"foreach": False},
     "together": {"fused": False},
     "kernel": {"fused": True},
     "capturable": {"capturable": True},
@@ -58,7 +58,7 @@ def test_every_step_equals_the_reference(rule, path, kernel):
         {},
         {"weight_decay": 0.0, "betas": (0.8, 0.95), "ema_every": 2, "maximize": True},
         {"eps": 1e-3, "pullback": 0.1, "lr": 1e-2, "clip": False},
-        {"ema_start": 7, "ema_rate": 0.5, "ema_power": 0.6},
+        {"ema_start": 7, "ema_rate": 0.5, "ema_power": 0.6, "ema_beta": None},
     ]
     params, refs, signs = [], [], []
     for group, its_shapes in zip(groups, shapes, strict=True):
@@ -66,10 +66,10 @@ def test_every_step_equals_the_reference(rule, path, kernel):
         group["params"] = [Parameter(torch.tensor(start)) for start in starts]
         params += group["params"]
         own = {k: v for k, v in group.items() if k not in ("params", "lr", "maximize")}
-        rule_here = {**RULES[rule], **({"ema_beta": None} if "ema_power" in own else {}), **own}
-        refs += [Reference(start, **rule_here) for start in starts]
+        refs += [Reference(start, **{**RULES[rule], **own}) for start in starts]
         signs += [-1 if group.get("maximize") else 1 for _ in starts]
-    opt = PACE(groups, lr=3e-2, **PATHS[path], **RULES[rule])
+    groups = [pace_options(group, RULES[rule]) for group in groups]
+    opt = PACE(groups, lr=3e-2, **PATHS[path], **pace_options(RULES[rule]))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 500)
     targets = [np.float32(rng.normal(size=p.shape)) for p in params]
     late = 4  # the index of a parameter that gets its first gradient at step 11
@@ -99,14 +99,13 @@ def test_every_step_equals_the_reference(rule, path, kernel):
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("average", [False, True])
-def test_without_a_pull_it_is_adamw(average, maximize, fused, kernel):
+def test_without_a_pull_it_is_adamw(maximize, fused, kernel):
     torch.manual_seed(0)
     ours = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
     theirs = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
     theirs.load_state_dict(ours.state_dict())
     options = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.99), "maximize": maximize}
-    opt = PACE(ours.parameters(), pullback=0, average=average, fused=fused, **options)
+    opt = PACE(ours.parameters(), pullback=0, fused=fused, **options)
     adamw = torch.optim.AdamW(theirs.parameters(), **options)
     sign = -1 if maximize else 1
     for _ in range(200):
@@ -118,7 +117,7 @@ def test_without_a_pull_it_is_adamw(average, maximize, fused, kernel):
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6 if fused else 1e-7)
     kept = {key for state in opt.state.values() for key in state}
-    assert kept == {"step", "exp_avg", "exp_avg_sq"} | ({"average"} if average else set())
+    assert kept == {"step", "exp_avg", "exp_avg_sq", "average"}
 
 
 def test_saturated_clip_is_adamw_with_a_decaying_rate():
@@ -126,7 +125,7 @@ def test_saturated_clip_is_adamw_with_a_decaying_rate():
     torch.manual_seed(0)
     eta, kappa = 0.05, 0.4
     p = Parameter(torch.randn(50, dtype=torch.float64))
-    opt = PACE([p], lr=eta, pullback=1e30, ema_power=kappa, weight_decay=0, track_stats=True)
+    opt = PACE([p], lr=eta, pullback=1e30, kappa=kappa, weight_decay=0, track_stats=True)
     exact, m, v = p.detach().clone(), torch.zeros(50), torch.zeros(50)
     for t in range(1, 101):
         p.grad = torch.randn(50, dtype=torch.float64) + p.detach()
@@ -161,7 +160,7 @@ def states(draw):
 def trained(size, seed, options, steps):
     generator = torch.Generator().manual_seed(seed)
     p = Parameter(torch.randn(size, dtype=torch.float64, generator=generator))
-    opt = PACE([p], **options)
+    opt = PACE([p], **pace_options(options))
     for _ in range(steps):
         p.grad = torch.randn(size, dtype=torch.float64, generator=generator)
         opt.step()
@@ -202,8 +201,8 @@ def test_no_pull_where_the_weights_are_their_average(case):
     assert torch.equal(p, q)
 
 
-@given(states(), st.randoms(use_true_random=False), st.booleans())
-def test_permuting_and_splitting_parameters_changes_nothing(case, random, foreach):
+@given(states(), st.randoms(use_true_random=False))
+def test_permuting_and_splitting_parameters_changes_nothing(case, random):
     size, seed, options, steps = case
     p, opt = trained(size, seed, options, steps)
     order = list(range(size))
@@ -211,7 +210,7 @@ def test_permuting_and_splitting_parameters_changes_nothing(case, random, foreac
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(size, dtype=torch.float64, generator=generator)
     parts = [Parameter(start[i].clone()) for i in order]
-    split = PACE(parts, foreach=foreach, **options)
+    split = PACE(parts, **pace_options(options))
     for _ in range(steps):
         g = torch.randn(size, dtype=torch.float64, generator=generator)
         for i, part in zip(order, parts, strict=True):
@@ -236,7 +235,7 @@ def test_narrow_parameters_have_float32_state_and_round_once(dtype, fused, kerne
         return torch.tensor(x).float().to(dtype).double().numpy()
 
     p = Parameter(torch.randn(200).to(dtype))
-    opt = PACE([p], lr=1e-2, pullback=5.0, ema_power=0.4, fused=fused)
+    opt = PACE([p], lr=1e-2, pullback=5.0, kappa=0.4, fused=fused)
     ref = Reference(p.detach().double().numpy(), pullback=5.0, ema_power=0.4, store=store)
     rounding = torch.finfo(dtype).eps
     for _ in range(100):
@@ -256,7 +255,7 @@ def test_narrow_parameters_have_float32_state_and_round_once(dtype, fused, kerne
 
 def test_float32_average_moves_where_a_bfloat16_one_would_stall():
     p = Parameter(torch.ones(1, dtype=torch.bfloat16))
-    opt = PACE([p], lr=0.0, pullback=0.0, ema_power=None, ema_beta=1e-3)
+    opt = PACE([p], lr=0.0, pullback=0.0, averaging=EMA(1e-3))
     p.grad = torch.ones_like(p)
     opt.step()
     p.data.fill_(2.0)

@@ -25,9 +25,8 @@ def test_measures_every_optimizer(monkeypatch, tmp_path, capsys, kernel):
         "AdamW for-loop": adamw,
         "AdamW fused + EMA": pace,
         "schedulefree AdamW": 8.0,
-        "PACE loop unsliced": pace,
-        "PACE loop": pace,
-        "PACE foreach": pace,
+        "PACE eager unsliced": pace,
+        "PACE eager": pace,
         "PACE compiled": pace,
         "PACE fused": pace,
         "PACE fused bf16 state": round(6 + count, 1),
@@ -39,7 +38,7 @@ def test_measures_every_optimizer(monkeypatch, tmp_path, capsys, kernel):
         assert 0 < low <= row["ratio"] <= high
         assert row["times_byte_floor"] > 0
     assert rows["PACE fused"]["scratch_megabytes"] < 1e-3
-    assert rows["PACE foreach"]["scratch_megabytes"] > 0
+    assert rows["PACE eager"]["scratch_megabytes"] > 0
 
 
 def test_measures_others_by_name(monkeypatch, tmp_path, kernel):

@@ -145,18 +145,18 @@ METHODS = {
     "adamw": (None, lambda thetas: thetas[-1]),
     "adamw:wsd": (None, lambda thetas: thetas[-1]),
     "adamw:cosine": (None, lambda thetas: thetas[-1]),
-    "ema": ("ema:power=0.3", power(0.3)),
+    "ema": ("ema:kappa=0.3", power(0.3)),
     "ema:half_life=3": (
         "ema:half_life=3",
         lambda thetas: recursive(thetas, lambda step: 1 - 0.5 ** (1 / 3)),
     ),
     "uniform": ("uniform:start=4", lambda thetas: mean(thetas[5:])),
     "lawa:window=2:every=2": ("lawa:window=2:every=2", lambda thetas: mean([thetas[4], thetas[6]])),
-    "bema": ("bema:power=0.5", None),
+    "bema": ("bema:kappa=0.5", None),
     "schedule-free": (None, None),
     "lookahead": (None, slow),
-    "pullback:sgd": ("ema:power=0.3", power(0.3)),
-    "pace:state=bf16": ("ema:power=0.3", power(0.3)),
+    "pullback:sgd": ("ema:kappa=0.3", power(0.3)),
+    "pace:state=bf16": ("ema:kappa=0.3", power(0.3)),
 }
 
 
@@ -172,7 +172,7 @@ def test_methods_return_what_they_say(values, method, tmp_path):
     if rule:
         assert facts["updates"] == 6
         assert facts["dtype"] == ("bfloat16" if "bf16" in method else "float32")
-        assert facts["kappa"] == {"ema:power=0.3": 0.3, "bema:power=0.5": 0.5}.get(rule)
+        assert facts["kappa"] == {"ema:kappa=0.3": 0.3, "bema:kappa=0.5": 0.5}.get(rule)
     if rule == "ema:half_life=3":
         assert facts["half_life_steps"] == pytest.approx(3)
         assert facts["weight_of_newest"] == pytest.approx(1 - 0.5 ** (1 / 3))
@@ -205,7 +205,7 @@ def test_the_average_is_that_of_the_weights_passed_through(recorded):
     assert apart(weights(run / "model"), power(0.3)(recorder.weights)) < 1e-6
     facts = read(run / "paceline.json")
     newest = (1 + STEPS) ** -0.3
-    assert facts["rule"] == "ema:power=0.3"
+    assert facts["rule"] == "ema:kappa=0.3"
     assert facts["kappa"] == 0.3
     assert facts["updates"] == STEPS
     assert facts["weight_of_newest"] == pytest.approx(newest)

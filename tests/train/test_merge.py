@@ -84,7 +84,7 @@ BALANCED = -math.log(1 - 13**-0.5) / math.log(13)
         ("uniform:start=1", [0, 1 / 2, 1 / 2]),
         ("uniform:start=7", [0, 0, 1]),
         ("ema:beta=0.5", [1 / 4, 1 / 4, 1 / 2]),
-        ("ema:power=1", [1 / 2, 1 / 4, 1 / 4]),
+        ("ema:kappa=1", [1 / 2, 1 / 4, 1 / 4]),
         ("swa:every=2", [0, 1, 0]),
         ("lawa:window=2", [0, 1 / 2, 1 / 2]),
         ("bema", bema_by_hand(0.2)),
@@ -116,7 +116,7 @@ def test_rules(rule, weights, files, tmp_path, capsys):
     assert "Merged: " in said
 
 
-@pytest.mark.parametrize("rule", ["uniform", "ema:power=0.3", "bema", "bema:lag=1:every=2"])
+@pytest.mark.parametrize("rule", ["uniform", "ema:kappa=0.3", "bema", "bema:lag=1:every=2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_what_is_equal_in_all_stays_as_it_is(rule, dtype, tmp_path):
     """Bit for bit: frozen parameters, for one."""

@@ -33,7 +33,7 @@ def test_methods_say_it(text, methods):
         method, model, decayed={"weight"}, weight_decay=0.1, warmup=0, steps=10
     )
     for group in opt.param_groups:
-        assert (group["pullback"], group["ema_power"]) == ("auto", kappa)
+        assert (group["pullback"], group["averaging"]) == ("auto", f"ema:kappa={kappa}")
         assert group["returns"] == (returned and f"returned={PowerEMA(returned)}")
     watched = methods.parse_method("pace", lr=1.0, c=0.1, kappa=0.4)  # as it was
     assert (watched.c, watched.kappa, watched.return_kappa) == (0.1, 0.4, None)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from paceline import PACE, Pullback
 from paceline.averaging import PowerEMA
-from paceline.options import averaging_of, returns_of
+from paceline.state import averages_of
 from paceline.train.data import blocks
 from paceline.train.methods import BASES, make_optimizer, parse_method
 from paceline.train.terminal import show_losses
@@ -183,8 +183,8 @@ def test_a_pull_is_never_toward_the_slower_average(base):
     opt = make_optimizer(method, model, **facts)
     group = opt.param_groups[0]
     every = method.every or 1
-    assert averaging_of(group) == PowerEMA(0.3, every=every)
-    assert returns_of(group) == {"returned": PowerEMA(0.7)}
+    expected = {"average": PowerEMA(0.3, every=every), "return_returned": PowerEMA(0.7)}
+    assert averages_of(group).rules == expected
     assert group["pullback"] == 2
 
 
@@ -280,7 +280,7 @@ def test_the_twin_of_a_saturated_pull_is_a_schedule():
     model = torch.nn.Linear(2, 2)
     rest = {"decayed": {"weight"}, "weight_decay": 0.1, "warmup": 5, "steps": 10}
     pace = make_optimizer(method_of("pace"), model, **rest)
-    facts = {"lr": 1e-2, "pullback": 3.0, "ema_power": 0.3, "state_dtype": None}
+    facts = {"lr": 1e-2, "pullback": 3.0, "averaging": "ema:kappa=0.3", "state_dtype": None}
     assert facts.items() <= pace.param_groups[0].items()
     ema = make_optimizer(method_of("ema:state=bf16"), model, **rest).param_groups
     assert (ema[0]["pullback"], ema[0]["state_dtype"]) == (0.0, torch.bfloat16)

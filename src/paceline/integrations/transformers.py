@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from ..averaged import AveragedOptimizer
+from ..base import AveragedOptimizer
 from ..files import put, remove
 
 

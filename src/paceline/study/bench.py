@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .. import fused, update
+from .. import kernels, update
 from ..optimizer import PACE
 from ..pullback import Pullback
 from ..train import InputError, Options
@@ -165,9 +165,8 @@ def _around_adamw(pullback: float) -> Callable[..., Stepper]:
 
 def _contenders() -> list[Contender]:
     AdamW = torch.optim.AdamW
-    one_by_one = _pace(foreach=False, fused=False)
     whole = patch.multiple(update, TOGETHER_ON_CPU=2**62, TOGETHER=2**62)
-    compiled = patch.object(fused, "step_", fused.compiled_step)
+    compiled = patch.object(kernels.cpu, "Kernel", kernels.compiled.Kernel)
     bf16 = torch.bfloat16
     # Bytes: parameters, moments and averages are read and written (8 each in float32), gradients
     # read (4); the EMA of swa_utils and that of Pullback read the weights once more; its pull
@@ -179,15 +178,14 @@ def _contenders() -> list[Contender]:
         Contender("AdamW for-loop", _of(AdamW, foreach=False, fused=False), 28),
         Contender("AdamW fused + EMA", _with_ema, 40),
         Contender("schedulefree AdamW", _schedule_free, 28),
-        Contender("PACE loop unsliced", _patched(one_by_one, whole), 36),
-        Contender("PACE loop", one_by_one, 36),
-        Contender("PACE foreach", _pace(fused=False), 36),
+        Contender("PACE eager unsliced", _patched(_pace(fused=False), whole), 36),
+        Contender("PACE eager", _pace(fused=False), 36),
         Contender("PACE compiled", _patched(_pace(fused=True), compiled), 36),
         Contender("Pullback(AdamW fused), c = 0", _around_adamw(0.0), 40, True),
         Contender("Pullback(AdamW fused)", _around_adamw(0.1), 60, True),
         Contender("PACE fused", _pace(fused=True), 36),
-        Contender("PACE fused, auto", _pace(fused=True, pullback="auto", ema_power=0.3), 36, True),
-        Contender("PACE fused, returned apart", _pace(fused=True, return_power=0.7), 44, True),
+        Contender("PACE fused, auto", _pace(fused=True, pullback="auto", kappa=0.3), 36, True),
+        Contender("PACE fused, returned apart", _pace(fused=True, return_kappa=0.7), 44, True),
         Contender("PACE fused, BEMA", _pace(fused=True, averaging="bema"), 60, True),
         Contender("PACE fused bf16 state", _pace(fused=True, state_dtype=bf16), 24),
     ]
@@ -336,8 +334,8 @@ def _build_seconds() -> float:
     with tempfile.TemporaryDirectory() as cold, _environment(PACELINE_CACHE=cold):
         start = time.perf_counter()
         try:
-            fused.build.__wrapped__()
-        except fused.BuildError as error:
+            kernels.cpu.build.__wrapped__()
+        except kernels.BuildError as error:
             raise InputError(f"the benchmark needs the one-pass kernel: {error}") from error
         return time.perf_counter() - start
 

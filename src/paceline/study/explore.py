@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table as Printed
 from rich.text import Text
 
-from ..options import AUTO
+from ..auto import AUTO
 from ..train import InputError, Options
 from ..train.methods import Method
 from ..train.page import COLOURS, render

@@ -45,8 +45,8 @@ from rich.console import Console
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from ..auto import AUTO
 from ..files import whole
-from ..options import AUTO
 from ..train import InputError, Options
 from ..train.manifest import cores, environment, write_json
 from ..train.recipe import Positive

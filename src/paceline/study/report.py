@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from ..options import AUTO
+from ..auto import AUTO
 from ..train.page import COLOURS, render, svg
 
 DASHES = ("-", "--", ":")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..averaged import AveragedOptimizer
 from ..averaging import Averaging
+from ..base import AveragedOptimizer
 from ..pullback import Pullback
 from .quadratic import Array, Quadratic, require, whole
 

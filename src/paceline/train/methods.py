@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from ..auto import AUTO, AUTO_KAPPA, AUTO_RETURN_KAPPA
 from ..averaging import BEMA, EMA, LAWA, SWA, Averaging, PowerEMA, Uniform
 from ..optimizer import PACE
-from ..options import AUTO, AUTO_POWER, AUTO_RETURNS
 from ..pullback import Pullback
 from . import InputError, Options
 
@@ -203,7 +203,7 @@ def parse_method(text: str, *, schedule: Schedule = "constant", **defaults: floa
     if own.get("c") == AUTO and name != "pace":
         raise InputError(f"method {text!r}: c=auto is of pace alone")
     if own.get("c") == AUTO and "kappa" not in own:  # as PACE has it
-        own = {"kappa": str(AUTO_POWER), "return_kappa": str(AUTO_RETURNS)} | own
+        own = {"kappa": str(AUTO_KAPPA), "return_kappa": str(AUTO_RETURN_KAPPA)} | own
     options = {"lr": ..., **OPTIONS[name]}
     if schedule in ("power", "twin"):  # whose κ is also the average's
         options["kappa"] = ...
@@ -262,11 +262,10 @@ def make_optimizer(
             eps=eps,
             pullback=method.c or 0.0,
             gain=method.gain or "adam",
-            ema_every=method.every or 1 if average is None else 1,
-            return_power=method.return_kappa,
+            return_kappa=method.return_kappa,
             state_dtype=torch.bfloat16 if method.state == "bf16" else None,
             stochastic_round=stochastic_round,
-            **({"ema_power": method.kappa} if average is None else {"averaging": average}),
+            averaging=average or PowerEMA(method.kappa or 0.0, every=method.every or 1),
         )
     if method.name == "schedule-free":
         free: Optimizer = schedulefree.AdamWScheduleFree(
@@ -289,7 +288,7 @@ def make_optimizer(
         method.c,
         PowerEMA(method.kappa),
         gain=method.gain or "adam",
-        return_power=method.return_kappa,
+        return_kappa=method.return_kappa,
     )
 
 

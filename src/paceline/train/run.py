@@ -29,7 +29,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..files import whole
-from ..options import averages_of
+from ..state import averages_of
 from . import InputError
 from .build import RunTrainer, build, processes
 from .callbacks import AtTheEnd, Lines, Progress, Stop
@@ -412,7 +412,7 @@ def average_facts(trainer: RunTrainer) -> dict[str, Any]:
     group = optimizer.param_groups[0]
     if "averaging" not in group:
         return {**facts, "rule": None, "optimizer": type(optimizer).__name__}
-    own, *further = averages_of(group).items()
+    own, *further = averages_of(group).rules.items()
     key, rule = further[0] if further else own
     kept = [
         state for state in optimizer.state.values() if "step" in state or "average_step" in state
@@ -426,7 +426,7 @@ def average_facts(trainer: RunTrainer) -> dict[str, Any]:
         "pullback": group["pullback"],
         "pulled_toward": str(own[1]),
         "rule": str(rule),
-        "kappa": getattr(rule, "power", None),
+        "kappa": getattr(rule, "kappa", None),
         "weight_of_newest": newest,
         "half_life_steps": math.log(0.5) / math.log1p(-newest) if 0 < newest < 1 else None,
         "updates": updates,

@@ -1,7 +1,7 @@
 // PACE in one pass over memory, on the CPU. The rule of update.py once more, because compiling that
-// one reads and writes the same bytes but takes longer about it (benchmarks/results).
+// one reads and writes the same bytes but takes longer (benchmarks/results).
 //
-// Compiled by fused.py with any C++17 compiler; needs neither torch nor Python.
+// Compiled by cpu.py with any C++17 compiler; needs neither torch nor Python.
 
 #include <atomic>
 #include <cmath>
@@ -17,14 +17,14 @@ namespace {
 
 struct bfloat16 { uint16_t bits; };
 
-// One row for each tensor and one for the step, as fused.py lays them out. After each come the
-// further averages, as many as there are: of a tensor its addresses, of the step their weights.
+// One row for each tensor and one for the step, as cpu.py lays them out. The extra averages follow
+// each, as many as there are: their addresses after a tensor's row, their weights after the step's.
 struct Row { int64_t param, grad, exp_avg, exp_avg_sq, average, size, key, start; };
 struct Step {
   double w1, beta2, w2, eps, unbias, step_size, shrink, gain, cap, weight, sign, guard;
 };
 
-enum Average { NONE, WATCH, PULL, PULL_ALIKE };  // the last with one gain for all coordinates
+enum Average { WATCH, PULL, PULL_UNIFORM };  // the last with one gain for all coordinates
 
 template <class W, class T> inline W load(const T* x, int64_t i) { return W(x[i]); }
 template <> inline float load<float>(const bfloat16* x, int64_t i) {
@@ -87,12 +87,12 @@ void range(const Row& row, int64_t begin, int64_t end, const Step& step) {
     W g = sign * load<W>(grads, i);
     if (narrow) g = g == g ? g : W(NAN);  // the noise could carry another NaN's bits over to zero
     W m = load<W>(exp_avgs, i), v = load<W>(exp_avg_sqs, i);
-    const W kept = AVERAGE == NONE ? 0 : load<W>(averages, i);
+    const W kept = load<W>(averages, i);
     m += w1 * (g - m);
     v = beta2 * v + w2 * g * g;
     const W inverse = 1 / (std::sqrt(v) * unbias + eps);
     W next = shrink * theta - step_size * m * inverse;
-    if constexpr (AVERAGE == PULL || AVERAGE == PULL_ALIKE) {
+    if constexpr (AVERAGE != WATCH) {
       W lambda = AVERAGE == PULL ? gain * inverse : gain;
       lambda = cap < lambda ? cap : lambda;  // a NaN stays
       next += lambda * (offset ? kept : kept - theta);
@@ -100,20 +100,20 @@ void range(const Row& row, int64_t begin, int64_t end, const Step& step) {
     store(exp_avgs, i, m, noise & 0xFFFF);
     store(exp_avg_sqs, i, v, noise >> 16);
     const uint32_t third = (noise * 0x9E3779B9U) >> 16;
-    if constexpr (offset && AVERAGE != NONE) {
+    if constexpr (offset) {
       const W d = store(averages, i, (1 - weight) * (kept - (next - theta)), third);
       next = (next + d) - d;
     }
     next = store(params, i, next, STOCHASTIC ? (noise * 0x85EBCA6BU) >> 16 : nearest(next));
-    if constexpr (!offset && AVERAGE != NONE) {
+    if constexpr (!offset) {
       const W moved = kept + weight * (next - kept);
       store(averages, i, weight == 0 ? kept : moved, third);
     }
   }
 }
 
-// A further average of what a block has just stepped to, but for what stood still. The weights are
-// in the cache: this reads and writes the average and no other memory.
+// An extra average takes in what a block has just stepped to. The weights are in the cache: this
+// reads and writes the average and no other memory.
 template <class P, class W>
 void take_in(int64_t average, const P* __restrict params, int64_t from, int64_t to, W weight) {
   W* __restrict averages = reinterpret_cast<W*>(average);
@@ -122,19 +122,19 @@ void take_in(int64_t average, const P* __restrict params, int64_t from, int64_t 
 }
 
 // Steps a piece block by block. With a guard, coordinates whose gradient's square is not finite are
-// put back after the block's step: looked for in what the step is about to read, they cost no
-// memory traffic. Returns how many.
+// put back after the block's step. They are looked for in what the step is about to read, which
+// costs no memory traffic. Returns how many there were.
 template <class P, class S, Average AVERAGE, bool STOCHASTIC>
-int64_t piece(const Row& row, int64_t begin, int64_t end, const Step& step, int further) {
+int64_t piece(const Row& row, int64_t begin, int64_t end, const Step& step, int extra) {
   using W = std::conditional_t<std::is_same_v<P, double>, double, float>;
-  struct Held { int64_t at; P param; S exp_avg, exp_avg_sq, average; };
+  struct Skipped { int64_t at; P param; S exp_avg, exp_avg_sq, average; };
   constexpr int64_t BLOCK = 2048;
   P* params = reinterpret_cast<P*>(row.param);
   const P* __restrict grads = reinterpret_cast<const P*>(row.grad);
   S* exp_avgs = reinterpret_cast<S*>(row.exp_avg);
   S* exp_avg_sqs = reinterpret_cast<S*>(row.exp_avg_sq);
   S* averages = reinterpret_cast<S*>(row.average);
-  const int64_t* returned = reinterpret_cast<const int64_t*>(&row + 1);
+  const int64_t* extra_averages = reinterpret_cast<const int64_t*>(&row + 1);
   const double* weights = reinterpret_cast<const double*>(&step + 1);
   const W limit = std::sqrt(std::numeric_limits<W>::max());
   auto steps = [=](int64_t i) { return std::abs(load<W>(grads, i)) <= limit; };  // no NaN does
@@ -142,29 +142,28 @@ int64_t piece(const Row& row, int64_t begin, int64_t end, const Step& step, int 
   int64_t total = 0;
   for (int64_t from = begin; from < end; from += BLOCK) {
     const int64_t to = from + BLOCK < end ? from + BLOCK : end;
-    Held held[BLOCK];
+    Skipped skipped[BLOCK];
     int count = 0, bad = 0;
     if (step.guard != 0)
       for (int64_t i = from; i < to; i++) bad |= !steps(i);
     for (int64_t i = from; bad && i < to; i++)
       if (!steps(i))
-        held[count++] = {i, params[i], exp_avgs[i], exp_avg_sqs[i],
-                         AVERAGE == NONE ? S{} : averages[i]};
+        skipped[count++] = {i, params[i], exp_avgs[i], exp_avg_sqs[i], averages[i]};
     range<P, S, AVERAGE, STOCHASTIC>(row, from, to, step);
     for (int k = 0; k < count; k++) {
-      const Held& x = held[k];
+      const Skipped& x = skipped[k];
       params[x.at] = x.param;
       exp_avgs[x.at] = x.exp_avg;
       exp_avg_sqs[x.at] = x.exp_avg_sq;
-      if constexpr (AVERAGE != NONE) averages[x.at] = x.average;
+      averages[x.at] = x.average;
     }
-    for (int j = 0; j < further; j++) {
+    for (int j = 0; j < extra; j++) {
       if (weights[j] == 0) continue;
-      W* average = reinterpret_cast<W*>(returned[j]);
+      W* average = reinterpret_cast<W*>(extra_averages[j]);
       W kept[BLOCK];
-      for (int k = 0; k < count; k++) kept[k] = average[held[k].at];
-      take_in(returned[j], params, from, to, W(weights[j]));
-      for (int k = 0; k < count; k++) average[held[k].at] = kept[k];
+      for (int k = 0; k < count; k++) kept[k] = average[skipped[k].at];
+      take_in(extra_averages[j], params, from, to, W(weights[j]));
+      for (int k = 0; k < count; k++) average[skipped[k].at] = kept[k];
     }
     total += count;
   }
@@ -175,10 +174,9 @@ using Piece = int64_t (*)(const Row&, int64_t, int64_t, const Step&, int);
 
 template <class P, class S> Piece choose(Average average, bool stochastic) {
   constexpr bool can = std::is_same_v<P, bfloat16>;
-  if (average == NONE) return stochastic ? piece<P, S, NONE, can> : piece<P, S, NONE, false>;
   if (average == WATCH) return stochastic ? piece<P, S, WATCH, can> : piece<P, S, WATCH, false>;
   if (average == PULL) return stochastic ? piece<P, S, PULL, can> : piece<P, S, PULL, false>;
-  return stochastic ? piece<P, S, PULL_ALIKE, can> : piece<P, S, PULL_ALIKE, false>;
+  return stochastic ? piece<P, S, PULL_UNIFORM, can> : piece<P, S, PULL_UNIFORM, false>;
 }
 
 }  // namespace
@@ -186,15 +184,15 @@ template <class P, class S> Piece choose(Average average, bool stochastic) {
 // OpenMP's GOMP_parallel, as its runtimes on Linux have it: run this, with that, on so many.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// Returns how many coordinates stood still.
+// Returns how many coordinates were skipped.
 //
 // With torch's own threads where there is OpenMP: they spin for a while after torch's last
 // operation, and would hold up threads of ours.
-extern "C" int64_t paceline_step(const void* table, int64_t count, const Step* step, int further,
+extern "C" int64_t paceline_step(const void* table, int64_t count, const Step* step, int extra,
                                  int dtypes, int average, int stochastic, int threads,
                                  Parallel parallel) {
   const char* first_row = reinterpret_cast<const char*>(table);
-  const int64_t stride = int64_t(sizeof(Row)) + 8 * further;
+  const int64_t stride = int64_t(sizeof(Row)) + 8 * extra;
   auto row = [=](int64_t k) -> const Row& {
     return *reinterpret_cast<const Row*>(first_row + k * stride);
   };
@@ -218,26 +216,26 @@ extern "C" int64_t paceline_step(const void* table, int64_t count, const Step* s
   if (int64_t(threads) > 1 + total / length) threads = int(1 + total / length);
 
   // Takes pieces in turn, so that a thread that the machine slows down holds up nobody.
-  std::atomic<int64_t> next(0), held(0);
+  std::atomic<int64_t> next(0), skipped(0);
   auto work = [&] {
     int64_t k = 0;
     for (int64_t at; (at = next.fetch_add(1)) < first[count];) {
       while (at >= first[k + 1]) k++;
       const int64_t begin = (at - first[k]) * length;
       const int64_t end = begin + length < row(k).size ? begin + length : row(k).size;
-      held += run(row(k), begin, end, *step, further);
+      skipped += run(row(k), begin, end, *step, extra);
     }
   };
   if (threads > 1 && parallel) {
     parallel([](void* data) { (*static_cast<decltype(work)*>(data))(); }, &work, threads, 0);
-    return held;
+    return skipped;
   }
   std::vector<std::thread> helpers;
   try {
     while (int(helpers.size()) < threads - 1) helpers.emplace_back(work);
-  } catch (const std::system_error&) {  // no more threads to be had: do with those there are
+  } catch (const std::system_error&) {  // no more threads to be had: use those there are
   }
   work();
   for (auto& helper : helpers) helper.join();
-  return held;
+  return skipped;
 }

@@ -1,4 +1,4 @@
-"""What optimizers that keep an average have in common: swap in and out, export, faults."""
+"""What PACE and Pullback share: averages in and out, export, faults, reports, checkpoints."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -9,52 +9,47 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from . import fused, shards
+from . import shards, swap
 from .averaging import Averaging
-from .options import (
-    AVERAGE,
-    DTYPES,
-    Group,
-    as_text,
-    averages_of,
-    decoded,
-    describe,
-    encoded,
-    further_state,
-    kept_by,
-    returns_of,
-)
-from .swap import swap_back, swap_in
+from .options import Group, parse_returns, returns_text
+from .state import AVERAGE, OFFSET, RETURN, averages_of
 from .update import squared_norm
 
 
-class AveragedOptimizer(Optimizer):
-    """An optimizer that keeps, for each parameter, an average as `state[p]["average"]`.
+def describe(groups: list[Group], group: int, index: int) -> str:
+    """A parameter by its name where the user gave names, else by its place; and its shape."""
+    names = groups[group].get("param_names")
+    name = f"parameter {names[index]!r}" if names else f"parameter {index} of group {group}"
+    return f"{name} of shape {tuple(groups[group]['params'][index].shape)}"
 
-    Or as `"offset"`, which is the average minus the live weights. Further averages, which there may
-    be to return, are `"return_<name>"`. A subclass steps.
+
+class AveragedOptimizer(Optimizer):
+    """An optimizer that keeps averages of each parameter, as `paceline.state` has them.
+
+    A subclass steps.
     """
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_stats" not in self.__dict__:  # unpickled or copied
             self._forget()
-            self._rehearsed = bool(state.get("_rehearsed"))
+            self._state_is_provisional = bool(state.get("_state_is_provisional"))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_rehearsed": self._rehearsed}
+        provisional = {"_state_is_provisional": self._state_is_provisional}
+        return {**super().__getstate__(), **provisional}
 
     def _forget(self) -> None:
         self._stats: dict[str, Any] | None = None
         self._counts: Tensor | None = None  # guarded coordinates, guarded steps, skipped steps
-        self._rehearsed = False
+        self._state_is_provisional = False  # made by a step that only asked for state
 
     # ---- the model to return ------------------------------------------------------------------
 
     @property
     def swapped(self) -> bool:
         """Whether the average is in the parameters now, and the live weights are put aside."""
-        return any(group.get("swapped") for group in self.param_groups)
+        return any(group.get(swap.SWAPPED) for group in self.param_groups)
 
     def _refuse_while_swapped(self) -> None:
         if self.swapped:
@@ -66,24 +61,28 @@ class AveragedOptimizer(Optimizer):
     @property
     def returns(self) -> tuple[str, ...]:
         """Names of the averages: what `eval()` puts in, the others, and "average", the pull's."""
-        names = dict.fromkeys(name for group in self.param_groups for name in returns_of(group))
+        names = {
+            name: None
+            for group in self.param_groups
+            for name in parse_returns(returns_text(group["returns"]))
+        }
         return (*names, AVERAGE)
 
-    def _returned(self, name: str | None) -> dict[Tensor, str]:
-        """Parameter -> the average of this name in its state, for those that keep one.
+    def _average_keys(self, name: str | None) -> dict[Tensor, str]:
+        """The key of the average of this name in the state of each parameter that has stepped.
 
-        None: what its group returns. A parameter without that average returns its own.
+        None: what its group returns. A parameter without that average returns its `average`.
         """
         if name is not None and name not in self.returns:
             raise ValueError(f"name must be one of {', '.join(self.returns)}, got {name!r}")
-        found = {}
+        found: dict[Tensor, str] = {}
+        if self._state_is_provisional:
+            return found
         for group in self.param_groups:
-            if self._rehearsed or not group.get("average", True):
-                continue
-            wanted = f"return_{next(iter(returns_of(group)), '') if name is None else name}"
+            wanted = averages_of(group).returned if name is None else RETURN + name
             for p in group["params"]:
                 state = self.state.get(p, {})
-                there = [key for key in (wanted, AVERAGE, "offset") if key in state]
+                there = [key for key in (wanted, AVERAGE, OFFSET) if key in state]
                 if there:  # it has stepped
                     found[p] = there[0]
         return found
@@ -103,9 +102,9 @@ class AveragedOptimizer(Optimizer):
             ValueError: no average has this name.
             RuntimeError: the model's dtype was changed after the first step. Nothing has changed.
         """
-        averages = self._returned(name)
+        averages = self._average_keys(name)
         if self.swapped:
-            if self._swapped() == averages:
+            if self._swapped_in() == averages:
                 return
             self.train()
         self._swap_in(averages)
@@ -115,7 +114,7 @@ class AveragedOptimizer(Optimizer):
         for p, key in averages.items():
             average = self.state[p][key]
             narrower = average.itemsize < p.itemsize
-            if narrower != (key == "offset") or average.dtype not in (
+            if narrower != (key == OFFSET) or average.dtype not in (
                 torch.bfloat16,
                 torch.promote_types(p.dtype, torch.float32),
             ):
@@ -124,34 +123,37 @@ class AveragedOptimizer(Optimizer):
                     f"with its {average.dtype} average; convert models before the first step"
                 )
         shards.drop_gathered_copies(averages)
-        swap_in(self._pairs(averages))
-        for group in self.param_groups:  # what is where: the dtype then, and which average
-            group["swapped"] = encoded(
-                f"{p.dtype}{_suffix(averages[p])}" if p in averages else "" for p in group["params"]
+        swap.swap_in(self._pairs(averages))
+        for group in self.param_groups:
+            group[swap.SWAPPED] = swap.written(
+                swap.Swapped(str(p.dtype), averages[p].partition(RETURN)[2])
+                if p in averages
+                else None
+                for p in group["params"]
             )
 
     def _pairs(self, averages: dict[Tensor, str]) -> Iterator[tuple[Tensor, Tensor]]:
         return ((shards.local(p), shards.local(self.state[p][k])) for p, k in averages.items())
 
-    def _swapped(self, *, checked: bool = False) -> dict[Tensor, str]:
-        """Parameter -> the average in its state that is in it now.
+    def _swapped_in(self, *, checked: bool = False) -> dict[Tensor, str]:
+        """The key of the average that each parameter holds now, of those that hold one.
 
         Raises:
             RuntimeError: `checked`, and a parameter has another dtype than when it came in.
         """
         found = {}
         for group in self.param_groups:
-            for p, word in zip(group["params"], decoded(group["swapped"]), strict=False):
-                dtype, _, name = word.partition("@")
-                if not dtype:
+            records = swap.read(group[swap.SWAPPED], len(group["params"]))
+            for p, record in zip(group["params"], records, strict=True):
+                if record is None:
                     continue
-                if checked and dtype != str(p.dtype):
+                if checked and record.dtype != str(p.dtype):
                     raise RuntimeError(
-                        f"an average was swapped into a parameter of {dtype}, which is {p.dtype} "
-                        "now; convert it back, then call train()"
+                        f"an average was swapped into a parameter of {record.dtype}, which is "
+                        f"{p.dtype} now; convert it back, then call train()"
                     )
-                own = AVERAGE if AVERAGE in self.state[p] else "offset"
-                found[p] = f"return_{name}" if name else own
+                own = AVERAGE if AVERAGE in self.state[p] else OFFSET
+                found[p] = RETURN + record.average if record.average else own
         return found
 
     @torch.no_grad()
@@ -164,11 +166,11 @@ class AveragedOptimizer(Optimizer):
         """
         if not self.swapped:
             return
-        exchanged = self._swapped(checked=True)
+        exchanged = self._swapped_in(checked=True)
         shards.drop_gathered_copies(exchanged)
-        swap_back(self._pairs(exchanged))
+        swap.swap_back(self._pairs(exchanged))
         for group in self.param_groups:
-            group["swapped"] = ""
+            group[swap.SWAPPED] = ""
 
     @contextmanager
     def averaged(self, name: str | None = None) -> Iterator[None]:
@@ -183,17 +185,14 @@ class AveragedOptimizer(Optimizer):
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
-        """At the end of a `with`, have in the parameters what is there now: which average, or none.
-
-        Whatever happens inside.
-        """
-        before = self._swapped() if self.swapped else None
+        """Put back, at the end of a `with`, what is in the parameters now: an average, or none."""
+        before = self._swapped_in() if self.swapped else None
         try:
             yield
         finally:
             if before is None:
                 self.train()
-            elif self._swapped() != before or not self.swapped:
+            elif self._swapped_in() != before or not self.swapped:
                 self.train()
                 self._swap_in(before)
 
@@ -220,8 +219,8 @@ class AveragedOptimizer(Optimizer):
                 parameter of this model, or one of them does not show as itself in the model's
                 `state_dict(keep_vars=True)`.
         """
-        averages = self._returned(name)
-        if self.swapped and self._swapped() != averages:
+        averages = self._average_keys(name)
+        if self.swapped and self._swapped_in() != averages:
             with self.averaged(name):
                 return self.averaged_state_dict(model, name)
         shards.drop_gathered_copies(averages)
@@ -252,18 +251,24 @@ class AveragedOptimizer(Optimizer):
 
     # ---- faults, and what a step did ----------------------------------------------------------
 
-    def _check_gradients(self) -> None:
-        for g, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                if p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_complex()):
-                    kind = "complex" if p.grad.is_complex() else "sparse"
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not support {kind} gradients, got one in "
-                        f"{describe(self.param_groups, g, i)}; nothing was changed"
-                    )
+    def _check_gradients(self, group: int) -> None:
+        """Raises: RuntimeError: a gradient in this group is sparse or complex."""
+        for i, p in enumerate(self.param_groups[group]["params"]):
+            grad = p.grad
+            if grad is None or (grad.layout is torch.strided and not grad.is_complex()):
+                continue
+            kind = "complex" if grad.is_complex() else "sparse"
+            raise RuntimeError(
+                f"{type(self).__name__} does not support {kind} gradients, got one in "
+                f"{describe(self.param_groups, group, i)}; nothing was changed"
+            )
 
-    def _judge_gradients(self) -> bool | Tensor:
-        """Whether groups with nonfinite="skip" skip the step; a tensor if a device decides that."""
+    def _skips_step(self) -> bool | Tensor:
+        """Whether groups with nonfinite="skip" skip the step; a tensor if a device decides that.
+
+        Raises:
+            FloatingPointError: a gradient of a group with nonfinite="raise" is not finite.
+        """
         modes = {group["nonfinite"] for group in self.param_groups}
         if not modes & {"raise", "skip"}:
             return False
@@ -294,10 +299,15 @@ class AveragedOptimizer(Optimizer):
         on_device = all(device.type != "cpu" for device in devices)
         return skips if on_device and "skip" in modes else bool(skips)
 
-    def _count_faults(self, held: list[int | Tensor], skip: bool | Tensor) -> None:
-        """Add to what `stats()` tells, without waiting for a device."""
-        tensors = [x for x in (*held, skip) if isinstance(x, Tensor)]
-        if not tensors and not any(held) and not skip:
+    def _count_faults(self, guarded: list[int | Tensor], skip: bool | Tensor) -> None:
+        """Add to what `stats()` tells, without waiting for a device.
+
+        Args:
+            guarded: coordinates that the guard kept as they were, in parts.
+            skip: whether the step was skipped.
+        """
+        tensors = [x for x in (*guarded, skip) if isinstance(x, Tensor)]
+        if not tensors and not any(guarded) and not skip:
             return
         if self._counts is None:
             self._counts = torch.zeros(3, dtype=torch.int64)
@@ -305,7 +315,7 @@ class AveragedOptimizer(Optimizer):
         for device in {x.device for x in tensors if x.device.type != "cpu"}:
             if self._counts.device.type == "cpu":
                 self._counts = self._counts.to(device)
-        total = sum(x.to(self._counts.device) if isinstance(x, Tensor) else x for x in held)
+        total = sum(x.to(self._counts.device) if isinstance(x, Tensor) else x for x in guarded)
         for count, n in zip(self._counts.unbind(), (total, total > 0, skip), strict=True):
             count.add_(n)
 
@@ -332,7 +342,7 @@ class AveragedOptimizer(Optimizer):
 
     # ---- distributed, and checkpoints ----------------------------------------------------------
 
-    def _rehearsal(self) -> list[tuple[Group, Tensor]]:
+    def _is_state_probe(self) -> list[tuple[Group, Tensor]]:
         """Parameters with their groups, if this is a step that only asks for state; else none.
 
         `torch.distributed.checkpoint` has an optimizer without state step on gradients of zeros at
@@ -364,73 +374,10 @@ class AveragedOptimizer(Optimizer):
             group |= {key: float(x) for key, x in group.items() if isinstance(x, float)}
             if isinstance(group["averaging"], Averaging):
                 group["averaging"] = str(group["averaging"])
-            group["returns"] = as_text(group.get("returns"))
+            group["returns"] = returns_text(group["returns"])
             if group.get("state_dtype") is not None:
                 group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
         return state
-
-
-def _suffix(average: str) -> str:
-    """How `swapped` says which average is in a parameter; nothing for its own."""
-    return f"@{average.removeprefix('return_')}" if average.startswith("return_") else ""
-
-
-def further_in(state: dict[str, Any]) -> set[str]:
-    """Names in a parameter's state of all averages but its own, and of what rules keep."""
-    return {key for key in state if key.startswith((f"{AVERAGE}_", "return_"))} - {"average_step"}
-
-
-def further_dtype(name: str, now: torch.dtype, param: Tensor, group: Group) -> torch.dtype:
-    """What `name` of `further_state`, in dtype `now`, is to be in beside a parameter.
-
-    An average goes with the parameter, for steps and swaps. What rules keep only gets wider.
-    """
-    if name in averages_of(group):
-        return DTYPES.get(param.dtype, param.dtype)
-    return torch.promote_types(now, param.dtype)
-
-
-def begin_(state: dict[str, Any], group: Group, weights: Tensor, dtype: torch.dtype) -> None:
-    """Have a parameter's state hold what its group's averages need beside its own, and no more.
-
-    Args:
-        state: of the parameter; changed.
-        group: its options.
-        weights: what averages begin from that are not there yet.
-        dtype: of them.
-    """
-    if further_in(state) == further_state(group):
-        return
-    for name, rule in averages_of(group).items():
-        if name not in state and name != AVERAGE:
-            state[name] = fused.empty_state(weights, dtype, weights.device).copy_(weights)
-        kept = kept_by(name, rule)
-        there = {key for key in further_in(state) if key.startswith(f"{name}_")}
-        if there != kept.keys():  # it has begun, or is another than before
-            begun = rule.begin(weights, dtype)
-            for key in there:
-                del state[key]
-            state |= {key: begun[own] for key, own in kept.items()}
-    for key in further_in(state) - further_state(group):
-        del state[key]
-
-
-def take_in_(rules: dict[str, Averaging], step: int, members: list[tuple[Tensor, Any]]) -> None:
-    """Have averages that are more than one tensor take in new weights.
-
-    Args:
-        rules: by name in the state.
-        step: t, from 1.
-        members: parameters, and their states.
-    """
-    for name, rule in rules.items():
-        if rule.keeps:
-            kept = [
-                {own: shards.local(state[key]) for key, own in kept_by(name, rule).items()}
-                for _, state in members
-            ]
-            averages = [shards.local(state[name]) for _, state in members]
-            rule.update_(step, [shards.local(p) for p, _ in members], averages, kept)
 
 
 def summarize(

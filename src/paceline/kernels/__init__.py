@@ -1,0 +1,97 @@
+"""How tensors are stepped: `choose` is the one place that decides which kernel does it.
+
+| file | device | writes the rule |
+|---|---|---|
+| `__init__.py` (`Eager`) | all | `update.step_`, one operation of torch after another |
+| `cpu.py`, `cpu.cpp` | CPU | once more, in one pass over memory |
+| `compiled.py` | accelerators | `update.step_` through `torch.compile` |
+
+A kernel is a class that is made from tensors and their state, kept as long as these stay what they
+are, and given gradients and numbers at each step.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..options import Group
+from ..update import Scalars, Slot, in_batches, step_
+from . import compiled, cpu
+from .cpu import BuildError
+
+__all__ = ["BuildError", "Eager", "Kernel", "choose", "prepare", "reason_against"]
+
+WORTH_BUILDING = 2**18  # elements: smaller models are trained before a compiler has started
+
+
+class Kernel(Protocol):
+    """Steps the tensors that it was made from."""
+
+    def step(
+        self, grads: list[Tensor], keys: list[Any] | None, s: Scalars, *, measure: bool
+    ) -> list[dict[str, Any]]:
+        """One PACE step, in place.
+
+        Args:
+            grads: of each tensor its gradient, of its shape.
+            keys: of each tensor its key of stochastic rounding; None: nothing is rounded so.
+            s: the step's scalars.
+            measure: return `update.measurements`, where the kernel can.
+
+        Returns:
+            In parts: `skipped`, how many coordinates stood still, and the measurements.
+        """
+        ...
+
+
+class Eager:
+    """`update.step_`, one operation of torch after another: for all tensors, on all devices."""
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self.slots = slots
+
+    def step(
+        self, grads: list[Tensor], keys: list[Any] | None, s: Scalars, *, measure: bool
+    ) -> list[dict[str, Any]]:
+        """As `Kernel` has it."""
+        slots = [x.at_step(grads, keys, i) for i, x in enumerate(self.slots)]
+        return [step_(batch, s, measure=measure) for batch in in_batches(slots)]
+
+
+def choose(slots: list[Slot], group: Group) -> Kernel:
+    """The kernel for tensors of one device and dtypes, for all or none of which there is a reason.
+
+    Args:
+        slots: the tensors, with the gradients of the coming step.
+        group: their options: `fused` True demands a one-pass kernel (what cannot be had is refused
+            before), False does without, None takes the CPU's where it pays.
+    """
+    fused, device = group["fused"], slots[0].param.device.type
+    if fused is None and not group["track_stats"] and device == "cpu":
+        first, elements = slots[0], sum(x.param.numel() for x in slots)
+        possible = cpu.reason_against(first.param, first.exp_avg.dtype, first.grad) is None
+        fused = elements >= WORTH_BUILDING and possible and cpu.available()
+    kept = [x._replace(grad=None) for x in slots]
+    if not fused:
+        return Eager(kept)
+    return cpu.Kernel(kept) if device == "cpu" else compiled.Kernel(kept)
+
+
+def reason_against(param: Tensor, state_dtype: torch.dtype, grad: Tensor | None) -> str | None:
+    """Why the one-pass kernel of a parameter's device cannot step it, or None where it can."""
+    if param.device.type == "cpu":
+        return cpu.reason_against(param, state_dtype, grad)
+    return compiled.reason_against(param, state_dtype, grad)
+
+
+def prepare(device: torch.device) -> None:
+    """See that a device's one-pass kernel can be used.
+
+    Raises:
+        BuildError: the CPU's cannot be built, or what torch compiles with is not there.
+    """
+    if device.type == "cpu":
+        cpu.build()
+    else:
+        compiled.prepare(device)

@@ -1,0 +1,203 @@
+"""The CPU's kernel: PACE in one pass over memory, built once for a machine by its C++ compiler.
+
+The library is kept in the cache folder. It takes tensors of any size and number and any scalars
+without being built again. `paceline.update` is the same rule without a compiler.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..cache import cache_folder
+from ..state import PLAIN
+from ..update import Scalars, Slot
+
+DTYPES = {  # of parameters and state: how cpu.cpp numbers them
+    (torch.float32, torch.float32): 0,
+    (torch.float32, torch.bfloat16): 1,
+    (torch.bfloat16, torch.float32): 2,
+    (torch.bfloat16, torch.bfloat16): 3,
+    (torch.float64, torch.float64): 4,
+}
+# Of a row of the table, as cpu.cpp's Row has them.
+GRAD, KEY, ROW = 1, 6, 8
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+]
+
+
+class BuildError(RuntimeError):
+    """The kernel cannot be built or loaded here; the message says why."""
+
+
+def reason_against(
+    param: Tensor, state_dtype: torch.dtype, grad: Tensor | None = None
+) -> str | None:
+    """Why this kernel cannot step a parameter, or None where it can."""
+    if type(param) not in PLAIN:
+        return f"takes plain tensors, not {type(param).__name__}"
+    if param.layout != torch.strided:
+        return "takes dense tensors, not sparse ones"
+    if not param.is_contiguous():
+        return "takes contiguous tensors"
+    if (param.dtype, state_dtype) not in DTYPES:
+        return f"takes float32, bfloat16 and float64, not {param.dtype}"
+    if grad is not None and grad.dtype != param.dtype:
+        return f"takes gradients of the parameter's dtype, not {grad.dtype}"
+    return None
+
+
+class Kernel:
+    """The kernel for some tensors; its table of their addresses is kept between steps.
+
+    Args:
+        slots: tensors of one pair of dtypes, none with a `reason_against`. Gradients and keys of
+            stochastic rounding are given at each step.
+    """
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self.count, self.extra = len(slots), len(slots[0].extra)
+        self.dtypes = DTYPES[slots[0].param.dtype, slots[0].exp_avg.dtype]
+        self.table = array("q")
+        for x in slots:
+            tensors = (x.param, x.exp_avg, x.exp_avg_sq, x.average, *x.extra)
+            param, *others = (tensor.data_ptr() for tensor in tensors)
+            own = (*others[:3], x.param.numel(), 0, x.start)
+            self.table.extend((param, 0, *own, *others[3:]))
+
+    def step(
+        self, grads: list[Tensor], keys: list[Any] | None, s: Scalars, *, measure: bool
+    ) -> list[dict[str, Any]]:
+        """`update.step_` in one pass, without measurements."""
+        kernel = build()
+        grads = [g.contiguous() for g in grads]  # kept while their addresses are in use
+        row = ROW + self.extra
+        self.table[GRAD::row] = array("q", map(Tensor.data_ptr, grads))
+        if keys:
+            self.table[KEY::row] = array("q", keys)
+        step = array(
+            "d",
+            map(
+                float,
+                (
+                    1.0 - s.beta1,
+                    s.beta2,
+                    1.0 - s.beta2,
+                    s.eps,
+                    1.0 / s.root_bias2,
+                    s.step_size,
+                    s.shrink,
+                    s.gain,
+                    1.0 if s.clip else math.inf,
+                    s.weight,
+                    -1.0 if s.maximize else 1.0,
+                    1.0 if s.skip_nonfinite else 0.0,
+                    *s.extra_weights,
+                ),
+            ),
+        )
+        skipped = kernel(
+            self.table.buffer_info()[0],
+            self.count,
+            step.buffer_info()[0],
+            self.extra,
+            self.dtypes,
+            0 if not s.gain else 2 if s.uniform_gain else 1,
+            s.stochastic,
+            torch.get_num_threads(),
+            _openmp(),
+        )
+        return [{"skipped": skipped}]
+
+
+@functools.cache
+def build() -> Callable[..., int]:
+    """The CPU's kernel, built if the cache folder does not have it.
+
+    Raises:
+        BuildError: no C++ compiler, or it fails; the message is one line.
+    """
+    source = Path(__file__).with_name("cpu.cpp")
+    compiler = (
+        shlex.split(os.environ.get("CXX", ""))
+        or [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))][:1]
+    )
+    if not compiler:
+        raise BuildError("no C++ compiler was found; install g++ or clang++, or set CXX")
+    # For the instructions that torch itself uses here, so that a cache folder can be shared.
+    tuned = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
+    capability = torch.backends.cpu.get_cpu_capability()
+    command = [*compiler, *FLAGS, *tuned.get(capability, [])]
+    key = hashlib.sha256(f"{command} {platform.platform()}".encode() + source.read_bytes())
+    name = f"kernel-{key.hexdigest()[:16]}.so"
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = cache_folder()
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
+        except OSError:  # nowhere to keep it: build it for this process
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            scratch = str(folder)
+        library = folder / name
+        try:
+            if not library.exists():
+                made = Path(scratch) / "made.so"
+                subprocess.run(
+                    [*command, str(source), "-o", str(made)],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                    timeout=300,
+                )
+                made.replace(library)  # at once and whole, whoever else is building it
+            step = ctypes.CDLL(str(library)).paceline_step
+        except subprocess.CalledProcessError as error:
+            lines = [line for line in error.stderr.splitlines() if "error" in line]
+            raise BuildError(f"{compiler[0]} failed: {(lines or ['no message'])[0]}") from None
+        except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
+            raise BuildError(f"{compiler[0]}: {error}") from None
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    step.argtypes = [pointer, ctypes.c_int64, pointer, *[number] * 5, pointer]
+    step.restype = ctypes.c_int64
+    return cast(Callable[..., int], step)
+
+
+@functools.cache
+def _openmp() -> int | None:
+    """The address of the OpenMP runtime's entry in this process, if torch has brought one."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the CPU's kernel can be built; warns, once, if it cannot."""
+    try:
+        build()
+    except BuildError as error:
+        warnings.warn(f"PACE steps without its one-pass kernel, slower: {error}", stacklevel=2)
+        return False
+    return True

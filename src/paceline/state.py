@@ -1,0 +1,290 @@
+"""What the state of a parameter can hold, and all making, casting and taking in of it.
+
+    key                  shape  dtype       made at            meaning
+    step                 ()     float32     PACE's first step  t, the steps taken
+    exp_avg              p's    state's     PACE's first step  m
+    exp_avg_sq           p's    state's     PACE's first step  v
+    average              p's    state's     the first step     what the pull goes toward
+    offset               p's    state's     the first step     average - p, in place of average
+    return_<name>        p's    wide        the first step     an average of `returns`
+    <average>_<tensor>   p's    the rule's  the first step     what a rule `keeps`, as average_ema
+    average_step         ()     float32     Pullback's first   t, beside the base's own count
+    pullback_exp_avg_sq  p's    wide        the first pull     v, where Pullback's base has none
+
+p is the parameter. Wide is float32, or float64 for a float64 parameter. The state's dtype is wide,
+or bfloat16 with `state_dtype=torch.bfloat16`; where it is narrower than p, offset is kept. `step`
+is on the CPU, or on p's device where the host must not read it (`counts_on_device`). An average
+that is asked for later begins at the next step. While an average is in the parameter
+(`paceline.swap`), its place keeps the live weights. Other keys are those of Pullback's base, or of
+other tools.
+"""
+
+import ctypes
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from . import shards
+from .averaging import Averaging, parse
+from .options import Group, parse_returns, returns_text
+
+State: TypeAlias = dict[str, Any]
+
+STEP, EXP_AVG, EXP_AVG_SQ = "step", "exp_avg", "exp_avg_sq"
+AVERAGE, OFFSET = "average", "offset"
+RETURN = "return_"  # and the name that `returns` gives
+AVERAGE_STEP, OWN_EXP_AVG_SQ = "average_step", "pullback_exp_avg_sq"
+# The keys of each optimizer, besides those of its further averages (`Averages.extra_keys`).
+PACE_KEYS = frozenset({STEP, EXP_AVG, EXP_AVG_SQ, AVERAGE, OFFSET})
+PULLBACK_KEYS = frozenset({AVERAGE, AVERAGE_STEP, OWN_EXP_AVG_SQ})
+
+WIDE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+PLAIN = (Tensor, torch.nn.Parameter)  # not a DTensor or another subclass
+HUGE_PAGE = 2**21  # bytes
+MADV_HUGEPAGE = 14  # of Linux's madvise(2)
+
+
+# ---- names and dtypes ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Averages:
+    """The averages that a group keeps, by their keys in the state of a parameter."""
+
+    rules: Mapping[str, Averaging]
+    """`average` first, which the pull goes toward; then `return_<name>` of each of `returns`."""
+
+    @property
+    def own(self) -> Averaging:
+        """The rule of `average`."""
+        return self.rules[AVERAGE]
+
+    @functools.cached_property
+    def returned(self) -> str:
+        """The key of the model to return."""
+        return next((key for key in self.rules if key != AVERAGE), AVERAGE)
+
+    @functools.cached_property
+    def extra(self) -> tuple[str, ...]:
+        """Keys of the averages besides `average` that are one tensor each."""
+        return tuple(k for k, rule in self.rules.items() if k != AVERAGE and not rule.keeps)
+
+    @functools.cached_property
+    def kept(self) -> dict[str, dict[str, str]]:
+        """What rules keep: key of the average -> (key in the state -> the rule's own name)."""
+        return {
+            average: {f"{average}_{name}": name for name in rule.keeps}
+            for average, rule in self.rules.items()
+            if rule.keeps
+        }
+
+    @functools.cached_property
+    def extra_keys(self) -> frozenset[str]:
+        """All keys but `average`: of the other averages, and of what rules keep."""
+        return frozenset(self.rules.keys() - {AVERAGE}).union(*self.kept.values())
+
+
+def averages_of(group: Group) -> Averages:
+    """The averages of a group of PACE's or Pullback's."""
+    rule, returns = group["averaging"], group.get("returns")
+    own = rule if isinstance(rule, Averaging) else parse(rule)  # one that was set between steps
+    others = parse_returns(returns_text(returns)).items()
+    return Averages({AVERAGE: own} | {RETURN + name: rule for name, rule in others})
+
+
+def extra_keys_in(state: State) -> set[str]:
+    """Keys of averages but the pull's, and of what rules keep, that a state has now."""
+    return {key for key in state if key.startswith((f"{AVERAGE}_", RETURN))} - {AVERAGE_STEP}
+
+
+def wide_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of averages of a parameter."""
+    return WIDE.get(param.dtype, param.dtype)
+
+
+def state_dtype(param: Tensor, group: Group) -> torch.dtype:
+    """The dtype of PACE's moments and of its average or offset."""
+    dtype: torch.dtype | None = group["state_dtype"]
+    return dtype or wide_dtype(param)
+
+
+def dtype_of(
+    key: str, now: torch.dtype, param: Tensor, averages: Averages, own: torch.dtype
+) -> torch.dtype:
+    """The dtype that a tensor of the state is to have beside its parameter.
+
+    Args:
+        key: of the tensor, one of the table above.
+        now: its dtype. What rules keep only gets wider.
+        param: the parameter.
+        averages: of its group.
+        own: the dtype of moments and `average`.
+    """
+    if key in (EXP_AVG, EXP_AVG_SQ, AVERAGE, OFFSET):
+        return own
+    if key == OWN_EXP_AVG_SQ or key in averages.rules:
+        return wide_dtype(param)
+    return torch.promote_types(now, param.dtype)
+
+
+def counts_on_device(param: Tensor, group: Group) -> bool:
+    """Whether PACE's step count is where the parameter is, and not read by the host."""
+    skips = group["nonfinite"] == "skip" and param.device.type != "cpu"
+    return bool(group["capturable"]) or skips
+
+
+# ---- making -------------------------------------------------------------------------------------
+
+
+def new(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor like the parameter, in huge pages where Linux has them to give.
+
+    The CPU's kernel reads and writes five tensors in each thread, more than a CPU remembers of
+    ordinary pages of memory (benchmarks/results).
+    """
+    made = torch.empty_like(param, dtype=dtype, requires_grad=False)
+    mine = shards.local(made)
+    if type(mine) in PLAIN and mine.device.type == "cpu":
+        begin, end = mine.data_ptr(), mine.data_ptr() + mine.nbytes
+        begin, end = -(-begin // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
+        if end > begin and (advise := _madvise()):
+            advise(begin, end - begin, MADV_HUGEPAGE)  # what it answers does not matter
+    return made
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return cast(Callable[[int, int, int], int], advise)
+
+
+def prepare(state: State, param: Tensor, group: Group, averages: Averages) -> None:
+    """Have PACE's state of a parameter hold what its group's options ask for.
+
+    Args:
+        state: of the parameter; empty before its first step; changed.
+        param: the parameter.
+        group: its options.
+        averages: of the group.
+    """
+    dtype = state_dtype(param, group)
+    counter = param.device if counts_on_device(param, group) else torch.device("cpu")
+    weights = param.detach()
+    if not state:
+        state |= {
+            STEP: torch.zeros((), dtype=torch.float32, device=counter),
+            EXP_AVG: new(param, dtype).zero_(),
+            EXP_AVG_SQ: new(param, dtype).zero_(),
+        }
+    elif state[EXP_AVG].dtype != dtype:
+        state |= {key: state[key].to(dtype) for key in (EXP_AVG, EXP_AVG_SQ)}
+    if state[STEP].device != counter:
+        state[STEP] = state[STEP].to(counter)
+    if param.is_contiguous() and not state[EXP_AVG].is_contiguous():
+        # The kernels go by places in memory, and the parameter has another layout now.
+        for key in state.keys() & (PACE_KEYS - {STEP} | averages.extra_keys):
+            state[key] = new(param, state[key].dtype).copy_(state[key])
+    if dtype.itemsize < param.dtype.itemsize:
+        if AVERAGE in state:
+            state[OFFSET] = (state.pop(AVERAGE) - weights).to(dtype)
+        elif OFFSET not in state:
+            state[OFFSET] = new(param, dtype).zero_()
+    elif OFFSET in state:
+        state[AVERAGE] = weights.to(dtype) + state.pop(OFFSET)
+    elif AVERAGE not in state or state[AVERAGE].dtype != dtype:
+        state[AVERAGE] = new(param, dtype).copy_(state.get(AVERAGE, weights))
+    begin_extra(state, averages, weights)
+    for key in averages.extra_keys:  # the parameter may be of another dtype than before
+        state[key] = state[key].to(dtype_of(key, state[key].dtype, param, averages, dtype))
+
+
+def begin_extra(state: State, averages: Averages, weights: Tensor) -> None:
+    """Have a state hold the averages beside `average`, and what rules keep; drop those of before.
+
+    Args:
+        state: of a parameter; changed.
+        averages: of its group.
+        weights: what averages begin from that are not there yet.
+    """
+    there = extra_keys_in(state)
+    if there == averages.extra_keys:
+        return
+    dtype = wide_dtype(weights)
+    for average, rule in averages.rules.items():
+        if average not in state and average != AVERAGE:
+            state[average] = new(weights, dtype).copy_(weights)
+        kept = averages.kept.get(average, {})
+        before = {key for key in there if key.startswith(f"{average}_")}
+        if before != kept.keys():  # it begins now, or its rule is another than before
+            begun = rule.begin(weights, dtype)
+            for key in before:
+                del state[key]
+            state |= {key: begun[name] for key, name in kept.items()}
+    for key in extra_keys_in(state) - averages.extra_keys:
+        del state[key]
+
+
+def restore(
+    state: State,
+    saved: State,
+    keys: frozenset[str],
+    param: Tensor,
+    averages: Averages,
+    own: torch.dtype,
+) -> None:
+    """Put saved tensors and counts into a parameter's state, each in its own dtype.
+
+    torch casts what it loads to the parameter's dtype, and may share it with where it comes from.
+
+    Args:
+        state: of the parameter, as torch has loaded it; changed.
+        saved: where it was loaded from.
+        keys: what to restore.
+        param: the parameter.
+        averages: of its group.
+        own: the dtype of moments and `average`.
+    """
+    for key in saved.keys() & keys:
+        value = saved[key]
+        if key in (STEP, AVERAGE_STEP):
+            count = torch.as_tensor(value).reshape(())
+            state[key] = count.to("cpu", torch.float32, copy=True)
+        else:
+            dtype = dtype_of(key, value.dtype, param, averages, own)
+            state[key] = new(param, dtype).copy_(value)
+
+
+# ---- taking in ----------------------------------------------------------------------------------
+
+
+def take_in(averages: Averages, step: int, members: list[tuple[Tensor, State]]) -> None:
+    """Have averages whose rules keep more tensors take in new weights.
+
+    Args:
+        averages: of a group.
+        step: t, from 1.
+        members: parameters, and their states; these are changed.
+    """
+    for average, kept in averages.kept.items():
+        averages.rules[average].update_(
+            step,
+            [shards.local(p) for p, _ in members],
+            [shards.local(state[average]) for _, state in members],
+            [
+                {name: shards.local(state[key]) for key, name in kept.items()}
+                for _, state in members
+            ],
+        )
