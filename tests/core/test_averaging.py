@@ -1,11 +1,15 @@
 """Every average against a direct computation from the stored list of iterates."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
+from problems import walk
 from torch.nn import Parameter
 
-from paceline import PACE
+from paceline import PACE, Averaging, Pullback, load_checkpoint, save_checkpoint
 from paceline.averaging import BEMA, EMA, LAWA, SWA, PowerEMA, Uniform, parse
 
 
@@ -214,3 +218,172 @@ def test_groups_with_averages_of_their_own():
     assert all("kappa" not in group for group in opt.param_groups)  # it has become averaging
     opt = PACE([{"params": a}, {"params": b, "kappa": 0.4}], pullback=0, averaging="uniform")
     assert [g["averaging"] for g in opt.param_groups] == ["uniform", "ema:kappa=0.4"]
+
+
+# ---- rules of a user's own -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Linear(Averaging):
+    """Iterate s counts in proportion to s: the example of the docstring."""
+
+    name: ClassVar[str] = "linear"
+
+    def falloff(self, step):
+        return 2.0 / (step + 1.0)
+
+    def weight(self, step):
+        return self.falloff(step)
+
+
+@dataclass(frozen=True)
+class Last(Averaging):
+    """The mean of the last two iterates, which keeps one of them."""
+
+    share: float = 0.5
+    name: ClassVar[str] = "last-two"
+
+    @property
+    def keeps(self):
+        return ("before",)
+
+    def begin(self, weights, dtype):
+        return {"before": weights.detach().to(dtype, copy=True)}
+
+    def falloff(self, step):
+        return 1.0
+
+    def update_(self, step, weights, averages, kept):
+        for x, average, own in zip(weights, averages, kept, strict=True):
+            average.copy_(own["before"]).lerp_(x.to(average.dtype), self.share)
+            own["before"].copy_(x)
+
+
+def linear(iterates):
+    steps = np.arange(1, len(iterates))
+    return np.average(iterates[1:], axis=0, weights=steps) if len(steps) else iterates[0]
+
+
+def last_two(iterates):
+    return 0.75 * iterates[-1] + 0.25 * iterates[-2]
+
+
+@pytest.mark.parametrize("kind", ["PACE", "Pullback"])
+@pytest.mark.parametrize(("rule", "direct"), [(Linear(), linear), (Last(0.75), last_two)])
+def test_a_rule_of_ones_own_works_everywhere(rule, direct, kind, tmp_path):
+    assert parse(str(rule)) == rule
+
+    def make(params, **options):
+        if kind == "PACE":
+            return PACE(params, lr=0.05, pullback=2.0, **options)
+        return Pullback(torch.optim.SGD(params, lr=0.05), gain="scalar", pullback=0.3, **options)
+
+    model = torch.nn.Linear(5, 3)
+    opt = make(model.parameters(), averaging=rule, returns={"own": rule, "slow": "ema:kappa=0.7"})
+    iterates = [model.weight.detach().double().numpy().copy()]
+    for t in range(9):
+        if t == 5:
+            save_checkpoint(tmp_path / "run.pt", model, opt)
+            model = torch.nn.Linear(5, 3)
+            opt = make(model.parameters())
+            load_checkpoint(tmp_path / "run.pt", model, opt)
+            assert opt.param_groups[0]["averaging"] == str(rule)
+        walk(opt, list(model.parameters()), t, t + 1)
+        iterates.append(model.weight.detach().double().numpy().copy())
+        for key in ("average", "return_own"):
+            found = opt.state[model.weight][key]
+            np.testing.assert_allclose(found, direct(iterates), atol=1e-5)
+    with opt.averaged("own"):
+        np.testing.assert_allclose(model.weight.detach(), direct(iterates), atol=1e-5)
+
+
+def test_its_coefficients():
+    torch.testing.assert_close(Linear().coefficients(3), torch.tensor([0, 1, 2, 3]).double() / 6)
+
+
+def not_a_dataclass():
+    class Plain(Averaging):
+        name: ClassVar[str] = "plain"
+
+        def falloff(self, step):
+            return 1.0
+
+    return PACE([Parameter(torch.zeros(2))], pullback=0, averaging=Plain())
+
+
+def without_a_name():
+    @dataclass(frozen=True)
+    class Nameless(Averaging):
+        def falloff(self, step):
+            return 1.0
+
+    return PACE([Parameter(torch.zeros(2))], pullback=0, averaging=Nameless())
+
+
+def of_words():
+    @dataclass(frozen=True)
+    class Words(Averaging):
+        how: str = "slow"
+        name: ClassVar[str] = "words"
+
+        def falloff(self, step):
+            return 1.0
+
+    return Words()
+
+
+def keeps_nothing():
+    @dataclass(frozen=True)
+    class Own(Averaging):
+        name: ClassVar[str] = "own-update"
+
+        def falloff(self, step):
+            return 1.0
+
+        def update_(self, step, weights, averages, kept):
+            raise AssertionError
+
+    return PACE([Parameter(torch.zeros(2))], pullback=0, averaging=Own())
+
+
+def taken():
+    class Mine(Averaging):
+        name: ClassVar[str] = "ema"
+
+
+def misnamed():
+    class Mine(Averaging):
+        name: ClassVar[str] = "a:b"
+
+
+OWN_BAD = [
+    (not_a_dataclass, r"averaging Plain must be a @dataclass\(frozen=True\)"),
+    (without_a_name, "averaging Nameless must have a class attribute `name` of its own"),
+    (of_words, "how of words must be a finite number, got 'slow'"),
+    (keeps_nothing, "averaging Own has update_, and must name tensors in `keeps`"),
+    (taken, "name of Mine must be its own, got 'ema'"),
+    (misnamed, "name of Mine must be letters, digits, _ or -, got 'a:b'"),
+]
+
+
+@pytest.mark.parametrize(("make", "says"), OWN_BAD)
+def test_what_a_rule_of_ones_own_must_say(make, says):
+    with pytest.raises(ValueError, match=f"^{says}"):
+        make()
+
+
+def test_a_class_defined_again_replaces_itself():
+    def define(factor):
+        @dataclass(frozen=True)
+        class Again(Averaging):
+            name: ClassVar[str] = "again"
+
+            def falloff(self, step):
+                return factor
+
+        return Again
+
+    first, second = define(0.5), define(0.25)
+    assert isinstance(parse("again"), second)
+    with pytest.raises(ValueError, match="averaging Again must have a class attribute `name`"):
+        PACE([Parameter(torch.zeros(2))], pullback=0, averaging=first())
