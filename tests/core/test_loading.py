@@ -382,3 +382,57 @@ def test_a_checkpoint_of_adamw_is_a_start(options):
         average = first + weight * (q.detach() - first)
         torch.testing.assert_close(opt.state[q]["average"], average, atol=1e-6, rtol=1e-6)
         assert torch.equal(opt.state[q]["average"], resumed.state[r]["average"])
+
+
+# ---- what other tools put in -----------------------------------------------------------------
+
+
+def test_state_of_another_tool_is_carried_along_with_a_warning():
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3)
+    advance(model, opt, generator, 3)
+    mask = torch.ones(5, 6, dtype=torch.float64)
+    opt.state[model[0].weight] |= {"mask": mask, "visits": 3}
+    opt.state["tool"] = {"scale": torch.tensor(0.5)}
+    saved = copy.deepcopy(opt.state_dict())
+    other, _ = problem()
+    resumed = PACE(other.parameters(), pullback=0.3)
+    other.load_state_dict(model.state_dict())
+    says = "state has 'tool', 'mask', 'visits' of another tool; it is carried along"
+    with pytest.warns(UserWarning, match=says):
+        resumed.load_state_dict(saved)
+    assert resumed.state["tool"]["scale"] == 0.5
+    assert resumed.state[other[0].weight]["visits"] == 3
+    at = generator.get_state()
+    for m, o in ((model, opt), (other, resumed)):
+        generator.set_state(at)
+        advance(m, o, generator, 2)
+        with o.averaged():
+            pass
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True)
+    )
+    again = resumed.state_dict()
+    assert again["state"][0]["visits"] == 3
+    assert torch.equal(again["state"][0]["mask"], mask.to(again["state"][0]["mask"].dtype))
+    assert again["state"]["tool"]["scale"] == 0.5
+
+
+def test_a_wrapper_that_keeps_state_of_its_own_resumes():
+    """pytorch_optimizer's TRAC, around PACE as around AdamW."""
+    wrappers = pytest.importorskip("pytorch_optimizer")
+    ends = []
+    for breaks in (False, True):
+        model, generator = problem()
+        opt = wrappers.TRAC(PACE(model.parameters(), lr=0.05, pullback=0.3))
+        advance(model, opt, generator, 3)
+        if breaks:
+            saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+            model, _ = problem(seed=1)
+            opt = wrappers.TRAC(PACE(model.parameters(), lr=0.05, pullback=0.3))
+            model.load_state_dict(saved[0])
+            with pytest.warns(UserWarning, match="state has 'trac' of another tool"):
+                opt.load_state_dict(saved[1])
+        advance(model, opt, generator, 3)
+        ends.append(snapshot(model, opt))
+    assert_same(*ends)
