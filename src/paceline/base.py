@@ -92,8 +92,7 @@ class AveragedOptimizer(Optimizer):
         """Put an average into the parameters; the live weights wait where the average was.
 
         In place, without a third copy (`paceline.swap`). Free if it is there already; parameters
-        that keep no average or have not stepped stay as they are. Sharded parameters take no
-        communication.
+        that have not stepped stay as they are. Sharded parameters take no communication.
 
         Args:
             name: of the average, one of `returns`. Default: the first of them, the model to return.
@@ -202,9 +201,8 @@ class AveragedOptimizer(Optimizer):
     ) -> dict[str, Any]:
         """The returned model's `state_dict()`: a snapshot that leaves the live weights alone.
 
-        Averaged parameters have their average in the parameter's dtype; frozen parameters, those
-        that keep no average, and buffers are copied as they are. Names of one tied parameter share
-        one tensor.
+        Parameters that have stepped have their average, in the parameter's dtype; others, and
+        buffers, are copied as they are. Names of one tied parameter share one tensor.
 
         Sharded parameters are gathered, one at a time, into the CPU memory of rank 0; all ranks
         must call this, and the others get an empty dict. To save shards as they are:
