@@ -12,7 +12,7 @@ Methods are written as text, `name[:schedule][:option=value]...`, as in `ema:twi
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import get_annotations
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -588,6 +588,13 @@ def methods_help() -> str:
         about = " ".join((kind.__doc__ or "").split())
         lines.append(f"{name}: {about}" + f" Options: {', '.join(shown)}." * bool(shown))
     return "\n\n".join([*lines, f"NAME of pullback: {', '.join(BASES)}."])
+
+
+def method_of_row(row: Mapping[str, Any]) -> Method:
+    """The method whose `Method.row` is in a row of a table; None and NaN stand for no value."""
+    kind = METHODS[row["name"]]
+    values = {k: row[k] for k in kind.model_fields if k in row}
+    return kind(**{k: x for k, x in values.items() if x is not None and x == x})
 
 
 def parse_method(text: str, *, schedule: str = "constant", **defaults: Any) -> Method:
