@@ -86,7 +86,7 @@ class ProgressBar(TrainerCallback):
 
 
 class JsonlMetrics(TrainerCallback):
-    """Writes metrics.jsonl: what was logged, of a resumed run first what its checkpoint has."""
+    """Writes what is logged to metrics.jsonl; a resumed run starts from its checkpoint's log."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -137,7 +137,7 @@ def evaluate(options: Evaluation, console: Console) -> dict[str, Any]:
     return facts
 
 
-# ---- what is given ------------------------------------------------------------------------------
+# ---- input --------------------------------------------------------------------------------------
 
 
 def _models(given: str) -> dict[str, str]:

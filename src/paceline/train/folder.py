@@ -1,11 +1,11 @@
-"""The run folder: what is in it, how it is read and written, and what is checked about it.
+"""The run folder: its files, how they are read and written, and the checks of a folder.
 
     recipe.yaml       every key of the recipe with its value; what a run resumes by
     manifest.json     an object: command, versions, commit, hardware, configuration, data, steps,
                       seconds; of a run also when it was resumed
     metrics.jsonl     an object a line: of a run, losses as they were logged; of a comparison or a
                       sweep, one evaluation of one method. A number that is not finite is null
-    training.jsonl    of a sweep: an object a line, what its trainings logged on the way
+    training.jsonl    of a sweep: an object a line, the log of each of its trainings
     checkpoints/      of a run: checkpoint-STEP folders, the newest with all that resuming needs.
                       Their weights are the returned model's
     live/             of a run: the live weights at the end, as a model that transformers loads
@@ -18,9 +18,9 @@
     eval.json         what `paceline eval` has found
     certificate.json  of `paceline verify-resume`: what is equal; its runs are in whole/ and killed/
 
-Who writes which: `train` all that is "of a run"; `compare` and `sweep` manifest.json, metrics.jsonl
-and what is theirs. Files are there whole or not at all (`paceline.files.whole`), but metrics.jsonl,
-to which lines are appended; a kill may tear its last line.
+`paceline train` writes the files "of a run". `compare` and `sweep` write manifest.json,
+metrics.jsonl and their own files. A file is complete or missing (`paceline.files.whole`), except
+metrics.jsonl: lines are appended to it, and a kill may tear its last line.
 """
 
 import json
@@ -40,7 +40,7 @@ AVERAGE_FACTS, TENSORBOARD, REPORT, EVALUATION, CERTIFICATE = (
     *("paceline.json", "tensorboard", "report.html", "eval.json", "certificate.json"),
 )
 
-Lines = list[tuple[int, dict[str, Any]]]
+JsonLines = list[tuple[int, dict[str, Any]]]
 
 
 def require_empty(folder: Path, instead: str = "") -> None:
@@ -48,7 +48,7 @@ def require_empty(folder: Path, instead: str = "") -> None:
 
     Args:
         folder: may be missing.
-        instead: what the user can do besides naming another, to end the message with.
+        instead: ends the message; another way out than naming another folder.
 
     Raises:
         InputError: it is a file, or not empty, or cannot be looked into.
@@ -145,7 +145,7 @@ def json_line(values: dict[str, Any]) -> str:
     return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
-def read_lines(path: Path) -> tuple[Lines, bool]:
+def read_lines(path: Path) -> tuple[JsonLines, bool]:
     """The objects of a file of JSON lines with their line numbers, from 1; NaN is read as None.
 
     Returns:
@@ -158,7 +158,7 @@ def read_lines(path: Path) -> tuple[Lines, bool]:
         *complete, rest = path.read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    lines: Lines = []
+    lines: JsonLines = []
     for number, line in enumerate([*complete, rest], 1):
         if not line.strip():
             continue

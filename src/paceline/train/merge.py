@@ -155,7 +155,7 @@ def merge(options: Merge, console: Console) -> None:
 
 
 def _in_order(paths: Sequence[Path]) -> tuple[Sequence[Path], str]:
-    """The checkpoints, first to last, and what their order is."""
+    """The checkpoints from first to last, and a text that says how they were ordered."""
     if len(paths) == 1:
         paths = folder.checkpoints_in(paths[0]) or paths
     steps = [(step, path) for path in paths if (step := folder.step_of(path)) is not None]

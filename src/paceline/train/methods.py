@@ -3,7 +3,7 @@
 A method is one class: its name, its help (the docstring), its options with ranges and defaults, and
 either the average that reads its model out of plain AdamW (`averaging`) or the optimizer that
 trains it (`build`). Defining the class puts it into `METHODS`, from which commands, help, labels,
-the comparison and the sweeps follow. A schedule is one entry of `SCHEDULES`, and an optimizer for
+the comparison and the sweeps follow. A schedule is one entry of `LR_SCHEDULES`, and an optimizer for
 `pullback:NAME` is one line of `BASES`.
 
 Methods are written as text, `name[:schedule][:option=value]...`, as in `ema:twin:lr=3e-3`,
@@ -85,7 +85,7 @@ def twin_rate(beta: float, gain: float) -> float:
     return beta / (beta + gain * (1.0 - beta))
 
 
-SCHEDULES = {
+LR_SCHEDULES = {
     "constant": LRSchedule("constant", _library("constant_with_warmup")),
     "cosine": LRSchedule("to 0 along a cosine", _library("cosine")),
     "wsd": LRSchedule(
@@ -101,8 +101,8 @@ SCHEDULES = {
 
 
 def _known_schedule(name: str) -> str:
-    if name not in SCHEDULES:
-        raise InputError(f"schedule: {unknown(name, SCHEDULES, 'schedule')}")
+    if name not in LR_SCHEDULES:
+        raise InputError(f"schedule: {unknown(name, LR_SCHEDULES, 'schedule')}")
     return name
 
 
@@ -110,9 +110,9 @@ ScheduleName = Annotated[
     str,
     AfterValidator(_known_schedule),
     tyro.conf.arg(
-        metavar="{" + ",".join(SCHEDULES) + "}",
+        metavar="{" + ",".join(LR_SCHEDULES) + "}",
         help="Learning-rate schedule of methods that name none. "
-        + "; ".join(f"{name}: {schedule.summary}" for name, schedule in SCHEDULES.items())
+        + "; ".join(f"{name}: {schedule.summary}" for name, schedule in LR_SCHEDULES.items())
         + ".",
     ),
 ]
@@ -170,7 +170,7 @@ class Method(Options):
         """
         required = {name for name, field in cls.model_fields.items() if field.is_required()}
         said = {other for option, other in cls.replaces.items() if given.get(option) is not None}
-        return (required | set(SCHEDULES[given.get("schedule", "constant")].options)) - said
+        return (required | set(LR_SCHEDULES[given.get("schedule", "constant")].options)) - said
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class Method(Options):
         Raises:
             InputError: two options say the same thing.
         """
-        schedule = SCHEDULES[_known_schedule(values.get("schedule", "constant"))]
+        schedule = LR_SCHEDULES[_known_schedule(values.get("schedule", "constant"))]
         wanted = cls.from_command(values)
         filled: dict[str, Any] = {k: x for k, x in FALLBACKS.items() if k in wanted}
         for option, other in cls.replaces.items():
@@ -215,9 +215,10 @@ class Method(Options):
 
     @abstractmethod
     def build(self, setup: Setup) -> Optimizer:
-        """The optimizer, whose `eval()` puts the returned model into the parameters if it differs.
+        """The optimizer that trains it.
 
-        `train()` then puts the live weights back.
+        If the method returns other weights than the live ones, `eval()` of the optimizer puts them
+        into the parameters, and `train()` puts the live weights back.
         """
 
     def make_optimizer(
@@ -251,7 +252,7 @@ class Method(Options):
 
     def make_scheduler(self, optimizer: Optimizer, warmup: int, steps: int) -> LambdaLR:
         """The learning-rate schedule, with a linear warm-up."""
-        return SCHEDULES[self.schedule].make(optimizer, self, warmup, steps)
+        return LR_SCHEDULES[self.schedule].make(optimizer, self, warmup, steps)
 
     # ---- its options, as text and as columns ----
 
@@ -262,7 +263,7 @@ class Method(Options):
         own = [name for c in classes for name in get_annotations(c) if name in cls.model_fields]
         return [
             name
-            for name in dict.fromkeys([*own, *SCHEDULES[schedule].options, "lr"])
+            for name in dict.fromkeys([*own, *LR_SCHEDULES[schedule].options, "lr"])
             if name not in ("base", "schedule")
         ]
 
@@ -299,7 +300,7 @@ class AveragedMethod(Method):
 
     @property
     def trajectory(self) -> Method:
-        of_schedule = {k: self.get(k) for k in SCHEDULES[self.schedule].options}
+        of_schedule = {k: self.get(k) for k in LR_SCHEDULES[self.schedule].options}
         return AdamWMethod(lr=self.lr, schedule=self.schedule, eps=self.eps, **of_schedule)
 
     def build(self, setup: Setup) -> Optimizer:
@@ -616,7 +617,7 @@ def parse_method(text: str, *, schedule: str = "constant", **defaults: Any) -> M
     kind, own = METHODS[name], dict[str, Any]()
     if "base" in kind.model_fields:
         own["base"] = parts.pop(0) if parts else ""
-    schedules = SCHEDULES if kind.takes_schedule else {}
+    schedules = LR_SCHEDULES if kind.takes_schedule else {}
     own["schedule"] = schedule if schedules else "constant"
     for part in parts:
         option, equals, value = part.partition("=")

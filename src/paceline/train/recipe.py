@@ -237,7 +237,7 @@ class Recipe(Options):
     @property
     def method_defaults(self) -> dict[str, Any]:
         """The options that methods get where their text leaves them open."""
-        return {name: getattr(self, name) for name in keys(METHOD) - {"method", "seed"}}
+        return {name: getattr(self, name) for name in keys_with(METHOD) - {"method", "seed"}}
 
     @cached_property
     def parsed(self) -> Method:
@@ -250,13 +250,13 @@ class Recipe(Options):
         return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def keys(*roles: Role) -> frozenset[str]:
+def keys_with(*roles: Role) -> frozenset[str]:
     """The recipe's keys that have one of the roles."""
     fields = Recipe.model_fields.items()
     return frozenset(name for name, x in fields if any(role in x.metadata for role in roles))
 
 
-RESUMABLE_CHANGES = keys(RESUMABLE)
+RESUMABLE_CHANGES = keys_with(RESUMABLE)
 
 
 def _check_config(config: dict[str, Any]) -> None:
