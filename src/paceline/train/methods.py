@@ -3,8 +3,8 @@
 A method is one class: its name, its help (the docstring), its options with ranges and defaults, and
 either the average that reads its model out of plain AdamW (`averaging`) or the optimizer that
 trains it (`build`). Defining the class puts it into `METHODS`, from which commands, help, labels,
-the comparison and the sweeps follow. A schedule is one entry of `LR_SCHEDULES`, and an optimizer for
-`pullback:NAME` is one line of `BASES`.
+the comparison and the sweeps follow. A schedule is an entry of `LR_SCHEDULES`, and an optimizer of
+`pullback:NAME` is a line of `BASES`.
 
 Methods are written as text, `name[:schedule][:option=value]...`, as in `ema:twin:lr=3e-3`,
 `pace:pullback=10:kappa=0.3` or `pullback:muon:pullback=1`: `parse_method` reads it, and
@@ -258,14 +258,13 @@ class Method(Options):
 
     @classmethod
     def options(cls, schedule: str = "constant") -> list[str]:
-        """Names of its options, of those of the schedule, and lr."""
-        classes = [c for c in reversed(cls.__mro__) if issubclass(c, Method) and c is not Method]
-        own = [name for c in classes for name in get_annotations(c) if name in cls.model_fields]
-        return [
-            name
-            for name in dict.fromkeys([*own, *LR_SCHEDULES[schedule].options, "lr"])
-            if name not in ("base", "schedule")
-        ]
+        """Names of its options, those that the command gives first; then the schedule's, and lr."""
+        classes = [c for c in cls.__mro__ if issubclass(c, Method) and c is not Method]
+        fields = cls.model_fields
+        own = [name for c in classes for name in get_annotations(c) if name in fields]
+        own.sort(key=lambda name: not fields[name].is_required())
+        names = dict.fromkeys([*own, *LR_SCHEDULES[schedule].options, "lr"])
+        return [name for name in names if name not in ("base", "schedule")]
 
     def get(self, option: str) -> Any:
         """The value of an option; None if it is not set, or the method does not have it."""
