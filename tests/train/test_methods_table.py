@@ -16,6 +16,7 @@ from paceline.train.methods import (
     METHODS,
     AveragedMethod,
     Method,
+    Setup,
     all_options,
     method_of_row,
     methods_help,
@@ -53,7 +54,6 @@ def test_one_class_adds_a_method(one_entry, tmp_path):
     assert parse_method(method.written) == method
     assert method_of_row(method.row) == method
     assert method.trajectory == parse_method("adamw:wsd:lr=1e-2")
-    assert method.only_watches
     assert "tail: The mean of the last steps of AdamW's weights. Options: last=5, eps." in (
         methods_help()
     )
@@ -164,7 +164,7 @@ def test_muon_gets_the_hidden_matrices_alone():
     model = make_gpt2(tokenizer, width=16, layers=1, heads=2, positions=16, seed=0)
     decayed = {name for name, p in model.named_parameters() if p.ndim == 2}
     method = parse_method("pullback:muon", lr=1e-3, pullback=1.0)
-    optimizer = method.make_optimizer(model, decayed=decayed, weight_decay=0.1, warmup=0, steps=1)
+    optimizer = method.build(Setup(model, decayed, weight_decay=0.1, warmup=0, steps=1))
     for group in optimizer.param_groups:
         for p in group["params"]:
             embedding = p is model.transformer.wte.weight or p is model.transformer.wpe.weight

@@ -14,14 +14,14 @@ Methods are written as text, `name[:schedule][:option=value]...`, as in `ema:twi
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from inspect import get_annotations
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import pytorch_optimizer
 import schedulefree
 import torch
 import tyro
 from pydantic import AfterValidator, field_validator, model_validator
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
@@ -124,11 +124,23 @@ class Setup(NamedTuple):
     """What a method builds its optimizer from."""
 
     model: Any
-    groups: list[dict[str, Any]]  # of parameters: those that decay, and the others
-    warmup: int  # steps
+    decayed: set[str]  # names of the parameters that decay
+    weight_decay: float  # of these; decoupled, except in sgd, adam and adafactor
+    warmup: int  # steps, for optimizers with their own warm-up
     steps: int  # of the run
-    betas: tuple[float, float]  # of Adam's moments
-    stochastic_round: bool  # of bfloat16 parameters, where PACE writes them
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam's moments, except in bases of pullback
+    stochastic_round: bool = False  # of bfloat16 parameters, where PACE writes them
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The trained parameters, those that decay and the others."""
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        decay = [p for name, p in named.items() if name in self.decayed]
+        others = [p for name, p in named.items() if name not in self.decayed]
+        return [
+            {"params": decay, "weight_decay": self.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
 
 
 METHODS: dict[str, type["Method"]] = {}
@@ -144,7 +156,6 @@ class Method(Options):
 
     name: ClassVar[str]
     takes_schedule: ClassVar[bool] = True
-    replaces: ClassVar[dict[str, str]] = {}  # an option -> the one that it says in another way
 
     lr: Number  # peak learning rate η
     schedule: ScheduleName = "constant"
@@ -158,38 +169,20 @@ class Method(Options):
 
     @model_validator(mode="before")
     @classmethod
-    def _completed(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return cls.complete(values)
+    def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        wanted = cls.from_command(values)
+        return {option: x for option, x in FALLBACKS.items() if option in wanted} | values
 
     @classmethod
     def from_command(cls, given: dict[str, Any]) -> set[str]:
-        """Names of the options that the command gives, where the text gives those at hand.
+        """The options that the command gives: those without a default, and the schedule's.
 
-        They are the options without a default and those of the schedule, except the ones that a
-        given option says in another way.
+        Args:
+            given: the options that the text gives.
         """
+        schedule = LR_SCHEDULES[_known_schedule(given.get("schedule", "constant"))]
         required = {name for name, field in cls.model_fields.items() if field.is_required()}
-        said = {other for option, other in cls.replaces.items() if given.get(option) is not None}
-        return (required | set(LR_SCHEDULES[given.get("schedule", "constant")].options)) - said
-
-    @classmethod
-    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The options with those that follow from others.
-
-        Raises:
-            InputError: two options say the same thing.
-        """
-        schedule = LR_SCHEDULES[_known_schedule(values.get("schedule", "constant"))]
-        wanted = cls.from_command(values)
-        filled: dict[str, Any] = {k: x for k, x in FALLBACKS.items() if k in wanted}
-        for option, other in cls.replaces.items():
-            if values.get(option) is not None:
-                if values.get(other) is not None or other in schedule.options:
-                    raise InputError(f"{option} and {other} say the same thing; give one of them")
-                filled[other] = None
-        return filled | values
-
-    # ---- what it returns, and how it is trained ----
+        return required | set(schedule.options)
 
     def averaging(self, steps: int) -> Averaging | None:
         """The average of the trajectory's weights that it returns after a run of so many steps.
@@ -204,11 +197,6 @@ class Method(Options):
         return self
 
     @property
-    def only_watches(self) -> bool:
-        """Whether it trains as plain AdamW does, and only returns another model."""
-        return isinstance(self.trajectory, AdamWMethod)
-
-    @property
     def pulls(self) -> bool:
         """Whether its live weights are pulled toward an average."""
         return bool(self.get("pullback"))
@@ -221,40 +209,9 @@ class Method(Options):
         into the parameters, and `train()` puts the live weights back.
         """
 
-    def make_optimizer(
-        self,
-        model: Module,
-        *,
-        decayed: set[str],
-        weight_decay: float,
-        warmup: int,
-        steps: int,
-        betas: tuple[float, float] = (0.9, 0.999),
-        stochastic_round: bool = False,
-    ) -> Optimizer:
-        """The optimizer, which keeps the average that the method returns.
-
-        Args:
-            model: whose parameters are trained.
-            decayed: names of the parameters that decay.
-            weight_decay: of these, >= 0, decoupled (sgd, adam and adafactor have their own way).
-            warmup: steps of warm-up, for optimizers with their own.
-            steps: of the run, for averages that begin at a share of it.
-            betas: of Adam's moments; not for bases of pullback.
-            stochastic_round: of bfloat16 parameters, where PACE writes them.
-        """
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        groups: list[dict[str, Any]] = [
-            {"params": [p for n, p in named.items() if n in decayed], "weight_decay": weight_decay},
-            {"params": [p for n, p in named.items() if n not in decayed], "weight_decay": 0.0},
-        ]
-        return self.build(Setup(model, groups, warmup, steps, betas, stochastic_round))
-
     def make_scheduler(self, optimizer: Optimizer, warmup: int, steps: int) -> LambdaLR:
         """The learning-rate schedule, with a linear warm-up."""
         return LR_SCHEDULES[self.schedule].make(optimizer, self, warmup, steps)
-
-    # ---- its options, as text and as columns ----
 
     @classmethod
     def options(cls, schedule: str = "constant") -> list[str]:
@@ -330,11 +287,20 @@ class EMAMethod(AveragedMethod):
     """The EMA of AdamW's weights, with power kappa or a constant half_life in steps."""
 
     name = "ema"
-    replaces: ClassVar[dict[str, str]] = {"half_life": "kappa"}
 
-    kappa: Power | None
+    kappa: Power | None = None
     half_life: Number | None = None
     state: Literal["fp32", "bf16"] | None = None  # dtype of m, v and the average
+
+    @classmethod
+    def from_command(cls, given: dict[str, Any]) -> set[str]:
+        return super().from_command(given) | (set() if given.get("half_life") else {"kappa"})
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.kappa is not None and self.half_life is not None:
+            raise InputError("half_life and kappa say the same thing; give one of them")
+        return self
 
     @property
     def trajectory(self) -> Method:
@@ -468,15 +434,15 @@ class PACEMethod(PulledMethod):
 
     @classmethod
     def from_command(cls, given: dict[str, Any]) -> set[str]:
-        """Without κ where the text has `pullback=auto`."""
-        return super().from_command(given) - ({"kappa"} if given.get("pullback") == AUTO else set())
+        own = {"kappa"} if given.get("pullback") == AUTO else set()
+        return super().from_command(given) - own
 
+    @model_validator(mode="before")
     @classmethod
-    def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """With PACE's own κ for `pullback=auto`."""
-        auto = values.get("pullback") == AUTO and values.get("kappa") is None
-        own = {"kappa": AUTO_POWER, "return_kappa": AUTO_RETURNS} if auto else {}
-        return super().complete(own | values)
+    def _auto(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("pullback") == AUTO and values.get("kappa") is None:
+            return values | {"kappa": AUTO_POWER, "return_kappa": AUTO_RETURNS}
+        return values
 
     def build(self, setup: Setup) -> Optimizer:
         return PACE(

@@ -310,3 +310,30 @@ def read_recipe(name: str) -> dict[str, Any]:
         if key not in Recipe.model_fields:
             raise InputError(f"{path}: {unknown(key, Recipe.model_fields)}")
     return values
+
+
+class RecipeCommand(Recipe):
+    """Options of a command that works by a recipe, whose values the other options change."""
+
+    recipe: Annotated[
+        tyro.conf.Positional[str | None],
+        tyro.conf.arg(help=f"YAML file, or one of the shipped: {', '.join(shipped())}."),
+    ] = None
+
+    @classmethod
+    def starting(cls, arguments: list[str]) -> Self | None:
+        """The options with the values of the recipe that the arguments name; None without one."""
+        before = ""
+        for name in arguments:
+            option = before.startswith("--") and "=" not in before
+            field = cls.model_fields.get(before.strip("-").removeprefix("no-").replace("-", "_"))
+            switch = before == "--print" or (field is not None and field.annotation is bool)
+            if not name.startswith("-") and (switch or not option):
+                return cls(**{"recipe": name, **read_recipe(name)})
+            before = name
+        return None
+
+    @property
+    def plain(self) -> Recipe:
+        """The recipe alone."""
+        return Recipe(**self.model_dump(include=set(Recipe.model_fields)))

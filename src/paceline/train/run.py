@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self
 
 import torch
 import tyro
@@ -31,8 +31,8 @@ from .chat import show_example
 from .data import content_key
 from .manifest import environment, write_json
 from .page import write_page
-from .recipe import RESUMABLE_CHANGES, Recipe, read_recipe, shipped
-from .terminal import progress_bars, quiet
+from .recipe import RESUMABLE_CHANGES, Recipe, RecipeCommand
+from .terminal import progress_bars, quiet, say
 
 WEIGHTS_IN = {
     folder.MODEL: "the returned model: the average, or what the method returns instead",
@@ -46,10 +46,9 @@ METRICS_MEAN = {
 }
 # How torch.save reports a full disk.
 DISK_FULL = ("iostream error", "unexpected pos", "Writer failed")
-ShippedHelp = tyro.conf.arg(help=f"YAML file, or one of the shipped: {', '.join(shipped())}.")
 
 
-class Train(Recipe):
+class Train(RecipeCommand):
     """Train a language model by a recipe, and write the model to return.
 
     A recipe is a YAML file with the keys below, or the name of a shipped one. Options change its
@@ -57,7 +56,6 @@ class Train(Recipe):
     accelerate launch (-m paceline train ...).
     """
 
-    recipe: Annotated[tyro.conf.Positional[str | None], ShippedHelp] = None
     out: Path | None = None
     """Folder for the run, new or empty. Default: runs/<recipe>-<time>."""
     resume: Path | None = None
@@ -66,45 +64,18 @@ class Train(Recipe):
     """Print the complete recipe and stop."""
 
     @classmethod
-    def starting(cls, arguments: list[str]) -> "Train | None":
+    def starting(cls, arguments: list[str]) -> Self | None:
         """The options of the recipe that the arguments name, or of the run to resume."""
         if run := _value(arguments, "--resume"):
             return cls(resume=Path(run), **folder.recipe_of(Path(run)))
-        return with_recipe(cls, arguments)
+        return super().starting(arguments)
 
 
-class Show(Recipe):
+class Show(RecipeCommand):
     """Show examples that a recipe trains on, with the tokens that count in the loss in green."""
 
-    recipe: tyro.conf.Positional[str | None] = None
-    """YAML file, or the name of a shipped one."""
     show: Positive = 3
     """Examples to show, >= 1."""
-
-    @classmethod
-    def starting(cls, arguments: list[str]) -> "Show | None":
-        """The options of the recipe that the arguments name."""
-        return with_recipe(cls, arguments)
-
-
-RecipeOptions = TypeVar("RecipeOptions", bound=Recipe)
-
-
-def with_recipe(command: type[RecipeOptions], arguments: list[str]) -> RecipeOptions | None:
-    """A command's options with the values of the recipe that is named among the arguments.
-
-    Returns:
-        The options; None if no recipe is named.
-    """
-    before = ""
-    for name in arguments:
-        option = before.startswith("--") and "=" not in before
-        field = command.model_fields.get(before.strip("-").removeprefix("no-").replace("-", "_"))
-        switch = before == "--print" or (field is not None and field.annotation is bool)
-        if not name.startswith("-") and (switch or not option):
-            return command(**{"recipe": name, **read_recipe(name)})
-        before = name
-    return None
 
 
 def _value(arguments: list[str], option: str) -> str | None:
@@ -138,15 +109,15 @@ def train(
         InputError: something given cannot be used, or memory or disk are too small for it.
             Checkpoints that were saved stay.
     """
-    recipe = Recipe(**options.model_dump(include=set(Recipe.model_fields)))
+    recipe = options.plain
     if options.print_recipe:
-        console.print(recipe.to_yaml(), end="", highlight=False, markup=False, soft_wrap=True)
+        say(console, recipe.to_yaml(), end="")
         return None
     quiet()
     state = processes()
     run = _run_folder(options, state)
     if folder.is_finished(run):
-        console.print(f"{run} is finished.", highlight=False, markup=False)
+        say(console, f"{run} is finished.")
         return run
     checkpoints = run / folder.CHECKPOINTS
     made = [part for part in (checkpoints, run, *run.parents) if not part.exists()]
@@ -197,7 +168,7 @@ def show_command(options: Show, console: Console) -> None:
         InputError: something in the recipe cannot be loaded or used.
     """
     quiet()
-    recipe = Recipe(**options.model_dump(include=set(Recipe.model_fields)))
+    recipe = options.plain
     with TemporaryDirectory() as scratch:
         trainer = build_trainer(recipe, Path(scratch), only_data=True)
     data: Any = trainer.train_dataset
@@ -211,10 +182,10 @@ def show_command(options: Show, console: Console) -> None:
         show_example(tokenizer, ids, labels, console)
     if isinstance(data, Dataset):
         console.rule()
-        console.print(
+        say(
+            console,
             f"{len(data)} sequences to train on, {len(evaluation)} to evaluate on; "
             f"{trainer.args.max_steps} steps of {recipe.batch}",
-            highlight=False,
         )
 
 
@@ -280,15 +251,13 @@ def _start(trainer: RunTrainer, recipe: Recipe, run: Path, console: Console) -> 
         with whole(run / folder.RECIPE) as partial:
             partial.write_text(recipe.to_yaml(), encoding="utf-8")
         write_json(run / folder.MANIFEST, facts)
-        console.print(
+        say(
+            console,
             f"{recipe.parsed.label}, lr {recipe.lr:g}: {trainer.args.max_steps} steps of "
             f"{recipe.batch} sequences, {parameters / 1e6:.3g}M parameters, in {run}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
     if checkpoint:
-        console.print(f"Resuming from {checkpoint.name}.", highlight=False)
+        say(console, f"Resuming from {checkpoint.name}.")
     return facts
 
 
@@ -324,24 +293,20 @@ def _fit(
         facts["seconds"] = round(facts["seconds"] + time.time() - began, 1)
         write_json(run / folder.MANIFEST, facts)
     if trainer.state.global_step < trainer.args.max_steps:
-        console.print(
+        say(
+            console,
             f"Stopped at step {trainer.state.global_step} of {trainer.args.max_steps}; continue "
             f"with paceline train --resume {run}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,  # the command can be copied
         )
         return None
     _finish(trainer, recipe, run, facts)
     if main:
         last = _last_evaluation(trainer.state.log_history)
-        console.print(
+        say(
+            console,
             f"Evaluation loss: live {last['eval_live_loss']:.4f}, returned "
             f"{last['eval_loss']:.4f} nats a token.\nThe model: {run / folder.MODEL}\n"
             f"Report: {run / folder.REPORT}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
     return run
 

@@ -6,6 +6,7 @@ import datasets
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 
 def quiet() -> None:
@@ -15,6 +16,11 @@ def quiet() -> None:
     datasets.disable_progress_bars()
     # peft calls deprecated functions of transformers.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+
+
+def say(console: Console, text: str, end: str = "\n") -> None:
+    """Print a text as it is: without colours and line breaks, so that it can be copied."""
+    console.print(Text(text), end=end, soft_wrap=True)
 
 
 def progress_bars(console: Console) -> Progress:

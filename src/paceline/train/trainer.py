@@ -21,7 +21,7 @@ from ..integrations.transformers import PaceTrainer
 from ..swap import swap_back, swap_in
 from .callbacks import EvalAndSaveAtEnd
 from .data import blocks, collate
-from .methods import Method
+from .methods import Method, Setup
 
 
 class ReadOuts:
@@ -81,7 +81,7 @@ class OneMethodTrainer(PaceTrainer):
         """The method's optimizer."""
         model = self.model if model is None else model
         if self.optimizer is None:
-            self.optimizer = self.method.make_optimizer(
+            setup = Setup(
                 model,
                 decayed=set(self.get_decay_parameter_names(model)),
                 weight_decay=self.weight_decay,
@@ -90,6 +90,7 @@ class OneMethodTrainer(PaceTrainer):
                 betas=self.betas,
                 stochastic_round=self.stochastic_round,
             )
+            self.optimizer = self.method.build(setup)
         return self.optimizer
 
     def create_scheduler(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -22,13 +21,14 @@ from transformers import TrainerCallback
 from . import InputError, Positive, folder
 from .build import evaluated_together
 from .manifest import write_json
-from .recipe import Recipe
-from .run import Train, train, with_recipe
+from .recipe import RecipeCommand
+from .run import Train, train
+from .terminal import say
 
 KILL_MOMENTS = ("evaluation", "save", "step")  # in turn
 
 
-class Verify(Recipe):
+class Verify(RecipeCommand):
     """Check that a run of a recipe that is killed and resumed ends as one that is not.
 
     Trains by the recipe once without a break, and once killed with SIGKILL and resumed: in the
@@ -36,8 +36,6 @@ class Verify(Recipe):
     how far apart the rest is.
     """
 
-    recipe: tyro.conf.Positional[str | None] = None
-    """YAML file, or the name of a shipped one."""
     out: Path | None = None
     """Folder for both runs, new or empty. Default: runs/verify-<time>."""
     kills: Positive = 3
@@ -46,11 +44,6 @@ class Verify(Recipe):
     """Processes of both runs, >= 1, started by torchrun."""
     resume_processes: Positive | None = None
     """Processes after the first kill, >= 1. If they differ, only the data order is exact."""
-
-    @classmethod
-    def starting(cls, arguments: list[str]) -> "Verify | None":
-        """The options of the recipe that the arguments name."""
-        return with_recipe(cls, arguments)
 
 
 def verify(options: Verify, console: Console) -> int:
@@ -65,7 +58,7 @@ def verify(options: Verify, console: Console) -> int:
     """
     default = Path("runs") / f"verify-{datetime.now():%Y-%m-%d_%H%M%S}"
     out = folder.make_empty(options.out or default)
-    recipe = Recipe(**options.model_dump(include=set(Recipe.model_fields)))
+    recipe = options.plain
     (out / folder.RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     whole, killed = out / "whole", out / "killed"
     resumed_on = options.resume_processes or options.processes
@@ -128,12 +121,9 @@ def verify(options: Verify, console: Console) -> int:
         table.add_row(row["what"], drift, style="" if row["equal"] or passed else "red")
     console.print(table)
     for kill in kills:
-        console.print(
-            f"• killed in the middle of {kill['at']} after step {kill['step']}, "
-            f"resumed from {kill['resumed from']}",
-            highlight=False,
-        )
-    console.print(f"Certificate: {out / folder.CERTIFICATE}", highlight=False, markup=False)
+        place = f"in the middle of {kill['at']} after step {kill['step']}"
+        say(console, f"• killed {place}, resumed from {kill['resumed from']}")
+    say(console, f"Certificate: {out / folder.CERTIFICATE}")
     return 0 if passed else 1
 
 
