@@ -30,6 +30,7 @@ from ..averaging import BEMA, EMA, LAWA, SWA, Averaging, PowerEMA, Uniform
 from ..optimizer import PACE
 from ..options import AUTO, AUTO_POWER, AUTO_RETURNS
 from ..pullback import Pullback
+from ..theory.twin import twin_rate
 from . import BelowOne, Gain, InputError, NonNegative, Number, Options, Positive, Power, unknown
 
 FALLBACKS = {"kappa": 0.3, "twin_gain": 1.0}  # where neither text nor command gives them
@@ -70,19 +71,9 @@ def _falling(optimizer: Optimizer, method: "Method", warmup: int, steps: int) ->
     def factor(done: int) -> float:
         beta = float(average.weight(done + 1))
         ramp = done / warmup if done < warmup else 1.0
-        return ramp * (beta if gain is None else twin_rate(beta, gain))
+        return ramp * (beta if gain is None else float(twin_rate(beta, gain)))
 
     return LambdaLR(optimizer, factor)
-
-
-def twin_rate(beta: float, gain: float) -> float:
-    """What a pull makes of the learning rate: β / (β + gain·(1 - β)), by the average's weight β.
-
-    Where the optimizer takes the same step d every time, live weights and average come to move by
-    that share of d; docs/theory.md has what else an EMA at this rate, the pull's twin, shares with
-    it. `paceline.theory.twin_rate` is the same for arrays; it needs SciPy, which training does not.
-    """
-    return beta / (beta + gain * (1.0 - beta))
 
 
 LR_SCHEDULES = {
