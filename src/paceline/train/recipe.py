@@ -228,7 +228,7 @@ class Recipe(Options):
         for name in ("data", "eval_data"):
             if "" in (getattr(self, name) or ()) or getattr(self, name) == ():
                 raise InputError(f"{name}: give at least one name, and no empty ones")
-        if self.parsed.name == "pullback" and self.betas != (0.9, 0.999):
+        if self.parsed.get("base") and self.betas != (0.9, 0.999):
             raise InputError(
                 f"betas: they do not reach the optimizer in {self.method!r}; leave them out"
             )
