@@ -431,9 +431,8 @@ class PACEMethod(PulledMethod):
     @model_validator(mode="before")
     @classmethod
     def _auto(cls, values: dict[str, Any]) -> dict[str, Any]:
-        if values.get("pullback") == AUTO and values.get("kappa") is None:
-            return values | {"kappa": AUTO_POWER, "return_kappa": AUTO_RETURNS}
-        return values
+        auto = values.get("pullback") == AUTO and values.get("kappa") is None
+        return ({"kappa": AUTO_POWER, "return_kappa": AUTO_RETURNS} if auto else {}) | values
 
     def build(self, setup: Setup) -> Optimizer:
         return PACE(
