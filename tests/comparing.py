@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 from paceline.train.data import Corpus, blocks, make_tokenizer, tokenize
-from paceline.train.methods import parse_method, scheduler
+from paceline.train.methods import parse_method
 from paceline.train.model import make_gpt2
-from paceline.train.trainer import train
+from paceline.train.trainer import train_blocks
 
-DEFAULTS = {"lr": 1e-2, "c": 3.0, "kappa": 0.3, "g": 0.5}
+DEFAULTS = {"lr": 1e-2, "pullback": 3.0, "kappa": 0.3, "twin_gain": 0.5}
 
 TEXT = "\n".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs" for i in range(400))
 
@@ -20,7 +20,7 @@ def method_of(text):
 
 def schedule_of(text, warmup=0, steps=50):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=DEFAULTS["lr"])
-    schedule = scheduler(method_of(text), optimizer, warmup, steps)
+    schedule = method_of(text).make_scheduler(optimizer, warmup, steps)
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"] / DEFAULTS["lr"])
@@ -60,7 +60,7 @@ def tiny_runs(tmp_path_factory):
             **options,
         }
         methods = [method_of(part) for part in text.split(",")]
-        trained = train(model, tokens, methods, tmp_path_factory.mktemp("log"), **options)
+        trained = train_blocks(model, tokens, methods, tmp_path_factory.mktemp("log"), **options)
         trained.trainer.curve = trained.trainer.curves[0]
         return trained, seen
 

@@ -12,7 +12,7 @@ STEPS = (0, 50, 100)
 
 def rows_of(text, lr, seed, losses, *, setting=None, selection=None, trained_with=None):
     """A run's rows as sweeps write them; losses: (live, returned) at STEPS, None for diverged."""
-    method = parse_method(text, lr=lr, c=1.0, kappa=0.3, g=1.0)
+    method = parse_method(text, lr=lr, pullback=1.0, kappa=0.3, twin_gain=1.0)
     run = f"{method.label} lr={lr:g} seed={seed} {setting}"
     rows = []
     for step, (live, returned) in zip(STEPS, losses, strict=False):
@@ -69,7 +69,7 @@ def write_sweep(folder, seeds=(0, 1), extra=()):
                 losses = ending(base, end)
                 if c == 1 and lr == 0.01:
                     losses = [(4.0, 4.0), (None, None), (None, None)] if seed else losses
-                text = f"pace:c={c}:kappa={kappa}"
+                text = f"pace:pullback={c}:kappa={kappa}"
                 rows += rows_of(text, lr, seed, losses, setting=setting, selection=losses[-1][1])
     configuration = {"seeds": list(seeds), "lr": [0.003, 0.01], "batch": 8}
     return write(folder, rows, **FACTS, configuration=configuration, failed={"x": "<i>no</i>"})

@@ -35,7 +35,7 @@ def cell_of(text="adamw:lr=1e-2", seed=0, task=TASK, **changes):
     return Cell(task, Run(methods, seed))
 
 
-BASE = "pace:c=1:kappa=0.3:lr=1e-2"
+BASE = "pace:pullback=1:kappa=0.3:lr=1e-2"
 
 
 def finish(ledger, job, cell):
@@ -47,7 +47,7 @@ recipe: RECIPE
 methods:
   adamw: {lr: [1e-3, 1e-2], schedule: [constant, wsd]}
   ema: {lr: [1e-3, 1e-2], kappa: [0.3, 0.7]}
-  pace: {lr: [1e-3, 1e-2], c: [0.1, 1], kappa: 0.3}
+  pace: {lr: [1e-3, 1e-2], pullback: [0.1, 1], kappa: 0.3}
 seeds: [0, 1]
 """
 # Two rates of AdamW, two with wsd, four of pace; then seed 1 of what was chosen: of AdamW's average

@@ -182,7 +182,7 @@ def values_in(folder):
         "eval_data": (str(write_jsonl(folder / "eval.jsonl", conversations(7, 1))),),
         "context": 32,
         "lr": 1e-2,
-        "c": 1.0,
+        "pullback": 1.0,
         "batch": 4,
         "steps": STEPS,
         "evaluations": STEPS // EVERY,

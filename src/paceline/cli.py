@@ -1,4 +1,4 @@
-"""The command line: parses, calls, prints."""
+"""The command line: finds the command, parses its options, calls it."""
 
 import contextlib
 import io
@@ -13,22 +13,22 @@ from typing import Any, NamedTuple
 
 
 class Command(NamedTuple):
-    """Where a command is, which is imported when it is called: some take seconds."""
+    """A command; its module is imported when it is called, which may take seconds."""
 
     module: str
-    options: str  # a class of it: what tyro parses, with its help
-    function: str  # of it: takes such options and a console; may return an exit status
+    options: str  # name of the class that tyro parses
+    function: str  # name of the function, which takes options and a console; may return a status
     summary: str
-    extra: str = "train"  # of the package, that it needs
+    extra: str = "train"  # extra of the package that it needs
 
 
 COMMANDS = {
     "train": Command("train.run", "Train", "train_command", "train a language model by a recipe"),
-    "data": Command("train.run", "Show", "show_command", "show what a recipe trains on"),
+    "data": Command("train.run", "Show", "show_command", "show examples of a recipe's data"),
     "verify-resume": Command(
-        "train.verify", "Verify", "verify", "prove that a killed run ends as if it had not been"
+        "train.verify", "Verify", "verify", "check that a killed run resumes exactly"
     ),
-    "eval": Command("train.evaluate", "Evaluation", "evaluate", "score models by lm-eval's tasks"),
+    "eval": Command("train.evaluate", "Evaluation", "evaluate", "score models on tasks of lm-eval"),
     "average": Command("train.merge", "Merge", "merge", "merge the checkpoints of a run"),
     "compare": Command("study.compare", "Comparison", "compare_command", "compare methods"),
     "sweep": Command(
@@ -57,8 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `paceline`.
 
     Returns:
-        The exit status: 0, 1 where a run failed, 2 after input that cannot be used, 130 after
-        Ctrl-C.
+        The exit status: 0; 1 if a run failed; 2 if the input cannot be used; 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:
@@ -72,14 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"  {name:16} {command.summary}")
         print("\npaceline COMMAND --help explains the options of each.")
         return 0
-    errors = sys.stderr if os.environ.get("RANK", "0") == "0" else io.StringIO()  # one speaks
+    errors = (
+        sys.stderr if os.environ.get("RANK", "0") == "0" else io.StringIO()
+    )  # one process prints
     try:
         from rich.console import Console
 
         from .train import InputError, unknown
     except ModuleNotFoundError as error:
         return _missing(error, "theory" if arguments[0] == "theory" else "train")
-    words = 2 if arguments[0] == "theory" else 1  # theory is six commands
+    words = 2 if arguments[0] == "theory" else 1  # theory has subcommands
     name, rest = " ".join(arguments[:words]), arguments[words:]
     try:
         if name not in COMMANDS:
@@ -109,13 +110,13 @@ def _parse(name: str, options: Any, arguments: list[str]) -> Any:
     """The options of a command.
 
     Raises:
-        InputError: with tyro's boxed message condensed to one line.
+        InputError: tyro refused them; its boxed message in one line.
     """
     import tyro
 
     from .train import InputError
 
-    # What a recipe says, where one is named, is what the options start from.
+    # The defaults are those of the recipe that is named, if one is.
     starting = getattr(options, "starting", lambda arguments: None)(arguments)
     said = io.StringIO()
     try:
@@ -130,7 +131,7 @@ def _parse(name: str, options: Any, arguments: list[str]) -> Any:
     except SystemExit as stop:
         if stop.code != 2:
             raise
-    # A title, then sections between rules, all in a frame of │ and ─ or of blanks and -.
+    # tyro prints a title, then sections between rules, in a frame of │ and ─ or of blanks and -.
     _, *lines = [line.strip("╭╮╰╯│ ") for line in said.getvalue().splitlines()]
     text = "\n".join("" if not line.strip("─-") else line for line in lines)
     message, *hints = [" ".join(part.split()) for part in re.split(r"\n\n+", text.strip())]

@@ -65,7 +65,7 @@ def small():
 def loss_of(method, seed):
     """A landscape: the best rate is 3e-3, the best c 1, and slower averages are better."""
     off = abs(math.log10(method.lr / 3e-3)) * 0.2
-    off += 0.3 if method.c is None else 0.05 * abs(math.log10(method.c))
+    off += 0.3 if method.get("pullback") is None else 0.05 * abs(math.log10(method.get("pullback")))
     off -= 0.1 * (method.return_kappa or method.kappa or 0)
     return 3 + off + random.Random(f"{method.written}{seed}").random() * 0.01
 
@@ -80,12 +80,12 @@ def made_up(cell, loss=loss_of):
             fall = end + 2 * math.exp(-step / 100)
             point = {"step": step, "train_loss": fall, "live_loss": fall + 0.1}
             point |= {"returned_loss": fall, "selection_loss": fall + 0.05}
-            if method.c and step:
+            if method.pulls and step:
                 point |= {"gain_mean": 0.25, "clipped": 0.5}
             curve.append(point)
         curves.append(curve)
     facts = {"setting": cell.task.name, "cell": cell.key, "steps": STEPS[-1]}
-    pulled = {"gain_mean": 0.25, "clipped": 0.5} if cell.trajectory.c else {}
+    pulled = {"gain_mean": 0.25, "clipped": 0.5} if cell.trajectory.pulls else {}
     log = [{"step": step, "loss": 3.0, **pulled} for step in range(20, 601, 20)]
     return Result([{**facts, **row} for row in cell.run.rows(curves, 1.0, 256)], log)
 
@@ -201,11 +201,11 @@ def test_the_settings_are_chosen_on_the_selection_split(small):
     rows = [r for x in outcomes.finished.values() for r in x.rows if r["setting"] == "one"]
     pace = [r for r in rows if r["name"] == "pace" and r["return_kappa"] is None]
     for row in pace:
-        wanted = (row["c"], row["lr"], row["kappa"]) == (0.1, 1e-2, 0.3)
+        wanted = (row["pullback"], row["lr"], row["kappa"]) == (0.1, 1e-2, 0.3)
         row["selection_loss"] = 1.0 if wanted else 2.0
         row["returned_loss"] = 9.0 if wanted else 1.0
     best = contenders(Lab(small, outcomes), small.main)["PACE, constant"]
-    assert (best.c, best.lr, best.kappa) == (0.1, 1e-2, 0.3)
+    assert (best.get("pullback"), best.lr, best.kappa) == (0.1, 1e-2, 0.3)
 
 
 def test_a_figure_chooses_among_its_own_runs(small):
@@ -228,10 +228,10 @@ def test_divergence_is_the_worst(small):
     work_off(plan, outcomes)
     for result in outcomes.finished.values():
         for row in result.rows:
-            if row["name"] == "pace" and row["c"] == 1.0:
+            if row["name"] == "pace" and row["pullback"] == 1.0:
                 row |= dict.fromkeys(("selection_loss", "returned_loss", "live_loss"), None)
     lab = Lab(small, outcomes)
-    assert contenders(lab, small.main)["PACE, constant"].c == 0.1
+    assert contenders(lab, small.main)["PACE, constant"].get("pullback") == 0.1
     drawn = draw("6", lab)
     assert math.inf in set(drawn.table.returned_loss)  # shown, not left out
 
@@ -239,7 +239,7 @@ def test_divergence_is_the_worst(small):
 def test_the_twin_has_the_gain_that_was_measured(small, everything):
     best = contenders(everything, small.main)["PACE, constant"]
     other = twin(everything, small.main, best)
-    assert (other.name, other.schedule, other.g) == ("ema", "twin", 0.25)
+    assert (other.name, other.schedule, other.twin_gain) == ("ema", "twin", 0.25)
     assert (other.kappa, other.lr) == (best.kappa, best.lr)
 
 
@@ -342,4 +342,4 @@ def test_figures_are_files_that_say_the_same_each_time(small, everything, tmp_pa
     assert written[0] == written[1]
     table = pd.read_csv(tmp_path / "a" / "figure-13.csv")
     assert set(table.setting) == {"one"}
-    assert {"c", "kappa", "lr", "seed", "clipped"} <= set(table.columns)
+    assert {"pullback", "kappa", "lr", "seed", "clipped"} <= set(table.columns)

@@ -22,19 +22,19 @@ TEXT = "\n".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs" f
     ("other", "same"),
     [
         (cell_of(BASE), True),
-        (cell_of("pace:lr=0.01:kappa=0.30:c=1.0"), True),
+        (cell_of("pace:lr=0.01:kappa=0.30:pullback=1.0"), True),
         (cell_of(BASE, micro_batch=1), True),
         (cell_of(BASE, loaders=2), True),
         (cell_of(BASE, save_every=3), True),
         (cell_of(BASE, report_to=("none",)), True),
         (cell_of(BASE, gradient_checkpointing=True), True),
-        (cell_of(BASE, seed=0, lr=0.5, c=7, kappa=0.9), True),  # the cell has its own
+        (cell_of(BASE, seed=0, lr=0.5, pullback=7, kappa=0.9), True),  # the cell has its own
         (cell_of(BASE, seed=1), False),
         (cell_of(f"{BASE}:every=2"), False),
         (cell_of(f"{BASE}:return_kappa=0.7"), False),
         (cell_of(f"{BASE},{BASE}:return_kappa=0.7"), False),
-        (cell_of("pace:c=1:kappa=0.3:lr=1.0000001e-2"), False),
-        (cell_of("pace:cosine:c=1:kappa=0.3:lr=1e-2"), False),
+        (cell_of("pace:pullback=1:kappa=0.3:lr=1.0000001e-2"), False),
+        (cell_of("pace:cosine:pullback=1:kappa=0.3:lr=1e-2"), False),
         (cell_of(BASE, steps=7), False),
         (cell_of(BASE, batch=4), False),
         (cell_of(BASE, context=15), False),
@@ -94,7 +94,7 @@ def test_a_real_cell(data, monkeypatch):
     assert told == sorted(told)
     assert told[-1] == 1000  # thousandths: what the bar of a job counts
     rows, log = result
-    facts = {"setting": "tiny", "cell": first.key, "steps": 6, "name": "pace", "c": 1.0}
+    facts = {"setting": "tiny", "cell": first.key, "steps": 6, "name": "pace", "pullback": 1.0}
     facts |= {"lr": 0.01, "schedule": "constant", "seed": 0, "trained_with": first.run.name}
     facts |= {"tokens": 6 * 2 * 16}
     assert [row["step"] for row in rows] == [0, 3, 6] * 2

@@ -74,7 +74,7 @@ def test_three_kinds_of_folders_are_read_as_one(tmp_path):
     assert settings == {
         *("tiny-sft on smol", "tiny-pretrain on nano", "GPT-2 64×2 on books", "llama on chitchat")
     }
-    run = cell(cells, "pace c=1 κ=0.3", setting="llama")
+    run = cell(cells, "pace pullback=1 kappa=0.3", setting="llama")
     [rows] = run.runs.values()
     assert [row.step for row in rows] == [0, 10, 20]
     assert [row.tokens for row in rows] == [0, 4000, 8000]
@@ -82,8 +82,8 @@ def test_three_kinds_of_folders_are_read_as_one(tmp_path):
     assert (run.losses("live"), run.losses()) == ({0: 6.0}, {0: 5.9})
     assert (run.first.family, run.lr, run.first.options["kappa"]) == ("pace", 0.003, 0.3)
     assert set(run.first.options) == set(Method.model_fields) - set(WORDS)
-    assert cell(cells, "pace c=1 κ=0.3", 0.01, "sft").losses()[1] == math.inf
-    assert cell(cells, "ema κ=0.3", setting="books").losses("selection") == {0: None}
+    assert cell(cells, "pace pullback=1 kappa=0.3", 0.01, "sft").losses()[1] == math.inf
+    assert cell(cells, "ema kappa=0.3", setting="books").losses("selection") == {0: None}
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_three_kinds_of_folders_are_read_as_one(tmp_path):
     [
         ("adamw", "adamw"),
         ("ema:twin:kappa=0.5", "ema twin"),
-        ("pullback:muon:c=2:gain=own", "pullback muon gain=own"),
-        ("pace:c=1:state=bf16", "pace state=bf16"),
+        ("pullback:muon:pullback=2:gain=own", "pullback muon gain=own"),
+        ("pace:pullback=1:state=bf16", "pace state=bf16"),
     ],
 )
 def test_a_family_is_a_method_without_its_numbers(tmp_path, text, family):
@@ -107,9 +107,9 @@ def test_runs_of_one_setting_are_pooled_and_of_others_are_not(tmp_path):
     write_run(tmp_path / "longer", batch=32)
     cells, _ = cells_of(tmp_path)
     assert {(c.setting, c.label, c.count) for c in cells} == {
-        ("llama on chitchat, batch 16", "pace c=1 κ=0.3", 2),
-        ("llama on chitchat, batch 16", "ema κ=0.3", 1),
-        ("llama on chitchat, batch 32", "pace c=1 κ=0.3", 1),
+        ("llama on chitchat, batch 16", "pace pullback=1 kappa=0.3", 2),
+        ("llama on chitchat, batch 16", "ema kappa=0.3", 1),
+        ("llama on chitchat, batch 32", "pace pullback=1 kappa=0.3", 1),
     }
 
 
@@ -117,7 +117,7 @@ def test_sweeps_of_one_name_and_different_tasks_are_told_apart(tmp_path):
     for name, tasks in (
         ("a", {"s": {"recipe": {"task": "sft", "batch": 8}}}),
         ("b", {"s": {"recipe": {"task": "sft"}}}),
-        ("c", {}),
+        ("pullback", {}),
     ):
         write(tmp_path / name, rows_of("ema", 0.01, 0, ending(2, 2), setting="s"), tasks=tasks)
     cells, _ = cells_of(tmp_path)
@@ -139,11 +139,11 @@ def test_unfinished_torn_and_repeated_runs_are_noted(tmp_path):
         "3: unfinished, and not in the tables: 3 ends at step 10",
     ]
     assert [(c.label, list(c.runs), c.finished) for c in cells] == [
-        ("pace c=1 κ=0.3", [1], True),
-        ("ema κ=0.3", [0], False),
+        ("pace pullback=1 kappa=0.3", [1], True),
+        ("ema kappa=0.3", [0], False),
     ]
     [table] = tables(cells)
-    assert [entry.cell.label for entry in table.entries] == ["pace c=1 κ=0.3"]
+    assert [entry.cell.label for entry in table.entries] == ["pace pullback=1 kappa=0.3"]
     assert [series["finished"] for series in curves(cells)] == [True, False]
 
 
@@ -287,10 +287,10 @@ def test_differences_that_have_no_interval(tmp_path, mine, its, key, text):
 
 
 def test_the_best_is_chosen_by_the_selection_loss_over_common_seeds(tmp_path):
-    good = cell_from(tmp_path / "a", "pace:c=1", {0: 2.0, 1: 2.0}, selection=3.0)
-    chosen = cell_from(tmp_path / "b", "pace:c=2", {0: 2.5, 1: 2.5}, selection=2.9)
+    good = cell_from(tmp_path / "a", "pace:pullback=1", {0: 2.0, 1: 2.0}, selection=3.0)
+    chosen = cell_from(tmp_path / "b", "pace:pullback=2", {0: 2.5, 1: 2.5}, selection=2.9)
     assert best([good, chosen]) is chosen
-    bare = [cell_from(tmp_path / n, f"pace:c={c}", losses) for n, c, losses in (
+    bare = [cell_from(tmp_path / n, f"pace:pullback={c}", losses) for n, c, losses in (
         ("c", 1, {0: 2.0, 1: 4.0}), ("d", 2, {0: 2.1}), ("e", 3, {0: None, 1: 0.0}))]  # fmt: skip
     for one in bare:  # without selection losses, as of comparisons
         for rows in one.runs.values():
@@ -312,9 +312,12 @@ def test_tables_compare_the_best_and_the_equal(tmp_path):
                 expected = [difference(entry.cell, b.cell) for b in there]
                 assert [shown] == (expected or [("", f"no {name} here")])
     first = kinds.entries[0]
-    assert (first.cell.setting, first.cell.label) == ("tiny-sft on smol", "pace c=10 κ=0.7")
+    assert (first.cell.setting, first.cell.label) == (
+        "tiny-sft on smol",
+        "pace pullback=10 kappa=0.7",
+    )
     assert (first.name, first.best, first.cell.lr) == ("pace", True, 0.003)
-    # pace at c=10, κ=0.7 is lower than adamw by 0.35 with seed 0 and 0.7 with seed 1
+    # pace at c=10, kappa=0.7 is lower than adamw by 0.35 with seed 0 and 0.7 with seed 1
     key, text = kinds.differences[0][0]
     assert float(key) == pytest.approx(-0.525)
     assert numbers(text) == pytest.approx([-0.525, *resampled([-0.35, -0.7])], abs=6e-5)
@@ -323,7 +326,10 @@ def test_tables_compare_the_best_and_the_equal(tmp_path):
         "split than the one that is shown."
     ]
     lost = [entry for entry in equal.entries if entry.cell.show() == "diverged in 1 of 2"]
-    assert {entry.cell.label for entry in lost} == {"pace c=1 κ=0.3", "pace c=1 κ=0.7"}
+    assert {entry.cell.label for entry in lost} == {
+        "pace pullback=1 kappa=0.3",
+        "pace pullback=1 kappa=0.7",
+    }
     for group in {entry.group for entry in equal.entries}:
         means = [entry.cell.mean() for entry in equal.entries if entry.group == group]
         assert means == sorted(means)
@@ -347,7 +353,7 @@ def test_a_choice_by_the_numbers_that_are_shown_is_said_to_be_one(tmp_path):
 def test_curves_are_means_with_ranges_up_to_divergence(tmp_path):
     cells, _ = cells_of(write_sweep(tmp_path / "sweep"))
     series = {(s["setting"][:8], s["label"], s["lr"]): s for s in curves(cells)}
-    one = series["tiny-sft", "pace c=10 κ=0.7", 0.003]
+    one = series["tiny-sft", "pace pullback=10 kappa=0.7", 0.003]
     assert one["steps"] == list(STEPS)
     assert one["tokens"] == [0, 6400, 12800]
     ends = [2.03 - 0.35, 2.04 - 0.7]
@@ -356,10 +362,10 @@ def test_curves_are_means_with_ranges_up_to_divergence(tmp_path):
     assert one["live"][-1] == pytest.approx(2.035)
     assert one["gain"] == pytest.approx([0.25, 0.3, 0.35])
     assert (one["seeds"], one["best"]) == (2, True)
-    assert not series["tiny-sft", "pace c=10 κ=0.7", 0.01]["best"]
-    lost = series["tiny-sft", "pace c=1 κ=0.3", 0.01]
+    assert not series["tiny-sft", "pace pullback=10 kappa=0.7", 0.01]["best"]
+    lost = series["tiny-sft", "pace pullback=1 kappa=0.3", 0.01]
     assert (lost["returned"], lost["live"], lost["low"]) == ([4, None, None],) * 3
-    adamw, ema = (series["tiny-sft", label, 0.01] for label in ("adamw", "ema κ=0.3"))
+    adamw, ema = (series["tiny-sft", label, 0.01] for label in ("adamw", "ema kappa=0.3"))
     assert adamw["training"] == ema["training"] != one["training"]
     assert ema["gain"] == [None] * 3
 
@@ -371,7 +377,7 @@ def test_maps_are_of_what_varies_in_two_options(tmp_path):
         ("tiny-sft on smol", "pace"),
         ("tiny-pretrain on nano", "pace"),
     ]
-    assert found[0]["axes"] == ["lr", "c", "kappa"]
+    assert found[0]["axes"] == ["lr", "pullback", "kappa"]
     points = {tuple(p["at"]): p["loss"] for p in found[0]["points"]}
     assert points[0.003, 10, 0.7] == pytest.approx(1.51)
     assert points[0.01, 1, 0.3] is None

@@ -70,7 +70,7 @@ def test_the_page_is_light_and_its_links_lead_to_the_data(made):
 def test_the_terminal_shows_the_first_table_and_where_the_page_is(made):
     lines = made.said.splitlines()
     assert "Each kind of method at its best" in lines[0]
-    [line] = [line for line in lines if "tiny-sft" in line and "pace c=10 κ=0.7" in line]
+    [line] = [line for line in lines if "tiny-sft" in line and "pace pullback=10 kappa=0.7" in line]
     assert "−0.5250 [−0." in line
     assert "x failed: <i>no</i>" in made.said
     assert "[red]" in made.said
@@ -164,12 +164,18 @@ def test_tables_sort_filter_and_change_their_baseline(page):
         ("tiny-pretrain on nano", "0.01")
     }
     assert table.locator("[role=status]").inner_text().startswith("4 of ")
-    table.locator("select").select_option(label="pace c=10 κ=0.3, at the same rate")
-    assert table.locator("th").nth(6).inner_text().strip().startswith("returned − pace c=10 κ=0.3")
+    table.locator("select").select_option(label="pace pullback=10 kappa=0.3, at the same rate")
+    assert (
+        table.locator("th")
+        .nth(6)
+        .inner_text()
+        .strip()
+        .startswith("returned − pace pullback=10 kappa=0.3")
+    )
     shown = dict(zip(column(table, 2), column(table, 7), strict=True))
-    assert shown["pace c=10 κ=0.3"] == "baseline"
-    assert shown["pace c=1 κ=0.7"] == "diverged"
-    assert shown["pace c=10 κ=0.7"].startswith("−0.3000")  # 0.05·10·0.4 · (1 + 2)/2
+    assert shown["pace pullback=10 kappa=0.3"] == "baseline"
+    assert shown["pace pullback=1 kappa=0.7"] == "diverged"
+    assert shown["pace pullback=10 kappa=0.7"].startswith("−0.3000")  # 0.05·10·0.4 · (1 + 2)/2
 
 
 def test_curves_can_be_hidden_and_follow_their_controls(page):
@@ -177,7 +183,9 @@ def test_curves_can_be_hidden_and_follow_their_controls(page):
     names = page.locator("#curves .legendtext").all_text_contents()
     assert f"{EVIL}, 0.003" in names
     before = page.evaluate(visible)
-    page.locator("#curves .legendtoggle").nth(names.index("pace c=10 κ=0.7, 0.003")).click()
+    page.locator("#curves .legendtoggle").nth(
+        names.index("pace pullback=10 kappa=0.7, 0.003")
+    ).click()
     page.wait_for_function(f"{visible} === {before - 5}")  # band, returned, live, gain, clipped
     caption = page.locator("#curve-caption")
     assert caption.inner_text() == "tiny-sft on smol, each method at its best learning rate"
@@ -187,7 +195,7 @@ def test_curves_can_be_hidden_and_follow_their_controls(page):
     traces = page.evaluate(
         "document.getElementById('curves').data.map(t => [t.name, t.x, t.y, t.line.dash])"
     )
-    ema = [trace for trace in traces if trace[0] == "ema κ=0.3"]
+    ema = [trace for trace in traces if trace[0] == "ema kappa=0.3"]
     assert [trace[3] for trace in ema] == ["solid", "dot"]  # adamw's own live is its returned
     assert ema[0][1] == [0, 6400, 12800]
     assert ema[0][2] == pytest.approx([4, 2.505, 2.005])
@@ -213,7 +221,7 @@ def test_the_map_is_drawn_with_its_best_and_its_diverged(page):
     page.select_option("#map-fixed-2", label="0.3")
     assert page.evaluate(drawn)[2][1] == ["★ 1.810", "1.880"]
     page.select_option("#map-y", label="lr")  # which x had
-    assert page.eval_on_selector("#map-x", "x => x.value") == '"c"'
+    assert page.eval_on_selector("#map-x", "x => x.value") == '"pullback"'
     assert page.evaluate(drawn)[0] == ["1", "10"]
 
 

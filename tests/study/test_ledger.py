@@ -99,14 +99,21 @@ def test_two_workers_share_cells_and_see_what_came_of_each(worker):
 
 
 def test_what_the_dashboard_shows_of_a_cell(worker):
-    cell = cell_of("pace:twin:c=2:kappa=0.4:g=0.5:lr=1e-2:every=3,pace:twin:c=2:kappa=0.4:g=0.5:"
-                   "lr=1e-2:every=3:return_kappa=0.8", seed=2)  # fmt: skip
+    text = "pace:twin:pullback=2:kappa=0.4:twin_gain=0.5:lr=1e-2:every=3"
+    cell = cell_of(f"{text},{text}:return_kappa=0.8", seed=2)
     a = worker(cell)
     finish(a, a.claim(), cell)
     (study,) = a.studies.values()
     (trial,) = study.get_trials()
     assert trial.params == {
-        **{"lr": 0.01, "c": 2.0, "kappa": 0.4, "g": 0.5, "every": 3, "schedule": "twin"}
+        **{
+            "lr": 0.01,
+            "pullback": 2.0,
+            "kappa": 0.4,
+            "twin_gain": 0.5,
+            "every": 3,
+            "schedule": "twin",
+        }
     }
     shown = {"cell": cell.key, "name": cell.name, "seed": 2, "configuration": TASK.fixed}
     assert shown.items() <= trial.user_attrs.items()
@@ -371,10 +378,10 @@ def test_a_storage_that_stays_away_is_one_clear_line(worker, monkeypatch):
         a.look()
 
 
-@pytest.mark.parametrize("option", ["lr", "c"])
+@pytest.mark.parametrize("option", ["lr", "pullback"])
 @pytest.mark.parametrize("value", [1e-300, 1e300])
 def test_no_value_is_too_large_or_small_to_be_written_down(worker, option, value):
-    cell = cell_of(f"pace:c=1:lr=1:kappa=0.3:{option}={value}")
+    cell = cell_of(f"pace:pullback=1:lr=1:kappa=0.3:{option}={value}")
     a = worker(cell)
     finish(a, a.claim(), cell)
     assert a.left() == []

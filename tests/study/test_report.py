@@ -10,7 +10,7 @@ from paceline.study.report import Results, best_at, verdict
 
 def row(label, lr, seed, returned, **facts):
     name = label.split()[0]
-    options = {"kappa": 0.3, "g": None, "eps": None, "c": 2.0}
+    options = {"kappa": 0.3, "twin_gain": None, "eps": None, "pullback": 2.0}
     facts = {"name": name, "schedule": "constant", **options, **facts}
     return {
         "run": f"{label}-{lr}-{seed}",
@@ -34,7 +34,7 @@ def verdict_of(*rows):
 def test_verdict_says_who_won_by_how_much_over_how_many_seeds():
     pace = [row("pace", 0.01, 0, 2.0), row("pace", 0.01, 1, 2.1)]
     ema = [row("ema", 0.01, 0, 2.3), row("ema", 0.01, 1, 2.2)]
-    twin = [row("ema twin", 0.01, s, 2.0, schedule="twin", g=0.9) for s in (0, 1)]
+    twin = [row("ema twin", 0.01, s, 2.0, schedule="twin", twin_gain=0.9) for s in (0, 1)]
     adamw = [row("adamw", 0.01, 0, None), row("adamw", 0.01, 1, 2.5)]
     assert verdict_of(*pace, *ema, *adamw, *twin) == [
         "At learning rate 0.01: ema twin returns the best model, 2.000 ±0.000, 0.050 nats lower "
@@ -47,11 +47,11 @@ def test_verdict_says_who_won_by_how_much_over_how_many_seeds():
         "clipped.",
         "At learning rate 0.01 adamw diverged.",
     ]
-    amounts_to = [row("ema ε=0.02", 0.01, s, 2.1, eps=0.02) for s in (0, 1)]  # 0.01 · 2
-    other = [row("ema ε=0.03", 0.01, s, 2.2, eps=0.03) for s in (0, 1)]
+    amounts_to = [row("ema eps=0.02", 0.01, s, 2.1, eps=0.02) for s in (0, 1)]  # 0.01 · 2
+    other = [row("ema eps=0.03", 0.01, s, 2.2, eps=0.03) for s in (0, 1)]
     assert verdict_of(*pace, *amounts_to, *other)[1:3] == [
         "And against the ε that its pull amounts to: pace returns a model 0.050 nats lower "
-        "(-0.100 to +0.000, lower in 1 of 2 seeds) than ema ε=0.02.",
+        "(-0.100 to +0.000, lower in 1 of 2 seeds) than ema eps=0.02.",
         "The gain of pace is 0.85 in the mean at the end, and 50.0% of the coordinates are "
         "clipped.",
     ]
@@ -93,8 +93,8 @@ def test_verdict_over_rates():
 
 def test_pull_alone_means_that_nothing_else_differs():
     said = verdict_of(
-        row("pace twin", 1, 0, 2.0, schedule="twin", g=0.5),
-        row("ema twin", 1, 0, 2.1, schedule="twin", g=1.0),
+        row("pace twin", 1, 0, 2.0, schedule="twin", twin_gain=0.5),
+        row("ema twin", 1, 0, 2.1, schedule="twin", twin_gain=1.0),
         row("ema slow", 1, 0, 2.1, kappa=0.7),
     )
     assert not any("pull alone" in sentence for sentence in said)

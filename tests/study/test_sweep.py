@@ -74,7 +74,7 @@ def test_all_workers_want_the_same(server, tmp_path, sampler):
     methods:
       adamw: {{lr: {rates}, schedule: [constant, wsd]}}
       ema: {{lr: {rates}, kappa: [0.3, 0.7]}}
-      pace: {{lr: {rates}, c: [0.1, 1], kappa: 0.3}}
+      pace: {{lr: {rates}, pullback: [0.1, 1], kappa: 0.3}}
     sampler: {sampler}
     trials: 3
     """
@@ -93,7 +93,7 @@ RANGES = """
 recipe: RECIPE
 methods:
   ema: {lr: {low: 1e-4, high: 1e-1}, kappa: [0.3, 0.7]}
-  pace: {lr: {low: 1e-4, high: 1e-1}, c: [0.1, 1], schedule: [constant, wsd]}
+  pace: {lr: {low: 1e-4, high: 1e-1}, pullback: [0.1, 1], schedule: [constant, wsd]}
 sampler: SAMPLER
 trials: 10
 seeds: [0]
@@ -109,7 +109,7 @@ def test_random_trials_are_within_their_ranges_and_lists(tmp_path):
         assert all(1e-4 <= rate <= 1e-1 for rate in rates)
         assert 2 < sum(rate < 3e-3 for rate in rates) < 8  # on a logarithmic scale
     assert all({m.kappa for m in trial} == {0.3, 0.7} for trial in own["ema"])
-    assert {(trial[0].c, trial[0].schedule) for trial in own["pace"]} == set(
+    assert {(trial[0].get("pullback"), trial[0].schedule) for trial in own["pace"]} == set(
         itertools.product((0.1, 1.0), ("constant", "wsd"))
     )
 
@@ -205,7 +205,7 @@ GOOD = {"recipe": "RECIPE", "methods": {"adamw": {"lr": [1e-3, 1e-2]}, "ema": {}
         ({"start": "nothing-like-it"}, "unknown recipe 'nothing-like-it'"),
         ({"change": {"step": 3}}, "unknown key 'step'; did you mean 'steps'?"),
         ({"change": {"steps": 0}}, "steps: .*greater than or equal to 1"),
-        ({"change": {"epochs": 1}}, "steps, epochs, tokens: give one of them"),
+        ({"change": {"epochs": 1}}, "steps, epochs, tokens: give only one of them"),
         ({"change": 3}, "change: .*dictionary"),
         ({"methods": None}, "methods: .*dictionary"),
         ({"methods": {}}, "methods: give at least one"),
@@ -213,7 +213,7 @@ GOOD = {"recipe": "RECIPE", "methods": {"adamw": {"lr": [1e-3, 1e-2]}, "ema": {}
         ({"methods": {"adamv": {}}}, "adamv: unknown method 'adamv'; known: adamw"),
         ({"methods": {"x": {"method": 3}}}, "x: unknown method '3'"),
         ({"methods": {"x": {"method": "pullback:sdg"}}}, "x: unknown optimizer 'sdg'"),
-        ({"methods": {"adamw": {"c": 1}}}, "adamw: method .* has no option 'c'"),
+        ({"methods": {"adamw": {"pullback": 1}}}, "adamw: method .* has no option 'pullback'"),
         ({"methods": {"adamw": {"lr": []}}}, "adamw: lr: an empty list"),
         ({"methods": {"adamw": {"lr": [1e-3, -1]}}}, "adamw: .*lr: .*greater than 0"),
         ({"methods": {"adamw": {"lr": None}}}, "adamw: .*lr: .*valid number"),

@@ -36,14 +36,14 @@ def test_a_setting_that_diverges_is_not_chosen_and_counts_as_infinite(tmp_path):
     plan = Tuning(study_in(tmp_path))
 
     def losses(method, seed):
-        if method.name == "pace" and method.c == 1:
+        if method.name == "pace" and method.get("pullback") == 1:
             return math.nan, math.nan  # all of them
         if method.name == "ema" and seed == 1:
             return 2.0, math.inf  # after it was chosen
         return (math.inf if method.lr > 5e-3 else 3.0), 3.0
 
     outcomes = worked_off(plan, losses)
-    assert {(x.method.lr, x.method.c) for x in plan.chosen(outcomes)} == {
+    assert {(x.method.lr, x.method.get("pullback")) for x in plan.chosen(outcomes)} == {
         *((0.001, None), (0.001, 0.1))
     } | {(x.method.lr, None) for x in plan.chosen(outcomes) if x.family == "ema"}
     table = sweep.best_table(plan, outcomes)
@@ -70,7 +70,7 @@ def test_a_method_of_which_nothing_was_finished_is_in_the_table(tmp_path):
     adamw = next(chosen for chosen in plan.chosen(outcomes) if chosen.family == "adamw")
     assert adamw.method.schedule == "constant"  # a failure is no better than a divergence
     assert adamw.trainings == 4
-    assert not any(cell.run.seed for cell in plan.wanted(outcomes) if cell.trajectory.c)
+    assert not any(cell.run.seed for cell in plan.wanted(outcomes) if cell.trajectory.pulls)
 
 
 def test_differences_are_paired_by_seed(tmp_path):
@@ -80,7 +80,7 @@ def test_differences_are_paired_by_seed(tmp_path):
     better = [0.1, 0.3, 0.2, 0.4]  # than the EMA with each of them
 
     def losses(method, seed):
-        pull = 1 + better[seed] if method.c == 1 and method.lr == 0.01 else 0
+        pull = 1 + better[seed] if method.get("pullback") == 1 and method.lr == 0.01 else 0
         return 3 - pull, 4 + harder[seed] - (better[seed] if pull else 0)
 
     outcomes = worked_off(plan, losses)
@@ -106,12 +106,12 @@ def test_at_equal_rate_and_average_only_the_pull_differs(tmp_path):
     rows = equal_of(plan, outcomes)
     # Each pull and rate once, against the EMA of its κ, 0.3, and not that of 0.7 or of wsd.
     assert [(row["method"], row["lr"]) for row in rows] == [
-        *(("pace c=0.1 κ=0.3", "0.001"), ("pace c=1 κ=0.3", "0.001")),
-        *(("pace c=0.1 κ=0.3", "0.01"), ("pace c=1 κ=0.3", "0.01")),
+        *(("pace pullback=0.1 kappa=0.3", "0.001"), ("pace pullback=1 kappa=0.3", "0.001")),
+        *(("pace pullback=0.1 kappa=0.3", "0.01"), ("pace pullback=1 kappa=0.3", "0.01")),
     ]
-    assert {row["without the pull"] for row in rows} == {"ema κ=0.3"}
+    assert {row["without the pull"] for row in rows} == {"ema kappa=0.3"}
     for row in rows:
-        c = float(re.search(r"c=([\d.]+)", row["method"])[1])
+        c = float(re.search(r"pullback=([\d.]+)", row["method"])[1])
         assert row["difference"] == pytest.approx(-0.1 * c)
         assert row["loss"] - row["without"] == pytest.approx(row["difference"])  # of equal seeds
     assert [row["seeds"] for row in rows] == [1, 1, 1, 2]
@@ -122,17 +122,17 @@ def test_equal_means_that_nothing_else_differs(tmp_path):
     recipe: RECIPE
     methods:
       ema: {lr: 1e-2, kappa: 0.3}
-      rare: {method: pace, lr: 1e-2, c: 1, kappa: 0.3, every: 4}
-      slower: {method: pace, lr: 1e-2, c: 1, kappa: 0.3, return_kappa: 0.7}
-      small: {method: pace, lr: 1e-2, c: 1, kappa: 0.3, eps: 1e-3}
-      other: {method: "pullback:sgd", lr: 1e-2, c: 1, kappa: 0.3}
-      around: {method: "pullback:adamw", lr: 1e-2, c: 1, kappa: 0.3}
-      warm: {method: pace, lr: 1e-2, c: 1, kappa: 0.3, schedule: cosine}
+      rare: {method: pace, lr: 1e-2, pullback: 1, kappa: 0.3, every: 4}
+      slower: {method: pace, lr: 1e-2, pullback: 1, kappa: 0.3, return_kappa: 0.7}
+      small: {method: pace, lr: 1e-2, pullback: 1, kappa: 0.3, eps: 1e-3}
+      other: {method: "pullback:sgd", lr: 1e-2, pullback: 1, kappa: 0.3}
+      around: {method: "pullback:adamw", lr: 1e-2, pullback: 1, kappa: 0.3}
+      warm: {method: pace, lr: 1e-2, pullback: 1, kappa: 0.3, schedule: cosine}
     seeds: [0]
     """
     plan = Tuning(study_in(tmp_path, text))
     rows = equal_of(plan, worked_off(plan))
-    assert [row["method"] for row in rows] == ["pullback adamw c=1 κ=0.3"]
+    assert [row["method"] for row in rows] == ["pullback adamw pullback=1 kappa=0.3"]
 
 
 def test_the_same_tables_from_whatever_order(tmp_path):

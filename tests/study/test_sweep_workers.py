@@ -124,7 +124,7 @@ def test_failures_are_recorded_and_the_rest_goes_on(server, tmp_path):
     dying = {f"recipe: adamw-{name}-seed0" for name in ("lr0.001", "wsd-lr0.001")}
     raising = "recipe: adamw-wsd-lr0.01-seed0"
     acts = {**dict.fromkeys(dying, "die in a put"), raising: "raise", "": 0.02}
-    sudden = "recipe: pace-c1-kappa0.3-lr0.001-seed0"  # while the next cell is claimed
+    sudden = "recipe: pace-pullback1-kappa0.3-lr0.001-seed0"  # while the next cell is claimed
     acts, dying = {sudden: "die", **acts}, {*dying, sudden}
     assert server.run(folder, "--workers", "2", acts=acts) == 1, (folder / "said").read_text()
     failed = json.loads((folder / "manifest.json").read_text())["failed"]
@@ -155,7 +155,7 @@ def test_failures_are_recorded_and_the_rest_goes_on(server, tmp_path):
 def test_ctrl_c_gives_back_what_is_under_way(server, whole, tmp_path):
     folder = sweep_in(tmp_path / whole.name)
     # One stops when it is told to; the other's process dies then, which is not its failure.
-    acts = {"pace-c0.1-kappa0.3-lr0.001": "die when stopped", "pace": 60}
+    acts = {"pace-pullback0.1-kappa0.3-lr0.001": "die when stopped", "pace": 60}
     process = server.start(folder, "--workers", "2", acts=acts)
     wait_for(lambda: sum("pace" in name for name in trained(folder)) == 2)
     os.killpg(process, signal.SIGINT)  # as a terminal does: to parent and workers alike

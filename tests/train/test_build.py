@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paceline.cli import main
 from paceline.train import InputError
-from paceline.train.build import _fingerprint, _split_batch, build
+from paceline.train.build import _fingerprint, _split_batch, build_trainer
 from paceline.train.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -92,7 +92,7 @@ def test_page_manifest_and_cards_have_the_facts(finished):
     assert facts["recipe"]["lr"] == 1e-2
     assert {"torch", "transformers", "paceline"} <= facts["versions"].keys()
     assert Recipe(**yaml.safe_load((finished / "recipe.yaml").read_text())).steps == STEPS
-    for name, what in (("model", "returned"), ("live", "last weights")):
+    for name, what in (("model", "returned"), ("live", "live weights after the last step")):
         card = (finished / name / "README.md").read_text()
         head = yaml.safe_load(card.split("---")[1])
         assert head["library_name"] == "transformers"
@@ -190,7 +190,7 @@ def test_losses_of_text_are_means_over_predicted_tokens(values, tmp_path):
     """A step of all sequences has the loss that they have in evaluation: first tokens not in it."""
     texts = (str(write_texts(tmp_path / "texts.jsonl", 20)),)
     changes = {**values, "task": "pretrain", "data": texts, "eval_data": texts, "steps": 1}
-    count = len(build(Recipe(**{**changes, "batch": 1}), tmp_path / "build").train_dataset)
+    count = len(build_trainer(Recipe(**{**changes, "batch": 1}), tmp_path / "build").train_dataset)
     assert count > 4
     changes |= {"batch": count, "eval_examples": 20, "log_every": 1, "micro_batch": 1}
     assert go(tmp_path / "run", changes)
@@ -326,7 +326,7 @@ def test_adapters_of_low_rank(values, finished, tmp_path):
 def test_packing_puts_several_into_one_and_keeps_them_apart(values, family, tmp_path):
     short = write_jsonl(tmp_path / "short.jsonl", [row[:2] for row in conversations(40, 3)])
     changes = {"config": FAMILIES[family], "context": 64, "packing": True, "data": (str(short),)}
-    trainer = build(Recipe(**{**values, **changes}), tmp_path)
+    trainer = build_trainer(Recipe(**{**values, **changes}), tmp_path)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     assert len(starts) > 2
@@ -356,7 +356,7 @@ def test_packed_runs_see_all_in_fewer_steps(values, finished, tmp_path):
 
 def steps_of(values, tmp_path, **changes):
     recipe = Recipe(**{**values, "steps": None, **changes})
-    trainer = build(recipe, tmp_path)
+    trainer = build_trainer(recipe, tmp_path)
     return trainer.args.max_steps, trainer
 
 

@@ -23,7 +23,7 @@ from conversing import (
     write_texts,
 )
 
-from paceline.train.build import build
+from paceline.train.build import build_trainer
 from paceline.train.chat import conversation_encoder
 from paceline.train.recipe import Recipe
 
@@ -44,7 +44,7 @@ TINY = {
 def built(folder, **changes):
     values = {"config": TINY, "tokenizer": "bpe", "vocabulary": 300, "context": 256, "batch": 2}
     values |= {"steps": 1, "report_to": ("none",), **changes}
-    return build(Recipe(**values), folder / "run")
+    return build_trainer(Recipe(**values), folder / "run")
 
 
 def labels_of(trainer, rows):

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from paceline.train import InputError
-from paceline.train.chat import CHATML, END, START, conversation_encoder, show, use_chatml
+from paceline.train.chat import CHATML, END, START, conversation_encoder, show_example, use_chatml
 from paceline.train.data import make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("folder", "quiet")
@@ -122,10 +122,16 @@ def test_a_token_across_the_border_is_learned():
         (LAST.replace("if loop.last", "if loop.last and m.role == 'assistant'"), "the tokenizer's"),
         (UNMARKED.replace("<|im_start|>assistant", "<|im_start|>bot"), "the tokenizer's template"),
         ("{% for %}", "Expected an expression"),
-        ("{% for m in mesages %}{{ m.content }}{% endfor %}", "it writes, or marks, nothing"),
-        ("hello", "it writes, or marks, nothing"),
-        ("", "it writes, or marks, nothing"),
-        (MARKED.replace("== 'assistant'", "== 'bot'"), "it writes, or marks, nothing"),
+        (
+            "{% for m in mesages %}{{ m.content }}{% endfor %}",
+            "it leaves out or does not mark the assistant's turns",
+        ),
+        ("hello", "it leaves out or does not mark the assistant's turns"),
+        ("", "it leaves out or does not mark the assistant's turns"),
+        (
+            MARKED.replace("== 'assistant'", "== 'bot'"),
+            "it leaves out or does not mark the assistant's turns",
+        ),
         ("{{ raise_exception('not\nme') }}", "not me"),
         ("{{ messages[9].content + 'x' }}", ""),
     ],
@@ -137,7 +143,10 @@ def test_templates_that_cannot_be_used(template, message):
 
 
 def test_how_to_do_without_such_a_template():
-    with pytest.raises(InputError, match=r"--chat-template FILE, or --chat-template chatml$"):
+    with pytest.raises(
+        InputError,
+        match=r"--chat-template FILE with {% generation %} marks, or --chat-template chatml$",
+    ):
         conversation_encoder(tokenizer_of(LAST))
     tokenizer = tokenizer_of(LAST)
     use_chatml(tokenizer)
@@ -169,7 +178,7 @@ def test_shown_is_what_is_learned(color):
     labels = [i if m else -100 for i, m in zip(ids, encoded["assistant_masks"], strict=True)]
     output = io.StringIO()
     console = Console(file=output, width=500, color_system=color, force_terminal=color is not None)
-    show(tokenizer, ids, labels, console)
+    show_example(tokenizer, ids, labels, console)
     said = output.getvalue()
     if color:
         said = re.sub("\x1b\\[2m(.*?)\x1b\\[0m", r"\1", said, flags=re.DOTALL)

@@ -379,7 +379,7 @@ def test_options_that_cannot_be_used(run, tasks, tmp_path, monkeypatch):
     refused("include: no such folder: nowhere", run, "choice", include="nowhere")
     refused("device: 'xyz' cannot be used: ", run, "choice", include=tasks, device="xyz")
     for out in (tmp_path, tmp_path / "no" / "x.json"):
-        refused("is no file that can be written", run, "choice", include=tasks, out=out)
+        refused("is a folder, or its folder does not exist", run, "choice", include=tasks, out=out)
     for name, value in (("limit", 0), ("few_shot", -1), ("batch", 0)):
         refused(f"{name}: .*, got {value}", run, "choice", **{name: value})
     refused("tasks: .*; --few-shot 7 may be more", run, "choice", include=tasks, few_shot=7)

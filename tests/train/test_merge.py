@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from paceline.averaging import parse
 from paceline.cli import main
 from paceline.train import merge as merging
+from paceline.train.folder import step_of
 from paceline.train.merge import Merge
 
 
@@ -150,9 +151,9 @@ def test_the_default_rule_and_the_order_given(files, tmp_path, capsys, monkeypat
 
 def test_a_number_ends_the_name(files):
     paths, _ = files
-    assert merging._number(paths[0]) == 90
+    assert step_of(paths[0]) == 90
     for name in ("checkpoint-7a", "checkpoint7", "7", "-", "a-1.5"):
-        assert merging._number(Path(name)) is None
+        assert step_of(Path(name)) is None
     assert merging._in_order([Path("b-2"), Path("a-2"), Path("c-1")]) == (
         [Path("c-1"), Path("b-2"), Path("a-2")],
         "by number",
@@ -337,7 +338,7 @@ def test_adapters(tmp_path, capsys):
         model.save_pretrained(folders[-1])
         states.append(model.state_dict())
     average(*folders, "--out", tmp_path / "out")
-    assert "factors are averaged" in capsys.readouterr().out
+    assert "factor of the adapters is averaged" in capsys.readouterr().out
     assert (tmp_path / "out" / "adapter_config.json").exists()
     average(*folders, "--out", tmp_path / "half", "--dtype", "bfloat16")
     half = load_file(tmp_path / "half" / "adapter_model.safetensors")
@@ -402,7 +403,7 @@ def test_interrupted_it_leaves_nothing(tmp_path, files, monkeypatch, capsys):
         gpt2(n).save_pretrained(tmp_path / f"model-{n}", max_shard_size="5KB")
     folders = [tmp_path / "model-0", tmp_path / "model-1"]
     before = tree(tmp_path)
-    load, calls = merging._load, []
+    load, calls = merging._load_tensor, []
     out = None
 
     def interrupted(checkpoint, name):
@@ -413,7 +414,7 @@ def test_interrupted_it_leaves_nothing(tmp_path, files, monkeypatch, capsys):
             raise KeyboardInterrupt
         return load(checkpoint, name)
 
-    monkeypatch.setattr(merging, "_load", interrupted)
+    monkeypatch.setattr(merging, "_load_tensor", interrupted)
     for given, name in ((folders, "out"), (paths, "out.safetensors")):
         calls.clear()
         out = tmp_path / name
@@ -471,9 +472,10 @@ import os, signal, sys
 from pathlib import Path
 from rich.console import Console
 from paceline.train import merge as merging
+from paceline.train.folder import step_of
 
 point, out, *paths = sys.argv[1:]
-load, calls = merging._load, []
+load, calls = merging._load_tensor, []
 
 def killed(*_):
     calls.append(0)
@@ -484,7 +486,7 @@ def killed(*_):
 if point == "renaming":
     Path.replace = killed
 else:
-    merging._load = killed
+    merging._load_tensor = killed
 options = merging.Merge(checkpoints=tuple(map(Path, paths)), out=Path(out))
 merging.merge(options, Console())
 """

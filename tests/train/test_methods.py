@@ -10,54 +10,67 @@ from comparing import method_of, schedule_of
 from paceline.averaging import BEMA, EMA, LAWA, SWA, PowerEMA, Uniform
 from paceline.study.runs import share_runs
 from paceline.train import InputError
-from paceline.train.methods import OPTIONS, parse_method
+from paceline.train.methods import METHODS, parse_method
 
 
 def test_methods_are_written_as_documented():
-    method = method_of("ema:twin:g=0.25:lr=3e-3")
-    assert (method.name, method.schedule, method.g, method.lr) == ("ema", "twin", 0.25, 3e-3)
-    assert method.label == "ema twin g=0.25 κ=0.3"
-    assert method_of("pace").label == "pace c=3 κ=0.3"
+    method = method_of("ema:twin:twin_gain=0.25:lr=3e-3")
+    assert (method.name, method.schedule, method.twin_gain, method.lr) == (
+        "ema",
+        "twin",
+        0.25,
+        3e-3,
+    )
+    assert method.label == "ema twin kappa=0.3 twin_gain=0.25"
+    assert method_of("pace").label == "pace pullback=3 kappa=0.3"
     assert method_of("adamw:cosine").label == "adamw cosine"
     assert method_of("uniform:start=0.25").label == "uniform start=0.25"
-    assert method_of("swa:every=5").label == "swa start=0.75 every=5"
-    assert method_of("lawa:window=4").label == "lawa every=40 window=4"
-    assert method_of("bema:eta=0.4").label == "bema κ=0.5 η=0.4"
-    assert method_of("ema:half_life=50").label == "ema half-life=50"
-    assert method_of("ema:eps=1e-3").label == "ema κ=0.3 ε=0.001"
-    assert method_of("lookahead:alpha=0.8").label == "lookahead k=5 α=0.8"
-    assert method_of("pullback:muon:c=1").label == "pullback muon c=1 κ=0.3"
+    assert method_of("swa:every=5").label == "swa every=5 start=0.75"
+    assert method_of("lawa:window=4").label == "lawa window=4 every=40"
+    assert method_of("bema:bias_power=0.4").label == "bema kappa=0.5 bias_power=0.4"
+    assert method_of("ema:half_life=50").label == "ema half_life=50"
+    assert method_of("ema:eps=1e-3").label == "ema kappa=0.3 eps=0.001"
+    assert method_of("lookahead:alpha=0.8").label == "lookahead every=5 alpha=0.8"
+    assert method_of("pullback:muon:pullback=1").label == "pullback muon pullback=1 kappa=0.3"
     assert method_of("pullback:sgd:cosine:gain=scalar").label == (
-        "pullback sgd cosine c=3 κ=0.3 gain=scalar"
+        "pullback sgd cosine pullback=3 kappa=0.3 gain=scalar"
     )
 
 
 # Every method with every option that it has, and none of them with a default's value.
 WRITTEN = [
-    *("adamw", "adamw:cosine:lr=3e-5:eps=1e-3", "adamw:twin:kappa=0.7:g=0.1", "adamw:power"),
+    *(
+        "adamw",
+        "adamw:cosine:lr=3e-5:eps=1e-3",
+        "adamw:twin:kappa=0.7:twin_gain=0.1",
+        "adamw:power",
+    ),
     *("ema", "ema:wsd:kappa=0.123456789:state=bf16", "ema:half_life=12.5:eps=0.1"),
     *(
-        "ema:twin:kappa=1:g=1",
+        "ema:twin:kappa=1:twin_gain=1",
         "uniform:start=0.1:eps=1",
         "uniform:power:start=0",
         "swa:start=0.5:every=7:eps=1",
     ),
     *(
         "lawa:window=3:every=2:eps=1",
-        "bema:kappa=0.4:eta=0.1:every=3:eps=1",
-        "lookahead:k=7:alpha=0.25",
+        "bema:kappa=0.4:bias_power=0.1:every=3:eps=1",
+        "lookahead:every=7:alpha=0.25",
     ),
-    *("schedule-free", "schedule-free:lr=1e30", "pace", "pace:c=0:kappa=0"),
-    *("pace:wsd:c=2e-7:every=5:eps=1e-4:state=bf16:return_kappa=0.7", "pace:power:return_kappa=0"),
-    *("pace:c=auto", "pace:gain=scalar:c=0.5"),
-    *("pullback:muon", "pullback:sgd:cosine:c=1:kappa=0.9:gain=own:return_kappa=0.2"),
+    *("schedule-free", "schedule-free:lr=1e30", "pace", "pace:pullback=0:kappa=0"),
+    *(
+        "pace:wsd:pullback=2e-7:every=5:eps=1e-4:state=bf16:return_kappa=0.7",
+        "pace:power:return_kappa=0",
+    ),
+    *("pace:pullback=auto", "pace:gain=scalar:pullback=0.5"),
+    *("pullback:muon", "pullback:sgd:cosine:pullback=1:kappa=0.9:gain=own:return_kappa=0.2"),
 ]
 
 
 @pytest.mark.parametrize("text", WRITTEN)
 def test_a_method_is_what_its_written_form_says(text):
     method = method_of(text)
-    others = {"lr": 9.0, "c": 9.0, "kappa": 0.99, "g": 0.99, "schedule": "wsd"}
+    others = {"lr": 9.0, "pullback": 9.0, "kappa": 0.99, "twin_gain": 0.99, "schedule": "wsd"}
     if method.schedule == "constant":  # which has no name there
         others.pop("schedule")
     for one in (method, method.trajectory):
@@ -68,16 +81,20 @@ def test_a_method_is_what_its_written_form_says(text):
 
 def test_every_option_is_written_somewhere():
     given = {(m.name, o) for m in map(method_of, WRITTEN) for o in m.model_dump(exclude_none=True)}
-    assert given >= {(name, option) for name, options in OPTIONS.items() for option in options}
+    assert given >= {(name, option) for name, m in METHODS.items() for option in m.options()}
 
 
 def test_what_returns_a_slower_average_shares_the_training():
     texts = ["pace", "pace:return_kappa=0.7", "pace:return_kappa=0.5", "pace:every=2"]
     texts += ["pace:every=2:return_kappa=0.7", "pullback:sgd", "pullback:sgd:return_kappa=0.7"]
     assert [[m.label for m in run.methods] for run in share_runs(map(method_of, texts), (0,))] == [
-        ["pace c=3 κ=0.3", "pace c=3 κ=0.3 returned-κ=0.7", "pace c=3 κ=0.3 returned-κ=0.5"],
-        ["pace c=3 κ=0.3 every=2", "pace c=3 κ=0.3 every=2 returned-κ=0.7"],
-        ["pullback sgd c=3 κ=0.3", "pullback sgd c=3 κ=0.3 returned-κ=0.7"],
+        [
+            "pace pullback=3 kappa=0.3",
+            "pace pullback=3 kappa=0.3 return_kappa=0.7",
+            "pace pullback=3 kappa=0.3 return_kappa=0.5",
+        ],
+        ["pace pullback=3 kappa=0.3 every=2", "pace pullback=3 kappa=0.3 every=2 return_kappa=0.7"],
+        ["pullback sgd pullback=3 kappa=0.3", "pullback sgd pullback=3 kappa=0.3 return_kappa=0.7"],
     ]
 
 
@@ -89,7 +106,7 @@ def test_averages_of_methods():
         "swa:start=0.1:every=5": SWA(20, 5),
         "lawa:window=4:every=7": LAWA(4, 7),
         "bema:every=3": BEMA(every=3),
-        "bema:kappa=0.4:eta=0.1": BEMA(0.4, 0.1),
+        "bema:kappa=0.4:bias_power=0.1": BEMA(0.4, 0.1),
         "adamw": None,
         "pace": None,  # PACE keeps its own
         "pace:return_kappa=0.7": PowerEMA(0.7),
@@ -103,21 +120,21 @@ def test_methods_that_only_watch_share_their_training():
     texts += ["ema:eps=0.1", "adamw:eps=0.1", "ema:eps=0.01"]
     runs = share_runs(map(method_of, texts), (0,))
     assert [[m.label for m in run.methods] for run in runs[4:]] == [
-        ["ema κ=0.3 ε=0.1", "adamw ε=0.1"],  # of another AdamW
-        ["ema κ=0.3 ε=0.01"],
+        ["ema kappa=0.3 eps=0.1", "adamw eps=0.1"],  # of another AdamW
+        ["ema kappa=0.3 eps=0.01"],
     ]
     assert runs[5].name == "ema-kappa0.3-eps0.01-lr0.01-seed0"
     texts = texts[:-3]
     texts += ["ema:twin", "uniform:twin", "uniform:twin:kappa=0.5", "ema:kappa=0.7", "adamw:wsd"]
     runs = share_runs(map(method_of, texts), (0, 1))
     assert [[m.label for m in run.methods] for run in runs[:6]] == [
-        ["adamw", "ema κ=0.3", "uniform start=0.75", "lawa every=40 window=10",
-         "bema κ=0.5 η=0.2", "ema κ=0.7"],
-        ["pace c=3 κ=0.3"],
-        ["ema κ=0.3 state=bf16"],
-        ["ema wsd κ=0.3", "adamw wsd"],
-        ["ema twin g=0.5 κ=0.3", "uniform twin g=0.5 κ=0.3 start=0.75"],
-        ["uniform twin g=0.5 κ=0.5 start=0.75"],
+        ["adamw", "ema kappa=0.3", "uniform start=0.75", "lawa window=10 every=40",
+         "bema kappa=0.5 bias_power=0.2", "ema kappa=0.7"],
+        ["pace pullback=3 kappa=0.3"],
+        ["ema kappa=0.3 state=bf16"],
+        ["ema wsd kappa=0.3", "adamw wsd"],
+        ["ema twin kappa=0.3 twin_gain=0.5", "uniform twin start=0.75 kappa=0.3 twin_gain=0.5"],
+        ["uniform twin start=0.75 kappa=0.5 twin_gain=0.5"],
     ]  # fmt: skip
     assert [run.seed for run in runs] == [0] * 6 + [1] * 6
 
@@ -125,8 +142,8 @@ def test_methods_that_only_watch_share_their_training():
 def test_schedules():
     beta = [(1 + t) ** -0.3 for t in range(1, 51)]
     assert schedule_of("adamw:power") == pytest.approx(beta)
-    assert schedule_of("adamw:twin:g=1") == pytest.approx(beta)
-    assert schedule_of("adamw:twin:g=0.5") == pytest.approx([2 * b / (1 + b) for b in beta])
+    assert schedule_of("adamw:twin:twin_gain=1") == pytest.approx(beta)
+    assert schedule_of("adamw:twin:twin_gain=0.5") == pytest.approx([2 * b / (1 + b) for b in beta])
     assert schedule_of("adamw") == pytest.approx([1.0] * 50)
     wsd = schedule_of("adamw:wsd")
     assert wsd[:41] == pytest.approx([1.0] * 41)
@@ -146,13 +163,13 @@ def test_schedules():
     [
         ("pase", "unknown method 'pase'; known: adamw, ema"),
         ("pace:steep", "unknown schedule 'steep'"),
-        ("pace:k=3", "has no option 'k'; it has .*'c', 'kappa'"),
-        ("adamw:c=3", "has no option 'c'"),
+        ("pace:k=3", "has no option 'k'; it has .*'pullback', 'kappa'"),
+        ("adamw:pullback=3", "has no option 'pullback'"),
         ("adamw:state=bf16", "has no option 'state'"),
         ("schedule-free:eps=0.1", "has no option 'eps'"),
         ("ema:eps=0", "eps: .*greater than 0"),
         ("pace:state=fp8", "state: Input should be 'fp32' or 'bf16', got 'fp8'"),
-        ("ema:g=0.5", "has no option 'g'"),
+        ("ema:twin_gain=0.5", "has no option 'twin_gain'"),
         ("ema:return_kappa=0.7", "has no option 'return_kappa'"),
         ("ema:every=2", "has no option 'every'"),
         ("pullback:sgd:every=2", "has no option 'every'"),
@@ -160,15 +177,15 @@ def test_schedules():
         ("pace:return_kappa=2", "return_kappa: .*less than or equal to 1"),
         ("pace:kappa=1.5", "method 'pace:kappa=1.5': kappa: .*less than or equal to 1"),
         ("ema:lr=0", "lr: .*greater than 0"),
-        ("ema:half_life=5:kappa=0.3", "half_life and kappa are two ways"),
-        ("ema:twin:half_life=5", "half_life and kappa are two ways"),
+        ("ema:half_life=5:kappa=0.3", "half_life and kappa say the same thing"),
+        ("ema:twin:half_life=5", "half_life and kappa say the same thing"),
         ("ema:half_life=0", "half_life: .*greater than 0"),
         ("uniform:start=1", "start: .*less than 1"),
         ("uniform:kappa=0.3", "has no option 'kappa'; it has .*'start'"),
         ("lawa:window=0", "window: .*greater than or equal to 1"),
         ("lawa:every=1.5", "every: .*integer"),
         ("lookahead:alpha=0", "alpha: .*greater than 0"),
-        ("pullback", "unknown optimizer '' in method 'pullback'; pullback:NAME knows sgd, adam"),
+        ("pullback", "method 'pullback': unknown optimizer ''; pullback:NAME knows sgd, adam"),
         ("pullback:sophiah", "unknown optimizer 'sophiah'"),
         ("pullback:muon:gain=big", "gain: Input should be 'adam', 'own' or 'scalar'"),
         ("ema:lr=nan", "lr: .*finite"),

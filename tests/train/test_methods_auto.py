@@ -13,48 +13,44 @@ def methods():
 
 
 METHODS = {  # κ of the average, and of the one to return
-    "pace:c=auto": (FAST, SLOW),
-    "pace:cosine:c=auto:lr=3e-4": (FAST, SLOW),
-    "pace:c=auto:kappa=0.5": (0.5, None),
-    "pace:c=auto:return_kappa=0.7": (FAST, 0.7),
-    "pace:c=auto:kappa=0.5:return_kappa=0.8": (0.5, 0.8),
+    "pace:pullback=auto": (FAST, SLOW),
+    "pace:cosine:pullback=auto:lr=3e-4": (FAST, SLOW),
+    "pace:pullback=auto:kappa=0.5": (0.5, None),
+    "pace:pullback=auto:return_kappa=0.7": (FAST, 0.7),
+    "pace:pullback=auto:kappa=0.5:return_kappa=0.8": (0.5, 0.8),
 }
 
 
 @pytest.mark.parametrize("text", METHODS)
 def test_methods_say_it(text, methods):
     kappa, returned = METHODS[text]
-    method = methods.parse_method(text, lr=1.0, c=0.1, kappa=0.4)
-    assert (method.c, method.kappa, method.return_kappa) == ("auto", kappa, returned)
-    assert "c=auto" in method.label
+    method = methods.parse_method(text, lr=1.0, pullback=0.1, kappa=0.4)
+    assert (method.pullback, method.kappa, method.return_kappa) == ("auto", kappa, returned)
+    assert "pullback=auto" in method.label
     assert methods.parse_method(method.written) == method
     model = torch.nn.Linear(3, 2)
-    opt = methods.make_optimizer(
-        method, model, decayed={"weight"}, weight_decay=0.1, warmup=0, steps=10
-    )
+    opt = method.build(methods.Setup(model, {"weight"}, weight_decay=0.1, warmup=0, steps=10))
     for group in opt.param_groups:
         assert (group["pullback"], group["averaging"]) == ("auto", f"ema:kappa={kappa}")
         assert group["returns"] == (returned and f"returned={PowerEMA(returned)}")
-    watched = methods.parse_method("pace", lr=1.0, c=0.1, kappa=0.4)  # as it was
-    assert (watched.c, watched.kappa, watched.return_kappa) == (0.1, 0.4, None)
+    watched = methods.parse_method("pace", lr=1.0, pullback=0.1, kappa=0.4)  # as it was
+    assert (watched.pullback, watched.kappa, watched.return_kappa) == (0.1, 0.4, None)
 
 
 def test_methods_pass_the_kind_of_gain_on(methods):
-    method = methods.parse_method("pace:c=0.2:gain=scalar", lr=1.0, kappa=0.4)
-    opt = methods.make_optimizer(
-        method, torch.nn.Linear(3, 2), decayed=set(), weight_decay=0.0, warmup=0, steps=10
-    )
+    method = methods.parse_method("pace:pullback=0.2:gain=scalar", lr=1.0, kappa=0.4)
+    model = torch.nn.Linear(3, 2)
+    opt = method.build(methods.Setup(model, set(), weight_decay=0.0, warmup=0, steps=10))
     assert {group["gain"] for group in opt.param_groups} == {"scalar"}
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("pullback:sgd:c=auto", "c=auto is of pace alone"),
-        ("ema:c=auto", "c=auto is of pace alone"),
-        ("pace:c=automatic", r"c: .*got 'automatic'"),
-        ("pace:c=-1", r"c: .*got '-1'"),
-        ("pace:c=nan", r"c: "),
+        ("pullback:sgd:pullback=auto", "pullback=auto is only for pace"),
+        ("pace:pullback=automatic", r"pullback: .*got 'automatic'"),
+        ("pace:pullback=-1", r"pullback: .*got '-1'"),
+        ("pace:pullback=nan", r"pullback: "),
     ],
 )
 def test_bad_methods(text, says, methods):

@@ -14,9 +14,9 @@ from recipes import shipped_recipe
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from paceline.cli import main
-from paceline.train import InputError, run, sources
+from paceline.train import InputError, sources
 from paceline.train.methods import BASES
-from paceline.train.recipe import Recipe, read_recipe, shipped
+from paceline.train.recipe import Recipe, RecipeCommand, read_recipe, shipped
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -51,14 +51,16 @@ SHIPPED = {*PAPER, *OF_FIGURES, "gpt2-124m", "demo-sft", "demo-pretrain"}
 
 def test_what_is_shipped_is_what_is_said():
     assert set(shipped()) == SHIPPED
-    (told,) = re.findall(r"one of the shipped: (.*)\.", Path(run.__file__).read_text("utf-8"))
+    (told,) = re.findall(
+        r"one of the shipped: (.*?)\.'", str(RecipeCommand.model_fields["recipe"].metadata)
+    )
     assert set(told.split(", ")) == SHIPPED
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_recipes_of_the_paper(name):
     recipe = shipped_recipe(name)
-    assert (recipe.model, recipe.lr, recipe.c, recipe.kappa) == PAPER[name]
+    assert (recipe.model, recipe.lr, recipe.pullback, recipe.kappa) == PAPER[name]
     assert (recipe.task, recipe.method, recipe.schedule) == ("sft", "pace", "constant")
     assert recipe.context == 1280
     assert (recipe.batch, recipe.micro_batch) == (128, 32)
@@ -67,7 +69,7 @@ def test_recipes_of_the_paper(name):
     assert recipe.data == ("HuggingFaceTB/smol-smoltalk",)
     assert recipe.split != recipe.eval_split
     assert not recipe.from_scratch
-    assert recipe.parsed.c == recipe.c
+    assert recipe.parsed.get("pullback") == recipe.pullback
     assert recipe.parsed.kappa == recipe.kappa
     assert recipe.parsed.schedule == "constant"
 
@@ -77,7 +79,7 @@ def test_gpt2_has_twenty_tokens_a_parameter():
     with torch.device("meta"):
         parameters = GPT2LMHeadModel(GPT2Config()).num_parameters()
     assert recipe.tokens == pytest.approx(20 * parameters, rel=0.01)
-    assert 2e-3 <= recipe.c <= 3e-3
+    assert 2e-3 <= recipe.pullback <= 3e-3
     assert (recipe.kappa, recipe.method, recipe.schedule) == (0.5, "pace", "constant")
     assert (recipe.task, recipe.from_scratch, recipe.streaming) == ("pretrain", True, True)
     assert recipe.context == GPT2Config().n_positions
@@ -113,9 +115,11 @@ def test_a_printed_recipe_reads_back_as_the_same(name, folder, capsys, monkeypat
 
 
 def test_options_override_the_file(folder, capsys):
-    (folder / "mine.yaml").write_text(yaml.safe_dump({**NEW, "lr": 0.5, "c": 7, "epochs": 3}))
+    (folder / "mine.yaml").write_text(
+        yaml.safe_dump({**NEW, "lr": 0.5, "pullback": 7, "epochs": 3})
+    )
     arguments = [
-        "--c",
+        "--pullback",
         "1e-2",
         "--betas",
         "0.8",
@@ -126,7 +130,7 @@ def test_options_override_the_file(folder, capsys):
     ]
     arguments += ["--config", "{model_type: gpt2, layer_norm_epsilon: 1e-6}", "--epochs", "None"]
     values = printed("mine.yaml", *arguments, "--steps", "9", capsys=capsys)
-    assert (values["lr"], values["c"], values["betas"]) == (0.5, 0.01, [0.8, 0.95])
+    assert (values["lr"], values["pullback"], values["betas"]) == (0.5, 0.01, [0.8, 0.95])
     assert (values["data"], values["gradient_checkpointing"]) == (["a", "b"], True)
     assert (values["epochs"], values["steps"]) == (None, 9)
     assert values["config"] == {"model_type": "gpt2", "layer_norm_epsilon": 1e-6}
@@ -210,7 +214,7 @@ def test_one_name_needs_no_brackets(folder):
         (b"config: {model_type: [a]}\ntokenizer: bpe\n", "no model_type ['a']"),
         (
             b"config: {hidden_size: 3}\ntokenizer: bpe\n",
-            "the config of a new one with its model_type",
+            "give a config with the model_type of a new one",
         ),
         (
             b"config: {model_type: gpt2, n_embd: wide}\ntokenizer: bpe\n",
@@ -275,10 +279,13 @@ def test_a_recipe_that_may_not_be_read(monkeypatch, refused):
     ("values", "message"),
     [
         ({"task": "rl"}, "task: Input should be 'sft' or 'pretrain', got 'rl'"),
-        ({"batch": True}, "batch: this is no switch, got True"),  # in YAML: yes
-        ({"c": False}, "c: this is no switch, got False"),
+        (
+            {"batch": True},
+            "batch: expected a value that is not true or false, got True",
+        ),  # in YAML: yes
+        ({"pullback": False}, "pullback: expected a value that is not true or false, got False"),
         ({"model": 3}, "model: Input should be a valid string, got 3"),
-        ({"model": None}, "model: give one, or the config of a new one"),
+        ({"model": None}, "model: give one, or give a config with the model"),
         ({"config": "gpt2"}, "config: Input should be a valid dictionary"),
         ({"vocabulary": 259}, "vocabulary: .*greater than or equal to 260"),
         ({"data": []}, "data: give at least one name"),
@@ -291,7 +298,7 @@ def test_a_recipe_that_may_not_be_read(monkeypatch, refused):
         ({"context": 1}, "context: .*greater than or equal to 2"),
         ({"method": "sgd"}, "unknown method 'sgd'; known: adamw"),
         ({"method": "pace:d=1"}, "method 'pace:d=1' has no option 'd'"),
-        ({"method": "pullback"}, "unknown optimizer ''"),
+        ({"method": "pullback"}, "method 'pullback': unknown optimizer ''"),
         ({"method": "pace:kappa=2"}, "method 'pace:kappa=2': kappa: .*less than or equal to 1"),
         ({"lr": 0}, "lr: Input should be greater than 0, got 0"),
         ({"lr": "much"}, "lr: Input should be a valid number.*got 'much'"),
@@ -299,10 +306,10 @@ def test_a_recipe_that_may_not_be_read(monkeypatch, refused):
         ({"lr": math.inf}, "lr: Input should be a finite number"),
         ({"lr": None}, "lr: "),
         ({"schedule": "linear"}, "schedule: "),
-        ({"c": -0.1}, "c: Input should be greater than or equal to 0"),
+        ({"pullback": -0.1}, "pullback: Input should be greater than or equal to 0"),
         ({"kappa": 1.1}, "kappa: Input should be less than or equal to 1"),
         ({"kappa": -0.1}, "kappa: "),
-        ({"g": 0}, "g: "),
+        ({"twin_gain": 0}, "twin_gain: "),
         ({"betas": [0.9, 1.0]}, "betas: Input should be less than 1, got 1.0"),
         ({"betas": [0.9]}, "betas: "),
         ({"weight_decay": -1}, "weight_decay: "),
@@ -327,19 +334,25 @@ def test_a_recipe_that_may_not_be_read(monkeypatch, refused):
         ({"loaders": -1}, "loaders: "),
         ({"packing": "perhaps"}, "packing: "),
         # what does not go together
-        ({"steps": 1, "epochs": 1}, "steps, epochs, tokens: give one of them"),
-        ({"steps": 1, "tokens": 1}, "steps, epochs, tokens: give one of them"),
-        ({"epochs": 1, "tokens": 1}, "steps, epochs, tokens: give one of them"),
+        ({"steps": 1, "epochs": 1}, "steps, epochs, tokens: give only one of them"),
+        ({"steps": 1, "tokens": 1}, "steps, epochs, tokens: give only one of them"),
+        ({"epochs": 1, "tokens": 1}, "steps, epochs, tokens: give only one of them"),
         ({"streaming": True}, "streaming: a stream has no known length; give steps or tokens"),
         ({"streaming": True, "epochs": 1}, "epochs: a stream has no known length"),
-        ({"from_scratch": True, "model": None, **NEW}, "from_scratch: a config without a model"),
+        ({"from_scratch": True, "model": None, **NEW}, "from_scratch: it needs a --model"),
         ({"model": None, "config": NEW["config"]}, "tokenizer: a new model needs one"),
-        ({"task": "pretrain", "packing": True}, "packing: text is always packed"),
+        (
+            {"task": "pretrain", "packing": True},
+            "packing: it is for conversations; text is always packed",
+        ),
         ({"lora_rank": 4, "from_scratch": True}, "lora_rank: adapters of random weights"),
         ({"lora_rank": 4, "model": None, **NEW}, "lora_rank: adapters of random weights"),
         ({"batch": 6, "micro_batch": 4}, "micro_batch: 4 does not divide the batch of 6"),
         ({"batch": 4, "micro_batch": 8}, "micro_batch: 8 does not divide the batch of 4"),
-        ({"method": "pullback:muon", "betas": [0.8, 0.9]}, "betas: pullback:muon has its own"),
+        (
+            {"method": "pullback:muon", "betas": [0.8, 0.9]},
+            "betas: they do not reach the optimizer in 'pullback:muon'",
+        ),
     ],
 )
 def test_bad_values_name_their_key(values, message):
@@ -361,12 +374,12 @@ def test_bad_values_name_their_key(values, message):
         {"model": None, **NEW},
         {"model": None, "config": {"model_type": "gpt2", "hidden_size": 96}, "tokenizer": "x"},
         {"batch": 6, "micro_batch": 3},
-        {"c": 0, "kappa": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup": 0},
-        {"c": 20, "warmup": 500, "weight_decay": 2, "max_grad_norm": 50, "epochs": 0.1},
-        {"kappa": 1, "g": 1, "betas": [0, 0]},
+        {"pullback": 0, "kappa": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup": 0},
+        {"pullback": 20, "warmup": 500, "weight_decay": 2, "max_grad_norm": 50, "epochs": 0.1},
+        {"kappa": 1, "twin_gain": 1, "betas": [0, 0]},
         {"vocabulary": 260, "context": 2, "seed": 2**32 - 1},
         {"method": "adamw", "betas": [0.8, 0.9]},
-        *({"method": f"pullback:{base}:c=2"} for base in BASES),
+        *({"method": f"pullback:{base}:pullback=2"} for base in BASES),
     ],
 )
 def test_values_at_their_bounds_are_good(values):
@@ -375,9 +388,10 @@ def test_values_at_their_bounds_are_good(values):
 
 
 def test_the_method_gets_what_it_needs_of_the_recipe():
-    given = {"lr": 2e-3, "c": 0.7, "kappa": 0.4, "g": 0.3, "schedule": "twin"}
+    given = {"lr": 2e-3, "pullback": 0.7, "kappa": 0.4, "twin_gain": 0.3, "schedule": "twin"}
     method = Recipe(**LEAST, **given).parsed
-    assert {name: getattr(method, name) for name in given} == given
-    own = Recipe(**LEAST, method="pace:cosine:c=3:lr=5e-4", **given).parsed
-    assert (own.c, own.lr, own.kappa, own.schedule) == (3, 5e-4, 0.4, "cosine")
-    assert Recipe(**LEAST, method="adamw", c=0.7).parsed.c is None
+    assert {name: method.get(name) for name in given} == given
+    own = Recipe(**LEAST, method="pace:cosine:pullback=3:lr=5e-4", **given).parsed
+    assert own.get("pullback") == 3
+    assert (own.lr, own.kappa, own.schedule) == (5e-4, 0.4, "cosine")
+    assert Recipe(**LEAST, method="adamw", pullback=0.7).parsed.get("pullback") is None

@@ -93,7 +93,7 @@ def test_stopped_and_resumed_as_if_not(
     assert not (run / "model").exists()
     assert nothing_half_written(run)
     assert go_on(run) == 0
-    assert f"Going on from checkpoint-{step + 1}" in capsys.readouterr().out
+    assert f"Resuming from checkpoint-{step + 1}" in capsys.readouterr().out
     assert_ended_alike(whole, run)
     assert read(run / "manifest.json")["resumed"][0]["from"] == f"checkpoint-{step + 1}"
 
@@ -160,9 +160,9 @@ def test_goes_on_with_what_may_change(finished, copied):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--lr", "1e-3"], ["lr: a run goes on as it began", "micro_batch"]),
-        (["--steps", "24"], ["steps: a run goes on as it began"]),
-        (["--out", "elsewhere"], ["resume: a run goes on in its own folder"]),
+        (["--lr", "1e-3"], ["lr: it must stay 0.01 when a run is resumed", "micro_batch"]),
+        (["--steps", "24"], ["steps: it must stay 12 when a run is resumed"]),
+        (["--out", "elsewhere"], ["resume: a run continues in its own folder"]),
     ],
     ids=["lr", "steps", "out"],
 )
@@ -183,7 +183,7 @@ def test_does_not_go_on_with_other_data(values, tmp_path, capsys):
     rows[-1][0]["content"] += " no"
     write_jsonl(data, rows)
     assert go_on(run) == 2
-    one_line(capsys, "data: it is not what the run began with")
+    one_line(capsys, "data: they have changed since the run began")
     assert not (run / "model").exists()
 
 
@@ -284,7 +284,7 @@ def test_full_disk_at_the_end(finished, copied, save, capsys, monkeypatch):
         ({"context": 65}, ["context: 65 tokens are more than the model's 64"]),
         ({"fsdp": True}, ["fsdp: ", "torchrun"]),
         ({"micro_batch": 3}, ["micro_batch: 3 does not divide the batch of 4"]),
-        ({"warmup": 12.0}, ["warmup: 12 steps leave nothing of 12"]),
+        ({"warmup": 12.0}, ["warmup: 12 steps must be fewer than the 12 steps of the run"]),
     ],
     ids=lambda x: next(iter(x)),
 )

@@ -44,7 +44,7 @@ TINY = {
         ("traim", "unknown command 'traim'; did you mean 'train'?"),
         ("verfy-resume", "unknown command 'verfy-resume'; did you mean 'verify-resume'?"),
         ("nonsense", "unknown command 'nonsense'; known: average, bench, "),
-        ("train", "model: give one, or the config of a new one with its model_type"),
+        ("train", "model: give one, or give a config with the model_type of a new one"),
         ("data", "model: give one"),
         ("train demo-sft --kapa 0.3", "Unrecognized options: --kapa, 0.3; did you mean --kappa?"),
         ("train demo-sft --strem", "Unrecognized options: --strem; did you mean --streaming?"),
@@ -64,10 +64,10 @@ TINY = {
         ("train demo-sft --precision fp16", "invalid choice 'fp16'"),
         ("train demo-sft --config {model_type:", "Error parsing --config"),
         ("train demo-sft --config 3", "config: Input should be a valid dictionary"),
-        ("train demo-sft --config {model_type:llama}", "model: give one, or the config"),
+        ("train demo-sft --config {model_type:llama}", "model: give one, or give a config"),
         ("train demo-sft --data ,", "data: .*no empty ones"),
         ("train demo-sft --data=", "data: .*no empty ones"),
-        ("train demo-sft --epochs 1", "give one of them; None takes back a recipe's own"),
+        ("train demo-sft --epochs 1", "give only one of them; None takes back a recipe's value"),
         ("train demo-sft --tokenizer None", "tokenizer: a new model needs one"),
         ("train demo-sft --micro-batch 5", "micro_batch: 5 does not divide the batch of 16"),
         ("train demo-sft --fsdp", "fsdp: "),
@@ -95,10 +95,13 @@ TINY = {
         ("train small.yaml --tokenizer a/b/c", "tokenizer: no such folder: a/b/c"),
         ("train small.yaml --tokenizer full", "tokenizer: full: "),
         ("train small.yaml --context 65", "context: 65 tokens are more than the model's 64"),
-        ("train small.yaml --warmup 3", "warmup: 3 steps leave nothing of 3"),
+        (
+            "train small.yaml --warmup 3",
+            "warmup: 3 steps must be fewer than the 3 steps of the run",
+        ),
         (
             "train small.yaml --batch 99",
-            "batch: 99 sequences a step are more than the 36 there are",
+            "batch: 99 sequences a step are more than the 36 in the data",
         ),
         ("train small.yaml --attention fast", "model: .*attn_implementation"),
         ("train small.yaml --report-to wandbb", "report_to: .*wandbb"),
@@ -235,8 +238,8 @@ def test_without_the_hub_it_says_how_to_do_without(
     assert time.monotonic() - began < 10
     kind = "--repo-type dataset " if what == "data" else ""
     assert said == (
-        f"{what}: cannot reach {CLOSED} for {name!r}, which is not in the local cache either; "
-        f"where there is a network, hf download {kind}{name} --local-dir FOLDER, copy the folder "
+        f"{what}: cannot reach {CLOSED} for {name!r}, which is not in the local cache; on a "
+        f"machine with a network run hf download {kind}{name} --local-dir FOLDER, copy the folder "
         f"here, and give --{what} FOLDER"
     )
 
@@ -269,7 +272,7 @@ def test_a_hub_that_has_no_such_dataset(monkeypatch, folder, refused):
     monkeypatch.setattr(datasets, "load_dataset", missing)
     small(folder)
     assert refused("train", "small.yaml", "--data", "a/b") == (
-        "data: 'a/b' is no file here, and the Hub has no such dataset: "
+        "data: 'a/b' is not a file here, and the Hub has no such dataset: "
         "Dataset 'a/b' doesn't exist on the Hub."
     )
 

@@ -136,7 +136,7 @@ def test_splits_of_a_folder(name):
 def test_files_that_are_of_no_split_are_not_lost():
     for name in ("train", "test", "more"):
         write_lines(f"data/{name}.jsonl", MESSAGES)
-    with pytest.raises(InputError, match=r"files named after splits, and others, as data/more"):
+    with pytest.raises(InputError, match=r"files named after splits and others such as data/more"):
         load("data")
 
 
@@ -305,19 +305,19 @@ def message(row, **message):
         ),
         (
             lambda p: write_lines(p, [{"messages": "hello"}]),
-            "x.jsonl, row 0: messages is neither messages nor text: 'hello'",
+            "x.jsonl, row 0: messages must be messages or text, got 'hello'",
         ),
         (
             lambda p: write_lines(p, [{"prompt": "1 + 1", "completion": 2}]),
-            "x.jsonl, row 0: completion is neither messages nor text: 2",
+            "x.jsonl, row 0: completion must be messages or text, got 2",
         ),
         (
             lambda p: write_lines(p, [{"question": "x", "answer": "y"}]),
-            "x.jsonl has neither messages nor conversations nor .*, but question, answer",
+            "x.jsonl has none of the columns messages, conversations, .*, only question, answer",
         ),
         (
             lambda p: write_lines(p, [{"prompt": "x", "chosen": "y"}]),
-            "x.jsonl has neither .*, but prompt, chosen",
+            "x.jsonl has none of the columns .*, only prompt, chosen",
         ),
         (lambda p: write_lines(p, MESSAGES[:1]), "x.jsonl has 1 usable examples"),
         (lambda p: write_lines(p, [{"messages": []}] * 9), "x.jsonl has 0 usable examples"),
@@ -354,9 +354,9 @@ def test_bad_conversations_name_file_and_row(write, message, folder, capfd, logg
         ("~/missing", "no such file or folder: ~/missing"),
         ("/" + "x" * 300, "no such file or folder: /xxx"),
         ("bad.parquet", "bad.parquet cannot be read: Parquet"),
-        ("notes.txt", "notes.txt is not of files .jsonl, .json, .parquet, .csv alone"),
-        ("empty", "empty is not of files .jsonl"),
-        ("mixed", "mixed is not of files .jsonl"),
+        ("notes.txt", "notes.txt has other files than one kind of .jsonl, .json, .parquet, .csv"),
+        ("empty", "empty has other files than one kind of .jsonl"),
+        ("mixed", "mixed has other files than one kind of .jsonl"),
         ("broken", ".*broken/b.jsonl cannot be read: JSON parse error"),
         ("python", "python is the sources of Python's standard library; this task takes chitchat"),
         ("torch", "torch is the sources of the installed torch; this task takes chitchat"),
@@ -387,9 +387,11 @@ def test_bad_names(name, message, capfd, logged):
 def test_nothing_to_evaluate_on_names_that():
     write_lines("x.jsonl", MESSAGES)
     write_lines("silent.jsonl", [{"messages": talk(0)[:1]}] * 3)
-    with pytest.raises(InputError, match=r"^data: silent.jsonl has nothing to evaluate on"):
+    with pytest.raises(
+        InputError, match=r"^data: silent.jsonl has no usable examples to evaluate on"
+    ):
         load("x.jsonl", eval_names=["silent.jsonl"])
-    with pytest.raises(InputError, match=r"^data: silent.jsonl has nothing to train on"):
+    with pytest.raises(InputError, match=r"^data: silent.jsonl has no usable examples to train on"):
         load("silent.jsonl", eval_names=["x.jsonl"])
 
 

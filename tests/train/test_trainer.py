@@ -18,7 +18,7 @@ from paceline import PACE, Pullback
 from paceline.averaging import PowerEMA
 from paceline.state import averages_of
 from paceline.train.data import blocks
-from paceline.train.methods import BASES, make_optimizer, parse_method
+from paceline.train.methods import BASES, Setup, parse_method
 from paceline.train.terminal import show_losses
 
 
@@ -98,7 +98,7 @@ def test_read_outs_are_the_averages_of_the_run_that_they_share(tiny):
 def test_a_read_out_is_what_the_optimizer_of_its_average_returns(tiny):
     _, run = tiny
     ema = run("ema")[0].trainer.curve
-    pull = run("pullback:adamw:c=0")[0].trainer.curve
+    pull = run("pullback:adamw:pullback=0")[0].trainer.curve
     for a, b in zip(ema, pull, strict=True):
         assert a["returned_loss"] == pytest.approx(b["returned_loss"], rel=1e-6)
         assert a["live_loss"] == pytest.approx(b["live_loss"], rel=1e-6)
@@ -108,7 +108,7 @@ def test_a_read_out_is_what_the_optimizer_of_its_average_returns(tiny):
 def test_every_base_trains_and_is_pulled(tiny, base):
     _, run = tiny
     rate = {"sgd": 0.3, "shampoo": 0.1, "radam": 0.05}.get(base, 0.01)
-    trainer = run(f"pullback:{base}:c=0.1:lr={rate}", warmup=0)[0].trainer
+    trainer = run(f"pullback:{base}:pullback=0.1:lr={rate}", warmup=0)[0].trainer
     start, end = trainer.curve[0], trainer.curve[-1]
     assert end["live_loss"] < start["live_loss"]
     assert end["returned_loss"] < start["returned_loss"]
@@ -178,11 +178,11 @@ def test_which_average_is_returned(tiny, texts, kappa, every):
 def test_a_pull_is_never_toward_the_slower_average(base):
     """Also where one optimizer does both."""
     model = torch.nn.Linear(2, 2)
-    method = parse_method(f"{base}:return_kappa=0.7:kappa=0.3:c=2", lr=0.1)
+    method = parse_method(f"{base}:return_kappa=0.7:kappa=0.3:pullback=2", lr=0.1)
     facts = {"decayed": set(), "weight_decay": 0.0, "warmup": 0, "steps": 9}
-    opt = make_optimizer(method, model, **facts)
+    opt = method.build(Setup(model, **facts))
     group = opt.param_groups[0]
-    every = method.every or 1
+    every = method.get("every") or 1
     expected = {"average": PowerEMA(0.3, every=every), "return_returned": PowerEMA(0.7)}
     assert averages_of(group).rules == expected
     assert group["pullback"] == 2
@@ -190,7 +190,7 @@ def test_a_pull_is_never_toward_the_slower_average(base):
 
 def test_lookahead_returns_its_slow_weights(tiny):
     tokens, run = tiny
-    trainer = run("lookahead:k=5")[0].trainer  # of 12 steps: two after the last exchange
+    trainer = run("lookahead:every=5")[0].trainer  # of 12 steps: two after the last exchange
     end = trainer.curve[-1]
     assert end["returned_loss"] != end["live_loss"]
     with trainer.live():
@@ -261,7 +261,7 @@ def test_an_average_that_is_pulled_toward_moves_as_under_the_twin(gain):
     steps = 500
     p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     pull = Pullback(torch.optim.SGD([p], lr=1.0), gain, PowerEMA(0.3), gain="scalar")
-    twin = schedule_of(f"adamw:twin:kappa=0.3:g={gain}", steps=steps)
+    twin = schedule_of(f"adamw:twin:kappa=0.3:twin_gain={gain}", steps=steps)
     other = average = 0.0
     averages = []
     for step in range(1, steps + 1):
@@ -279,23 +279,23 @@ def test_the_twin_of_a_saturated_pull_is_a_schedule():
     assert schedule_of("adamw:power")[9] == pytest.approx(PowerEMA(0.3).weight(10))
     model = torch.nn.Linear(2, 2)
     rest = {"decayed": {"weight"}, "weight_decay": 0.1, "warmup": 5, "steps": 10}
-    pace = make_optimizer(method_of("pace"), model, **rest)
+    pace = method_of("pace").build(Setup(model, **rest))
     facts = {"lr": 1e-2, "pullback": 3.0, "averaging": "ema:kappa=0.3", "state_dtype": None}
     assert facts.items() <= pace.param_groups[0].items()
-    ema = make_optimizer(method_of("ema:state=bf16"), model, **rest).param_groups
+    ema = method_of("ema:state=bf16").build(Setup(model, **rest)).param_groups
     assert (ema[0]["pullback"], ema[0]["state_dtype"]) == (0.0, torch.bfloat16)
     assert [(len(group["params"]), group["weight_decay"]) for group in ema] == [(1, 0.1), (1, 0)]
-    (ema, _) = make_optimizer(method_of("ema:half_life=7:state=bf16"), model, **rest).param_groups
+    (ema, _) = method_of("ema:half_life=7:state=bf16").build(Setup(model, **rest)).param_groups
     assert (ema["averaging"], ema["state_dtype"]) == ("ema:half_life=7", torch.bfloat16)
     for text in ("adamw", "ema", "uniform", "pace"):
         for eps in (1e-8, 0.25):
             method = method_of(text if eps == 1e-8 else f"{text}:eps={eps}")
-            for group in make_optimizer(method, model, **rest).param_groups:
+            for group in method.build(Setup(model, **rest)).param_groups:
                 assert group["eps"] == eps
 
 
 def test_a_bar_shows_the_best_returned_model_also_while_the_live_one_is_ahead():
-    losses = {"eval_live_loss": 2.0, "eval_loss": 2.5, "eval_ema κ=0.7_loss": 2.25, "loss": 1.0}
+    losses = {"eval_live_loss": 2.0, "eval_loss": 2.5, "eval_ema kappa=0.7_loss": 2.25, "loss": 1.0}
     assert show_losses(losses) == "live 2.000  returned 2.250"
     assert show_losses({"eval_live_loss": 2.0}) == "live 2.000  returned 2.000"  # AdamW alone
     assert show_losses({"loss": 1.0}) == ""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from training import STEPS, assert_ended_alike, near, read, weights, write_recipe
 
 from paceline.cli import main
-from paceline.train.verify import _compare
+from paceline.train.verify import compare_runs
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 
@@ -76,10 +76,10 @@ SPOILT = {
 
 @pytest.mark.parametrize("spoilt", SPOILT)
 def test_the_comparison_tells_what_is_not_equal(finished, copied, spoilt):
-    assert all(row["equal"] for row in _compare(finished, copied))
+    assert all(row["equal"] for row in compare_runs(finished, copied))
     what, path, change = SPOILT[spoilt]
     change(copied / path)
-    rows = list(_compare(finished, copied))
+    rows = list(compare_runs(finished, copied))
     assert [row["what"] for row in rows if not row["equal"]] == [what]
     assert all(bool(row["drift"]) for row in rows if row["what"] == what)
 
@@ -91,7 +91,7 @@ def test_the_comparison_tells_what_is_missing_or_of_another_kind(finished, copie
     tensors = weights(copied / "model")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].double()
     save_file(tensors, copied / "model/model.safetensors")
-    rows = {row["what"]: row for row in _compare(finished, copied)}
+    rows = {row["what"]: row for row in compare_runs(finished, copied)}
     assert not rows["live weights"]["equal"]
     assert not rows["returned model"]["equal"]
     assert rows["optimizer"]["equal"]

@@ -1,4 +1,4 @@
-"""transformers' Trainer, and those built on it, for optimizers that return an average."""
+"""A Trainer of transformers for optimizers that return another model than they train."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,27 +14,28 @@ from ..files import put, remove
 
 
 class PaceTrainer(Trainer):
-    """A Trainer that evaluates, saves and leaves behind the model that the optimizer returns.
+    """A Trainer that evaluates, saves and leaves in the model what the optimizer returns.
 
         trainer = PaceTrainer(model, arguments, train_dataset=..., eval_dataset=...,
                               optimizer_cls_and_kwargs=(PACE, {"lr": 1e-3, "pullback": 0.1}))
         trainer.train()
 
-    Around any other Trainer it comes first: `class Mine(PaceTrainer, SFTTrainer): pass`. It works
-    with PACE, Pullback, and every optimizer whose `eval()` puts what it returns into the model and
-    whose `train()` takes it out again, as Schedule-Free's; with others it is a plain Trainer.
+    Combine it with any other Trainer as the first base: `class Mine(PaceTrainer, SFTTrainer)`. It
+    works with PACE, Pullback, and every optimizer whose `eval()` puts the returned weights into the
+    model and whose `train()` takes them out, such as Schedule-Free's. With other optimizers it is a
+    plain Trainer.
 
-    - Evaluations measure both models on the same batches: `eval_loss` and all other metrics are of
-      the returned one, `eval_live_loss` and so on of the live weights, `eval_<name>_loss` of
-      further averages (`returns`). The best checkpoint and early stopping go by the returned one.
-    - Every model folder that it saves, checkpoints too, holds the returned model, whatever the
-      step; the live weights are in the checkpoint's optimizer state. A checkpoint has its name when
-      it is whole. Resuming restores live weights and average bit for bit.
-    - After `train()` the model holds what is returned (the best of it, with
+    - Evaluations measure both models on the same batches. `eval_loss` and the other metrics are of
+      the returned model, `eval_live_loss` and so on of the live weights, `eval_<name>_loss` of
+      more averages (`returns`). The best checkpoint and early stopping use the returned model.
+    - Every saved model, checkpoints too, is the returned one. A checkpoint's optimizer state has
+      the live weights, and a checkpoint gets its name when it is complete. Resuming restores live
+      weights and average bit for bit.
+    - After `train()` the model holds the returned weights (the best of them, with
       `load_best_model_at_end`).
 
-    Metrics of a prefix other than `eval` get `_live` after it. Predictions are the returned
-    model's.
+    Metrics with another prefix than `eval` get `_live` after it. Predictions are made by the
+    returned model.
     """
 
     _best_loaded = False
@@ -42,21 +43,26 @@ class PaceTrainer(Trainer):
 
     # ---- which weights the model holds -------------------------------------------------------
 
+    @property
+    def bare_optimizer(self) -> Any:
+        """The optimizer without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
     def _swapping(self) -> Any:
-        """The optimizer, out of accelerate's wrapper; None if it has nothing else to return."""
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        """The bare optimizer; None if it never holds another model than the live weights."""
+        optimizer = self.bare_optimizer
         swaps = callable(getattr(optimizer, "eval", None)) and callable(optimizer.train)
         return optimizer if swaps and not self._best_loaded else None
 
     @contextmanager
     def averaged(self) -> Iterator[bool]:
-        """Hold the returned model's weights in the model; False if those are the live ones."""
+        """Hold the returned weights in the model; yields False if they are the live ones."""
         with self._holding(average=True) as differs:
             yield differs
 
     @contextmanager
     def live(self) -> Iterator[bool]:
-        """Hold the live weights in the model; False if it never holds others."""
+        """Hold the live weights in the model; yields False if it never holds others."""
         with self._holding(average=False) as differs:
             yield differs
 
@@ -70,7 +76,7 @@ class PaceTrainer(Trainer):
             yield bool(optimizer.state)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as ever, and leave in the model what is returned."""
+        """Train, and leave the returned weights in the model."""
         self._best_loaded = False
         output = super().train(*args, **kwargs)
         if optimizer := self._swapping():
@@ -80,10 +86,12 @@ class PaceTrainer(Trainer):
     # ---- evaluation ---------------------------------------------------------------------------
 
     def returned_models(self) -> dict[str, Callable[[], AbstractContextManager[bool]]]:
-        """What is evaluated beside the live weights: a suffix for its metrics -> how to hold it.
+        """The models that are evaluated besides the live weights.
 
-        Of several averages that PACE or Pullback `returns` the first has no suffix, and the others
-        have `_<name>`. Each context yields whether it holds anything else than the live weights.
+        Returns:
+            A suffix for the metrics -> a context that holds the model, and yields False if it is
+            the live weights. The first average that PACE or Pullback `returns` has no suffix, the
+            others have `_<name>`.
         """
         models: dict[str, Callable[[], AbstractContextManager[bool]]] = {"": self.averaged}
         for name in getattr(self._swapping(), "returns", ())[1:-1]:
@@ -98,10 +106,10 @@ class PaceTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The Trainer's, for the live weights and then for each returned model."""
+        """Evaluate the live weights, and then each returned model."""
 
         def loop(prefix: str) -> EvalLoopOutput:
-            # Without the optimizer, whose average the loop would put in.
+            # The loop would swap an average in by the optimizer's own `eval`.
             optimizer, self.optimizer = self.optimizer, None
             try:
                 output = super(PaceTrainer, self).evaluation_loop(
@@ -109,7 +117,7 @@ class PaceTrainer(Trainer):
                 )
             finally:
                 self.optimizer = optimizer
-            # TRL's trainers gather more on the way, and would log it with all weights mixed.
+            # TRL's trainers gather more metrics, and would log them mixed over all weights.
             gathered = getattr(self, "_metrics", {}).get("eval", {})
             more = {f"{prefix}_{name}": sum(x) / len(x) for name, x in gathered.items()}
             gathered.clear()
@@ -132,12 +140,12 @@ class PaceTrainer(Trainer):
     # ---- saving and resuming --------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the returned model, whatever the moment."""
+        """Save the returned model, at any step."""
         with self.averaged():
             super().save_model(output_dir, _internal_call)
 
     def save_live_model(self, output_dir: str) -> None:
-        """Save the live weights, in a folder like those of `save_model`."""
+        """Save the live weights as `save_model` saves the returned ones."""
         with self.live():
             super().save_model(output_dir, _internal_call=True)
 
@@ -146,7 +154,7 @@ class PaceTrainer(Trainer):
         return str(folder / ".partial" if self._saving else folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save model and optimizer with the average swapped in, beside the final name; rename."""
+        """Save model and optimizer with the average swapped in, and rename the complete folder."""
         folder = Path(super()._get_output_dir(trial))
         partial, name = folder / ".partial", f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
@@ -159,7 +167,7 @@ class PaceTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             self._name_best(partial, folder, name)
             self.accelerator.wait_for_everyone()
-            for is_first in (True, False):  # on one disk or on each machine's own
+            for is_first in (True, False):  # a shared disk, or one of each machine
                 if self.is_local_process_zero() and is_first == self.is_world_process_zero():
                     if (partial / name).exists():
                         put(partial / name, folder / name)
@@ -176,11 +184,11 @@ class PaceTrainer(Trainer):
                 output_dir=str(folder),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,  # a run that goes back to an earlier one keeps what it saves
+                use_mtime=True,  # a run resumed from an earlier checkpoint keeps its new ones
             )
 
     def _name_best(self, partial: Path, folder: Path, name: str) -> None:
-        """Have the state call the best checkpoint by the name that it has or is about to get."""
+        """Set the name of the best checkpoint in the state to the one that it has or will get."""
         best = folder / f"checkpoint-{self.state.best_global_step}"
         named = self.state.best_model_checkpoint == str(best)
         if not named and (best.name == name or best.exists()):
@@ -194,8 +202,8 @@ class PaceTrainer(Trainer):
             for part in ("*optimizer*", "scheduler.pt"):  # the Trainer loads both or neither
                 if not any(Path(checkpoint).glob(part)):
                     raise ValueError(
-                        f"{checkpoint} has no optimizer state, and so no live weights to resume "
-                        "from; start a new run from it as a model instead"
+                        f"{checkpoint} has no optimizer state, which holds the live weights to "
+                        "resume from; start a new run from it as a model instead"
                     )
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and optimizer is not None:
@@ -203,10 +211,10 @@ class PaceTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._best_loaded = True  # the optimizer's average is another one's
+        self._best_loaded = True  # the optimizer's average is of another step
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Resumed from its last checkpoint, a run that ends within an epoch would take a step more.
+        # Resumed at its last step within an epoch, a run would take one step more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -214,15 +222,15 @@ class PaceTrainer(Trainer):
 
 
 def _swapped(optimizer: Any) -> bool:
-    """Whether what it returns is in the model now."""
+    """Whether the returned weights are in the model now."""
     mine: bool | None = getattr(optimizer, "swapped", None)
-    mode = getattr(optimizer, "train_mode", True)  # of wrappers, whose groups are another's
+    mode = getattr(optimizer, "train_mode", True)  # wrappers have it beside another's groups
     return not optimizer.param_groups[0].get("train_mode", mode) if mine is None else mine
 
 
 @contextmanager
 def _restoring(optimizer: Any) -> Iterator[None]:
-    if isinstance(optimizer, AveragedOptimizer):  # of several averages the one that is there
+    if isinstance(optimizer, AveragedOptimizer):  # knows which of several averages is in
         with optimizer.restoring():
             yield
         return
@@ -234,7 +242,7 @@ def _restoring(optimizer: Any) -> Iterator[None]:
 
 
 def _renamed(output: EvalLoopOutput, before: str, after: str) -> EvalLoopOutput:
-    """The same with another prefix, which is not put before names that have it already."""
+    """The same output with another prefix; names that have it already stay."""
     metrics = {k.removeprefix(f"{before}_"): x for k, x in (output.metrics or {}).items()}
     return output._replace(
         metrics={k if k.startswith(f"{after}_") else f"{after}_{k}": x for k, x in metrics.items()}

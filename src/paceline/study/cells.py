@@ -19,20 +19,12 @@ from ..train import InputError
 from ..train.build import PerToken, Prepared, assemble
 from ..train.data import content_key
 from ..train.methods import Method
-from ..train.recipe import Recipe
-from ..train.run import FREE, Train
+from ..train.recipe import DATA, METHOD, RESUMABLE_CHANGES, Recipe, keys_with
+from ..train.run import Train
 from ..train.run import train as train_by
-from ..train.trainer import MethodTrainer, Watch
+from ..train.trainer import MethodTrainer, Watcher
 from .runs import Row, Run, share_runs
 from .runs import Watch as Watching
-
-# Of a recipe, what a cell's methods and seed say instead.
-VARIED = {"method", "lr", "schedule", "c", "kappa", "g", "seed"}
-# Of a recipe, what its data do not depend on.
-NOT_OF_DATA = VARIED | {
-    *("config", "from_scratch", "betas", "weight_decay", "max_grad_norm", "warmup", "steps"),
-    *("epochs", "tokens", "precision", "lora_rank", "lora_alpha", "evaluations", "log_every"),
-}
 
 
 @dataclass(frozen=True)
@@ -46,7 +38,10 @@ class Task:
     @cached_property
     def fixed(self) -> dict[str, Any]:
         """All that decides a training, but for methods and seed."""
-        return {"recipe": _dump(self.recipe, VARIED), "start": self.start and _dump(self.start)}
+        return {
+            "recipe": _dump(self.recipe, keys_with(METHOD)),
+            "start": self.start and _dump(self.start),
+        }
 
     @cached_property
     def digest(self) -> str:
@@ -77,13 +72,12 @@ class Task:
 
     def parse(self) -> dict[str, Any]:
         """What methods that leave options open get for them."""
-        names = ("lr", "c", "kappa", "g", "schedule")
-        return {name: getattr(self.recipe, name) for name in names}
+        return self.recipe.method_defaults
 
 
 def _dump(recipe: Recipe, but: Iterable[str] = ()) -> dict[str, Any]:
     """All keys that decide what is computed, but for defaults: a new key changes no old name."""
-    names = set(Recipe.model_fields) - FREE - set(but)
+    names = set(Recipe.model_fields) - RESUMABLE_CHANGES - set(but)
     dumped = recipe.model_dump_json(include=names, exclude_defaults=True)
     return dict(json.loads(dumped))
 
@@ -138,7 +132,7 @@ class Cell:
             def tell(step: int, losses: dict[str, float]) -> bool:
                 return watch(1000 * step // steps, losses)  # thousandths of a cell
 
-            trainer.add_callback(Watch(tell, max(1, steps // 200)))
+            trainer.add_callback(Watcher(tell, max(1, steps // 200)))
             trainer.evaluate()
             began = time.perf_counter()
             trainer.train()
@@ -171,7 +165,7 @@ _last: tuple[str, Prepared] | None = None  # a worker's data, for its next cell
 
 def _assemble(recipe: Recipe, folder: Path, methods: tuple[Method, ...]) -> _CellTrainer:
     global _last
-    key = recipe.model_dump_json(exclude=NOT_OF_DATA)
+    key = recipe.model_dump_json(include=set(keys_with(DATA)))
     prepared = _last[1] if _last is not None and _last[0] == key else None
     kind = partial(_CellTrainer, methods=methods)
     trainer = assemble(recipe, folder, kind, prepared=prepared)

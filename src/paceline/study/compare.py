@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Self, TextIO
+from typing import Annotated, Any, Literal, Self, TextIO
 
 import torch
 import transformers
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..cache import cache_folder
-from ..train import InputError, Options
+from ..train import Gain, InputError, NonNegative, Number, Options, Positive, Power
 from ..train.data import (
     content_key,
     files_below,
@@ -32,20 +32,11 @@ from ..train.data import (
     torch_files,
 )
 from ..train.manifest import cores, environment, write_json
-from ..train.methods import (
-    WSD_DECAY_SHARE,
-    Gain,
-    Method,
-    Power,
-    Rate,
-    Schedule,
-    Strength,
-    parse_method,
-)
+from ..train.methods import WSD_DECAY_SHARE, Method, ScheduleName, methods_help, parse_method
 from ..train.model import make_gpt2
-from ..train.recipe import Names, Positive
+from ..train.recipe import Names
 from ..train.terminal import progress_bars, quiet, show_losses
-from ..train.trainer import Trained, train
+from ..train.trainer import Trained, train_blocks
 from .report import Results, write_report
 from .runs import Job, Queue, Row, Run, Watch, run_all, share_runs
 
@@ -56,16 +47,8 @@ class Comparison(Options):
     Every method starts from the same weights and sees the same batches in the same order; the
     validation loss of the live weights and of the returned model is measured on the same text.
 
-    A method is written name[:schedule][:option=value]..., as in ema:twin:g=0.5 or
-    pace:c=1:kappa=0.5:lr=3e-3; schedules are constant, cosine, wsd, power and twin, and all have
-    the option lr. Names and their options:
-
-    adamw; AdamW whose average is returned: ema (kappa, or half_life in steps), uniform (start, a
-    share of the steps), swa (start, every), lawa (window, every), bema (kappa, eta, every); these
-    share one training. lookahead (k, alpha) and schedule-free around AdamW. pace (c, kappa).
-    pullback:NAME (c, kappa, gain: adam, own or scalar), the pull around sgd, adam, adamw, nadam,
-    radam, adafactor, muon, soap, shampoo, ademamix or lion. ema and pace also have state (fp32 or
-    bf16, what the optimizer keeps); they, adamw and its averages have eps.
+    A method is written name[:schedule][:option=value]..., as in ema:twin:twin_gain=0.5 or
+    pace:pullback=1:kappa=0.5:lr=3e-3. All have the option lr. Averages of AdamW share one training.
 
     The default rates and options were chosen on the default text's validation part.
     """
@@ -83,16 +66,15 @@ class Comparison(Options):
         "pace",
     )
     """Methods to compare, separated by commas."""
-    lr: Annotated[tuple[Rate, ...], Names] = (3e-3, 1e-2)
+    lr: Annotated[tuple[Number, ...], Names] = (3e-3, 1e-2)
     """Peak learning rates > 0, separated by commas; each method is run at each of them."""
-    schedule: Schedule = "constant"
-    """Schedule of the methods that name none: constant; cosine (to 0); wsd (constant, then linear to 0 over the last fifth); power, lr·(1+t)^-kappa; twin, lr·b/(b+g(1-b)) with b = (1+t)^-kappa, which a pull of gain g amounts to. schedule-free never has one."""
-    c: Strength = 10.0
-    """Strength of the pull of pace and pullback, >= 0, in the unit of a gradient."""
-    kappa: Power = 0.3
-    """Power κ in [0, 1] of the averages of ema, pace and pullback, and of the schedules power and twin."""
-    g: Gain = 1.0
-    """Gain in (0, 1] that the schedule twin stands for."""
+    schedule: ScheduleName = "constant"
+    pullback: NonNegative | Literal["auto"] = 10.0
+    """Strength c >= 0 of the pull of pace and pullback, in the unit of a gradient; auto: pace sets it itself."""
+    kappa: Power | None = None
+    """Power κ in [0, 1] of the averages of ema, pace and pullback, and of the schedules power and twin. Default: 0.3, and PACE's own with --pullback auto."""
+    twin_gain: Gain = 1.0
+    """Gain in (0, 1] of the pull that the schedule twin stands for."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Names] = (0,)
     """Seeds >= 0 of the order of the batches (and of the initial weights with --from-scratch), separated by commas; every method is run with each of them."""
     steps: Positive = 2000
@@ -122,7 +104,7 @@ class Comparison(Options):
     """Skip the pretraining, and start from random weights."""
     pretrain_steps: Annotated[int, Field(ge=10)] = 2000
     """Steps of the pretraining (AdamW with wsd, 16 sequences of --positions tokens a step), >= 10. Its result is kept in the cache."""
-    pretrain_lr: Rate = 3e-3
+    pretrain_lr: Number = 3e-3
     """Peak learning rate of the pretraining, > 0."""
     width: Positive = 64
     """Width of the GPT-2, a multiple of --heads."""
@@ -168,13 +150,10 @@ class Comparison(Options):
     def compared(self) -> list[Method]:
         """Every method at each of its rates."""
         compared: list[Method] = []
+        names = ("pullback", "kappa", "twin_gain", "schedule")
+        defaults = {name: getattr(self, name) for name in names}
         for text in self.methods:
-            found = [
-                parse_method(
-                    text, lr=lr, c=self.c, kappa=self.kappa, g=self.g, schedule=self.schedule
-                )
-                for lr in self.lr
-            ]
+            found = [parse_method(text, lr=lr, **defaults) for lr in self.lr]
             compared += dict.fromkeys(found)  # one, not one a rate, where the text has its own
         return compared
 
@@ -193,6 +172,9 @@ class Comparison(Options):
         """Of the fine-tuning, as `train` takes it."""
         names = ("batch", "context", "warmup", "weight_decay", "max_grad_norm", "eval_tokens")
         return {name: getattr(self, name) for name in names}
+
+
+Comparison.__doc__ = f"{Comparison.__doc__}\n{methods_help()}"
 
 
 def _check_warmup(warmup: int, steps: int) -> None:
@@ -303,13 +285,13 @@ class Setting:
     evaluations: int
 
     def train(self, run: Run, folder: Path, watch: Watch) -> Trained:
-        """Train one run from its start; see `paceline.train.trainer.train`."""
+        """Train one run from its start; see `paceline.train.trainer.train_blocks`."""
         model: Any
         if self.start is None:
             model = make_gpt2(self.tokenizer, **self.shape, seed=run.seed)
         else:
             model = AutoModelForCausalLM.from_pretrained(self.start)
-        return train(
+        return train_blocks(
             model,
             load_file(self.tokens),
             run.methods,
@@ -424,7 +406,7 @@ def _pretrained(
             progress.update(task, completed=step, losses=show_losses(losses))
             return False
 
-        train(
+        train_blocks(
             model,
             load_file(tokens),
             (method,),
@@ -454,9 +436,9 @@ def _affordable_steps(
     per_step = evaluating = 0.0
     for run in sorted(runs, key=lambda run: -len(run.methods)):
         kind = run.methods[0].trajectory
-        if (kind.name, kind.base) not in probes:
-            probes[kind.name, kind.base] = _probe(setting, run)
-        step, evaluation = probes[kind.name, kind.base]
+        if (kind.name, kind.get("base")) not in probes:
+            probes[kind.name, kind.get("base")] = _probe(setting, run)
+        step, evaluation = probes[kind.name, kind.get("base")]
         per_step += step
         evaluating += evaluation * _evaluated(run) * (setting.evaluations + 1)
     torch.set_num_threads(before)

@@ -46,7 +46,18 @@ LOOKS = {
 MARKERS = "os^Dv"
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 COLUMNS = [
-    *("setting", "label", "name", "schedule", "lr", "c", "kappa", "every", "return_kappa", "g"),
+    *(
+        "setting",
+        "label",
+        "name",
+        "schedule",
+        "lr",
+        "pullback",
+        "kappa",
+        "every",
+        "return_kappa",
+        "twin_gain",
+    ),
     *("seed", "step", "tokens"),
     *("live_loss", "returned_loss", "selection_loss", "gain_mean", "clipped"),
 ]
@@ -125,7 +136,7 @@ def _late(figure: Figure, share: float = 0.25) -> None:
             axis.set_ylim(late.min() - margin, late.max() + margin)
 
 
-def _basin(axis: Axes, rows: pd.DataFrame, lines: str, x: str = "c") -> None:
+def _basin(axis: Axes, rows: pd.DataFrame, lines: str, x: str = "pullback") -> None:
     """Loss at the end against c, a line for each value of an option; × on top is divergence."""
     for index, (value, group) in enumerate(rows.groupby(lines, dropna=False)):
         by_x = group.groupby(x).returned_loss
@@ -285,7 +296,7 @@ def maps(lab: Lab, pairs: Any) -> Drawn:
     parts = []
     for line, (task, own) in zip(axes, pairs, strict=True):
         for axis, lr in zip(line, own.rates, strict=True):
-            rows = _pulled(lab, task, lr=lr, c=own.cs, kappa=own.kappas)
+            rows = _pulled(lab, task, lr=lr, pullback=own.cs, kappa=own.kappas)
             _basin(axis, rows, "kappa")
             watching = _ends(lab, task, lr=lr, schedule="constant", seed=TUNING)
             for index, kappa in enumerate(own.kappas):
@@ -311,7 +322,7 @@ def rarer(lab: Lab, kappas: Sequence[float]) -> Drawn:
                 lab,
                 task,
                 **{"name": "pace", "return_kappa": None, "lr": lr, "kappa": kappa},
-                **{"c": own.cs, "schedule": "constant", "seed": TUNING},
+                **{"pullback": own.cs, "schedule": "constant", "seed": TUNING},
             )
             _basin(axis, rows.assign(every=rows.every.fillna(1)), "every")
             ema = _ends(lab, task, name="ema", lr=lr, kappa=kappa, schedule="constant", seed=TUNING)
@@ -341,12 +352,12 @@ def clipping(lab: Lab, pairs: Any) -> Drawn:
     for line, (task, own, lr) in zip(axes, rows_of, strict=True):
         for axis, kappa in zip(line, own.kappas, strict=True):
             for index, c in enumerate(own.cs):
-                ends = _pulled(lab, task, lr=lr, c=c, kappa=kappa)
+                ends = _pulled(lab, task, lr=lr, pullback=c, kappa=kappa)
                 log = lab.training
                 rows = log[(log.setting == task.name) & log.trained_with.isin(ends.trained_with)]
                 look = {"color": COLOURS[index % 5], "ls": DASHES[index % 5]}
                 axis.plot(rows.step, rows.clipped, label=f"c = {c:g}", lw=1.4, **look)
-                facts = {"label": f"pace c={c:g} κ={kappa:g}", "lr": lr}
+                facts = {"label": f"pace pullback={c:g} kappa={kappa:g}", "lr": lr}
                 parts.append(rows[["setting", "step", "gain_mean", "clipped"]].assign(**facts))
             axis.set_ylim(-0.02, 1.02)
             _dress(axis, "step", "share clipped", f"{task.name}\nκ = {kappa:g}, lr {lr:g}")
@@ -362,12 +373,12 @@ def clipped_at_the_end(lab: Lab) -> Drawn:
     figure, axes = _figure(1, len(own.rates))
     parts = []
     for axis, lr in zip(axes[0], own.rates, strict=True):
-        rows = _pulled(lab, task, lr=lr, c=own.cs, kappa=own.kappas)
+        rows = _pulled(lab, task, lr=lr, pullback=own.cs, kappa=own.kappas)
         for index, (kappa, group) in enumerate(rows.groupby("kappa")):
-            shown = group.sort_values("c")
+            shown = group.sort_values("pullback")
             look = {"color": COLOURS[index % 5], "ls": DASHES[index % 5]}
             marker = MARKERS[index % 5]
-            axis.plot(shown.c, shown.clipped, marker=marker, label=f"κ = {kappa:g}", **look)
+            axis.plot(shown.pullback, shown.clipped, marker=marker, label=f"κ = {kappa:g}", **look)
         axis.set_xscale("log")
         axis.set_ylim(-0.02, 1.02)
         _dress(axis, "c", "share clipped at the end", f"{task.name}\nlr {lr:g}")
@@ -378,10 +389,17 @@ def clipped_at_the_end(lab: Lab) -> Drawn:
 
 def _clipped(lab: Lab, pairs: Any) -> Listing:
     rows = [
-        [task.name, f"{row.lr:g}", f"{row.kappa:g}", f"{row.c:g}", row.gain_mean, row.clipped]
+        [
+            task.name,
+            f"{row.lr:g}",
+            f"{row.kappa:g}",
+            f"{row.pullback:g}",
+            row.gain_mean,
+            row.clipped,
+        ]
         for task, own in pairs
-        for row in _pulled(lab, task, lr=own.rates, c=own.cs, kappa=own.kappas)
-        .sort_values(["lr", "kappa", "c"])
+        for row in _pulled(lab, task, lr=own.rates, pullback=own.cs, kappa=own.kappas)
+        .sort_values(["lr", "kappa", "pullback"])
         .itertuples()
     ]
     columns = ["model", "lr", "κ", "c", "mean gain", "share clipped"]
@@ -481,7 +499,7 @@ def other_data(lab: Lab) -> Drawn:
         left.plot(
             ema.lr, ema.returned_loss, ":", color=colour, marker=marker, label=f"EMA, κ = {kappa:g}"
         )
-        pulled = _pulled(lab, task, kappa=kappa, c=own.cs)
+        pulled = _pulled(lab, task, kappa=kappa, pullback=own.cs)
         best = pulled.loc[pulled.groupby("lr").selection_loss.idxmin()]
         left.plot(
             *(best.lr, best.returned_loss, "-"),
@@ -623,7 +641,7 @@ def alone(lab: Lab) -> Drawn:
     _late(figure, 0.4)
     _dress(axes[0][0], "step", title=f"{task.name}, lr {rate:g}, κ = 0.5")
     for axis, schedule in zip(axes[0][1:], ("constant", "wsd"), strict=True):
-        rows = _pulled(lab, task, schedule=schedule, c=own.cs, **fixed)
+        rows = _pulled(lab, task, schedule=schedule, pullback=own.cs, **fixed)
         _basin(axis, rows, "kappa")
         watching = _ends(lab, task, name="ema", schedule=schedule, seed=TUNING, **fixed)
         _level(axis, watching.returned_loss, "EMA, κ = 0.5", LOOKS["EMA"])
@@ -649,7 +667,7 @@ def under_schedules(lab: Lab, *, by_kappa: bool) -> Drawn:
     parts, groups = [], []
     for axis, schedule in zip(axes[0], SCHEDULES, strict=True):
         fixed = {"lr": rate, "seed": seeds, "schedule": schedule}
-        rows = _pulled(lab, task, c=own.cs, kappa=kappas, **fixed)
+        rows = _pulled(lab, task, pullback=own.cs, kappa=kappas, **fixed)
         _basin(axis, rows, "kappa")
         adamw = _ends(lab, task, name="adamw", **fixed)
         ema = _ends(lab, task, name="ema", **fixed)

@@ -24,24 +24,20 @@ from rich.text import Text
 
 from ..auto import AUTO
 from ..train import InputError, Options
-from ..train.methods import Method
+from ..train.methods import all_options
 from ..train.page import COLOURS, render
-from ..train.recipe import Recipe, read_recipe
+from ..train.recipe import MEASURING, METHOD, RESUMABLE, Recipe, keys_with, read_recipe
 from .statistics import interval
 
 METRICS, MANIFEST, RECIPE = "metrics.jsonl", "manifest.json", "recipe.yaml"
 FILES = (METRICS, MANIFEST, RECIPE, "training.jsonl", "report.html")  # to link to
 WORDS = ("name", "schedule", "base", "gain", "state")
-AXES = tuple(name for name in Method.model_fields if name not in WORDS)  # numeric, of methods
+AXES = tuple(name for name in all_options() if name not in WORDS)  # numeric, of methods
 # What of a configuration belongs to a method or a seed, or changes no loss; what else differs
 # makes another setting.
-WITHIN = frozenset(
-    {
-        *("methods", "method", "schedule", "seeds", "seed", "minutes", "evaluations", *AXES),
-        *("workers", "out", "micro_batch", "gradient_checkpointing", "compile", "fsdp", "loaders"),
-        *("save_every", "keep_checkpoints", "report_to", "log_every", "attention"),
-    }
-)
+WITHIN = keys_with(METHOD, RESUMABLE, MEASURING) | {
+    *("methods", "seeds", "minutes", "workers", "out", *AXES),
+}
 BASELINE = "adamw"
 
 
@@ -238,7 +234,7 @@ def _trained(folder: Path, lines: Lines) -> Lines:
     except InputError as error:
         raise InputError(f"{folder / RECIPE} cannot be used: {error}") from error
     method, name = recipe.parsed, folder.resolve().name
-    facts = {"run": name, "trained_with": name, "label": method.label, **method.model_dump()}
+    facts = {"run": name, "trained_with": name, "label": method.label, **method.row}
     rows: Lines = []
     pull: dict[str, Any] = {}
     for number, entry in lines:

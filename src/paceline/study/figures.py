@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ..files import whole
 from ..train import InputError, unknown
-from ..train.methods import Method, parse_method
+from ..train.methods import Method, method_of_row, parse_method
 from ..train.page import save
 from ..train.recipe import Names, Recipe, read_recipe
 from ..train.terminal import quiet
@@ -222,8 +222,7 @@ class Lab:
                 f"{task.name}: no run of {', '.join(names)} was finished to choose from"
             )
         row = rows.loc[rows.selection_loss.idxmin()]
-        values: dict[str, Any] = {k: row[k] for k in Method.model_fields if not pd.isna(row[k])}
-        return Method(**values)
+        return method_of_row(row)
 
 
 def grid(task: Task, text: str, **lists: Iterable[Any]) -> list[Method]:
@@ -258,7 +257,7 @@ def _tried(task: Task, grid_: Grid) -> list[Method]:
     """PACE at every setting, AdamW and its averages at every rate: constant."""
     return [
         *_averages(task, "constant", grid_.rates),
-        *_pace(task, lr=grid_.rates, kappa=grid_.kappas, c=grid_.cs),
+        *_pace(task, lr=grid_.rates, kappa=grid_.kappas, pullback=grid_.cs),
     ]
 
 
@@ -269,7 +268,7 @@ def _scheduled(task: Task, grid_: Grid) -> list[Method]:
         *_averages(task, "cosine", rates),
         *_averages(task, "wsd", rates),
         *grid(task, "ema:power", kappa=(0.3, 0.5), lr=rates),
-        *grid(task, "ema:twin", kappa=(0.3,), g=(0.5,), lr=rates),
+        *grid(task, "ema:twin", kappa=(0.3,), twin_gain=(0.5,), lr=rates),
         *grid(task, "schedule-free", lr=rates),
     ]
 
@@ -326,7 +325,7 @@ def twin(lab: Lab, task: Task, method: Method) -> Method:
     row = ends[(ends.setting == task.name) & (ends.label == method.label) & (ends.lr == method.lr)]
     gains = lab.points[lab.points.run.isin(row.run) & (lab.points.setting == task.name)]
     g = round(float(gains.gain_mean.mean()), 3)
-    text = f"ema:twin:kappa={method.kappa}:g={min(1.0, max(g, 0.001))}:lr={method.lr}"
+    text = f"ema:twin:kappa={method.kappa}:twin_gain={min(1.0, max(g, 0.001))}:lr={method.lr}"
     return parse_method(text)
 
 
@@ -358,8 +357,8 @@ def _rarer(lab: Lab, kappas: Sequence[float]) -> Stages:
     task, own = lab.scale.main, lab.scale.tuned
     tried = [
         *_averages(task, "constant", own.rates),
-        *_pace(task, lr=own.rates, kappa=kappas, c=own.cs),
-        *_pace(task, lr=own.rates, kappa=kappas, c=own.cs, every=lab.scale.every),
+        *_pace(task, lr=own.rates, kappa=kappas, pullback=own.cs),
+        *_pace(task, lr=own.rates, kappa=kappas, pullback=own.cs, every=lab.scale.every),
     ]
     yield cells(task, tried, TUNING)
 
@@ -409,7 +408,11 @@ def _seeds(lab: Lab) -> Stages:
     for task, own in grids(lab.scale):
         best = lab.best(task, ["pace"], ["constant"], return_kappa=None, every=None)
         yield cells(
-            task, _pace(task, "pace:wsd", c=[best.c], kappa=[best.kappa], lr=own.rates), TUNING
+            task,
+            _pace(
+                task, "pace:wsd", pullback=[best.get("pullback")], kappa=[best.kappa], lr=own.rates
+            ),
+            TUNING,
         )
     for task in lab.scale.models:
         yield seeded(task, constant_and_decaying(lab, task).values(), lab.scale.seeds)
@@ -441,7 +444,7 @@ def _alone(lab: Lab) -> Stages:
     yield from _pretraining(lab)
     task, own = lab.scale.from_scratch, lab.scale.scratch
     rate = middle_rate(lab)
-    yield cells(task, _pace(task, "pace:wsd", c=own.cs, kappa=(0.5,), lr=(rate,)), TUNING)
+    yield cells(task, _pace(task, "pace:wsd", pullback=own.cs, kappa=(0.5,), lr=(rate,)), TUNING)
 
 
 def _under_schedules(lab: Lab) -> Stages:
@@ -450,7 +453,7 @@ def _under_schedules(lab: Lab) -> Stages:
     task, own = lab.scale.from_scratch, lab.scale.scratch
     rate = middle_rate(lab)
     for schedule in SCHEDULES:
-        tried = _pace(task, f"pace:{schedule}", c=own.cs, kappa=(0.5,), lr=(rate,))
+        tried = _pace(task, f"pace:{schedule}", pullback=own.cs, kappa=(0.5,), lr=(rate,))
         yield cells(task, [*tried, *_averages(task, schedule, (rate,))], lab.scale.seeds)
 
 
@@ -460,7 +463,7 @@ def _under_schedules_by_kappa(lab: Lab) -> Stages:
     task, own = lab.scale.from_scratch, lab.scale.scratch
     rate = middle_rate(lab)
     for schedule in SCHEDULES:
-        tried = _pace(task, f"pace:{schedule}", c=own.cs, kappa=own.kappas, lr=(rate,))
+        tried = _pace(task, f"pace:{schedule}", pullback=own.cs, kappa=own.kappas, lr=(rate,))
         yield cells(task, [*tried, *_averages(task, schedule, (rate,))], TUNING)
 
 
@@ -667,7 +670,7 @@ def write_script(figure: str, missing: list[Cell], folder: Path) -> Path:
         with whole(recipe, shared=True) as partial:
             partial.write_text(cell.task.recipe.to_yaml(), encoding="utf-8")
         for run, method in zip(cell.run.names, cell.run.methods, strict=True):
-            if method.return_kappa is None:
+            if method.get("return_kappa") is None:
                 words = ["paceline", "train", str(recipe), "--method", method.written]
                 words += ["--lr", f"{method.lr:g}", "--seed", str(cell.run.seed)]
                 lines.append(shlex.join([*words, "--out", str(folder / "runs" / name / run)]))

@@ -47,9 +47,8 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ..auto import AUTO
 from ..files import whole
-from ..train import InputError, Options
+from ..train import InputError, Options, Positive
 from ..train.manifest import cores, environment, write_json
-from ..train.recipe import Positive
 from .cells import Cell, Result
 from .runs import Job, Queue, Row, run_all
 
@@ -64,9 +63,9 @@ OFFERED = ("cell", "name", "methods", "seed", "configuration")  # attributes, as
 # What a cell's trial shows of it; wide, for a study's trials must agree.
 SHOWN: dict[str, BaseDistribution] = {
     "lr": FloatDistribution(sys.float_info.min, sys.float_info.max, log=True),
-    "c": FloatDistribution(0, sys.float_info.max),
+    "pullback": FloatDistribution(0, sys.float_info.max),
     "kappa": FloatDistribution(0, 1),
-    "g": FloatDistribution(0, 1),
+    "twin_gain": FloatDistribution(0, 1),
     "every": IntDistribution(1, 10**9),
     "schedule": CategoricalDistribution(["constant", "cosine", "wsd", "power", "twin"]),
 }
@@ -412,7 +411,7 @@ def _study_name(cell: Cell) -> str:
 
 
 def _offer(cell: Cell) -> FrozenTrial:
-    options = cell.trajectory.model_dump().items()
+    options = cell.trajectory.row.items()
     values = {k: x for k, x in options if k in SHOWN and x not in (None, AUTO)}
     return create_trial(
         state=TrialState.WAITING,

@@ -205,9 +205,9 @@ def _about_the_pull(label: str, cell: Cell, here: dict[str, Cell], lr: float) ->
         facts = next(iter(its.rows.values()))
         if facts["name"] != "ema" or facts["kappa"] != mine["kappa"]:
             continue
-        alike = facts["schedule"] == mine["schedule"] and facts["g"] == mine["g"]
+        alike = facts["schedule"] == mine["schedule"] and facts["twin_gain"] == mine["twin_gain"]
         # docs/theory.md: where it is not clipped
-        c = math.nan if mine["c"] == AUTO else mine["c"]
+        c = math.nan if mine["pullback"] == AUTO else mine["pullback"]
         amounts_to = (mine["eps"] or 1e-8) + lr * c
         if alike and facts["eps"] != mine["eps"]:
             if math.isclose(facts["eps"] or 1e-8, amounts_to, rel_tol=0.01):

@@ -33,12 +33,9 @@ class Run(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Of the methods' folders, as in `pace-c10-kappa0.3-lr0.01-seed0`."""
+        """Of the methods' folders, as in `pace-pullback10-kappa0.3-lr0.01-seed0`."""
         labels = [f"{m.label} lr={m.lr:g} seed={self.seed}" for m in self.methods]
-        plain = str.maketrans(
-            {"κ": "kappa", "η": "eta", "α": "alpha", "ε": "eps", "=": "", " ": "-"}
-        )
-        return [label.translate(plain) for label in labels]
+        return [label.replace("=", "").replace(" ", "-") for label in labels]
 
     @property
     def name(self) -> str:
@@ -57,7 +54,7 @@ class Run(NamedTuple):
         """
         rows = []
         for name, method, curve in zip(self.names, self.methods, curves, strict=True):
-            facts = {"run": name, "label": method.label, **method.model_dump(), "seed": self.seed}
+            facts = {"run": name, "label": method.label, **method.row, "seed": self.seed}
             facts |= {"trained_with": self.name, "seconds": round(seconds, 2)}
             for point in curve:
                 numbers = {k: v if math.isfinite(v) else None for k, v in point.items()}

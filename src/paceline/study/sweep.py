@@ -18,9 +18,9 @@ from pydantic import Field, model_validator
 from rich.console import Console
 
 from ..files import whole
-from ..train import InputError, Options, unknown
+from ..train import InputError, Options, Positive, unknown
 from ..train.methods import Method, parse_method
-from ..train.recipe import Positive, Recipe, parse_yaml, read_recipe
+from ..train.recipe import Recipe, parse_yaml, read_recipe
 from ..train.terminal import quiet
 from .cells import Cell, Task
 from .ledger import Ledger, Outcomes, Shared, open_ledger, selection, work_off, write_rows
@@ -155,7 +155,7 @@ class Family:
         changing = {
             option: CategoricalDistribution(values)
             for option, values in self.lists.items()
-            if any(getattr(method, option) is not None for method in trained)
+            if any(method.get(option) is not None for method in trained)
         }
         return {**self.ranges, **changing}
 
@@ -292,7 +292,7 @@ class Tuning:
 
 def last_row(outcomes: Outcomes, cell: Cell, method: Method) -> Row:
     """What a method returned at the end of a cell."""
-    own = method.model_dump().items()
+    own = method.row.items()
     rows = outcomes.finished[cell.key].rows
     return next(row for row in reversed(rows) if all(row.get(k) == x for k, x in own))
 
@@ -430,13 +430,13 @@ def best_table(plan: Tuning, outcomes: Outcomes) -> Listing:
 
 def equal_table(losses: dict[Method, dict[int, float]]) -> Listing:
     """A pull against the same average without it: at equal κ, schedule and learning rate."""
-    same = ("lr", "kappa", "schedule", "g", "every", "state", "return_kappa", "eps")
+    same = ("lr", "kappa", "schedule", "twin_gain", "every", "state", "return_kappa", "eps")
     rows = []
-    for method in sorted((m for m in losses if m.c), key=lambda m: (m.lr, m.label)):
-        if method.name == "pullback" and method.base != "adamw":
+    for method in sorted((m for m in losses if m.pulls), key=lambda m: (m.lr, m.label)):
+        if method.name == "pullback" and method.get("base") != "adamw":
             continue
         for other in losses:
-            if other.name != "ema" or any(getattr(other, k) != getattr(method, k) for k in same):
+            if other.name != "ema" or any(other.get(k) != method.get(k) for k in same):
                 continue
             if both := losses[method].keys() & losses[other].keys():
                 means = [fmean(losses[each][seed] for seed in both) for each in (method, other)]

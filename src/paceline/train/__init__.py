@@ -2,13 +2,20 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Positive = Annotated[int, Field(ge=1)]
+Number = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Power = Annotated[float, Field(ge=0, le=1)]
+Gain = Annotated[float, Field(gt=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class InputError(Exception):
-    """What the user gave cannot be used; the message is one line that says why and what to do."""
+    """The user's input cannot be used; the message is one line that says why and what to do."""
 
 
 class Options(BaseModel):
@@ -17,10 +24,10 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
-        for name, value in values.items():  # yes and off are switches in YAML, not 1 and 0
+        for name, value in values.items():  # in YAML, yes and off are switches and not 1 and 0
             field = type(self).model_fields.get(name)
             if isinstance(value, bool) and field and field.annotation is not bool:
-                raise InputError(f"{name}: this is no switch, got {value}")
+                raise InputError(f"{name}: expected a value that is not true or false, got {value}")
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -32,7 +39,7 @@ class Options(BaseModel):
 
 
 def unknown(name: str, known: Iterable[str], what: str = "key") -> str:
-    """The line for a name that is not known, with the nearest one that is."""
+    """The message for an unknown name, with the nearest known one."""
     known = sorted(known)
     near = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"

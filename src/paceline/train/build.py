@@ -1,4 +1,4 @@
-"""From a recipe to a trainer: data, tokenizer, model, and how they are stepped."""
+"""Build a trainer from a recipe: data, tokenizer, model, batches and steps."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ from .trainer import OneMethodTrainer
 
 
 class PerToken(SFTTrainer):
-    """TRL's trainer, but evaluation losses are means over all tokens learned, not over batches."""
+    """TRL's trainer with evaluation losses that are means over tokens instead of batches."""
 
     def evaluation_loop(
         self,
@@ -45,7 +45,7 @@ class PerToken(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """The Trainer's, with a mean over tokens."""
+        """Evaluate, with the loss as a mean over all learned tokens of all processes."""
         self._sum, self._learned = 0.0, 0
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -56,11 +56,12 @@ class PerToken(SFTTrainer):
         return output._replace(metrics={**(output.metrics or {}), **loss})
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """The Trainer's; where processes would get the first sequences again, to have as many each,
-        they get some of which nothing is learned.
+        """The Trainer's loader, whose last batches are filled with sequences without labels.
+
+        Several processes would get the first sequences a second time instead.
         """
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(data, str):  # the name of one of several
+        if isinstance(data, str):  # a name: there are several sets
             data = self.eval_dataset[data]  # type: ignore[index]
         missing = -len(data) % (self.args.per_device_eval_batch_size * self.args.world_size)
         if missing and self.args.world_size > 1:
@@ -70,7 +71,7 @@ class PerToken(SFTTrainer):
         return super().get_eval_dataloader(data)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, taken down."""
+        """Compute a batch's loss, and add it to the sum over tokens."""
         learned = int((inputs["labels"][..., 1:] != -100).sum())
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
         if learned:
@@ -79,26 +80,27 @@ class PerToken(SFTTrainer):
         return loss, logits, labels
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None for checkpoints: ours goes with the model."""
+        """Write no card for checkpoints; a run writes its own beside the model."""
 
 
 class RunTrainer(OneMethodTrainer, PerToken):
-    """One of our methods, for conversations and for text, that keeps account of the data's order.
+    """Trains one method by a recipe, and keeps a fingerprint of the data's order for resuming.
 
-    `order` is a sum over all sequences trained on, of a hash of their tokens times a factor of the
-    step, modulo 2^64: equal however a batch is split into micro-batches and processes.
+    `order` is the sum, modulo 2^64, over all sequences trained on, of a hash of their tokens times
+    a factor of the step. It does not depend on how a batch is split into micro-batches and
+    processes.
     """
 
-    order: Any = 0  # a tensor on the device, so that nothing waits for it
+    order: Any = 0  # a tensor on the device: reading it would wait
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The Trainer's, noted."""
+        """Train on a micro-batch, and add it to `order`."""
         self.order = self.order + (2 * self.state.global_step + 1) * _fingerprint(inputs)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As ever, but for what is of a resumed run only a part of the sum, over all steps."""
+        """Log without `train_loss`, which a resumed run would compute from a part of its steps."""
         logs.pop("train_loss", None)
         super().log(logs, start_time)
 
@@ -107,7 +109,7 @@ class RunTrainer(OneMethodTrainer, PerToken):
         kept: Any = self.state.stateful_callbacks
         kept["paceline"] = {
             "order": int(total),
-            # What the next line of metrics is of, besides the steps to come.
+            # The next line of metrics also covers the steps since the last line.
             "logged": self._globalstep_last_logged,
             "loss": float(self.accelerator.reduce(self._tr_loss.clone(), "mean")),
             "metrics": dict(self._metrics["train"]),
@@ -117,7 +119,7 @@ class RunTrainer(OneMethodTrainer, PerToken):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         position = super()._init_training_state(*args, **kwargs)
-        self.state.save_steps = int(self.args.save_steps)  # which may be others than before
+        self.state.save_steps = int(self.args.save_steps)  # the recipe's, which may have changed
         kept: Any = self.state.stateful_callbacks
         self._resumed: dict[str, Any] = dict(kept.get("paceline", {}))
         self.order = self._resumed.get("order", 0) if self.is_world_process_zero() else 0
@@ -135,7 +137,7 @@ class RunTrainer(OneMethodTrainer, PerToken):
 
 def _fingerprint(inputs: dict[str, Any]) -> Tensor:
     ids = inputs["input_ids"]
-    # Several sequences in a row, where they are packed, each with places of its own.
+    # A row may have several packed sequences, each with positions from 0.
     in_a_row = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
     places = inputs.get("position_ids", in_a_row)
     sequence = (places == 0).flatten().cumsum(0) - 1
@@ -150,31 +152,34 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 EVALUATED_TOKENS = 8192  # at a time, at least
-Built = TypeVar("Built", bound=OneMethodTrainer)
+AnyTrainer = TypeVar("AnyTrainer", bound=OneMethodTrainer)
 
 # ---- building -----------------------------------------------------------------------------------
 
 
 def processes() -> Any:
-    """Accelerate's account of this process among others, on CPUs too."""
+    """Accelerate's state of this process and the others, also on CPUs."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 class Prepared(NamedTuple):
-    """What a trainer is fed with: sequences of tokens, and the tokenizer that made them."""
+    """Sequences of tokens for a trainer, and the tokenizer that made them."""
 
     train: Any
     evaluation: Any
     tokenizer: Any
 
 
-def build(recipe: Recipe, folder: Path, *, only_data: bool = False) -> RunTrainer:
-    """Data, tokenizer, model, and a trainer that writes its checkpoints into `folder`.
+def build_trainer(recipe: Recipe, folder: Path, *, only_data: bool = False) -> RunTrainer:
+    """Load data, tokenizer and model, and make the trainer of a run.
 
-    With `only_data`, the model is a stand-in: the data are as they would be for the real one.
+    Args:
+        recipe: what is trained on what, and how.
+        folder: for the checkpoints.
+        only_data: replace the model by a tiny stand-in; the data are as for the real one.
 
     Raises:
-        InputError: something in the recipe cannot be had or used, or does not go together.
+        InputError: something in the recipe cannot be loaded or used, or does not fit together.
     """
     kind = partial(RunTrainer, method=recipe.parsed)
     return assemble(recipe, folder, kind, only_data=only_data)
@@ -183,26 +188,30 @@ def build(recipe: Recipe, folder: Path, *, only_data: bool = False) -> RunTraine
 def assemble(
     recipe: Recipe,
     folder: Path,
-    kind: Callable[..., Built],
+    kind: Callable[..., AnyTrainer],
     *,
     only_data: bool = False,
     prepared: Prepared | None = None,
-) -> Built:
-    """As `build`, with a trainer of any kind that knows its method.
+) -> AnyTrainer:
+    """As `build_trainer`, with a trainer of another kind.
 
     Args:
         recipe: what is trained on what, and how.
-        folder: of the checkpoints.
-        kind: makes the trainer.
-        only_data: the model is a stand-in.
-        prepared: data of an earlier trainer by a recipe with the same ones, to save the time.
+        folder: for the checkpoints.
+        kind: makes the trainer; it knows its method.
+        only_data: replace the model by a tiny stand-in.
+        prepared: the data of an earlier trainer, which are used again to save time; all keys with
+            the role DATA were the same for it.
+
+    Raises:
+        InputError: something in the recipe cannot be loaded or used, or does not fit together.
     """
     state = processes()
     micro, accumulation = _split_batch(recipe, state.num_processes)
     check_fsdp(recipe, state)
     conversations = recipe.task == "sft"
     if prepared is None:
-        with state.main_process_first():  # the others find it in the cache
+        with state.main_process_first():  # the others then read the cache
             prepared = _prepare(recipe)
         skipped = {}
     else:
@@ -224,10 +233,10 @@ def assemble(
         max_grad_norm=recipe.max_grad_norm,
         use_cpu=state.device.type == "cpu",
         bf16=recipe.precision == "bf16",
-        gradient_checkpointing=False,  # TRL's other default for the same
+        gradient_checkpointing=False,  # TRL's default is True; see the next line
         activation_checkpointing=recipe.gradient_checkpointing and not recipe.fsdp,
         torch_compile=recipe.compile,
-        fsdp=recipe.fsdp or None,  # type: ignore[arg-type]  # its own documentation's
+        fsdp=recipe.fsdp or None,  # type: ignore[arg-type]  # documented so
         fsdp_config={"activation_checkpointing": recipe.gradient_checkpointing}
         if recipe.fsdp
         else None,
@@ -265,30 +274,33 @@ def assemble(
         else None,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.data_collator = _Predicted(trainer.data_collator)
+    trainer.data_collator = _WithoutFirstLabels(trainer.data_collator)
     evaluation: Any = trainer.eval_dataset
     if not len(evaluation):
         given = ", ".join(recipe.eval_data or recipe.data or ("the default",))
         raise InputError(
-            f"data: of what is to evaluate on, {given}, nothing could be learned within a "
-            f"--context of {recipe.context} tokens"
+            f"data: no token of {given} counts in the evaluation loss within a --context of "
+            f"{recipe.context} tokens; give a larger one"
         )
-    kept = min(recipe.eval_examples, len(evaluation))  # documents are many sequences
+    kept = min(recipe.eval_examples, len(evaluation))  # a document is many sequences
     trainer.eval_dataset = evaluation.select([i * len(evaluation) // kept for i in range(kept)])
     if isinstance(trainer.train_dataset, Dataset):
         count = len(trainer.train_dataset)
         if count < recipe.batch:
             raise InputError(
-                f"batch: {recipe.batch} sequences a step are more than the {count} there are; give "
-                "a smaller --batch or more --data"
+                f"batch: {recipe.batch} sequences a step are more than the {count} in the data; "
+                "give a smaller --batch or more --data"
             )
-        # A step short of sequences would count as a whole one; each epoch leaves out the same few.
+        # Whole batches only: a smaller last one would count as a step. Each epoch leaves out the
+        # same few sequences.
         trainer.train_dataset = trainer.train_dataset.select(range(count - count % recipe.batch))
-        steps = steps or _steps(recipe, trainer.train_dataset)
+        steps = steps or _steps_of_data(recipe, trainer.train_dataset)
     assert steps is not None
     trainer.warmup = round(recipe.warmup if recipe.warmup >= 1 else recipe.warmup * steps)
     if trainer.warmup >= steps:
-        raise InputError(f"warmup: {trainer.warmup} steps leave nothing of {steps}")
+        raise InputError(
+            f"warmup: {trainer.warmup} steps must be fewer than the {steps} steps of the run"
+        )
     arguments.max_steps = steps
     arguments.eval_steps = math.ceil(steps / recipe.evaluations)
     arguments.save_steps = recipe.save_every or arguments.eval_steps
@@ -296,7 +308,7 @@ def assemble(
 
 
 def _prepare(recipe: Recipe) -> Prepared:
-    """What is trained and evaluated on, of conversations as tokens, and the tokenizer."""
+    """Load the data and the tokenizer; conversations are tokenized, text is not yet."""
     conversations = recipe.task == "sft"
     data = sources.load_sources(
         recipe.data or (("chitchat",) if conversations else ("python",)),
@@ -323,10 +335,10 @@ def _prepare(recipe: Recipe) -> Prepared:
     return Prepared(data.train, data.evaluation, tokenizer)
 
 
-class _Predicted:
+class _WithoutFirstLabels:
     """A collator's batches without labels for first tokens, which nothing predicts.
 
-    The Trainer divides the loss by the number of labels.
+    The Trainer divides the loss by the number of labels, so these must not count.
     """
 
     def __init__(self, collator: Callable[[Any], dict[str, Any]]) -> None:
@@ -339,45 +351,46 @@ class _Predicted:
 
 
 def evaluated_together(recipe: Recipe, micro: int) -> int:
-    """Sequences that an evaluation looks at at a time.
+    """Sequences that an evaluation computes at a time.
 
-    No activations are kept there, so more short ones go together than in a micro-batch.
+    It keeps no activations, so it takes more short sequences than a micro-batch.
     """
     return max(micro, EVALUATED_TOKENS // recipe.context)
 
 
 def check_fsdp(recipe: Recipe, state: Any) -> None:
-    """Refuse to share out what cannot be; accelerate would keep all in each without a word.
+    """Refuse FSDP where accelerate would silently train without it.
 
     Raises:
-        InputError: there is one process, or none with an accelerator.
+        InputError: there is only one process, or no accelerator.
     """
     if recipe.fsdp and (state.num_processes == 1 or state.device.type == "cpu"):
         raise InputError(
-            "fsdp: it shares out a model among several processes with an accelerator each, here is "
-            f"{state.num_processes} on {state.device.type}; start by torchrun on such a machine"
+            "fsdp: it needs several processes with an accelerator each, got "
+            f"{state.num_processes} on {state.device.type}; start them by torchrun"
         )
 
 
 def _split_batch(recipe: Recipe, processes: int) -> tuple[int, int]:
-    """Sequences that a process works on at a time, and how often in a step."""
+    """Sequences that a process computes at a time, and how many such micro-batches make a step."""
     micro = recipe.micro_batch or recipe.batch // processes
     if micro == 0 or recipe.batch % (micro * processes):
         raise InputError(
             f"batch: {recipe.batch} sequences a step cannot be split into micro-batches of "
-            f"{max(micro, 1)} on {processes} processes; give a --batch or --micro-batch that can"
+            f"{max(micro, 1)} on {processes} processes; change --batch or --micro-batch"
         )
     return micro, recipe.batch // (micro * processes)
 
 
 def _given_steps(recipe: Recipe) -> int | None:
+    """The steps that the recipe alone decides; None if they follow from the data."""
     if recipe.tokens is not None and (recipe.streaming or recipe.task == "pretrain"):
         return math.ceil(recipe.tokens / (recipe.batch * recipe.context))
     return recipe.steps
 
 
-def _steps(recipe: Recipe, data: Dataset) -> int:
-    """Steps of so many epochs or tokens, of sequences that are not all full."""
+def _steps_of_data(recipe: Recipe, data: Dataset) -> int:
+    """Steps of the recipe's epochs or tokens; sequences may be shorter than the context."""
     if recipe.tokens is None:
         return math.ceil((recipe.epochs or 1) * (len(data) // recipe.batch))
     lengths = pc.list_value_length(data.data.column("input_ids"))
@@ -385,8 +398,8 @@ def _steps(recipe: Recipe, data: Dataset) -> int:
 
 
 @contextmanager
-def _had(what: str, name: str) -> Iterator[None]:
-    """Say in one line why a part of a model could not be had."""
+def _loading(what: str, name: str) -> Iterator[None]:
+    """Report in one line why a model or tokenizer cannot be loaded."""
     local = sources.is_here(name)
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise InputError(f"{what}: no such folder: {name}")
@@ -403,17 +416,19 @@ def _tokenizer(recipe: Recipe, data: sources.Data) -> PreTrainedTokenizerBase:
     tokenizer: Any
     if recipe.tokenizer == "bpe":
         if isinstance(data, IterableDataset):
-            raise InputError("tokenizer: bpe cannot be learned from a stream; name another")
-        tokenizer = make_tokenizer(list(_texts(data)), recipe.vocabulary)
+            raise InputError("tokenizer: bpe cannot be trained on a stream; name another tokenizer")
+        tokenizer = make_tokenizer(list(_iter_texts(data)), recipe.vocabulary)
     else:
         name = recipe.tokenizer or recipe.model
         assert name is not None
-        with _had("tokenizer" if recipe.tokenizer else "model", name):
+        with _loading("tokenizer" if recipe.tokenizer else "model", name):
             tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.eos_token is None:
-        raise InputError("tokenizer: it has no token for the end of a text")
+        raise InputError("tokenizer: it has no token for the end of text; name another tokenizer")
     chosen = recipe.chat_template
-    if chosen == "chatml" or (chosen is None and recipe.task == "sft" and not _speaks(tokenizer)):
+    if chosen == "chatml" or (
+        chosen is None and recipe.task == "sft" and tokenizer.chat_template is None
+    ):
         use_chatml(tokenizer)
     elif chosen is not None:
         try:
@@ -421,16 +436,12 @@ def _tokenizer(recipe: Recipe, data: sources.Data) -> PreTrainedTokenizerBase:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
             raise InputError(
-                f"chat_template: {chosen!r} is neither chatml nor a file of text: {reason}"
+                f"chat_template: {chosen!r} is neither chatml nor a text file: {reason}"
             ) from error
     return tokenizer
 
 
-def _speaks(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.chat_template is not None
-
-
-def _texts(data: Dataset) -> Iterator[str]:
+def _iter_texts(data: Dataset) -> Iterator[str]:
     for row in data:
         if "text" in row:
             yield row["text"]
@@ -453,7 +464,7 @@ def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
         special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **changes})
     else:
-        with _had("model", recipe.model):
+        with _loading("model", recipe.model):
             config = AutoConfig.from_pretrained(recipe.model)
         for key, value in changes.items():
             if not hasattr(config, key):
@@ -466,11 +477,11 @@ def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
         if recipe.model is None or recipe.from_scratch:
             model = AutoModelForCausalLM.from_config(config, **options)
         else:
-            with _had("model", recipe.model):
+            with _loading("model", recipe.model):
                 model = AutoModelForCausalLM.from_pretrained(recipe.model, config=config, **options)
     except (ImportError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"model: {' '.join(str(error).split())}") from error
-    # A folder may hold fewer embeddings than the tokenizer has entries, never the other way about.
+    # A model may have fewer embeddings than the tokenizer has entries; more are no problem.
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     for settings in (model.config.get_text_config(), model.generation_config):

@@ -1,7 +1,5 @@
-"""What is done on the way of a run: the last step, signals, progress, lines of metrics."""
+"""Callbacks of a training: its last step, signals, the progress bar, lines of metrics."""
 
-import json
-import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +9,13 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..files import whole
+from .folder import json_line
 
 
-class AtTheEnd(TrainerCallback):
-    """The last step is evaluated and saved, a multiple of the intervals or not.
+class EvalAndSaveAtEnd(TrainerCallback):
+    """Evaluates and saves after the last step, whatever the intervals are.
 
-    And the pull is measured only where it is logged or evaluated.
+    It also has the optimizer measure its pull only at steps that are logged or evaluated.
     """
 
     def on_step_begin(
@@ -36,13 +35,13 @@ class AtTheEnd(TrainerCallback):
 
 
 class Stop(TrainerCallback):
-    """The first signal to end asks for a checkpoint and an end; the second ends."""
+    """The first signal saves a checkpoint and ends the run; the second interrupts at once."""
 
     asked = False
 
     @contextmanager
     def on_signals(self, processes: int) -> Iterator[None]:
-        """Listen. Several processes would not hear it at the same step, and are not asked."""
+        """Handle signals of a run of one process: several would not stop at the same step."""
         signals = (signal.SIGINT, signal.SIGTERM) if processes == 1 else ()
 
         def ask(number: int, frame: Any) -> None:
@@ -62,8 +61,8 @@ class Stop(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-class Progress(TrainerCallback):
-    """A bar, with the last losses."""
+class ProgressBar(TrainerCallback):
+    """Shows a progress bar with the last losses."""
 
     def __init__(self, progress: Any) -> None:
         self.progress = progress
@@ -86,23 +85,16 @@ class Progress(TrainerCallback):
         self.progress.update(self.task, description="training", losses=shown)
 
 
-class Lines(TrainerCallback):
-    """metrics.jsonl: what was logged up to now, of a resumed run up to its checkpoint."""
+class JsonlMetrics(TrainerCallback):
+    """Writes what is logged to metrics.jsonl; a resumed run starts from its checkpoint's log."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         with whole(self.path) as partial:
-            partial.write_text("".join(map(_line, state.log_history)), encoding="utf-8")
+            partial.write_text("".join(map(json_line, state.log_history)), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(state.log_history[-1]))
-
-
-def _line(entry: dict[str, Any]) -> str:
-    finite = {
-        k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in entry.items()
-    }
-    return json.dumps(finite) + "\n"
+            file.write(json_line(state.log_history[-1]))

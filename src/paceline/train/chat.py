@@ -1,4 +1,4 @@
-"""Conversations as tokens, with a mask of what the assistant says: what is learned."""
+"""Conversations as tokens, with a mask of the assistant's turns, which count in the loss."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +13,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from . import InputError
 
 START, END = "<|im_start|>", "<|im_end|>"
-# ChatML. What is between the generation marks is the assistant's, its end of turn with it.
+# ChatML. The generation marks enclose the assistant's text and its end of turn.
 CHATML = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -37,7 +37,7 @@ Encoded = dict[str, list[int]]
 
 
 def use_chatml(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have a tokenizer write ChatML, and take its end of turn for the end."""
+    """Set a tokenizer's chat template to ChatML, and its end of text to ChatML's end of turn."""
     known = tokenizer.get_vocab()
     if missing := [token for token in (START, END) if token not in known]:
         tokenizer.add_special_tokens(
@@ -52,19 +52,21 @@ def conversation_encoder(
 ) -> Callable[[list[dict[str, str]]], Encoded]:
     """A function from messages to `input_ids` and `assistant_masks`, by the chat template.
 
-    The mask is 1 for each token of what the assistant says and for the end of its turn: by the
-    template's own generation marks; by those of a training template that TRL knows for it; or else
-    by rendering the conversation turn by turn, if its template writes each turn the same whatever
-    follows. In the last case a turn before all others is not learned.
+    The mask is 1 for each token of the assistant's turns, with the end of turn. They are found
+
+    - by the template's own generation marks, or
+    - by the marks of a training template that TRL has for it, or
+    - by rendering the conversation turn by turn, if the template writes a turn in the same way
+      whatever follows. Then an assistant's turn at the very start is not masked in.
 
     Raises:
-        InputError: none of the three is possible; of the function, too, where the template refuses
-            a conversation.
+        InputError: none of the three is possible. The function raises it, too, if the template
+            refuses a conversation.
     """
     template: Any = tokenizer.chat_template
     marked = has_generation_markers(template)
     if not marked:
-        with _rendering(), suppress(ValueError):  # of TRL, where it knows none
+        with _rendering(), suppress(ValueError):  # TRL has no such template
             template, marked = get_training_chat_template(tokenizer), True
 
     def encode(messages: list[dict[str, str]]) -> Encoded:
@@ -80,13 +82,15 @@ def conversation_encoder(
         return {name: encoded[name] for name in ("input_ids", "assistant_masks")}
 
     if not any(encode(PROBE)["assistant_masks"]):
-        raise InputError("chat_template: it writes, or marks, nothing of what the assistant says")
+        raise InputError(
+            "chat_template: it leaves out or does not mark the assistant's turns; give another one"
+        )
     return encode
 
 
 @contextmanager
 def _rendering() -> Iterator[None]:
-    """Say in one line what a template says, or what is wrong with it."""
+    """Report in one line what a template raises, or what is wrong with it."""
     try:
         yield
     except TemplateError as error:
@@ -97,7 +101,7 @@ def _by_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
     text, spans = _spans(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     masks = [
-        int(any(start < b and a < end for start, end in spans))  # a token across the border, too
+        int(any(start < b and a < end for start, end in spans))  # also tokens across the border
         for a, b in encoded["offset_mapping"]
     ]
     return {"input_ids": encoded["input_ids"], "assistant_masks": masks}
@@ -106,7 +110,7 @@ def _by_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 def _spans(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation, and from where to where the assistant speaks in it."""
+    """The rendered conversation, and start and end of each assistant's turn in it."""
 
     def render(part: list[dict[str, str]], **options: Any) -> str:
         text: Any = tokenizer.apply_chat_template(part, tokenize=False, **options)
@@ -114,26 +118,23 @@ def _spans(
 
     text, spans = render(messages), []
     for i, message in enumerate(messages):
-        if message["role"] == "assistant" and i:  # nothing cannot be rendered
+        if message["role"] == "assistant" and i:  # the turns before it cannot be empty
             before = render(messages[:i], add_generation_prompt=True)
             until = render(messages[: i + 1]).rstrip()
             if not text.startswith(before) or not text.startswith(until):
                 raise InputError(
-                    "chat_template: the tokenizer's template writes a turn differently when "
-                    "others follow, so what the assistant says cannot be told apart; give one with "
-                    "{% generation %} marks by --chat-template FILE, or --chat-template chatml"
+                    "chat_template: the tokenizer's template writes a turn differently when others "
+                    "follow, so the assistant's turns cannot be found; give --chat-template FILE "
+                    "with {% generation %} marks, or --chat-template chatml"
                 )
             spans.append((len(before), len(until)))
     return text, spans
 
 
-def show(
+def show_example(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int], console: Console
 ) -> None:
-    """Print an example as its tokens read, with those that are learned in green.
-
-    Where there are no colours, ⟦ ⟧ are around them.
-    """
+    """Print an example as text, with the learned tokens in green, or in ⟦ ⟧ without colours."""
     learned = [label != -100 for label in labels]
     text = Text()
     start = 0

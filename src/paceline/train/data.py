@@ -1,4 +1,4 @@
-"""Text in, blocks of tokens out: documents, splits and a tokenizer, cached by content."""
+"""From text to blocks of tokens: documents, splits and a tokenizer, cached by content."""
 
 import hashlib
 import importlib.util
@@ -24,7 +24,7 @@ VALIDATION_SHARE = 0.1  # of the characters, in whole documents
 
 
 class Corpus(NamedTuple):
-    """Documents of one kind of text, in two disjoint parts."""
+    """Documents in two disjoint parts."""
 
     train: list[str]
     validation: list[str]
@@ -41,7 +41,7 @@ class Corpus(NamedTuple):
 
 
 def standard_library_files() -> list[Path]:
-    """The standard library's own sources, without its tests: about 12 MB."""
+    """The Python sources of the standard library without its tests: about 12 MB."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     return [p for p in sorted(root.rglob("*.py")) if skip.isdisjoint(p.relative_to(root).parts)]
@@ -81,10 +81,14 @@ def files_below(paths: Iterable[Path]) -> list[Path]:
 def read_corpus(files: Iterable[Path], max_characters: int, held_out: Iterable[str] = ()) -> Corpus:
     """Read files as UTF-8 documents and split them, whole documents at a time.
 
-    Files that are not text are passed over, and so are exact copies and what ends in a held-out
-    document. Of more than `max_characters` a random part is taken. The validation part is about a
-    tenth; of fewer than ten documents, or where none fits, it is the last tenth of each. The split
-    is always the same for the same files.
+    Files that are not text are skipped, and so are exact copies. The split is the same for the same
+    files. The validation part is about a tenth of the characters; with fewer than ten documents, or
+    if no document is small enough, it is the last tenth of each document.
+
+    Args:
+        files: to read, one document each.
+        max_characters: of a larger corpus, a random part of this size is used.
+        held_out: documents that end in one of these texts are skipped.
 
     Raises:
         InputError: there is no text.
@@ -123,14 +127,14 @@ def read_corpus(files: Iterable[Path], max_characters: int, held_out: Iterable[s
 
 
 def last_tenth(document: str) -> int:
-    """Where the last tenth begins: at the start of a line, if one is near."""
+    """The index where the last tenth begins, at the start of a line if one is near."""
     cut = int((1 - VALIDATION_SHARE) * len(document))
     line = document.rfind("\n", cut - len(document) // 20, cut) + 1
     return line or cut
 
 
 def read_text(file: Path) -> str:
-    """A file's text; "" of one that is none.
+    """A file's text; "" if it is not UTF-8 text.
 
     Raises:
         InputError: it cannot be read.
@@ -145,11 +149,11 @@ def read_text(file: Path) -> str:
 
 
 def make_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the documents, from the cache where it is there already.
+    """A byte-level BPE trained on the documents, or read from the cache.
 
     Args:
-        documents: the text to learn merges from; takes seconds for 10 MB.
-        vocabulary: entries, at least 257: every byte, the end of text, and merges.
+        documents: the text that merges are learned from; 10 MB take seconds.
+        vocabulary: number of entries >= 257: every byte, the end of text, and merges.
     """
     key = content_key(Corpus(documents, []).digest(), vocabulary, tokenizers.__version__)
     path = cache_folder() / f"tokenizer-{key}.json"
@@ -175,7 +179,7 @@ def make_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenizer
 def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A safetensors file in the cache with the tokens of `train` and `validation`.
 
-    Each is a 1-D int32 tensor; every document ends in the end of text.
+    Both are 1-D int32 tensors, in which an end of text follows every document.
     """
     backend = tokenizer.backend_tokenizer
     key = content_key(corpus.digest(), backend.to_str(), tokenizers.__version__)
@@ -202,10 +206,10 @@ def blocks(tokens: Tensor, context: int) -> Tensor:
 
 
 def collate(batch: list[tuple[Tensor]]) -> dict[str, Tensor]:
-    """Blocks as a causal language model takes them: it shifts the labels itself.
+    """Input ids and labels of blocks for a causal language model, which shifts the labels itself.
 
-    Nothing predicts a block's first token. It is masked, for the Trainer divides the loss by the
-    number of labels that are not.
+    Nothing predicts a block's first token. Its label is masked, because the Trainer divides the
+    loss by the number of labels.
     """
     ids = torch.stack([block for (block,) in batch])
     labels = ids.clone()
@@ -214,5 +218,5 @@ def collate(batch: list[tuple[Tensor]]) -> dict[str, Tensor]:
 
 
 def content_key(*parts: object) -> str:
-    """A short name for what was made from these parts, for files in the cache."""
+    """A hash of the parts in 16 hexadecimal digits, which names files in the cache."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -1,12 +1,10 @@
-"""`paceline eval`: tasks of lm-eval, for the live weights and for the returned model of a run."""
+"""`paceline eval`: score the live weights and the returned model of a run on tasks of lm-eval."""
 
 import importlib.util
 import io
 import json
 import logging
 import math
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from difflib import get_close_matches
@@ -34,28 +32,28 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from tyro.conf import Positional, arg
 
-from . import InputError, Options
+from . import InputError, Options, Positive, folder
 from .manifest import environment, write_json
-from .recipe import Names, Positive
+from .recipe import Names
 from .sources import hub_is_there
 
-RUN = {"live": "live", "returned": "model"}  # what is compared, and its folder in a run's
+COMPARED = {"live": folder.LIVE, "returned": folder.MODEL}
 SEED = 1234  # lm-eval's own, for the same few-shot examples as its command shows
-RESAMPLINGS = 1000  # for the standard errors that have no formula
-Results = dict[str, dict[str, dict[str, dict[str, Any]]]]
+RESAMPLINGS = 1000  # for standard errors without a formula
+Scores = dict[str, dict[str, dict[str, dict[str, Any]]]]
 
 
 class Evaluation(Options):
-    """Score a model on tasks of lm-eval: of a run, its live weights and the model it returns.
+    """Score a model on tasks of lm-eval; of a run, its live weights and its returned model.
 
     MODEL is the folder of a run of `paceline train`, whose live weights (live/) and returned model
     (model/) are compared on the same examples; or any folder of a model, or a name on the Hub.
 
-    What follows ± is a standard error; that of a difference is over the examples, each one's two
-    scores being a pair. A metric that is no mean over examples has none for its difference.
+    The number after ± is a standard error. That of a difference is paired: it is over the
+    differences of each example's two scores. A metric that is not a mean over examples has none.
 
-    Log-likelihoods are summed in float32, also of bfloat16 models, where lm-eval by itself rounds
-    them to bfloat16.
+    Log-likelihoods are summed in float32, where lm-eval alone would round those of bfloat16 models
+    to bfloat16.
     """
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
@@ -63,44 +61,44 @@ class Evaluation(Options):
     tasks: Annotated[tuple[str, ...], Names]
     """Names of tasks, groups or tags, separated by commas."""
     include: Path | None = None
-    """Folder with task files (YAML) of your own; those on local data need no network."""
+    """Folder with your own task files (YAML); tasks on local data need no network."""
     limit: Positive | None = None
-    """Examples of each task, >= 1, from its first on. Default: all."""
+    """First so many examples of each task, >= 1. Default: all."""
     few_shot: Annotated[int, Field(ge=0)] | None = None
-    """Solved examples before each, >= 0; tasks made for none get none. Default: the task's own."""
+    """Solved examples in each prompt, >= 0; zero-shot tasks get none. Default: the task's own."""
     batch: Positive = 8
     """Sequences computed at a time, >= 1."""
     chat: bool = False
-    """Put each request into the chat template, as fine-tuned models expect it."""
+    """Put each request into the model's chat template."""
     device: str | None = None
-    """Where to compute: cpu, cuda, cuda:1, mps... Default: an accelerator, if there is one."""
+    """Device: cpu, cuda, cuda:1, mps, ... Default: an accelerator, if there is one."""
     out: Path | None = None
-    """JSON file to write, or to replace. Default: eval.json in the folder of a run, else none."""
+    """JSON file to write or replace. Default: eval.json in the folder of a run, otherwise none."""
 
 
 def evaluate(options: Evaluation, console: Console) -> dict[str, Any]:
-    """Evaluate, print a table, and write the JSON file if there is to be one.
+    """Evaluate, print a table, and write the JSON file.
 
     Args:
-        options: what to evaluate, on what.
+        options: what to evaluate, on which tasks.
         console: for a progress bar and the table.
 
     Returns:
-        What the file holds. `results` has by task, metric and "live", "returned" and "difference"
-        (returned - live), or "model" alone: `value` and `stderr`, in the metric's own unit.
+        The content of the file. `results` has task -> metric -> "live", "returned" and "difference"
+        (returned - live), or only "model" -> `value` and `stderr`, in the metric's unit.
 
     Raises:
-        InputError: something given cannot be used, or not be reached.
+        InputError: something given cannot be used or reached.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError("lm-eval is not installed: pip install 'paceline[eval]'")
     models = _models(options.model)
     device = _device(options.device)
-    out = options.out or (Path(options.model, "eval.json") if "returned" in models else None)
+    out = options.out or (Path(options.model, folder.EVALUATION) if "returned" in models else None)
     if out and (out.is_dir() or not out.parent.is_dir()):
-        raise InputError(f"out: {out} is no file that can be written")
-    facts = {"command": shlex.join(["paceline", *sys.argv[1:]]), **environment()}
-    hub_is_there()  # or its libraries would try for a minute
+        raise InputError(f"out: {out} is a folder, or its folder does not exist; name a file")
+    facts = environment()
+    hub_is_there()  # otherwise its libraries would try for a minute
     with _quiet(console) as progress:
         reading = progress.add_task("tasks", total=None)
         tasks = _tasks(options)
@@ -111,8 +109,8 @@ def evaluate(options: Evaluation, console: Console) -> dict[str, Any]:
             for name, path in models.items()
         }
     last = [*scored.values()][-1]
-    results = _compare(scored)
-    console.print(_table(results, last))
+    results = _by_task(scored)
+    console.print(_score_table(results, last))
     facts["versions"] |= {package: version(package) for package in ("lm_eval", "datasets")}
     facts |= {
         "models": models,
@@ -139,13 +137,13 @@ def evaluate(options: Evaluation, console: Console) -> dict[str, Any]:
     return facts
 
 
-# ---- what is given ------------------------------------------------------------------------------
+# ---- input --------------------------------------------------------------------------------------
 
 
 def _models(given: str) -> dict[str, str]:
-    """What to evaluate, by what it is: folders, or the name on the Hub."""
+    """The models to evaluate: "live" and "returned" of a run, or "model" -> folder or Hub name."""
     path = Path(given)
-    run = {name: str(path / part) for name, part in RUN.items() if _is_model(path / part)}
+    run = {name: str(path / part) for name, part in COMPARED.items() if _is_model(path / part)}
     if "returned" in run:
         return run
     if path.exists() and not _is_model(path):
@@ -166,23 +164,23 @@ def _device(given: str | None) -> str:
         return str(torch.accelerator.current_accelerator()) if there else "cpu"
     try:
         torch.empty(0, device=given)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
-        raise InputError(f"device: {given!r} cannot be used: {_line(error)}") from error
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        raise InputError(f"device: {given!r} cannot be used: {_first_line(error)}") from error
     return given
 
 
 def _tasks(options: Evaluation) -> Any:
-    """The tasks and groups asked for, with their data: a `TaskDict` of lm-eval.
+    """The named tasks and groups with their data, as a `TaskDict` of lm-eval.
 
     Raises:
-        InputError: one is not known, or cannot be made.
+        InputError: a task is unknown or cannot be loaded.
     """
     from lm_eval.tasks import TaskManager
 
     names, include = [*options.tasks], options.include
     if include and not include.is_dir():
         raise InputError(f"include: no such folder: {include}")
-    # The user's own alone, if they are enough: to read all of lm-eval's files takes 9 seconds.
+    # Only the user's own tasks if they suffice: reading all of lm-eval's files takes 9 seconds.
     manager = TaskManager(include_path=include, include_defaults=False)
     if not set(names) <= set(manager.all_subtasks):
         manager = TaskManager(include_path=include)
@@ -193,11 +191,11 @@ def _tasks(options: Evaluation) -> Any:
             raise InputError(f"unknown task {name!r}; {hint}")
     try:
         tasks = manager.load(names)
-    except Exception as error:  # a task file can hold, need and run anything
+    except Exception as error:  # a task file can run any code
         hint = ""
         if isinstance(error, ConnectionError):
             hint = "; --include takes tasks of your own, on local data"
-        raise InputError(f"tasks: {_line(error)}{hint}") from error
+        raise InputError(f"tasks: {_first_line(error)}{hint}") from error
     for task in tasks["tasks"].values():  # as lm-eval's command does
         own = task.get_config("num_fewshot")
         if own is None or (own and options.few_shot is not None):
@@ -205,8 +203,8 @@ def _tasks(options: Evaluation) -> Any:
     return tasks
 
 
-def _line(error: BaseException) -> str:
-    """What it says, in one line."""
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -215,7 +213,7 @@ def _line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet(console: Console) -> Iterator[Progress]:
-    """Show bars, and nothing of what the libraries log, print and draw: they have no one switch."""
+    """Show progress bars, and silence what the libraries log and print."""
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -224,7 +222,7 @@ def _quiet(console: Console) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=Console(file=console.file),  # which stays what it is when stdout is redirected
+        console=Console(file=console.file),  # not the redirected stdout
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,
@@ -247,16 +245,16 @@ def _score(
     device: str,
     progress: Progress,
 ) -> dict[str, Any]:
-    """What lm-eval finds for one model, with each example's scores.
+    """lm-eval's results for one model, with the scores of each example.
 
     Args:
-        name: of its bar.
+        name: shown beside the progress bar.
         path: the model, a folder or a name on the Hub.
-        tokenizer: likewise.
-        tasks: as `_tasks` makes them; they can be used again.
-        options: of the command.
+        tokenizer: a folder or a name on the Hub.
+        tasks: as `_tasks` returns them; not changed.
+        options: the command's.
         device: where to compute.
-        progress: gets a bar of the requests answered.
+        progress: gets a bar of the answered requests.
 
     Raises:
         InputError: the model cannot be loaded, or lm-eval refuses a task.
@@ -268,7 +266,7 @@ def _score(
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be loaded: {_line(error)}") from error
+        raise InputError(f"{path} cannot be loaded: {_first_line(error)}") from error
     lm = HFLM(
         pretrained=model.to(device),
         tokenizer=loaded,
@@ -296,15 +294,15 @@ def _score(
     except (ValueError, AssertionError) as error:
         shots = options.few_shot
         hint = f"; --few-shot {shots} may be more examples than there are" if shots else ""
-        raise InputError(f"tasks: {_line(error)}{hint}") from error
+        raise InputError(f"tasks: {_first_line(error)}{hint}") from error
 
 
 # ---- results ------------------------------------------------------------------------------------
 
 
-def _compare(scored: dict[str, dict[str, Any]]) -> Results:
-    """Value and standard error by task, metric, and model or "difference" of the two."""
-    results: Results = {}
+def _by_task(scored: dict[str, dict[str, Any]]) -> Scores:
+    """Value and standard error by task, metric, and model or "difference"."""
+    results: Scores = {}
     for task, row in [*scored.values()][-1]["results"].items():
         for key, value in row.items():  # acc,FILTER and acc_stderr,FILTER among others
             metric, comma, which = key.partition(",")
@@ -313,7 +311,7 @@ def _compare(scored: dict[str, dict[str, Any]]) -> Results:
             cells: dict[str, dict[str, Any]] = {}
             for name, found in scored.items():
                 numbers = found["results"][task]
-                stderr = numbers.get(f"{metric}_stderr,{which}")  # or a remark that there is none
+                stderr = numbers.get(f"{metric}_stderr,{which}")  # "N/A" if there is none
                 stderr = float(stderr) if isinstance(stderr, int | float) else None
                 cells[name] = {"value": float(numbers[key]), "stderr": stderr}
             if len(cells) == 2:
@@ -325,9 +323,9 @@ def _compare(scored: dict[str, dict[str, Any]]) -> Results:
 
 
 def _paired_stderr(scored: list[dict[str, Any]], task: str, key: str) -> float | None:
-    """Standard error of the mean difference over the examples; None if the metric is no mean.
+    """Standard error of the mean difference over the examples; None if the metric is not a mean.
 
-    With n examples' differences d: stdev(d) / √n, of n - 1 degrees of freedom.
+    With the differences d of n examples it is stdev(d) / √n, with n - 1 degrees of freedom.
     """
     metric, _, which = key.partition(",")
     columns = []
@@ -344,7 +342,7 @@ def _paired_stderr(scored: list[dict[str, Any]], task: str, key: str) -> float |
     return stdev(differences) / math.sqrt(len(differences))
 
 
-def _table(results: Results, found: dict[str, Any]) -> Table:
+def _score_table(results: Scores, found: dict[str, Any]) -> Table:
     table = Table(box=MARKDOWN)
     for title in ("task", "metric"):
         table.add_column(title, overflow="fold")

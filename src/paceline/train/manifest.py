@@ -1,11 +1,13 @@
-"""What a run was made with: versions, commit, hardware."""
+"""What results were made with: command, versions, commit, hardware; and JSON files."""
 
 import contextlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 
 from ..files import whole
+from . import InputError
 
 PACKAGES = (
     *("paceline", "torch", "transformers", "accelerate", "tokenizers"),
@@ -22,8 +25,9 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Start time, versions, git commit of the sources (None outside a checkout), hardware."""
+    """Command, start time, versions, git commit (None outside a checkout) and hardware."""
     return {
+        "command": shlex.join(["paceline", *sys.argv[1:]]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "git_commit": _git_commit(),
@@ -44,10 +48,28 @@ def cores() -> int:
 
 
 def write_json(path: Path, value: Any, *, shared: bool = False) -> None:
-    """Write a file that is there whole or not at all; see `paceline.files.whole`."""
+    """Write an object to a file, whole or not at all; see `paceline.files.whole`."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with whole(path, shared=shared) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: the file cannot be read, or does not hold a JSON object.
+    """
+    advice = f"mend it or leave out {path.parent}"
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8 among them
+        raise InputError(f"{path} is not JSON ({error}); {advice}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object; {advice}")
+    return value
 
 
 def _cpu() -> str:
@@ -59,7 +81,7 @@ def _cpu() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit, with `-dirty` behind it if tracked files were changed since."""
+    """The commit, with `-dirty` appended if tracked files have changed since."""
     if not (git := shutil.which("git")):
         return None
 

@@ -1,13 +1,11 @@
-"""`paceline average`: the checkpoints that a run has kept, merged by a rule of averaging.
+"""`paceline average`: merge the checkpoints of a run by an averaging rule.
 
-Every average is linear in the iterates, so what it would have been is a weighted sum of them. It is
-made one tensor at a time and written as it is made: the memory needed is that of the largest tensor
-a few times, not that of a model.
+Every average is linear in the iterates, so it is a weighted sum of the checkpoints. Tensors are
+merged and written one at a time: the memory needed is a few times the largest tensor.
 """
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,70 +26,68 @@ from tyro.conf import Positional, arg
 
 from ..averaging import parse
 from ..files import whole
-from . import InputError, Options
-from .manifest import write_json
+from . import InputError, Options, folder
+from .manifest import read_json, write_json
 
-WEIGHTS = "model.safetensors"
+MODEL_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
-FACTS = "paceline.json"
-# What a merged folder must not take from a checkpoint: weights that are not merged, and the state
-# of the training.
+# Files that are not copied into a merged folder: weights that are not merged, and training state.
 LEFT_OUT = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth"),
     *("*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.distcp", "pytorch_model*"),
     *("optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "latest", "zero_to_fp32.py"),
 )
-# As the format names them. Not floating-point numbers below 16 bits: those have scales elsewhere,
-# and a product of averages is no average.
-DTYPES = {
+# The format's names of dtypes. Floating-point numbers below 16 bits are left out: their scales are
+# separate tensors, and a product of averages is not the average of products.
+SAFETENSORS_DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
     **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
     "BOOL": torch.bool,
 }
 CHECKPOINTS = arg(metavar="CHECKPOINT…", help_behavior_hint="(required)")
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 class Merge(Options):
-    """Merge checkpoints that a run has kept into the model that an average of them is.
+    """Merge checkpoints into one model, which is their average.
 
-    Checkpoints are folders of a model (model.safetensors, whole or in shards), or of an adapter
-    (adapter_model.safetensors), or .safetensors files, all of one kind; or one folder of a run,
-    which stands for all the checkpoint-N in it. If all names end in -NUMBER, they are put in the
-    order of these numbers, otherwise they stay as given.
+    Checkpoints are folders of a model (model.safetensors, whole or in shards), folders of an
+    adapter (adapter_model.safetensors), or .safetensors files, all of one kind. One folder with
+    checkpoint-N folders stands for all of those. If all names end in -NUMBER, the checkpoints are
+    put in the order of the numbers; otherwise they stay in the order given.
 
-    They are taken as the iterates of steps 1, 2, ..., the first also as the weights before step 1.
-    So start, every, window, lag and half_life of a rule count checkpoints here. A rule is written
-    name[:option=value]... with these names and options:
+    They count as the iterates of steps 1, 2, ..., and the first also as the weights before step 1.
+    So start, every, window, lag and half_life of a rule count checkpoints. Rules are written
+    name[:option=value]...:
 
     uniform[:start=0], the mean of all;
 
-    ema[:power=0.5][:rate=1][:start=0][:every=1], or ema:beta=B or ema:half_life=H [:every=1];
+    ema[:kappa=0.5][:rate=1][:start=0][:every=1], or ema:beta=B or ema:half_life=H [:every=1];
 
     swa[:start=0][:every=1], the mean of every so-many-th;
 
     lawa:window=K[:every=1], the mean of the last K;
 
-    bema[:power=0.5][:bias_power=0.2][:lag=10][:rate=1][:start=0][:every=1].
+    bema[:kappa=0.5][:bias_power=0.2][:lag=10][:rate=1][:start=0][:every=1].
 
-    The sum is made in float32, of float64 tensors in float64, and rounded once. Integers and masks
-    are those of the last checkpoint, whose configuration and tokenizer are copied, too.
+    Sums are made in float32, or in float64 for float64 tensors, and rounded once. Integers and
+    masks are taken from the last checkpoint; its configuration and tokenizer are copied.
     """
 
     checkpoints: Annotated[Positional[tuple[Path, ...]], CHECKPOINTS]
-    """Two or more, or the folder of a run."""
+    """Two or more, or one folder that holds them."""
     rule: str = "uniform"
-    """What is averaged how; its start, every and the like count checkpoints."""
+    """Averaging rule; its start, every and so on count checkpoints."""
     out: Path
-    """Folder, or .safetensors file where such are merged, that is made; it must not exist."""
+    """Folder to make, or file if the checkpoints are .safetensors files; it must not exist."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """What floating-point tensors are written in. Default: as in the checkpoints."""
+    """Dtype of floating-point tensors. Default: as in the checkpoints."""
 
 
-class Entry(NamedTuple):
-    """A tensor in a safetensors file."""
+class TensorHeader(NamedTuple):
+    """A tensor of a safetensors file, as its header describes it."""
 
     file: Path
     dtype: torch.dtype
@@ -99,23 +95,23 @@ class Entry(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """What the headers of a checkpoint's files say."""
+    """A checkpoint by the headers of its files."""
 
     path: Path
     kind: str
-    tensors: dict[str, Entry]
+    tensors: dict[str, TensorHeader]
 
 
 def merge(options: Merge, console: Console) -> None:
-    """Write the average of the checkpoints; whole under its final name, or not at all.
+    """Write the average of the checkpoints, whole or not at all.
 
     Args:
         options: what to merge, how, and where to.
-        console: for the order of the checkpoints, and the weight of each.
+        console: gets the checkpoints in their order, with the weight of each.
 
     Raises:
-        InputError: something given cannot be used, or the result not be written. Nothing is there
-            then that was not before.
+        InputError: something given cannot be used, or the result cannot be written; nothing is
+            written then.
     """
     try:
         rule = parse(options.rule)
@@ -123,10 +119,12 @@ def merge(options: Merge, console: Console) -> None:
         raise InputError(f"rule: {error}") from error
     try:
         paths, order = _in_order(options.checkpoints)
-        checkpoints = [_read(path) for path in paths]
-        _check(checkpoints, options.out)
+        checkpoints = [_read_headers(path) for path in paths]
+        _check_mergeable(checkpoints, options.out)
         coefficients = rule.coefficients(len(checkpoints))
-        coefficients[1] += coefficients[0]  # the first checkpoint is the initial weights, too
+        coefficients[1] += coefficients[
+            0
+        ]  # the first checkpoint also stands for the initial weights
         weights: list[float] = coefficients[1:].tolist()
 
         table = Table(box=MARKDOWN)
@@ -136,7 +134,9 @@ def merge(options: Merge, console: Console) -> None:
             table.add_row(Text(str(path)), f"{weight:.4g}")
         console.print(table)
         if checkpoints[-1].kind == "an adapter folder":
-            console.print("The adapters' factors are averaged, each by itself, not their products.")
+            console.print(
+                "Each factor of the adapters is averaged by itself, and not their products."
+            )
         facts = {
             "rule": str(rule),
             "checkpoints": [str(path) for path in paths],
@@ -155,38 +155,32 @@ def merge(options: Merge, console: Console) -> None:
 
 
 def _in_order(paths: Sequence[Path]) -> tuple[Sequence[Path], str]:
-    """The checkpoints meant, first to last, and what puts them so."""
+    """The checkpoints from first to last, and a text that says how they were ordered."""
     if len(paths) == 1:
-        folders = [path for path in paths[0].glob("checkpoint-*") if path.is_dir()]
-        paths = [path for path in folders if _number(path) is not None] or paths
-    numbered = [(number, path) for path in paths if (number := _number(path)) is not None]
-    if len(numbered) < len(paths):
+        paths = folder.checkpoints_in(paths[0]) or paths
+    steps = [(step, path) for path in paths if (step := folder.step_of(path)) is not None]
+    if len(steps) < len(paths):
         return paths, "as given"
-    return [path for _, path in sorted(numbered, key=lambda pair: pair[0])], "by number"
+    return [path for _, path in sorted(steps, key=lambda pair: pair[0])], "by number"
 
 
-def _number(path: Path) -> int | None:
-    found = re.search(r"-(\d+)$", path.name.removesuffix(".safetensors"))
-    return int(found[1]) if found else None
-
-
-def _read(path: Path) -> Checkpoint:
+def _read_headers(path: Path) -> Checkpoint:
     """A checkpoint's headers.
 
     Raises:
-        InputError: it is not there, not whole, or not of safetensors.
+        InputError: the checkpoint is missing, incomplete, or not in the safetensors format.
     """
     index = None
     if path.is_file():
         kind, files = "a file", [path]
     elif not path.is_dir():
         raise InputError(f"no such file or folder: {path}")
-    elif (path / WEIGHTS).is_file():
-        kind, files = "a model folder", [path / WEIGHTS]
+    elif (path / MODEL_FILE).is_file():
+        kind, files = "a model folder", [path / MODEL_FILE]
     elif (path / INDEX).is_file():
-        kind, index = "a model folder", _json(path / INDEX).get("weight_map")
+        kind, index = "a model folder", read_json(path / INDEX).get("weight_map")
         shards = set(index.values()) if isinstance(index, dict) else set()
-        # Names only: what is read here is also written, below the folder made and nowhere else.
+        # Plain names only: files are written by the same names, and must stay in the new folder.
         if not shards or not all(isinstance(x, str) and Path(x).name == x for x in shards):
             raise InputError(f"{path / INDEX} has no weight_map of tensors to files beside it")
         files = [path / shard for shard in sorted(shards)]
@@ -196,18 +190,20 @@ def _read(path: Path) -> Checkpoint:
         hint = ""
         if any(path.glob("*_model*.bin")):
             hint = "; convert its .bin by from_pretrained() and save_pretrained()"
-        raise InputError(f"{path} holds neither {WEIGHTS}, {INDEX} nor {ADAPTER}{hint}")
+        raise InputError(f"{path} holds neither {MODEL_FILE}, {INDEX} nor {ADAPTER}{hint}")
     tensors = {}
     for file in files:
         with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no dict
                 part = opened.get_slice(name)
-                if part.get_dtype() not in DTYPES:
+                if part.get_dtype() not in SAFETENSORS_DTYPES:
                     raise InputError(
                         f"{file}: tensor {name!r} is of dtype {part.get_dtype()}, "
                         "which cannot be averaged"
                     )
-                tensors[name] = Entry(file, DTYPES[part.get_dtype()], tuple(part.get_shape()))
+                tensors[name] = TensorHeader(
+                    file, SAFETENSORS_DTYPES[part.get_dtype()], tuple(part.get_shape())
+                )
     if missing := (index or {}).keys() - tensors.keys():
         raise InputError(f"{path / INDEX} lists {min(missing)!r}, which none of its files has")
     return Checkpoint(path, kind, tensors)
@@ -222,23 +218,13 @@ def _opened(file: Path) -> Iterator[Any]:
         raise InputError(f"{file} cannot be read as safetensors: {error}") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object")
-    return value
-
-
-def _check(checkpoints: Sequence[Checkpoint], out: Path) -> None:
-    """Raise InputError if these cannot be merged, or not to there."""
+def _check_mergeable(checkpoints: Sequence[Checkpoint], out: Path) -> None:
+    """Raise InputError if the checkpoints cannot be merged, or not be written to `out`."""
     if len(checkpoints) < 2:
         raise InputError(f"give at least two checkpoints, got {len(checkpoints)}")
     first, last = checkpoints[0], checkpoints[-1]
     if len({checkpoint.path.resolve() for checkpoint in checkpoints}) < len(checkpoints):
-        raise InputError("checkpoints: one is given twice")
+        raise InputError("checkpoints: give each only once")
     for other in checkpoints[1:]:
         if other.kind != first.kind:
             raise InputError(f"{first.path} is {first.kind}, and {other.path} is {other.kind}")
@@ -250,13 +236,13 @@ def _check(checkpoints: Sequence[Checkpoint], out: Path) -> None:
                     f"{other.path}"
                 )
     config = last.path / "config.json"
-    if config.is_file() and "quantization_config" in _json(config):
+    if config.is_file() and "quantization_config" in read_json(config):
         raise InputError(f"{last.path} is a quantized model, which cannot be averaged")
     if (out.suffix == ".safetensors") != (last.kind == "a file"):
         be = "end in .safetensors" if last.kind == "a file" else "be a folder, as the checkpoints"
         raise InputError(f"out: {out} must {be}")
     if out.exists() or out.is_symlink():
-        raise InputError(f"out: {out} is there already; name another")
+        raise InputError(f"out: {out} exists; name another")
     if not out.parent.is_dir():
         raise InputError(f"out: there is no folder {out.parent} for {out.name}")
 
@@ -264,7 +250,7 @@ def _check(checkpoints: Sequence[Checkpoint], out: Path) -> None:
 def _described(checkpoint: Checkpoint, name: str) -> str:
     if not (entry := checkpoint.tensors.get(name)):
         return "missing"
-    return f"{NAMES[entry.dtype]} of shape {entry.shape}"
+    return f"{SAFETENSORS_NAMES[entry.dtype]} of shape {entry.shape}"
 
 
 # ---- the average, tensor by tensor -------------------------------------------------------------
@@ -276,28 +262,28 @@ def _average(
     """The merged tensor of that name, in that dtype.
 
     Raises:
-        InputError: it or one of its parts has an element that is not finite.
+        InputError: the result or one of the tensors has an element that is not finite.
     """
     last = checkpoints[-1]
-    if not dtype.is_floating_point:  # masks, counters: a mean of them would be none
-        return _load(last, name)
+    if not dtype.is_floating_point:  # a mean of masks or counters makes no sense
+        return _load_tensor(last, name)
     wide = torch.promote_types(last.tensors[name].dtype, torch.float32)
     average = torch.zeros(last.tensors[name].shape, dtype=wide)
     so_far = 0.0
-    # A mean that takes in one after the other leaves what is equal in all exactly as it is, which a
-    # sum does not. From the last to the first: BEMA's one negative weight is then no divisor.
+    # A running mean, unlike a sum, keeps values that are equal in all checkpoints exactly as they
+    # are. It runs from last to first, so that BEMA's negative weight, the first, never divides.
     for checkpoint, weight in zip(reversed(checkpoints), reversed(weights), strict=True):
         if weight:
             so_far += weight
-            average.lerp_(_load(checkpoint, name).to(wide), weight / so_far)
+            average.lerp_(_load_tensor(checkpoint, name).to(wide), weight / so_far)
     average = average.to(dtype)
     if not _is_finite(average):
         raise InputError(f"the average of {name!r} is too large for {dtype}; give another --dtype")
     return average
 
 
-def _load(checkpoint: Checkpoint, name: str) -> Tensor:
-    # Opened anew for each tensor: the pages of an open file that were read stay in memory.
+def _load_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    # Opened anew for each tensor: pages that were read stay in memory while a file is open.
     with _opened(checkpoint.tensors[name].file) as opened:
         tensor: Tensor = opened.get_tensor(name)
     if not _is_finite(tensor):
@@ -308,7 +294,7 @@ def _load(checkpoint: Checkpoint, name: str) -> Tensor:
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    return all(math.isfinite(x) for x in torch.aminmax(tensor))  # unlike isfinite(), in no memory
+    return all(math.isfinite(x) for x in torch.aminmax(tensor))  # isfinite() needs memory
 
 
 # ---- writing -----------------------------------------------------------------------------------
@@ -321,7 +307,7 @@ def _write(
     facts: dict[str, Any],
     console: Console,
 ) -> None:
-    """Everything, beside the final name; then renamed."""
+    """Write the merged folder or file under another name, and rename it when it is complete."""
     last, out = checkpoints[-1], options.out
     entries = {
         name: entry._replace(dtype=getattr(torch, options.dtype))
@@ -345,45 +331,45 @@ def _write(
         for file in sorted({entry.file for entry in entries.values()}):
             part = {name: entry for name, entry in entries.items() if entry.file == file}
             _write_safetensors(partial / file.name, file, part, average, {})
-        if not (last.path / WEIGHTS).is_file() and last.kind == "a model folder":
+        if not (last.path / MODEL_FILE).is_file() and last.kind == "a model folder":
             index = {
                 "metadata": {"total_size": sum(map(_size, entries.values()))},
                 "weight_map": {name: entry.file.name for name, entry in entries.items()},
             }
             write_json(partial / INDEX, index)
         _copy_the_rest(last.path, partial, options.dtype)
-        write_json(partial / FACTS, facts)
+        write_json(partial / folder.AVERAGE_FACTS, facts)
 
 
 def _write_safetensors(
     path: Path,
     like: Path,
-    entries: dict[str, Entry],
+    entries: dict[str, TensorHeader],
     tensor: Callable[[str], Tensor],
     metadata: dict[str, str],
 ) -> None:
-    """A safetensors file, of which only one tensor has to be in memory.
+    """Write a safetensors file with only one tensor at a time in memory.
 
     The format: the header's length in 8 bytes, little-endian; the header, JSON, with shape, dtype
-    and place of each tensor; then their bytes.
+    and place of each tensor; then the bytes of the tensors.
 
     Args:
         path: the file.
         like: another such file, whose metadata are kept.
-        entries: the tensors to be, by name.
-        tensor: makes one.
-        metadata: more of it.
+        entries: headers of the tensors, by name.
+        tensor: makes a tensor from its name.
+        metadata: more metadata.
     """
     with _opened(like) as opened:
         metadata = (opened.metadata() or {}) | {"format": "pt"} | metadata
-    # Wide numbers first, as others write it: all are then at multiples of their size.
+    # Wide dtypes first, so that each tensor starts at a multiple of its item size.
     names = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name in names:
         start, end = end, end + _size(entries[name])
         header[name] = {
-            "dtype": NAMES[entries[name].dtype],
+            "dtype": SAFETENSORS_NAMES[entries[name].dtype],
             "shape": entries[name].shape,
             "data_offsets": [start, end],
         }
@@ -395,17 +381,17 @@ def _write_safetensors(
             file.write(tensor(name).reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _size(entry: Entry) -> int:
+def _size(entry: TensorHeader) -> int:
     return math.prod(entry.shape) * entry.dtype.itemsize
 
 
 def _copy_the_rest(source: Path, target: Path, dtype: str | None) -> None:
-    """What is needed with the weights: configurations, tokenizer, and what is beside them."""
+    """Copy configurations, tokenizer and other files that belong to the weights."""
     for path in source.iterdir():
         if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in LEFT_OUT):
             shutil.copyfile(path, target / path.name)
     config = target / "config.json"
-    if dtype and config.is_file():  # or they would be loaded in the dtype of before
+    if dtype and config.is_file():  # it would be loaded in the old dtype
 
         def renamed(part: dict[str, Any]) -> dict[str, Any]:
             return part | {key: dtype for key in ("dtype", "torch_dtype") if key in part}

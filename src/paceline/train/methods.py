@@ -1,13 +1,27 @@
-"""The methods and learning-rate schedules that can be compared, by name and options."""
+"""The methods and learning-rate schedules that can be trained and compared.
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, cast, get_args
+A method is one class: its name, its help (the docstring), its options with ranges and defaults, and
+either the average that reads its model out of plain AdamW (`averaging`) or the optimizer that
+trains it (`build`). Defining the class puts it into `METHODS`, from which commands, help, labels,
+the comparison and the sweeps follow. A schedule is an entry of `LR_SCHEDULES`, and an optimizer of
+`pullback:NAME` is a line of `BASES`.
+
+Methods are written as text, `name[:schedule][:option=value]...`, as in `ema:twin:lr=3e-3`,
+`pace:pullback=10:kappa=0.3` or `pullback:muon:pullback=1`: `parse_method` reads it, and
+`Method.written` writes it.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from inspect import get_annotations
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import pytorch_optimizer
 import schedulefree
 import torch
-from pydantic import Field
-from torch.nn import Module, Parameter
+import tyro
+from pydantic import AfterValidator, field_validator, model_validator
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
@@ -16,32 +30,461 @@ from ..auto import AUTO, AUTO_KAPPA, AUTO_RETURN_KAPPA
 from ..averaging import BEMA, EMA, LAWA, SWA, Averaging, PowerEMA, Uniform
 from ..optimizer import PACE
 from ..pullback import Pullback
-from . import InputError, Options
+from ..theory.twin import twin_rate
+from . import BelowOne, Gain, InputError, NonNegative, Number, Options, Positive, Power, unknown
 
-Name = Literal[
-    "adamw",
-    "ema",
-    "uniform",
-    "swa",
-    "lawa",
-    "bema",
-    "lookahead",
-    "schedule-free",
-    "pace",
-    "pullback",
-]
-Schedule = Literal["constant", "cosine", "wsd", "power", "twin"]
-Rate = Annotated[float, Field(gt=0)]
-Strength = Annotated[float, Field(ge=0)]
-Power = Annotated[float, Field(ge=0, le=1)]
-Gain = Annotated[float, Field(gt=0, le=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-State = Literal["fp32", "bf16"]
+FALLBACKS = {"kappa": 0.3, "twin_gain": 1.0}  # where neither text nor command gives them
 WSD_DECAY_SHARE = 0.2  # of the steps, linearly to zero
 
-# Optimizers that `pullback:NAME` goes around, from parameter groups and the learning rate. Not
-# here is SophiaH: it differentiates the gradients, which no Trainer's loop keeps the graph for.
+# ---- schedules ----------------------------------------------------------------------------------
+
+
+class LRSchedule(NamedTuple):
+    """A learning-rate schedule after a linear warm-up that starts from a step at rate 0."""
+
+    summary: str  # for the help
+    make: Callable[[Optimizer, "Method", int, int], LambdaLR]  # of method, warm-up and steps
+    options: tuple[str, ...] = ()  # that a method with this schedule has, besides its own
+
+
+def _library(name: str) -> Callable[[Optimizer, "Method", int, int], LambdaLR]:
+    """A schedule of transformers."""
+
+    def make(optimizer: Optimizer, method: "Method", warmup: int, steps: int) -> LambdaLR:
+        decay = {"num_decay_steps": round(WSD_DECAY_SHARE * steps), "decay_type": "linear"}
+        return get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=steps,
+            scheduler_specific_kwargs=decay if name == "warmup_stable_decay" else None,
+        )
+
+    return make
+
+
+def _falling(optimizer: Optimizer, method: "Method", warmup: int, steps: int) -> LambdaLR:
+    """The rate that falls with β_t = (1 + t)^-κ, as a pull makes it fall."""
+    assert method.kappa is not None
+    average, gain = PowerEMA(method.kappa), method.twin_gain
+
+    def factor(done: int) -> float:
+        beta = float(average.weight(done + 1))
+        ramp = done / warmup if done < warmup else 1.0
+        return ramp * (beta if gain is None else float(twin_rate(beta, gain)))
+
+    return LambdaLR(optimizer, factor)
+
+
+LR_SCHEDULES = {
+    "constant": LRSchedule("constant", _library("constant_with_warmup")),
+    "cosine": LRSchedule("to 0 along a cosine", _library("cosine")),
+    "wsd": LRSchedule(
+        "constant, then linear to 0 over the last fifth", _library("warmup_stable_decay")
+    ),
+    "power": LRSchedule("lr·β with β = (1+t)^-kappa", _falling, ("kappa",)),
+    "twin": LRSchedule(
+        "lr·β/(β + twin_gain·(1-β)) with that β, the rate that a pull of this gain amounts to",
+        _falling,
+        ("kappa", "twin_gain"),
+    ),
+}
+
+
+def _known_schedule(name: str) -> str:
+    if name not in LR_SCHEDULES:
+        raise InputError(f"schedule: {unknown(name, LR_SCHEDULES, 'schedule')}")
+    return name
+
+
+ScheduleName = Annotated[
+    str,
+    AfterValidator(_known_schedule),
+    tyro.conf.arg(
+        metavar="{" + ",".join(LR_SCHEDULES) + "}",
+        help="Learning-rate schedule of methods that name none. "
+        + "; ".join(f"{name}: {schedule.summary}" for name, schedule in LR_SCHEDULES.items())
+        + ".",
+    ),
+]
+
+# ---- methods ------------------------------------------------------------------------------------
+
+
+class Setup(NamedTuple):
+    """What a method builds its optimizer from."""
+
+    model: Any
+    decayed: set[str]  # names of the parameters that decay
+    weight_decay: float  # of these; decoupled, except in sgd, adam and adafactor
+    warmup: int  # steps, for optimizers with their own warm-up
+    steps: int  # of the run
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam's moments, except in bases of pullback
+    stochastic_round: bool = False  # of bfloat16 parameters, where PACE writes them
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The trained parameters, those that decay and the others."""
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        decay = [p for name, p in named.items() if name in self.decayed]
+        others = [p for name, p in named.items() if name not in self.decayed]
+        return [
+            {"params": decay, "weight_decay": self.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+
+
+METHODS: dict[str, type["Method"]] = {}
+
+
+class Method(Options):
+    """One way to train, and the model to return.
+
+    A subclass has a `name`, a docstring for the help, its options, and `averaging` or `build`. An
+    option named `base` is written behind the name, without `base=`. An option without a default
+    comes from the command, unless the text gives it.
+    """
+
+    name: ClassVar[str]
+    takes_schedule: ClassVar[bool] = True
+
+    lr: Number  # peak learning rate η
+    schedule: ScheduleName = "constant"
+    kappa: Power | None = None  # κ of the average, and of the schedules power and twin
+    twin_gain: Gain | None = None  # of the pull that the schedule twin stands for
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        if "name" in cls.__dict__:
+            METHODS[cls.name] = cls
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        wanted = cls.from_command(values)
+        return {option: x for option, x in FALLBACKS.items() if option in wanted} | values
+
+    @classmethod
+    def from_command(cls, given: dict[str, Any]) -> set[str]:
+        """The options that the command gives: those without a default, and the schedule's.
+
+        Args:
+            given: the options that the text gives.
+        """
+        schedule = LR_SCHEDULES[_known_schedule(given.get("schedule", "constant"))]
+        required = {name for name, field in cls.model_fields.items() if field.is_required()}
+        return required | set(schedule.options)
+
+    def averaging(self, steps: int) -> Averaging | None:
+        """The average of the trajectory's weights that it returns after a run of so many steps.
+
+        None if it returns what the optimizer of the trajectory returns.
+        """
+        return None
+
+    @property
+    def trajectory(self) -> "Method":
+        """The method whose live weights are this one's: plain AdamW if it only averages those."""
+        return self
+
+    @property
+    def pulls(self) -> bool:
+        """Whether its live weights are pulled toward an average."""
+        return bool(self.get("pullback"))
+
+    @abstractmethod
+    def build(self, setup: Setup) -> Optimizer:
+        """The optimizer that trains it.
+
+        If the method returns other weights than the live ones, `eval()` of the optimizer puts them
+        into the parameters, and `train()` puts the live weights back.
+        """
+
+    def make_scheduler(self, optimizer: Optimizer, warmup: int, steps: int) -> LambdaLR:
+        """The learning-rate schedule, with a linear warm-up."""
+        return LR_SCHEDULES[self.schedule].make(optimizer, self, warmup, steps)
+
+    @classmethod
+    def options(cls, schedule: str = "constant") -> list[str]:
+        """Names of its options, those that the command gives first; then the schedule's, and lr."""
+        classes = [c for c in cls.__mro__ if issubclass(c, Method) and c is not Method]
+        fields = cls.model_fields
+        own = [name for c in classes for name in get_annotations(c) if name in fields]
+        own.sort(key=lambda name: not fields[name].is_required())
+        names = dict.fromkeys([*own, *LR_SCHEDULES[schedule].options, "lr"])
+        return [name for name in names if name not in ("base", "schedule")]
+
+    def get(self, option: str) -> Any:
+        """The value of an option; None if it is not set, or the method does not have it."""
+        return getattr(self, option) if option in type(self).model_fields else None
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Its name and the value of every option of every method, as columns of a table."""
+        return {"name": self.name, **{option: self.get(option) for option in all_options()}}
+
+    @property
+    def written(self) -> str:
+        """The text that `parse_method` reads, with every option that is set."""
+        return ":".join(self._parts(str))
+
+    @property
+    def label(self) -> str:
+        """A short text for people: all but the learning rate."""
+        return " ".join(self._parts(lambda x: f"{x:g}" if isinstance(x, float) else str(x), "lr"))
+
+    def _parts(self, text: Callable[[Any], str], *without: str) -> list[str]:
+        head = [self.name, self.get("base"), self.schedule if self.schedule != "constant" else None]
+        options = [name for name in self.options(self.schedule) if name not in without]
+        values = [(name, self.get(name)) for name in options]
+        return [x for x in head if x] + [f"{k}={text(x)}" for k, x in values if x is not None]
+
+
+class AveragedMethod(Method):
+    """AdamW whose average is returned; all such methods of one trajectory share one training."""
+
+    eps: Number | None = None  # ε beside Adam's √v̂, instead of 1e-8
+
+    @property
+    def trajectory(self) -> Method:
+        of_schedule = {k: self.get(k) for k in LR_SCHEDULES[self.schedule].options}
+        return AdamWMethod(lr=self.lr, schedule=self.schedule, eps=self.eps, **of_schedule)
+
+    def build(self, setup: Setup) -> Optimizer:
+        average = self.averaging(setup.steps)
+        if average is None:
+            return torch.optim.AdamW(
+                setup.groups, lr=self.lr, betas=setup.betas, eps=self.eps or 1e-8
+            )
+        return PACE(
+            setup.groups,
+            lr=self.lr,
+            betas=setup.betas,
+            eps=self.eps or 1e-8,
+            pullback=0.0,
+            averaging=average,
+            state_dtype=torch.bfloat16 if self.get("state") == "bf16" else None,
+            stochastic_round=setup.stochastic_round,
+        )
+
+
+class AdamWMethod(AveragedMethod):
+    """AdamW, which returns its live weights."""
+
+    name = "adamw"
+
+
+class EMAMethod(AveragedMethod):
+    """The EMA of AdamW's weights, with power kappa or a constant half_life in steps."""
+
+    name = "ema"
+
+    kappa: Power | None = None
+    half_life: Number | None = None
+    state: Literal["fp32", "bf16"] | None = None  # dtype of m, v and the average
+
+    @classmethod
+    def from_command(cls, given: dict[str, Any]) -> set[str]:
+        return super().from_command(given) | (set() if given.get("half_life") else {"kappa"})
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.kappa is not None and self.half_life is not None:
+            raise InputError("half_life and kappa say the same thing; give one of them")
+        return self
+
+    @property
+    def trajectory(self) -> Method:
+        return self if self.state == "bf16" else super().trajectory
+
+    def averaging(self, steps: int) -> Averaging:
+        if self.half_life is not None:
+            return EMA(half_life=self.half_life)
+        assert self.kappa is not None
+        return PowerEMA(self.kappa)
+
+
+class UniformMethod(AveragedMethod):
+    """The mean of AdamW's weights from start on, a share of the steps."""
+
+    name = "uniform"
+
+    start: BelowOne = 0.75
+
+    def averaging(self, steps: int) -> Averaging:
+        return Uniform(round(self.start * steps))
+
+
+class SWAMethod(UniformMethod):
+    """Stochastic weight averaging: AdamW's mean weights, every so many steps from start on."""
+
+    name = "swa"
+
+    every: Positive = 50
+
+    def averaging(self, steps: int) -> Averaging:
+        return SWA(round(self.start * steps), self.every)
+
+
+class LAWAMethod(AveragedMethod):
+    """Latest weight averaging: the mean of the last `window` snapshots of AdamW's weights."""
+
+    name = "lawa"
+
+    window: Positive = 10
+    every: Positive = 40
+
+    def averaging(self, steps: int) -> Averaging:
+        return LAWA(self.window, self.every)
+
+
+class BEMAMethod(AveragedMethod):
+    """The bias-corrected EMA of AdamW's weights."""
+
+    name = "bema"
+
+    kappa: Power = 0.5
+    bias_power: Power = 0.2
+    every: Positive | None = None
+
+    def averaging(self, steps: int) -> Averaging:
+        return BEMA(self.kappa, self.bias_power, every=self.every or 1)
+
+
+class LookaheadMethod(Method):
+    """Lookahead around AdamW: its slow weights move by alpha every so many steps."""
+
+    name = "lookahead"
+
+    every: Positive = 5
+    alpha: Gain = 0.5
+
+    def build(self, setup: Setup) -> Optimizer:
+        base = torch.optim.AdamW(setup.groups, lr=self.lr, betas=setup.betas)
+        return _Lookahead(base, k=self.every, alpha=self.alpha)
+
+
+class _Lookahead(pytorch_optimizer.Lookahead):
+    """Lookahead with `eval` and `train`; the slow weights are the model that it returns."""
+
+    swapped = False
+
+    def eval(self) -> None:
+        """Put the slow weights into the parameters."""
+        if not self.swapped:
+            self.backup_and_load_cache()
+            self.swapped = True
+
+    def train(self) -> None:
+        """Put the fast weights back."""
+        if self.swapped:
+            self.clear_and_load_backup()
+            self.swapped = False
+
+
+class ScheduleFreeMethod(Method):
+    """Schedule-Free AdamW, which has its own warm-up and no schedule."""
+
+    name = "schedule-free"
+    takes_schedule = False
+
+    def build(self, setup: Setup) -> Optimizer:
+        optimizer: Optimizer = schedulefree.AdamWScheduleFree(
+            setup.groups, lr=self.lr, betas=setup.betas, warmup_steps=setup.warmup
+        )
+        return optimizer
+
+    def make_scheduler(self, optimizer: Optimizer, warmup: int, steps: int) -> LambdaLR:
+        return get_scheduler("constant", optimizer)
+
+
+class PulledMethod(Method):
+    """A pull toward the average of the weights."""
+
+    pullback: NonNegative | Literal["auto"]
+    kappa: Power
+    return_kappa: Power | None = None  # of another average, which is returned instead
+
+    @property
+    def trajectory(self) -> Method:
+        return self.model_copy(update={"return_kappa": None})
+
+    def averaging(self, steps: int) -> Averaging | None:
+        return None if self.return_kappa is None else PowerEMA(self.return_kappa)
+
+
+class PACEMethod(PulledMethod):
+    """AdamW with a pull toward its own average; pullback=auto sets the pull by itself."""
+
+    name = "pace"
+
+    every: Positive | None = None
+    eps: Number | None = None
+    state: Literal["fp32", "bf16"] | None = None  # dtype of m, v and the average
+    gain: Literal["adam", "scalar"] | None = None
+
+    @classmethod
+    def from_command(cls, given: dict[str, Any]) -> set[str]:
+        own = {"kappa"} if given.get("pullback") == AUTO else set()
+        return super().from_command(given) - own
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, values: dict[str, Any]) -> dict[str, Any]:
+        auto = values.get("pullback") == AUTO and values.get("kappa") is None
+        return ({"kappa": AUTO_KAPPA, "return_kappa": AUTO_RETURN_KAPPA} if auto else {}) | values
+
+    def build(self, setup: Setup) -> Optimizer:
+        return PACE(
+            setup.groups,
+            lr=self.lr,
+            betas=setup.betas,
+            eps=self.eps or 1e-8,
+            pullback=self.pullback,
+            gain=self.gain or "adam",
+            averaging=PowerEMA(self.kappa, every=self.every or 1),
+            return_kappa=self.return_kappa,
+            state_dtype=torch.bfloat16 if self.state == "bf16" else None,
+            stochastic_round=setup.stochastic_round,
+        )
+
+
+class PullbackMethod(PulledMethod):
+    """The same pull around another optimizer, as in pullback:muon."""
+
+    name = "pullback"
+
+    base: str
+    gain: Literal["adam", "own", "scalar"] | None = None
+
+    @field_validator("base")
+    @classmethod
+    def _known(cls, base: str) -> str:
+        if base not in BASES:
+            raise InputError(f"unknown optimizer {base!r}; pullback:NAME knows {', '.join(BASES)}")
+        return base
+
+    @field_validator("pullback")
+    @classmethod
+    def _number(cls, pullback: Any) -> Any:
+        if pullback == AUTO:
+            raise InputError("pullback=auto is only for pace; give a number >= 0")
+        return pullback
+
+    def build(self, setup: Setup) -> Optimizer:
+        groups = setup.groups if self.base != "muon" else _split_for_muon(setup)
+        assert isinstance(self.pullback, float)
+        return Pullback(
+            BASES[self.base](groups, self.lr),
+            self.pullback,
+            PowerEMA(self.kappa),
+            gain=self.gain or "adam",
+            return_kappa=self.return_kappa,
+        )
+
+
+# Optimizers of `pullback:NAME`, from parameter groups and the learning rate. SophiaH is left out:
+# it differentiates the gradients, and the Trainer's loop does not keep their graph.
 BASES: dict[str, Callable[[list[dict[str, Any]], float], Optimizer]] = {
     "sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9),
     "adam": lambda groups, lr: torch.optim.Adam(groups, lr=lr),
@@ -60,242 +503,12 @@ BASES: dict[str, Callable[[list[dict[str, Any]], float], Optimizer]] = {
     "ademamix": lambda groups, lr: pytorch_optimizer.AdEMAMix(groups, lr=lr, weight_decouple=True),
     "lion": lambda groups, lr: pytorch_optimizer.Lion(groups, lr=lr),
 }
-# What else a method has, and its default; None: left out; ...: from the command line.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "adamw": {"eps": None},
-    "ema": {"kappa": ..., "half_life": None, "eps": None, "state": None},
-    "uniform": {"start": 0.75, "eps": None},
-    "swa": {"start": 0.75, "every": 50, "eps": None},
-    "lawa": {"window": 10, "every": 40, "eps": None},
-    "bema": {"kappa": 0.5, "eta": 0.2, "every": None, "eps": None},
-    "lookahead": {"k": 5, "alpha": 0.5},
-    "schedule-free": {},
-    "pace": {
-        **{"c": ..., "kappa": ..., "every": None, "eps": None, "state": None},
-        **{"gain": None, "return_kappa": None},
-    },
-    "pullback": {"c": ..., "kappa": ..., "gain": None, "return_kappa": None},
-}
 
 
-class Method(Options):
-    """One way to train, and so one model to return.
-
-    Written `name[:schedule][:option=value]...`, as in `pace:c=10:kappa=0.3`, `ema:twin:lr=3e-3` or
-    `pullback:muon:c=1`.
-    """
-
-    name: Name
-    schedule: Schedule = "constant"
-    lr: Rate  # peak learning rate η
-    base: str | None = None  # of pullback
-    c: Strength | Literal["auto"] | None = None  # of the pull; it sets itself only in pace
-    kappa: Power | None = None  # κ of the average, and of power and twin
-    return_kappa: Power | None = None  # κ of a slower average to return than the pull's own
-    g: Gain | None = None  # whose schedule `twin` is
-    gain: Literal["adam", "own", "scalar"] | None = None  # of pullback
-    start: Share | None = None  # of uniform and swa, as a share of the steps
-    every: Count | None = None  # steps between the iterates that the average takes in
-    window: Count | None = None  # snapshots of lawa
-    half_life: Rate | None = None  # of ema instead of κ, steps
-    eta: Power | None = None  # η of bema's correction
-    k: Count | None = None  # steps between lookahead's
-    alpha: Gain | None = None  # of lookahead
-    eps: Rate | None = None  # ε beside Adam's √v̂, instead of 1e-8
-    state: State | None = None  # what m, v and the average are kept in
-
-    @property
-    def label(self) -> str:
-        """Name and the options that matter to it, but for the learning rate."""
-        parts: list[str] = [self.name]
-        parts += [self.base] if self.base else []
-        parts += [self.schedule] if self.schedule != "constant" else []
-        shown = {"c": self.c, "g": self.g, "κ": self.kappa, "η": self.eta, "start": self.start}
-        shown |= {"every": self.every, "window": self.window, "half-life": self.half_life}
-        shown |= {"k": self.k, "α": self.alpha, "ε": self.eps, "returned-κ": self.return_kappa}
-        parts += [f"{k}={_short(v)}" for k, v in shown.items() if v is not None]
-        parts += [f"gain={self.gain}"] if self.gain else []
-        return " ".join(parts + (["state=bf16"] if self.state == "bf16" else []))
-
-    @property
-    def written(self) -> str:
-        """The form that `parse_method` reads, all that it says spelled out."""
-        parts = [self.name, *([self.base] if self.base else [])]
-        parts += [self.schedule] if self.schedule != "constant" else []
-        values = self.model_dump(exclude={"name", "base", "schedule"}, exclude_none=True)
-        return ":".join([*parts, *(f"{k}={x}" for k, x in values.items())])
-
-    @property
-    def only_watches(self) -> bool:
-        """Whether it is an average of plain AdamW's weights, or those themselves."""
-        averages = ("adamw", "ema", "uniform", "swa", "lawa", "bema")
-        return self.name in averages and self.state != "bf16"
-
-    @property
-    def trajectory(self) -> "Method":
-        """The method whose live weights are this one's: AdamW, if it only watches, else itself."""
-        if not self.only_watches:
-            return self.model_copy(update={"return_kappa": None})
-        follows = self.schedule in ("power", "twin")
-        kappa = self.kappa if follows else None
-        return Method(
-            name="adamw",
-            schedule=self.schedule,
-            lr=self.lr,
-            kappa=kappa,
-            g=self.g,
-            eps=self.eps,
-        )
-
-    def averaging(self, steps: int) -> Averaging | None:
-        """The average that it returns after a run of so many steps, if that only watches."""
-        if self.return_kappa is not None:
-            return PowerEMA(self.return_kappa)
-        since = round((self.start or 0) * steps)
-        every = self.every or 1
-        if self.name == "ema" and self.half_life is not None:
-            return EMA(half_life=self.half_life)
-        if self.name == "ema" and self.kappa is not None:
-            return PowerEMA(self.kappa)
-        if self.name == "bema" and self.kappa is not None and self.eta is not None:
-            return BEMA(self.kappa, self.eta, every=every)
-        if self.name == "lawa" and self.window is not None:
-            return LAWA(self.window, every)
-        return {"uniform": Uniform(since), "swa": SWA(since, every)}.get(self.name)
-
-
-def _short(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
-
-
-def parse_method(text: str, *, schedule: Schedule = "constant", **defaults: float) -> Method:
-    """A method from its written form; schedule and options that it leaves open are given beside it.
-
-    Options that do not matter to the method are left out of it.
-
-    Raises:
-        InputError: an unknown name, base, schedule or option, one that the method does not have, or
-            a value out of its range.
-    """
-    name, *parts = text.strip().split(":")
-    if name not in get_args(Name):
-        raise InputError(f"unknown method {name!r}; known: {', '.join(get_args(Name))}")
-    values: dict[str, Any] = {"name": name}
-    if name == "pullback":
-        values["base"] = parts.pop(0) if parts else ""
-        if values["base"] not in BASES:
-            raise InputError(
-                f"unknown optimizer {values['base']!r} in method {text!r}; "
-                f"pullback:NAME knows {', '.join(BASES)}"
-            )
-    own: dict[str, str] = {}
-    if name == "schedule-free":
-        schedule = "constant"
-    for part in parts:
-        option, equals, value = part.partition("=")
-        if not equals and option in get_args(Schedule) and name != "schedule-free":
-            schedule = cast(Schedule, option)
-        elif equals:
-            own[option] = value
-        else:
-            known = "none" if name == "schedule-free" else ", ".join(get_args(Schedule))
-            raise InputError(f"unknown schedule {part!r} in method {text!r}; known: {known}")
-    if own.get("c") == AUTO and name != "pace":
-        raise InputError(f"method {text!r}: c=auto is of pace alone")
-    if own.get("c") == AUTO and "kappa" not in own:  # as PACE has it
-        own = {"kappa": str(AUTO_KAPPA), "return_kappa": str(AUTO_RETURN_KAPPA)} | own
-    options = {"lr": ..., **OPTIONS[name]}
-    if schedule in ("power", "twin"):  # whose κ is also the average's
-        options["kappa"] = ...
-    if schedule == "twin":
-        options["g"] = ...
-    for option in own:
-        if option not in options:
-            raise InputError(f"method {text!r} has no option {option!r}; it has {list(options)}")
-    if "half_life" in own:
-        if "kappa" in own or schedule in ("power", "twin"):
-            raise InputError(f"method {text!r}: half_life and kappa are two ways to say one thing")
-        del options["kappa"]
-    for option, default in options.items():
-        values[option] = own.get(option, defaults.get(option) if default is ... else default)
-    try:
-        return Method(**values, schedule=schedule)
-    except InputError as error:
-        raise InputError(f"method {text!r}: {error}") from error
-
-
-def make_optimizer(
-    method: Method,
-    model: Module,
-    *,
-    decayed: set[str],
-    weight_decay: float,
-    warmup: int,
-    steps: int,
-    betas: tuple[float, float] = (0.9, 0.999),
-    stochastic_round: bool = False,
-) -> Optimizer:
-    """The optimizer of a method, which keeps the average that the method returns.
-
-    Args:
-        method: what to step by.
-        model: whose parameters are to be trained.
-        decayed: names of the parameters that decay.
-        weight_decay: of those, decoupled (but for sgd, adam and adafactor's own way).
-        warmup: steps of warm-up, for optimizers that warm up by themselves.
-        steps: of the run, for averages that begin at a share of it.
-        betas: of Adam's moments; not for bases of pullback.
-        stochastic_round: of bfloat16 parameters, where PACE writes them.
-    """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for n, p in named.items() if n in decayed], "weight_decay": weight_decay},
-        {"params": [p for n, p in named.items() if n not in decayed], "weight_decay": 0.0},
-    ]
-    eps, pulls = method.eps or 1e-8, method.name in ("pace", "pullback")
-    average = None if pulls else method.averaging(steps)
-    if method.name == "pace" or average is not None:
-        return PACE(
-            groups,
-            lr=method.lr,
-            betas=betas,
-            eps=eps,
-            pullback=method.c or 0.0,
-            gain=method.gain or "adam",
-            return_kappa=method.return_kappa,
-            state_dtype=torch.bfloat16 if method.state == "bf16" else None,
-            stochastic_round=stochastic_round,
-            averaging=average or PowerEMA(method.kappa or 0.0, every=method.every or 1),
-        )
-    if method.name == "schedule-free":
-        free: Optimizer = schedulefree.AdamWScheduleFree(
-            groups, lr=method.lr, betas=betas, warmup_steps=warmup
-        )
-        return free
-    if method.name == "lookahead":
-        assert method.k is not None
-        assert method.alpha is not None
-        base = torch.optim.AdamW(groups, lr=method.lr, betas=betas)
-        return _Lookahead(base, k=method.k, alpha=method.alpha)
-    if method.base is None:
-        return torch.optim.AdamW(groups, lr=method.lr, betas=betas, eps=eps)
-    if method.base == "muon":
-        groups = _split_for_muon(groups, model)
-    assert isinstance(method.c, float)
-    assert method.kappa is not None
-    return Pullback(
-        BASES[method.base](groups, method.lr),
-        method.c,
-        PowerEMA(method.kappa),
-        gain=method.gain or "adam",
-        return_kappa=method.return_kappa,
-    )
-
-
-def _split_for_muon(groups: list[dict[str, Any]], model: Any) -> list[dict[str, Any]]:
-    """Hidden matrices apart from the rest, which its AdamW steps."""
-    embeddings = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
-    head = model.get_output_embeddings()
+def _split_for_muon(setup: Setup) -> list[dict[str, Any]]:
+    """The groups with the hidden matrices apart from the rest, which Muon's AdamW steps."""
+    embeddings = [m.weight for m in setup.model.modules() if isinstance(m, torch.nn.Embedding)]
+    head = setup.model.get_output_embeddings()
     outer = {id(p) for p in [*embeddings, *([] if head is None else [head.weight])]}
 
     def hidden(p: Parameter) -> bool:
@@ -303,68 +516,79 @@ def _split_for_muon(groups: list[dict[str, Any]], model: Any) -> list[dict[str, 
 
     return [
         {**group, "params": params, "use_muon": matrices}
-        for group in groups
+        for group in setup.groups
         for matrices in (True, False)
         if (params := [p for p in group["params"] if hidden(p) == matrices])
     ]
 
 
-class _Lookahead(pytorch_optimizer.Lookahead):
-    """Lookahead whose slow weights, the model that it returns, go in and out by the usual names."""
-
-    swapped = False
-
-    def eval(self) -> None:
-        """Put the slow weights into the parameters."""
-        if not self.swapped:
-            self.backup_and_load_cache()
-            self.swapped = True
-
-    def train(self) -> None:
-        """Put the fast weights back."""
-        if self.swapped:
-            self.clear_and_load_backup()
-            self.swapped = False
+# ---- the table ----------------------------------------------------------------------------------
 
 
-def scheduler(method: Method, optimizer: Optimizer, warmup: int, steps: int) -> LambdaLR:
-    """The method's learning-rate schedule, after a linear warm-up.
+def all_options() -> list[str]:
+    """Names of the options that any method has."""
+    return list(dict.fromkeys(name for kind in METHODS.values() for name in kind.model_fields))
 
-    `constant`; `cosine` to zero; `wsd` constant, then linear to zero over the last fifth; `power`
-    lr·β_t and `twin` lr·twin_rate(β_t, g), with β_t = (1 + t)^-κ: what a pull amounts to as its
-    gain saturates, and at a gain of g. The warm-up starts from a step at rate 0; Schedule-Free has
-    its own, which is one step ahead.
+
+def methods_help() -> str:
+    """A paragraph a method: its name, its summary, and its options with their defaults."""
+    lines = []
+    for name, kind in METHODS.items():
+        defaults = {option: kind.model_fields[option].default for option in kind.options()}
+        shown = [
+            f"{option}={default:g}" if isinstance(default, int | float) else option
+            for option, default in defaults.items()
+            if option != "lr"
+        ]
+        about = " ".join((kind.__doc__ or "").split())
+        lines.append(f"{name}: {about}" + f" Options: {', '.join(shown)}." * bool(shown))
+    return "\n\n".join([*lines, f"NAME of pullback: {', '.join(BASES)}."])
+
+
+def method_of_row(row: Mapping[str, Any]) -> Method:
+    """The method whose `Method.row` is in a row of a table; None and NaN stand for no value."""
+    kind = METHODS[row["name"]]
+    values = {k: row[k] for k in kind.model_fields if k in row}
+    return kind(**{k: x for k, x in values.items() if x is not None and x == x})
+
+
+def parse_method(text: str, *, schedule: str = "constant", **defaults: Any) -> Method:
+    """A method from its text.
+
+    Args:
+        text: `name[:schedule][:option=value]...`.
+        schedule: of a method that names none.
+        defaults: the command's options, by name, for what text and method leave open. None is
+            left out.
+
+    Raises:
+        InputError: an unknown name, base, schedule or option, an option that the method does not
+            have, or a value out of its range.
     """
-    if method.name == "schedule-free":  # warms up by itself
-        return get_scheduler("constant", optimizer)
-    if method.schedule in ("power", "twin"):
-        return LambdaLR(optimizer, _implicit(method, warmup))
-    names = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
-    decay = {"num_decay_steps": round(WSD_DECAY_SHARE * steps), "decay_type": "linear"}
-    return get_scheduler(
-        names.get(method.schedule, method.schedule),
-        optimizer,
-        num_warmup_steps=warmup,
-        num_training_steps=steps,
-        scheduler_specific_kwargs=decay if method.schedule == "wsd" else None,
-    )
-
-
-def _implicit(method: Method, warmup: int) -> Callable[[int], float]:
-    def factor(done: int) -> float:
-        assert method.kappa is not None
-        beta = float(PowerEMA(method.kappa).weight(done + 1))
-        ramp = done / warmup if done < warmup else 1.0
-        return ramp * (beta if method.g is None else twin_rate(beta, method.g))
-
-    return factor
-
-
-def twin_rate(beta: float, gain: float) -> float:
-    """What a pull makes of the learning rate: β / (β + gain·(1 - β)), by the average's weight β.
-
-    Where the optimizer takes the same step d every time, live weights and average come to move by
-    that share of d; docs/theory.md has what else an EMA at this rate, the pull's twin, shares with
-    it. `paceline.theory.twin_rate` is the same for arrays; it needs SciPy, which training does not.
-    """
-    return beta / (beta + gain * (1.0 - beta))
+    name, *parts = text.strip().split(":")
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    kind, own = METHODS[name], dict[str, Any]()
+    if "base" in kind.model_fields:
+        own["base"] = parts.pop(0) if parts else ""
+    schedules = LR_SCHEDULES if kind.takes_schedule else {}
+    own["schedule"] = schedule if schedules else "constant"
+    for part in parts:
+        option, equals, value = part.partition("=")
+        if equals:
+            own[option] = value
+        elif part in schedules:
+            own["schedule"] = part
+        else:
+            known = ", ".join(schedules) or "none"
+            raise InputError(f"unknown schedule {part!r} in method {text!r}; known: {known}")
+    options = kind.options(_known_schedule(own["schedule"]))
+    for option in own.keys() - {"base", "schedule"}:
+        if option not in options:
+            raise InputError(f"method {text!r} has no option {option!r}; it has {options}")
+    wanted = kind.from_command(own)
+    given = {k: x for k, x in defaults.items() if k in wanted and x is not None}
+    try:
+        return kind(**given | own)
+    except InputError as error:
+        raise InputError(f"method {text!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""Small GPT-2 models to train from nothing."""
+"""Small GPT-2 models with random weights."""
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
@@ -16,10 +16,10 @@ def make_gpt2(
     """A randomly initialised GPT-2 without dropout.
 
     Args:
-        tokenizer: gives the size of the vocabulary and its end of text.
+        tokenizer: its size and its end of text are used.
         width: of the residual stream, a multiple of `heads`.
         layers: number of blocks.
-        heads: attention heads of each block.
+        heads: attention heads of a block.
         positions: longest sequence, tokens.
         seed: of the initial weights.
     """

@@ -1,4 +1,4 @@
-"""Pages that need no network: report.html of a run, and what other reports are made with."""
+"""HTML pages that need no network: the report of a run, and the tools of other reports."""
 
 import io
 import json
@@ -12,14 +12,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..files import whole
+from .folder import REPORT
 from .recipe import Recipe
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; then dashes tell apart more.
+# Okabe and Ito's colours, which colour-blind people can tell apart. More lines get dashes.
 COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
 def svg(figure: Figure) -> str:
-    """A figure as an element of a page."""
+    """A figure as an SVG element of a page."""
     text = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "paceline"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
@@ -27,7 +28,7 @@ def svg(figure: Figure) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """A figure as PATH.svg and PATH.png; the same figure is the same file, whenever it is made."""
+    """Write a figure to PATH.svg and PATH.png; equal figures give equal files."""
     FigureCanvasAgg(figure)
     with mpl.rc_context({"svg.hashsalt": "paceline", "svg.fonttype": "none"}):
         for kind, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
@@ -36,7 +37,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def render(path: Path, package: str, template: str, **values: Any) -> None:
-    """Write a page of a template of that package's folder, whole or not at all."""
+    """Write a page from a template in the package's folder, whole or not at all."""
     folders = [jinja2.PackageLoader(name, ".") for name in (package, "paceline.train")]
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(folders), autoescape=True, trim_blocks=True
@@ -51,12 +52,12 @@ def write_page(
     history: list[dict[str, Any]],
     average: dict[str, Any],
     manifest: dict[str, Any],
-    folder: Path,
+    run: Path,
 ) -> None:
-    """report.html of a run: its curves, its end, its settings."""
+    """Write a run's report.html: curves, final losses and settings."""
     evaluations = [entry for entry in history if "eval_loss" in entry]
     render(
-        folder / "report.html",
+        run / REPORT,
         "paceline.train",
         "run.html.j2",
         recipe=json.loads(recipe.model_dump_json()),

@@ -1,7 +1,8 @@
-"""Recipes: all that decides a training run, typed, in one place; and files of them."""
+"""Recipes: every setting of a training run, typed, with its role; and files of them."""
 
 import json
 import re
+from enum import Enum
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -14,14 +15,14 @@ from pydantic import BeforeValidator, Field, model_validator
 from transformers import AutoConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from . import InputError, Options, unknown
-from .methods import Gain, Method, Power, Rate, Schedule, Strength, parse_method
+from . import BelowOne, Gain, InputError, NonNegative, Number, Options, Positive, Power, unknown
+from .methods import METHODS, Method, ScheduleName, parse_method
 
 # ---- YAML ---------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML whose keys are given once, and in which 1e-3 is a number."""
+    """YAML in which 1e-3 is a number, and which refuses a key that is given twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -32,7 +33,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Writes what the loader reads: a text like 1e-3 in quotes."""
+    """The loader's counterpart: it writes a text like 1e-3 in quotes."""
 
 
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")  # PyYAML wants a dot and a sign
@@ -41,10 +42,10 @@ for side in (_Loader, _Dumper):
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML text says.
+    """The value of a YAML text.
 
     Raises:
-        ValueError: it is no YAML; in one line.
+        ValueError: the text is not YAML; in one line.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -54,9 +55,6 @@ def parse_yaml(text: str) -> Any:
 
 # ---- the recipe ---------------------------------------------------------------------------------
 
-Positive = Annotated[int, Field(ge=1)]
-Number = Annotated[float, Field(gt=0)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
 # On the command line one argument: names separated by commas, or a mapping in YAML.
 Names = tyro.constructors.PrimitiveConstructorSpec(
     nargs=1,
@@ -72,134 +70,152 @@ Mapping = tyro.constructors.PrimitiveConstructorSpec(
     is_instance=lambda value: isinstance(value, dict),
     str_from_instance=lambda value: [json.dumps(value)],
 )
+MethodHelp = tyro.conf.arg(
+    help=f"name[:schedule][:option=value]..., as paceline compare --help explains. Names: "
+    f"{', '.join(METHODS)}."
+)
 Split = BeforeValidator(lambda value: tuple(value.split(",")) if isinstance(value, str) else value)
 
 
+class Role(Enum):
+    """What a recipe's key is for; a key without a role decides the training and not the data."""
+
+    DATA = "the data as they are prepared depend on it"
+    METHOD = "a sweep varies it: its methods and seeds set it"
+    MEASURING = "how often losses are measured and logged; no loss depends on it"
+    RESUMABLE = "how the run is computed and saved; it may change on resume"
+
+
+DATA, METHOD, MEASURING, RESUMABLE = Role
+
+
 class Recipe(Options):
-    """What is trained on what, and how."""
+    """What is trained, on which data, and how."""
 
-    task: Literal["sft", "pretrain"] = "sft"
-    """sft: conversations, with the loss on what the assistant says; pretrain: text, all of it."""
+    task: Annotated[Literal["sft", "pretrain"], DATA] = "sft"
+    """sft: conversations, with the loss on the assistant's turns; pretrain: text, with the loss on all of it."""
 
-    model: str | None = None
+    model: Annotated[str | None, DATA] = None
     """Model to start from: a folder, or a name on the Hub."""
     config: Annotated[dict[str, Any], Mapping] | None = None
-    """Configuration of a new model, model_type among it; or changes in that of --model."""
+    """Configuration of a new model, with its model_type; or changes to the configuration of --model."""
     from_scratch: bool = False
     """Start from random weights, with the configuration of --model."""
-    tokenizer: str | None = None
-    """Folder or name on the Hub; or bpe, learned from the data. Default: the model's."""
-    vocabulary: Annotated[int, Field(ge=260)] = 4096
+    tokenizer: Annotated[str | None, DATA] = None
+    """Folder or name on the Hub; or bpe, which is trained on the data. Default: the model's."""
+    vocabulary: Annotated[int, Field(ge=260), DATA] = 4096
     """Entries of --tokenizer bpe, >= 260."""
-    chat_template: str | None = None
-    """chatml, or a Jinja file. Default: the tokenizer's own, and chatml where it has none."""
+    chat_template: Annotated[str | None, DATA] = None
+    """chatml, or a Jinja file. Default: the tokenizer's own, or chatml if it has none."""
 
-    data: Annotated[tuple[str, ...], Names, Split] | None = None
-    """Separated by commas: files (JSONL, JSON, Parquet, CSV; text for pretrain), folders of them, names of Hub datasets, or what needs no network: chitchat for sft, python and torch for pretrain. Default: chitchat or python. Conversations are messages (role, content), ShareGPT's conversations (from, value), or prompt and completion."""
-    data_config: str | None = None
+    data: Annotated[Annotated[tuple[str, ...], Names, Split] | None, DATA] = None
+    """Separated by commas: files (JSONL, JSON, Parquet, CSV; text for pretrain), folders of them, names of Hub datasets, or built-in data that need no network: chitchat for sft, python and torch for pretrain. Default: chitchat or python. Conversations are messages (role, content), ShareGPT's conversations (from, value), or prompt and completion."""
+    data_config: Annotated[str | None, DATA] = None
     """Configuration (subset) of a Hub dataset."""
-    split: str = "train"
+    split: Annotated[str, DATA] = "train"
     """Split of a Hub dataset."""
-    text_column: str = "text"
+    text_column: Annotated[str, DATA] = "text"
     """Column of the text, for pretrain."""
-    streaming: bool = False
-    """Read a Hub dataset as it is needed, and do not store it."""
-    eval_data: Annotated[tuple[str, ...], Names, Split] | None = None
-    """As data, to evaluate on. Default: a part of the data is held out."""
-    eval_split: str | None = None
+    streaming: Annotated[bool, DATA] = False
+    """Read a Hub dataset while training, without storing it."""
+    eval_data: Annotated[Annotated[tuple[str, ...], Names, Split] | None, DATA] = None
+    """Data to evaluate on, given as --data is. Default: a part of the data is held out."""
+    eval_split: Annotated[str | None, DATA] = None
     """Split of a Hub dataset to evaluate on."""
-    eval_examples: Positive = 512
-    """Sequences to evaluate on at most, >= 1; no more than a tenth of the data is held out."""
-    examples: Positive | None = None
+    eval_examples: Annotated[Positive, DATA] = 512
+    """Sequences to evaluate on at most, >= 1. At most a tenth of the data is held out."""
+    examples: Annotated[Positive | None, DATA] = None
     """Examples (conversations, documents) to train on at most, >= 1."""
-    context: Annotated[int, Field(ge=2)] = 1280
-    """Tokens a sequence, >= 2. Conversations are cut off there, text is cut into such pieces."""
-    packing: bool = False
-    """Put several conversations into a sequence, where the model's attention keeps them apart."""
+    context: Annotated[int, Field(ge=2), DATA] = 1280
+    """Tokens a sequence, >= 2. Longer conversations are cut off; text is cut into pieces of this length."""
+    packing: Annotated[bool, DATA] = False
+    """Put several conversations into one sequence; needs an attention that keeps them apart."""
 
-    method: str = "pace"
-    """As in paceline compare: name[:option=value]... of pace, ema, adamw, schedule-free, uniform, swa, lawa, bema, lookahead or pullback:NAME."""
-    lr: Rate = 1e-3
+    method: Annotated[str, MethodHelp, METHOD] = "pace"
+    lr: Annotated[Number, METHOD] = 1e-3
     """Peak learning rate, > 0."""
-    schedule: Schedule = "constant"
-    """constant; cosine (to 0); wsd (constant, a last fifth linear to 0); power; twin."""
-    c: Strength = 0.1
-    """Strength of the pull of pace and pullback, >= 0, in the unit of a gradient."""
-    kappa: Power = 0.3
-    """Power κ in [0, 1] of the average of pace, ema and pullback."""
-    g: Gain = 1.0
-    """Gain in (0, 1] that the schedule twin stands for."""
-    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
-    """β1 and β2 of Adam's moments, in [0, 1)."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    schedule: Annotated[ScheduleName, METHOD] = "constant"
+    pullback: Annotated[NonNegative | Literal["auto"], METHOD] = 0.1
+    """Strength c >= 0 of the pull of pace and pullback, in the unit of a gradient; auto: pace sets it itself."""
+    kappa: Annotated[Power | None, METHOD] = None
+    """Power κ in [0, 1] of the average of pace, ema and pullback, and of the schedules power and twin. Default: 0.3, and PACE's own with --pullback auto."""
+    twin_gain: Annotated[Gain, METHOD] = 1.0
+    """Gain in (0, 1] of the pull that the schedule twin stands for."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """β1 and β2 of Adam's moments, each in [0, 1)."""
+    weight_decay: NonNegative = 0.01
     """Decoupled weight decay >= 0, on matrices."""
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Gradients are clipped to this 2-norm; 0: not at all."""
-    warmup: Annotated[float, Field(ge=0)] = 0.0
-    """Linear warm-up: a number of steps, or, below 1, a share of all."""
-    batch: Positive = 128
-    """Sequences a step, over all processes and accumulation, >= 1."""
-    micro_batch: Positive | None = None
-    """Sequences a process works on at a time, >= 1. Fewer take less memory; the result is the same. Default: batch, divided by the processes."""
+    max_grad_norm: NonNegative = 1.0
+    """Gradients are clipped to this 2-norm, >= 0; 0 turns it off."""
+    warmup: NonNegative = 0.0
+    """Linear warm-up, >= 0: a number of steps, or below 1 a share of all steps."""
+    batch: Annotated[Positive, DATA] = 128
+    """Sequences a step, >= 1, summed over processes and accumulation."""
+    micro_batch: Annotated[Positive | None, RESUMABLE] = None
+    """Sequences that a process computes at a time, >= 1. Fewer take less memory and give the same result. Default: batch divided by the processes."""
     steps: Positive | None = None
-    """Steps, >= 1. One of steps, epochs and tokens; by default one epoch."""
+    """Steps, >= 1. Give one of steps, epochs and tokens. Default: one epoch."""
     epochs: Number | None = None
     """Passes over the data, > 0."""
     tokens: Number | None = None
     """Tokens to train on, > 0, as in 2.5e9."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of new weights and of the order of the data, >= 0."""
+    seed: Annotated[int, Field(ge=0, lt=2**32), METHOD] = 0
+    """Seed >= 0 of new weights and of the order of the data."""
 
     precision: Literal["fp32", "bf16", "pure-bf16"] = "fp32"
-    """fp32; bf16: computed in bfloat16, with weights in float32; pure-bf16: weights too, which the methods that keep an average then round stochastically."""
-    attention: str | None = None
-    """As transformers calls it: sdpa, flash_attention_2, eager, ... Default: its own choice."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, a third more time."""
-    compile: bool = False
+    """fp32; bf16: computed in bfloat16, with weights in float32; pure-bf16: weights in bfloat16, too. Methods that keep an average then round the weights stochastically."""
+    attention: Annotated[str | None, RESUMABLE] = None
+    """Implementation by its name in transformers: sdpa, flash_attention_2, eager, ... Default: transformers' choice."""
+    gradient_checkpointing: Annotated[bool, RESUMABLE] = False
+    """Compute activations again in the backward pass, which takes less memory and a third more time."""
+    compile: Annotated[bool, RESUMABLE] = False
     """Compile the model."""
-    fsdp: bool = False
-    """With several processes, share out weights and optimizer among them (FSDP2) instead of keeping all in each (DDP)."""
+    fsdp: Annotated[bool, RESUMABLE] = False
+    """Shard weights and optimizer over the processes (FSDP2) instead of keeping all in each (DDP)."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
-    """Train adapters of this rank only (LoRA) on all linear layers; 0: train the whole model."""
+    """Rank >= 0 of adapters (LoRA) on all linear layers, which alone are trained; 0 trains the whole model."""
     lora_alpha: Positive = 16
     """LoRA's scale α, >= 1."""
 
-    evaluations: Positive = 10
-    """Evaluations of live and returned weights, besides the one at the start, >= 1."""
-    save_every: Positive | None = None
+    evaluations: Annotated[Positive, MEASURING] = 10
+    """Evaluations of live and returned weights, >= 1, after the one at the start."""
+    save_every: Annotated[Positive | None, RESUMABLE] = None
     """Steps between checkpoints, >= 1. Default: at each evaluation."""
-    keep_checkpoints: Positive = 2
-    """Checkpoints kept, the last ones, >= 1."""
-    log_every: Positive = 10
+    keep_checkpoints: Annotated[Positive, RESUMABLE] = 2
+    """The last so many checkpoints are kept, >= 1."""
+    log_every: Annotated[Positive, MEASURING] = 10
     """Steps between lines of metrics, >= 1."""
-    loaders: Annotated[int, Field(ge=0)] = 0
+    loaders: Annotated[int, Field(ge=0), RESUMABLE] = 0
     """Processes that prepare batches, >= 0."""
-    report_to: Annotated[tuple[str, ...], Names, Split] = ("tensorboard",)
-    """Where metrics go, besides metrics.jsonl: tensorboard, and what else transformers knows."""
+    report_to: Annotated[tuple[str, ...], Names, Split, RESUMABLE] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl: tensorboard, or another integration of transformers."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if sum(x is not None for x in (self.steps, self.epochs, self.tokens)) > 1:
             raise InputError(
-                "steps, epochs, tokens: give one of them; None takes back a recipe's own"
+                "steps, epochs, tokens: give only one of them; None takes back a recipe's value"
             )
         if self.steps is not None and self.warmup >= max(1, self.steps):
-            raise InputError(f"warmup: {self.warmup:g} steps leave nothing of {self.steps}")
+            raise InputError(
+                f"warmup: {self.warmup:g} steps must be fewer than the {self.steps} steps of the run"
+            )
         if self.streaming and self.epochs is not None:
             raise InputError("epochs: a stream has no known length; give steps or tokens")
         if self.streaming and self.steps is None and self.tokens is None:
             raise InputError("streaming: a stream has no known length; give steps or tokens")
         if self.model is None and (self.config is None or "model_type" not in self.config):
-            raise InputError("model: give one, or the config of a new one with its model_type")
+            raise InputError("model: give one, or give a config with the model_type of a new one")
         if self.from_scratch and self.model is None:
-            raise InputError("from_scratch: a config without a model is from scratch anyway")
+            raise InputError(
+                "from_scratch: it needs a --model; a config alone starts from random weights anyway"
+            )
         if self.model is None and self.tokenizer is None:
             raise InputError("tokenizer: a new model needs one; give a folder, a name, or bpe")
         if self.config is not None and "model_type" in self.config:
             _check_config(self.config)
         if self.packing and self.task == "pretrain":
-            raise InputError("packing: text is always packed; it is for conversations")
+            raise InputError("packing: it is for conversations; text is always packed")
         if self.lora_rank and (self.model is None or self.from_scratch):
             raise InputError("lora_rank: adapters of random weights learn nothing")
         if self.micro_batch is not None and self.batch % self.micro_batch:
@@ -212,16 +228,21 @@ class Recipe(Options):
         for name in ("data", "eval_data"):
             if "" in (getattr(self, name) or ()) or getattr(self, name) == ():
                 raise InputError(f"{name}: give at least one name, and no empty ones")
-        if self.parsed.name == "pullback" and self.betas != (0.9, 0.999):
-            raise InputError(f"betas: {self.method} has its own")
+        if self.parsed.get("base") and self.betas != (0.9, 0.999):
+            raise InputError(
+                f"betas: they do not reach the optimizer in {self.method!r}; leave them out"
+            )
         return self
+
+    @property
+    def method_defaults(self) -> dict[str, Any]:
+        """The options that methods get where their text leaves them open."""
+        return {name: getattr(self, name) for name in keys_with(METHOD) - {"method", "seed"}}
 
     @cached_property
     def parsed(self) -> Method:
         """The method, with all its options."""
-        return parse_method(
-            self.method, lr=self.lr, c=self.c, kappa=self.kappa, g=self.g, schedule=self.schedule
-        )
+        return parse_method(self.method, **self.method_defaults)
 
     def to_yaml(self) -> str:
         """All keys with their values, as a recipe file."""
@@ -229,11 +250,22 @@ class Recipe(Options):
         return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def keys_with(*roles: Role) -> frozenset[str]:
+    """The recipe's keys that have one of the roles."""
+    fields = Recipe.model_fields.items()
+    return frozenset(name for name, x in fields if any(role in x.metadata for role in roles))
+
+
+RESUMABLE_CHANGES = keys_with(RESUMABLE)
+
+
 def _check_config(config: dict[str, Any]) -> None:
-    """Refuse what the configuration of this type has no such key for; transformers would keep it.
+    """Refuse a configuration with keys that its model_type does not have.
+
+    transformers would keep such keys without a word.
 
     Raises:
-        InputError: an unknown type or key, or a value that it cannot have.
+        InputError: an unknown model_type or key, or a value that the key cannot have.
     """
     kind = config["model_type"]
     try:
@@ -260,7 +292,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     """The keys and values of a recipe file, or of a shipped recipe by its name.
 
     Raises:
-        InputError: there is none, or it is no YAML mapping of a recipe's keys.
+        InputError: it cannot be found or read, or is not a YAML mapping of a recipe's keys.
     """
     path = shipped().get(name, Path(name))
     try:
@@ -278,3 +310,30 @@ def read_recipe(name: str) -> dict[str, Any]:
         if key not in Recipe.model_fields:
             raise InputError(f"{path}: {unknown(key, Recipe.model_fields)}")
     return values
+
+
+class RecipeCommand(Recipe):
+    """Options of a command that works by a recipe, whose values the other options change."""
+
+    recipe: Annotated[
+        tyro.conf.Positional[str | None],
+        tyro.conf.arg(help=f"YAML file, or one of the shipped: {', '.join(shipped())}."),
+    ] = None
+
+    @classmethod
+    def starting(cls, arguments: list[str]) -> Self | None:
+        """The options with the values of the recipe that the arguments name; None without one."""
+        before = ""
+        for name in arguments:
+            option = before.startswith("--") and "=" not in before
+            field = cls.model_fields.get(before.strip("-").removeprefix("no-").replace("-", "_"))
+            switch = before == "--print" or (field is not None and field.annotation is bool)
+            if not name.startswith("-") and (switch or not option):
+                return cls(**{"recipe": name, **read_recipe(name)})
+            before = name
+        return None
+
+    @property
+    def plain(self) -> Recipe:
+        """The recipe alone."""
+        return Recipe(**self.model_dump(include=set(Recipe.model_fields)))

@@ -1,120 +1,81 @@
-"""`paceline train`: one run from a recipe to a folder that is the model it returns."""
+"""`paceline train`: a run by a recipe, which writes a folder with the model it returns."""
 
 import itertools
 import json
 import math
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self
 
 import torch
 import tyro
 import yaml
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from pydantic import Field
 from rich.console import Console
 from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
-from transformers import (
-    TrainerCallback,
-)
+from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..files import whole
 from ..state import averages_of
-from . import InputError
-from .build import RunTrainer, build, processes
-from .callbacks import AtTheEnd, Lines, Progress, Stop
-from .chat import show
+from . import InputError, Positive, folder
+from .build import RunTrainer, build_trainer, processes
+from .callbacks import EvalAndSaveAtEnd, JsonlMetrics, ProgressBar, Stop
+from .chat import show_example
 from .data import content_key
 from .manifest import environment, write_json
 from .page import write_page
-from .recipe import Recipe, read_recipe
-from .terminal import progress_bars, quiet
+from .recipe import RESUMABLE_CHANGES, Recipe, RecipeCommand
+from .terminal import progress_bars, quiet, say
 
-RECIPE = "recipe.yaml"
-# What may be another when a run goes on: it leaves what the run computes as it is.
-FREE = frozenset(
-    {
-        *("micro_batch", "attention", "gradient_checkpointing", "compile", "fsdp", "loaders"),
-        *("save_every", "keep_checkpoints", "report_to"),
-    }
-)
-WEIGHTS = {
-    "model": "the returned model's: the average, or what the method returns instead",
-    "live": "the last weights that were trained",
-    "checkpoints": "the returned model's; the live ones are in the optimizer's state",
+WEIGHTS_IN = {
+    folder.MODEL: "the returned model: the average, or what the method returns instead",
+    folder.LIVE: "the live weights after the last step",
+    folder.CHECKPOINTS: "the returned model; the live weights are in the optimizer's state",
 }
-METRICS = {
-    "loss": "live weights, training batches, mean over the steps since the line before",
+METRICS_MEAN = {
+    "loss": "live weights, training batches, mean over the steps since the last line",
     "eval_live_*": "live weights, evaluation data",
     "eval_*": "returned model, evaluation data",
 }
-# What torch.save says of a disk that is full: as its file's writer puts it.
-FULL = ("iostream error", "unexpected pos", "Writer failed")
+# How torch.save reports a full disk.
+DISK_FULL = ("iostream error", "unexpected pos", "Writer failed")
 
 
-class Train(Recipe):
+class Train(RecipeCommand):
     """Train a language model by a recipe, and write the model to return.
 
-    A recipe is a YAML file of the keys below, or the name of a shipped one; options change its
-    values, and can also stand alone. With torchrun or accelerate launch in front (-m paceline
-    train ...) it runs on several processes.
+    A recipe is a YAML file with the keys below, or the name of a shipped one. Options change its
+    values, and work without a recipe, too. To train on several processes, start it by torchrun or
+    accelerate launch (-m paceline train ...).
     """
 
-    recipe: tyro.conf.Positional[str | None] = None
-    """YAML file, or one of the shipped: demo-sft, demo-pretrain, smollm2-135m, smollm2-1.7b, qwen3-1.7b, gemma3-1b, gpt2-124m, tiny-smollm2, tiny-qwen3, tiny-gemma3, tiny-sft, tiny-torch, tiny-gpt2."""
     out: Path | None = None
     """Folder for the run, new or empty. Default: runs/<recipe>-<time>."""
     resume: Path | None = None
-    """Folder of a run to go on with, exactly; its own recipe is used."""
+    """Folder of a run to continue exactly, by its own recipe."""
     print_recipe: Annotated[bool, tyro.conf.arg(name="print")] = False
-    """Print the whole recipe and stop."""
+    """Print the complete recipe and stop."""
 
     @classmethod
-    def starting(cls, arguments: list[str]) -> "Train | None":
-        """What options are changes of: the recipe that the arguments name, or a run's own."""
+    def starting(cls, arguments: list[str]) -> Self | None:
+        """The options of the recipe that the arguments name, or of the run to resume."""
         if run := _value(arguments, "--resume"):
-            return cls(resume=Path(run), **stored(Path(run)))
-        return named(cls, arguments)
+            return cls(resume=Path(run), **folder.recipe_of(Path(run)))
+        return super().starting(arguments)
 
 
-class Show(Recipe):
-    """Show what a recipe trains on: a few examples, with the tokens that are learned in green."""
+class Show(RecipeCommand):
+    """Show examples that a recipe trains on, with the tokens that count in the loss in green."""
 
-    recipe: tyro.conf.Positional[str | None] = None
-    """YAML file, or the name of a shipped one."""
-    show: Annotated[int, Field(ge=1)] = 3
+    show: Positive = 3
     """Examples to show, >= 1."""
-
-    @classmethod
-    def starting(cls, arguments: list[str]) -> "Show | None":
-        """The recipe that the arguments name."""
-        return named(cls, arguments)
-
-
-Command = TypeVar("Command", bound=Recipe)
-
-
-def named(command: type[Command], arguments: list[str]) -> Command | None:
-    """The command with the values of the recipe that is named among the options, if one is."""
-    before = ""
-    for name in arguments:
-        option = before.startswith("--") and "=" not in before
-        field = command.model_fields.get(before.strip("-").removeprefix("no-").replace("-", "_"))
-        switch = before == "--print" or (field is not None and field.annotation is bool)
-        if not name.startswith("-") and (switch or not option):
-            return command(**{"recipe": name, **read_recipe(name)})
-        before = name
-    return None
 
 
 def _value(arguments: list[str], option: str) -> str | None:
@@ -132,61 +93,66 @@ def _value(arguments: list[str], option: str) -> str | None:
 def train(
     options: Train, console: Console, callbacks: Sequence[TrainerCallback] = ()
 ) -> Path | None:
-    """Train by a recipe; the folder of the run, or None if it was only printed or interrupted.
+    """Train by a recipe.
 
     Ctrl-C and SIGTERM end a run of one process at the next step, with a checkpoint.
 
     Args:
-        options: what to train and where to; all processes get the same.
+        options: what to train and where to; the same in all processes.
         console: for progress and result.
-        callbacks: further ones of transformers.
+        callbacks: more callbacks of transformers.
+
+    Returns:
+        The run's folder; None if the recipe was only printed or the run was interrupted.
 
     Raises:
-        InputError: something given cannot be used, or does not fit into memory or on the disk.
-            What checkpoints there were are still there.
+        InputError: something given cannot be used, or memory or disk are too small for it.
+            Checkpoints that were saved stay.
     """
-    recipe = Recipe(**options.model_dump(include=set(Recipe.model_fields)))
+    recipe = options.plain
     if options.print_recipe:
-        console.print(recipe.to_yaml(), end="", highlight=False, markup=False, soft_wrap=True)
+        say(console, recipe.to_yaml(), end="")
         return None
     quiet()
     state = processes()
-    folder = _folder(options, state)
-    if (folder / "model").is_dir():
-        console.print(f"{folder} is finished.", highlight=False, markup=False)
-        return folder
-    made = [part for part in (folder / "checkpoints", folder, *folder.parents) if not part.exists()]
+    run = _run_folder(options, state)
+    if folder.is_finished(run):
+        say(console, f"{run} is finished.")
+        return run
+    checkpoints = run / folder.CHECKPOINTS
+    made = [part for part in (checkpoints, run, *run.parents) if not part.exists()]
     try:
-        with _in_a_line(folder):
-            trainer = build(recipe, folder / "checkpoints")
-            facts = _begin(trainer, recipe, folder, console)
+        with _one_line_errors(run):
+            trainer = build_trainer(recipe, checkpoints)
+            facts = _start(trainer, recipe, run, console)
     except InputError:
-        for part in made:  # the Trainer makes its folder before all is known to be right
+        for part in made:  # the Trainer makes its folder before everything has been checked
             with suppress(OSError):
                 part.rmdir()
         raise
-    with _in_a_line(folder, writing=True):
-        return _go_on(trainer, recipe, folder, facts, console, callbacks)
+    with _one_line_errors(run, writing=True):
+        return _fit(trainer, recipe, run, facts, console, callbacks)
 
 
 @contextmanager
-def _in_a_line(folder: Path, *, writing: bool = False) -> Iterator[None]:
-    """Say in one line what there is too little of: memory or room on the disk."""
+def _one_line_errors(run: Path, *, writing: bool = False) -> Iterator[None]:
+    """Report a lack of memory, or while `writing` of room on the disk, in one line."""
     try:
         yield
     except (RuntimeError, OSError, SafetensorError) as error:
         said = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said:
             raise InputError(
-                f"out of memory: {said}; a smaller --micro-batch gives the same result in less, "
-                "and so does --gradient-checkpointing; then --precision bf16, a method with "
-                "state=bf16, --fsdp on several devices, a shorter --context"
+                f"out of memory: {said}; a smaller --micro-batch gives the same result in less "
+                "memory, and so does --gradient-checkpointing; then try --precision bf16, a method "
+                "with state=bf16, --fsdp on several devices, or a shorter --context"
             ) from error
-        if not writing or (isinstance(error, RuntimeError) and not any(x in said for x in FULL)):
+        disk_full = any(words in said for words in DISK_FULL)
+        if not writing or (isinstance(error, RuntimeError) and not disk_full):
             raise
         raise InputError(
-            f"cannot write to {folder}: {said}; when that is mended, paceline train --resume "
-            f"{folder} goes on from the last checkpoint"
+            f"cannot write to {run}: {said}; when that is fixed, paceline train --resume {run} "
+            "continues from the last checkpoint"
         ) from error
 
 
@@ -199,12 +165,12 @@ def show_command(options: Show, console: Console) -> None:
     """Print some of the examples that a recipe trains on, as the model gets them.
 
     Raises:
-        InputError: something in the recipe cannot be had or used.
+        InputError: something in the recipe cannot be loaded or used.
     """
     quiet()
-    recipe = Recipe(**options.model_dump(include=set(Recipe.model_fields)))
-    with TemporaryDirectory() as folder:
-        trainer = build(recipe, Path(folder), only_data=True)
+    recipe = options.plain
+    with TemporaryDirectory() as scratch:
+        trainer = build_trainer(recipe, Path(scratch), only_data=True)
     data: Any = trainer.train_dataset
     evaluation: Any = trainer.eval_dataset
     for number, example in enumerate(itertools.islice(data, options.show), 1):
@@ -213,77 +179,58 @@ def show_command(options: Show, console: Console) -> None:
         learned = sum(label != -100 for label in labels)
         console.rule(f"example {number}: {len(ids)} tokens, {learned} of them learned")
         tokenizer: Any = trainer.processing_class
-        show(tokenizer, ids, labels, console)
+        show_example(tokenizer, ids, labels, console)
     if isinstance(data, Dataset):
         console.rule()
-        console.print(
+        say(
+            console,
             f"{len(data)} sequences to train on, {len(evaluation)} to evaluate on; "
             f"{trainer.args.max_steps} steps of {recipe.batch}",
-            highlight=False,
         )
 
 
-def stored(run: Path) -> dict[str, Any]:
-    """The keys and values of a run's own recipe.
-
-    Raises:
-        InputError: it is no folder of a run.
-    """
-    if not (run / RECIPE).is_file():
-        raise InputError(f"resume: {run} is no folder of a run: it has no {RECIPE}")
-    return read_recipe(str(run / RECIPE))
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """A run's newest, if it has one."""
-    folder = run / "checkpoints"
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return Path(found) if found else None
-
-
-def _folder(options: Train, state: Any) -> Path:
+def _run_folder(options: Train, state: Any) -> Path:
+    """The folder of the run to resume, or of a new one, after it has been checked."""
     if options.resume is not None:
         if options.out is not None or options.recipe is not None:
-            raise InputError("resume: a run goes on in its own folder by its own recipe")
-        before = Recipe(**stored(options.resume))
-        for name in set(Recipe.model_fields) - FREE:
+            raise InputError(
+                "resume: a run continues in its own folder by its own recipe; leave out --out and "
+                "the recipe"
+            )
+        before = Recipe(**folder.recipe_of(options.resume))
+        for name in set(Recipe.model_fields) - RESUMABLE_CHANGES:
             if getattr(before, name) != getattr(options, name):
                 raise InputError(
-                    f"{name}: a run goes on as it began; what may change: {', '.join(sorted(FREE))}"
+                    f"{name}: it must stay {getattr(before, name)} when a run is resumed; what may "
+                    f"change: {', '.join(sorted(RESUMABLE_CHANGES))}"
                 )
         return options.resume
     name = Path(options.recipe).stem if options.recipe else options.task
     default = Path("runs") / f"{name}-{datetime.now():%Y-%m-%d_%H%M%S}"
-    [folder] = broadcast_object_list([options.out or default])  # all by one clock
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(
-                f"out: {folder} is not an empty folder; name another, or --resume {folder}"
-            )
-    except OSError as error:
-        raise InputError(f"out: cannot use {folder}: {error.strerror}") from error
-    return Path(folder)
+    [run] = broadcast_object_list([options.out or default])  # all by one clock
+    folder.require_empty(run, f", or --resume {run}")
+    return Path(run)
 
 
-def _begin(trainer: RunTrainer, recipe: Recipe, folder: Path, console: Console) -> dict[str, Any]:
-    """Write recipe and manifest, or look whether they are this run's; returns the manifest."""
+def _start(trainer: RunTrainer, recipe: Recipe, run: Path, console: Console) -> dict[str, Any]:
+    """Write recipe and manifest, and of a resumed run check its data; returns the manifest."""
     main = trainer.is_world_process_zero()
     digest = _digest(trainer.train_dataset)
-    manifest = folder / "manifest.json"
     facts: dict[str, Any] = {}
-    if manifest.is_file():
-        facts = json.loads(manifest.read_text(encoding="utf-8"))
+    if resumed := (run / folder.MANIFEST).is_file():
+        facts = folder.manifest_of(run)
         if facts["data"]["digest"] != digest:
             raise InputError(
-                "data: it is not what the run began with; bring that back to go on exactly, or "
-                f"start a new run from one of {folder}/checkpoints as its --model"
+                "data: they have changed since the run began; restore them to continue exactly, or "
+                f"start a new run from one of {run / folder.CHECKPOINTS} as its --model"
             )
-    checkpoint = last_checkpoint(folder)
+    checkpoint = folder.last_checkpoint(run)
     model: Any = trainer.model
+    data: Any = trainer.train_dataset
     evaluation: Any = trainer.eval_dataset
     parameters = sum(p.numel() for p in model.parameters())
     if main:
-        this = {"command": shlex.join(["paceline", *sys.argv[1:]]), **environment()}
+        this = environment()
         this |= {"processes": trainer.args.world_size, "from": checkpoint and checkpoint.name}
         facts = facts or {
             **this,
@@ -291,129 +238,124 @@ def _begin(trainer: RunTrainer, recipe: Recipe, folder: Path, console: Console) 
             "parameters": parameters,
             "steps": trainer.args.max_steps,
             "data": {
-                "sequences": len(trainer.train_dataset)
-                if isinstance(trainer.train_dataset, Dataset)
-                else None,
+                "sequences": len(data) if isinstance(data, Dataset) else None,
                 "digest": digest,
                 "evaluation_sequences": len(evaluation),
             },
             "seconds": 0.0,
             "resumed": [],
         }
-        if manifest.is_file():
+        if resumed:
             facts["resumed"].append(this)
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / RECIPE) as partial:
+        folder.make(run)
+        with whole(run / folder.RECIPE) as partial:
             partial.write_text(recipe.to_yaml(), encoding="utf-8")
-        write_json(manifest, facts)
-        console.print(
+        write_json(run / folder.MANIFEST, facts)
+        say(
+            console,
             f"{recipe.parsed.label}, lr {recipe.lr:g}: {trainer.args.max_steps} steps of "
-            f"{recipe.batch} sequences, {parameters / 1e6:.3g}M parameters, in {folder}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            f"{recipe.batch} sequences, {parameters / 1e6:.3g}M parameters, in {run}",
         )
     if checkpoint:
-        console.print(f"Going on from {checkpoint.name}.", highlight=False)
+        say(console, f"Resuming from {checkpoint.name}.")
     return facts
 
 
-def _go_on(
+def _fit(
     trainer: RunTrainer,
     recipe: Recipe,
-    folder: Path,
+    run: Path,
     facts: dict[str, Any],
     console: Console,
     callbacks: Sequence[TrainerCallback],
 ) -> Path | None:
     """Train from the last checkpoint, or from the start, to the end."""
-    began, manifest = time.time(), folder / "manifest.json"
-    main, checkpoint = trainer.is_world_process_zero(), last_checkpoint(folder)
-    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    began = time.time()
+    main, checkpoint = trainer.is_world_process_zero(), folder.last_checkpoint(run)
+    done = folder.step_of(checkpoint) if checkpoint else None
     trainer.args.eval_on_start = checkpoint is None
-    trainer.add_callback(AtTheEnd())
+    trainer.add_callback(EvalAndSaveAtEnd())
     if "tensorboard" in recipe.report_to and main:
-        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
+        purge = done + 1 if done else None
+        writer = SummaryWriter(str(run / folder.TENSORBOARD), purge_step=purge)
         trainer.add_callback(TensorBoardCallback(writer))
     stop = Stop()
     bars = progress_bars(console) if main else nullcontext()
     with bars as progress, stop.on_signals(trainer.args.world_size):
         trainer.add_callback(stop)
         if main:
-            trainer.add_callback(Progress(progress))
-            trainer.add_callback(Lines(folder / "metrics.jsonl"))
+            trainer.add_callback(ProgressBar(progress))
+            trainer.add_callback(JsonlMetrics(run / folder.METRICS))
         for callback in callbacks:
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if main:
         facts["seconds"] = round(facts["seconds"] + time.time() - began, 1)
-        write_json(manifest, facts)
+        write_json(run / folder.MANIFEST, facts)
     if trainer.state.global_step < trainer.args.max_steps:
-        console.print(
-            f"Stopped at step {trainer.state.global_step} of {trainer.args.max_steps}; go on with "
-            f"paceline train --resume {folder}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,  # to be copied
+        say(
+            console,
+            f"Stopped at step {trainer.state.global_step} of {trainer.args.max_steps}; continue "
+            f"with paceline train --resume {run}",
         )
         return None
-    _finish(trainer, recipe, folder, facts)
+    _finish(trainer, recipe, run, facts)
     if main:
-        last = _last(trainer.state.log_history)
-        console.print(
+        last = _last_evaluation(trainer.state.log_history)
+        say(
+            console,
             f"Evaluation loss: live {last['eval_live_loss']:.4f}, returned "
-            f"{last['eval_loss']:.4f} nats a token.\nThe model: {folder / 'model'}\n"
-            f"Report: {folder / 'report.html'}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            f"{last['eval_loss']:.4f} nats a token.\nThe model: {run / folder.MODEL}\n"
+            f"Report: {run / folder.REPORT}",
         )
-    return folder
+    return run
 
 
 def _digest(data: Any) -> str | None:
-    """Of the number of sequences, and of the tokens of the first and last thousand."""
+    """A hash of the number of sequences, and of the tokens of the first and last thousand."""
     if not isinstance(data, Dataset):
         return None
     ends = {*range(min(1000, len(data))), *range(max(0, len(data) - 1000), len(data))}
     return content_key(len(data), data.select(sorted(ends)).to_dict())
 
 
-def _last(history: list[dict[str, Any]]) -> dict[str, Any]:
+def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, Any]:
     return [entry for entry in history if "eval_loss" in entry][-1]
 
 
 # ---- the end ------------------------------------------------------------------------------------
 
 
-def _finish(trainer: RunTrainer, recipe: Recipe, folder: Path, facts: dict[str, Any]) -> None:
-    """Write both models, and last of all what marks the run as finished: model/."""
+def _finish(trainer: RunTrainer, recipe: Recipe, run: Path, facts: dict[str, Any]) -> None:
+    """Write the report and both models; the returned one last, which marks the run as finished."""
     main = trainer.is_world_process_zero()
     average = average_facts(trainer)
-    last = _last(trainer.state.log_history)
+    last = _last_evaluation(trainer.state.log_history)
     if main:
-        write_json(folder / "paceline.json", {**average, "weights": WEIGHTS, "metrics": METRICS})
-        write_page(recipe, trainer.state.log_history, average, facts, folder)
-    for name, save in (("live", trainer.save_live_model), ("model", trainer.save_model)):
-        with whole(folder / name) if main else nullcontext(folder / name) as partial:
+        meaning = {"weights": WEIGHTS_IN, "metrics": METRICS_MEAN}
+        write_json(run / folder.AVERAGE_FACTS, {**average, **meaning})
+        write_page(recipe, trainer.state.log_history, average, facts, run)
+    for name, save in ((folder.LIVE, trainer.save_live_model), (folder.MODEL, trainer.save_model)):
+        with whole(run / name) if main else nullcontext(run / name) as partial:
             save(str(partial))
             if main:
                 (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle
-                write_json(partial / "paceline.json", {**average, "weights": WEIGHTS[name]})
+                about = {**average, "weights": WEIGHTS_IN[name]}
+                write_json(partial / folder.AVERAGE_FACTS, about)
                 card = _card(name, recipe, average, last, facts)
                 (partial / "README.md").write_text(card, encoding="utf-8")
         trainer.accelerator.wait_for_everyone()
 
 
 def average_facts(trainer: RunTrainer) -> dict[str, Any]:
-    """What the optimizer keeps: its rule, how far back it reaches, how often it was updated."""
+    """The optimizer's average: its rule, how far back it reaches, and how often it was updated."""
     optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     facts: dict[str, Any] = {"method": trainer.method.label, "steps": trainer.state.global_step}
     group = optimizer.param_groups[0]
     if "averaging" not in group:
         return {**facts, "rule": None, "optimizer": type(optimizer).__name__}
-    own, *further = averages_of(group).rules.items()
-    key, rule = further[0] if further else own
+    own, *others = averages_of(group).rules.items()
+    key, rule = others[0] if others else own
     kept = [
         state for state in optimizer.state.values() if "step" in state or "average_step" in state
     ]
@@ -441,7 +383,7 @@ def _card(
     last: dict[str, Any],
     facts: dict[str, Any],
 ) -> str:
-    """A model card: what the Hub reads in front, then the run's facts."""
+    """A model card: the header that the Hub reads, then the run's facts."""
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["paceline"]}
     if recipe.model:
         head["base_model"] = recipe.model
@@ -449,7 +391,7 @@ def _card(
     if on_hub := [d for d in data if d.count("/") == 1 and not Path(d).exists()]:
         head["datasets"] = on_hub
     rows = {
-        "weights": WEIGHTS[name],
+        "weights": WEIGHTS_IN[name],
         "method": f"{average['method']}, learning rate {recipe.lr:g}, {recipe.schedule}",
         "rule of the average": average["rule"],
         "updates of the average": average.get("updates"),

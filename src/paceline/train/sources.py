@@ -1,4 +1,4 @@
-"""What a model is trained on: conversations or texts, from files, the Hub, or packages."""
+"""Training data: conversations or texts, from files, the Hub or installed packages."""
 
 import functools
 import importlib.util
@@ -34,15 +34,14 @@ BUILT_IN = {
     "python": "the sources of Python's standard library",
     "torch": "the sources of the installed torch",
 }
-SPEAKER = {"prompt": "user", "completion": "assistant"}  # of what is plain text there
+SPEAKER = {"prompt": "user", "completion": "assistant"}  # of columns with plain text
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-# What may lie beside the data, as in the folder of a dataset of the Hub.
+# Files that may lie beside the data, as in the folder of a Hub dataset.
 BESIDE = {"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "dataset_infos.json"}
 TALKS = Features({"messages": [{"role": Value("string"), "content": Value("string")}]})
 SHUFFLED_AT_A_TIME = 10_000  # examples of a stream
 FEW = 10  # documents; of fewer, the last tenth of each is held out
-# datasets keeps what was made of data under the names of the functions that made it, but these may
-# be other ones tomorrow.
+# datasets caches results by the names of the functions that made them; this adds their source.
 MADE_BY = content_key(Path(__file__).read_text(encoding="utf-8"))
 # Addresses, numbers of ten digits and more, names on other services.
 CONTACT = re.compile(
@@ -51,7 +50,7 @@ CONTACT = re.compile(
 
 
 class Sources(NamedTuple):
-    """What to train on and what to evaluate on: one column, `messages` or `text`."""
+    """Data to train and to evaluate on, with one column: `messages` or `text`."""
 
     train: Data
     evaluation: Dataset
@@ -71,27 +70,27 @@ def load_sources(
     streaming: bool,
     seed: int,
 ) -> Sources:
-    """Conversations (`kind` "messages") or documents ("text").
+    """Load conversations (`kind` "messages") or documents ("text").
 
-    Without data for evaluation, some of the training's are held out: a random part, the same for
-    every seed, of a stream its first, of fewer than ten documents the ends.
+    Without data for evaluation, a part of the training data is held out: the first examples of a
+    stream, the last tenths of fewer than ten documents, and otherwise a random part, which is the
+    same for every seed.
 
     Args:
         names: built-in names, files, folders, or names of Hub datasets.
-        kind: the column that comes out.
-        config: of Hub datasets, the configuration.
-        split: of Hub datasets, the split to train on.
-        eval_names: the same for evaluation, of the same split if they are others.
-        eval_split: the split to evaluate on, of Hub datasets and of folders that have splits; of
-            what has none, a part is held out.
-        eval_examples: to evaluate on at most.
-        examples: to train on at most; None: all.
-        text_column: of documents.
-        streaming: read Hub datasets as they are needed.
+        kind: the column of the result.
+        config: configuration of Hub datasets.
+        split: split of Hub datasets to train on.
+        eval_names: data for evaluation; from `split`, unless `eval_split` is given.
+        eval_split: split to evaluate on, of Hub datasets and of folders with splits.
+        eval_examples: examples to evaluate on at most.
+        examples: examples to train on at most; None: all.
+        text_column: column of the text.
+        streaming: read Hub datasets while training.
         seed: of the order of a stream.
 
     Raises:
-        InputError: something is not there, not what it should be, or empty.
+        InputError: data are missing, empty or of another kind.
     """
     read = functools.partial(_read_all, kind=kind, config=config, text_column=text_column)
     names = tuple(names)
@@ -106,8 +105,8 @@ def load_sources(
             held_out = Dataset.from_list(list(data.take(eval_examples)))
             if len(held_out) < eval_examples:
                 raise InputError(
-                    f"data: {', '.join(names)} has {len(held_out)} usable examples, and the first "
-                    f"{eval_examples} of a stream are held out; give fewer --eval-examples"
+                    f"data: {', '.join(names)} has {len(held_out)} usable examples, and a stream "
+                    f"holds out the first {eval_examples}; give fewer --eval-examples"
                 )
             data = data.skip(eval_examples)
         data = data.shuffle(seed=seed, buffer_size=SHUFFLED_AT_A_TIME)
@@ -116,7 +115,10 @@ def load_sources(
         if kind == "text" and len(data) < FEW:
             data, held_out = _without_ends(data)
         elif len(data) < 2:
-            raise InputError(f"data: {', '.join(names)} has {len(data)} usable examples")
+            raise InputError(
+                f"data: {', '.join(names)} has {len(data)} usable examples, and at least 2 are "
+                "needed"
+            )
         else:
             parts = data.train_test_split(min(eval_examples, max(1, len(data) // 10)), seed=0)
             data, held_out = parts["train"], parts["test"]
@@ -130,12 +132,12 @@ def load_sources(
         ("evaluate", eval_names or names, evaluation),
     ):
         if isinstance(part, Dataset) and not len(part):
-            raise InputError(f"data: {', '.join(given)} has nothing to {what} on")
+            raise InputError(f"data: {', '.join(given)} has no usable examples to {what} on")
     return Sources(data, evaluation)
 
 
 def _without_ends(data: Dataset) -> tuple[Dataset, Dataset]:
-    """Documents but for their last tenths, and those."""
+    """Documents without their last tenths, and the last tenths."""
     texts = list(data["text"])
     cuts = list(map(last_tenth, texts))
     parts = (
@@ -147,7 +149,7 @@ def _without_ends(data: Dataset) -> tuple[Dataset, Dataset]:
 
 
 def _read_all(names: tuple[str, ...], *, streaming: bool, **options: Any) -> Data:
-    parts = [_read(name, streaming=streaming, **options) for name in names]
+    parts = [_read_source(name, streaming=streaming, **options) for name in names]
     if len(parts) == 1:
         return parts[0]
     if any(isinstance(part, IterableDataset) for part in parts):
@@ -156,7 +158,7 @@ def _read_all(names: tuple[str, ...], *, streaming: bool, **options: Any) -> Dat
     return joined
 
 
-def _read(
+def _read_source(
     name: str, *, kind: str, config: str | None, split: str, text_column: str, streaming: bool
 ) -> Data:
     if name in BUILT_IN:
@@ -171,26 +173,26 @@ def _read(
     else:
         rows = _from_hub(name, config, split, streaming)
     columns = rows.column_names
-    if columns is None:  # a stream that does not say
+    if columns is None:  # a stream may not know them
         columns = list(next(iter(rows)))
     try:
         if kind == "text":
-            return _texts(rows, columns, name, text_column)
+            return _text_rows(rows, columns, name, text_column)
         return _conversations(rows, columns, name)
     except UnicodeDecodeError as error:
         raise InputError(f"data: {name} is not UTF-8: {error}") from error
 
 
-def _texts(rows: Data, columns: list[str], name: str, column: str) -> Data:
+def _text_rows(rows: Data, columns: list[str], name: str, column: str) -> Data:
     if column not in columns:
         raise InputError(
-            f"data: {name} has no column {column!r}, but {', '.join(columns)}; "
-            "name the one with the text by --text-column"
+            f"data: {name} has no column {column!r}, only {', '.join(columns)}; "
+            "name the column of the text by --text-column"
         )
     rows = rows.select_columns([column])
     rows = rows.rename_column(column, "text") if column != "text" else rows
     if rows.features is not None and rows.features["text"] == Value("large_string"):
-        rows = rows.cast_column("text", Value("string"))  # as all the others have it
+        rows = rows.cast_column("text", Value("string"))  # as other sources have it
     return rows.filter(functools.partial(_has_text, name=name, made_by=MADE_BY), with_indices=True)
 
 
@@ -206,8 +208,8 @@ def _conversations(rows: Data, columns: list[str], name: str) -> Data:
     given = next((names for names in known if set(names) <= set(columns)), None)
     if given is None:
         raise InputError(
-            f"data: {name} has neither messages nor conversations nor prompt and completion, but "
-            f"{', '.join(columns)}"
+            f"data: {name} has none of the columns messages, conversations, or prompt and "
+            f"completion, only {', '.join(columns)}"
         )
     wrapped = functools.partial(_messages, given=given, name=name, made_by=MADE_BY)
     as_messages = rows.map(wrapped, with_indices=True, remove_columns=columns, features=TALKS)
@@ -217,7 +219,7 @@ def _conversations(rows: Data, columns: list[str], name: str) -> Data:
 def _messages(
     row: dict[str, Any], index: int, *, given: list[str], name: str, made_by: str
 ) -> dict[str, Any]:
-    """The conversation of a row; an empty one, where no assistant says anything."""
+    """The conversation of a row; empty if the assistant says nothing in it."""
     where = f"data: {name}, row {index}"
     parts = []
     for column in given:
@@ -225,7 +227,7 @@ def _messages(
         if isinstance(part, str) and column in SPEAKER:
             part = [{"role": SPEAKER[column], "content": part}]
         if not isinstance(part, list | None):
-            raise InputError(f"{where}: {column} is neither messages nor text: {part!r:.80}")
+            raise InputError(f"{where}: {column} must be messages or text, got {part!r:.80}")
         parts += part or []
     messages = maybe_convert_to_chatml({"messages": parts})["messages"]
     roles = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -249,27 +251,27 @@ def _messages(
 
 
 def is_here(name: str) -> bool:
-    """Whether it is the path of a file or folder."""
+    """Whether the name is the path of a file or folder."""
     try:
         return Path(name).exists()
-    except OSError:  # such as too long a name
+    except OSError:  # too long a name, for example
         return False
 
 
 def _saved(path: Path) -> bool:
-    """Whether a folder is a dataset that datasets saved to disk."""
+    """Whether a folder was written by `Dataset.save_to_disk`."""
     return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
 
 
 def _rows_in(path: Path) -> list[Path]:
-    """The files of rows that a file or folder is, if they are all of one kind."""
+    """The data files of a path (JSONL, JSON, Parquet, CSV); none if they are of several kinds."""
     files = [f for f in files_below([path]) if not path.is_dir() or f.name not in BESIDE]
     kinds = {READERS.get(file.suffix.lower()) for file in files}
     return files if len(kinds) == 1 and None not in kinds else []
 
 
 def _has_splits(name: str, config: str | None) -> bool:
-    """Whether it is of the Hub, or a folder with more than one."""
+    """Whether data are from the Hub, or a folder with several splits."""
     path = Path(name)
     if name in BUILT_IN or not is_here(name):
         return name not in BUILT_IN
@@ -280,56 +282,60 @@ def _has_splits(name: str, config: str | None) -> bool:
 
 
 def _splits_of(path: Path, config: str | None) -> dict[str, list[Path]]:
-    """The splits of a folder that its README or its files' names tell of, and their files."""
+    """The splits of a folder by its README or the names of its files -> their files."""
     with _reading(str(path)):
         found: Any = datasets.load_dataset_builder(str(path.resolve()), config).config.data_files
     return {str(split): list(map(Path, part)) for split, part in found.items()}
 
 
 def _here(name: str, config: str | None, split: str, kind: str) -> Dataset | list[Path]:
-    """The rows of a file or folder, or else the files that are a document each."""
+    """The rows of a file or folder, or the files that are one document each."""
     path = Path(name)
     if (path / "dataset_dict.json").is_file():
         path = path / split
         if not path.is_dir():
             raise InputError(f"data: {name} has no split {split!r}")
     if _saved(path):
-        # Not by load_from_disk, with which we would write into the folder.
+        # load_from_disk would let datasets write into the folder.
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return _load(name, "arrow", [path / part["filename"] for part in state["_data_files"]])
+        return _load_files(
+            name, "arrow", [path / part["filename"] for part in state["_data_files"]]
+        )
     if files := _rows_in(path):
         reader = READERS[files[0].suffix.lower()]
-        return _load(name, reader, files) if path.is_file() else _folder(path, config, split, files)
+        if path.is_file():
+            return _load_files(name, reader, files)
+        return _split_of_folder(path, config, split, files)
     if kind == "messages":
         raise InputError(
-            f"data: {name} is not of files {', '.join(READERS)} alone, which conversations are "
-            "read from"
+            f"data: {name} has other files than one kind of {', '.join(READERS)}, from which "
+            "conversations are read"
         )
     return files_below([path])
 
 
-def _folder(path: Path, config: str | None, split: str, files: list[Path]) -> Dataset:
+def _split_of_folder(path: Path, config: str | None, split: str, files: list[Path]) -> Dataset:
     found = _splits_of(path, config)
     used = {file for part in found.values() for file in part}
     left = [file for file in files if file.resolve() not in used]
     if left and not (path / "README.md").is_file():
         raise InputError(
-            f"data: {path} has files named after splits, and others, as {left[0]}; give files by "
-            "their names, separated by commas"
+            f"data: {path} has files named after splits and others such as {left[0]}; give the "
+            "files by their names, separated by commas"
         )
     if split not in found:
-        raise InputError(f"data: {path} has no split {split!r}, but {', '.join(found)}")
+        raise InputError(f"data: {path} has no split {split!r}, only {', '.join(found)}")
     try:
         with _reading(str(path)):
             rows: Dataset = datasets.load_dataset(str(path.resolve()), config, split=split)
     except InputError:
-        for file in found[split]:  # to name the one that is broken
-            _load(str(file), READERS[file.suffix.lower()], [file])
+        for file in found[split]:  # the message then names the broken file
+            _load_files(str(file), READERS[file.suffix.lower()], [file])
         raise
     return rows
 
 
-def _load(name: str, reader: str, files: list[Path]) -> Dataset:
+def _load_files(name: str, reader: str, files: list[Path]) -> Dataset:
     with _reading(name):
         rows: Dataset = datasets.load_dataset(
             reader, data_files=list(map(str, files)), split="train"
@@ -339,8 +345,8 @@ def _load(name: str, reader: str, files: list[Path]) -> Dataset:
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Say in one line why data cannot be read; the readers raise all sorts."""
-    datasets.logging.set_verbosity(logging.CRITICAL)  # it would say the same beside it
+    """Report in one line why data cannot be read; readers raise many kinds of errors."""
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it would report the same once more
     huggingface_hub.logging.set_verbosity_error()
     try:
         yield
@@ -350,7 +356,7 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def _documents(name: str, files: list[Path]) -> Dataset:
-    """Files as documents, in a random order that is always the same; those that are no text not."""
+    """The text files as documents, in a random order that is always the same."""
     documents = [text for text in dict.fromkeys(map(read_text, files)) if text]
     if not documents:
         raise InputError(f"data: {name} has no files of UTF-8 text")
@@ -358,7 +364,7 @@ def _documents(name: str, files: list[Path]) -> Dataset:
     return Dataset.from_dict({"text": documents})
 
 
-# ---- what needs no network ------------------------------------------------------------------
+# ---- without a network ------------------------------------------------------------------------
 
 
 def _built_in(name: str, kind: str) -> Dataset:
@@ -371,9 +377,9 @@ def _built_in(name: str, kind: str) -> Dataset:
 
 
 def chitchat() -> Iterator[list[dict[str, str]]]:
-    """Some 3,200 conversations: two people strictly in turn, four turns or more, no contact data.
+    """Some 3,200 conversations of two people in turn, of four turns or more, without contact data.
 
-    Each turn is one message, of one or several lines; who begins is the user.
+    Each turn is one message, of one or several lines. The one who begins is the user.
 
     Raises:
         InputError: the package is not installed.
@@ -381,7 +387,9 @@ def chitchat() -> Iterator[list[dict[str, str]]]:
     spec = importlib.util.find_spec("chitchat_dataset")
     if spec is None or not spec.submodule_search_locations:
         raise InputError("data: chitchat needs its package; pip install chitchat-dataset")
-    path = Path(spec.submodule_search_locations[0]) / "dataset.json"  # imports pull in a framework
+    path = (
+        Path(spec.submodule_search_locations[0]) / "dataset.json"
+    )  # importing it loads a framework
     for chat in json.loads(path.read_text(encoding="utf-8")).values():
         senders = [{part["sender"] for part in turn} for turn in chat["messages"]]
         texts = ["\n".join(part["text"].strip() for part in turn) for turn in chat["messages"]]
@@ -399,24 +407,24 @@ def chitchat() -> Iterator[list[dict[str, str]]]:
 
 @functools.cache
 def hub_is_there() -> bool:
-    """Whether the Hub answers; if not, its libraries are told so, and look into their caches.
+    """Whether the Hub answers; if not, its libraries are set to use only their caches.
 
-    They would try for a minute otherwise, and write as long.
+    They would otherwise retry and print for a minute.
     """
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
-    except Exception:  # of whatever library makes its connections
+    except Exception:  # the library of the connection is not known
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True
     return not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def unreachable(what: str, name: str, option: str) -> InputError:
-    """The line for what the Hub would have given."""
+    """The error for what only the Hub has."""
     hub, kind = huggingface_hub.constants.ENDPOINT, "--repo-type dataset " * (what == "data")
     return InputError(
-        f"{what}: cannot reach {hub} for {name!r}, which is not in the local cache either; where "
-        f"there is a network, hf download {kind}{name} --local-dir FOLDER, copy the folder here, "
+        f"{what}: cannot reach {hub} for {name!r}, which is not in the local cache; on a machine "
+        f"with a network run hf download {kind}{name} --local-dir FOLDER, copy the folder here, "
         f"and give {option} FOLDER"
     )
 
@@ -430,6 +438,6 @@ def _from_hub(name: str, config: str | None, split: str, streaming: bool) -> Dat
             raise unreachable("data", name, "--data") from error
         reason = " ".join(str(error).split())
         raise InputError(
-            f"data: {name!r} is no file here, and the Hub has no such dataset: {reason}"
+            f"data: {name!r} is not a file here, and the Hub has no such dataset: {reason}"
         ) from error
     return data

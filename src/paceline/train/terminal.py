@@ -1,4 +1,4 @@
-"""What long commands show while they go on."""
+"""What long commands show in the terminal."""
 
 import warnings
 
@@ -6,19 +6,25 @@ import datasets
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 
 def quiet() -> None:
-    """Leave the terminal to our own bars and tables."""
+    """Silence the bars and logs of transformers and datasets."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    # What peft calls of transformers' is none of the user's business.
+    # peft calls deprecated functions of transformers.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 
+def say(console: Console, text: str, end: str = "\n") -> None:
+    """Print a text as it is: without colours and line breaks, so that it can be copied."""
+    console.print(Text(text), end=end, soft_wrap=True)
+
+
 def progress_bars(console: Console) -> Progress:
-    """Bars whose tasks have a field `losses`, as `show_losses` writes it."""
+    """Progress bars; their tasks have a field `losses`, made by `show_losses`."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -32,9 +38,9 @@ def progress_bars(console: Console) -> Progress:
 
 
 def show_losses(losses: dict[str, float]) -> str:
-    """The last evaluation's losses of the live weights and of the best returned model.
+    """The last losses of the live weights and of the best returned model, as a short text.
 
-    Of two sets to evaluate on, on the test set.
+    With two sets to evaluate on, the losses are those of the test set.
     """
     kept = {k: x for k, x in losses.items() if not k.startswith("eval_selection_")}
     losses = {k.replace("eval_test_", "eval_"): x for k, x in kept.items()}
@@ -42,5 +48,5 @@ def show_losses(losses: dict[str, float]) -> str:
         return ""
     live = losses["eval_live_loss"]
     found = [x for name, x in losses.items() if name.startswith("eval_") and name.endswith("_loss")]
-    found.remove(live)  # which AdamW alone returns
+    found.remove(live)
     return f"live {live:.3f}  returned {min(found, default=live):.3f}"

@@ -1,4 +1,4 @@
-"""The Trainer of transformers, made right for optimizers that return another model."""
+"""Trainers of our methods: one method, or several that share one trajectory."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,25 +13,25 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import TensorDataset
 from torch.utils.tensorboard import SummaryWriter
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from ..averaging import Averaging
 from ..integrations.transformers import PaceTrainer
 from ..swap import swap_back, swap_in
-from .callbacks import AtTheEnd
+from .callbacks import EvalAndSaveAtEnd
 from .data import blocks, collate
-from .methods import Method, make_optimizer, scheduler
+from .methods import Method, Setup
 
 
 class ReadOuts:
-    """Averages of one run's weights that do not feed back, several beside one another.
+    """Several averages of one run's weights, which do not change the run.
 
-    Each takes in the weights after every step of the optimizer, from those at its making on.
+    They are updated after every step of the optimizer, and start from its weights at construction.
+
+    Args:
+        optimizer: whose parameters are averaged.
+        rules: one for each average.
     """
 
     def __init__(self, optimizer: Optimizer, rules: Sequence[Averaging]) -> None:
@@ -40,17 +40,17 @@ class ReadOuts:
         self.averages = [[p.detach().float().clone() for p in self.params] for _ in rules]
         self.kept = [[rule.begin(p, torch.float32) for p in self.params] for rule in rules]
         self.steps = 0
-        optimizer.register_step_post_hook(self._take_in)
+        optimizer.register_step_post_hook(self._update)
 
     @torch.no_grad()
-    def _take_in(self, *_: Any) -> None:
+    def _update(self, *_: Any) -> None:
         self.steps += 1
         for rule, averages, kept in zip(self.rules, self.averages, self.kept, strict=True):
             rule.update_(self.steps, self.params, averages, kept)
 
     @contextmanager
     def swapped(self, index: int) -> Iterator[bool]:
-        """Hold one of the averages in the parameters."""
+        """Put one of the averages into the parameters for the time of the context."""
         with torch.no_grad():
             swap_in(zip(self.params, self.averages[index], strict=True))
         try:
@@ -61,7 +61,7 @@ class ReadOuts:
 
 
 class OneMethodTrainer(PaceTrainer):
-    """Trains by a method of `paceline.train.methods`: its optimizer and its schedule."""
+    """Trains by the optimizer and the schedule of a method of `paceline.train.methods`."""
 
     def __init__(
         self,
@@ -78,11 +78,10 @@ class OneMethodTrainer(PaceTrainer):
         self.betas, self.stochastic_round = betas, stochastic_round
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
-        """The method's own."""
+        """The method's optimizer."""
         model = self.model if model is None else model
         if self.optimizer is None:
-            self.optimizer = make_optimizer(
-                self.method,
+            setup = Setup(
                 model,
                 decayed=set(self.get_decay_parameter_names(model)),
                 weight_decay=self.weight_decay,
@@ -91,35 +90,38 @@ class OneMethodTrainer(PaceTrainer):
                 betas=self.betas,
                 stochastic_round=self.stochastic_round,
             )
+            self.optimizer = self.method.build(setup)
         return self.optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
     ) -> LambdaLR:
-        """The method's own schedule."""
+        """The method's schedule."""
         optimizer = optimizer or self.optimizer
         assert optimizer is not None
         if self.lr_scheduler is None:
-            self.lr_scheduler = scheduler(self.method, optimizer, self.warmup, num_training_steps)
+            self.lr_scheduler = self.method.make_scheduler(
+                optimizer, self.warmup, num_training_steps
+            )
         return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's, with what the pull does."""
-        if "loss" in logs and self.method.c:
-            optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-            stats = optimizer.stats() or {}
+        """Log the losses, and beside a training loss the measures of the pull."""
+        if "loss" in logs and self.method.pulls:
+            stats = self.bare_optimizer.stats() or {}
             logs |= {k: x for k, x in stats.items() if isinstance(x, float)}
         super().log(logs, start_time)
 
 
 class MethodTrainer(OneMethodTrainer):
-    """Trains along one trajectory, and evaluates the models of all methods that it is shared by.
+    """Trains one trajectory, and evaluates the returned models of all methods that share it.
 
-    All on the same batches: the live weights' loss is `eval_live_loss`, the returned model's
-    `eval_loss`, of several methods the first one's, or `eval_LABEL_loss`. `curves` collects them
-    for each method with their step, and of a pull the mean gain and the fraction of clipped
-    coordinates at that step. Of two sets to evaluate on, `selection` and `test`, the losses are the
-    test's, and `selection_loss` is the returned model's on the other.
+    The live weights' loss is `eval_live_loss`. The returned model's loss is `eval_loss` for the
+    first method and `eval_LABEL_loss` for the others, on the same batches.
+
+    `curves` has a list of points for each method: step, losses, and of a pull the mean gain and the
+    fraction of clipped coordinates. With two sets to evaluate on, `selection` and `test`, the
+    losses are those of the test set, and `selection_loss` is the returned model's on the other.
     """
 
     def __init__(self, *args: Any, methods: Sequence[Method], **options: Any) -> None:
@@ -130,7 +132,7 @@ class MethodTrainer(OneMethodTrainer):
         self.curves: list[list[dict[str, float]]] = [[] for _ in methods]
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
-        """The trajectory's own, with the averages that watch it."""
+        """The trajectory's optimizer, with the averages of the methods that only watch it."""
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
         others = {m: m.averaging(self.args.max_steps) for m in self.methods if m != self.method}
@@ -142,11 +144,11 @@ class MethodTrainer(OneMethodTrainer):
         return optimizer
 
     def returned(self, method: Method) -> AbstractContextManager[bool]:
-        """Hold in the model what a method returns; False if that is the live weights."""
+        """Hold what a method returns in the model; yields False if that is the live weights."""
         return self.read_outs.get(method, self.averaged)()
 
     def returned_models(self) -> dict[str, Callable[[], AbstractContextManager[bool]]]:
-        """Of all methods, the first one's under the plain name."""
+        """The returned model of each method: a suffix for its metrics -> how to hold it."""
         return {
             f"_{method.label}" if index else "": partial(self.returned, method)
             for index, method in enumerate(self.methods)
@@ -155,17 +157,17 @@ class MethodTrainer(OneMethodTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate the live weights and what each method returns; a point for each curve."""
-        # Loaders draw from it, and dropout must not see how many models are evaluated.
+        """Evaluate the live weights and each returned model; adds a point to each curve."""
+        # Loaders draw random numbers: dropout must not depend on how many models are evaluated.
         with torch.random.fork_rng(devices=[]):
             metrics: dict[str, float] = super().evaluate(
                 eval_dataset, ignore_keys, metric_key_prefix
             )
-        if metric_key_prefix == "eval":  # and not on one set of two
-            self._take_down(metrics)
+        if metric_key_prefix == "eval":  # not one of two sets
+            self._add_points(metrics)
         return metrics
 
-    def _take_down(self, metrics: dict[str, float]) -> None:
+    def _add_points(self, metrics: dict[str, float]) -> None:
         """Append a point to each curve."""
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         two = isinstance(self.eval_dataset, dict)
@@ -175,33 +177,32 @@ class MethodTrainer(OneMethodTrainer):
         ):
             point = {
                 "step": self.state.global_step,
-                "train_loss": losses[-1] if losses else math.nan,  # mean since the line before
+                "train_loss": losses[-1] if losses else math.nan,  # mean since the last line
                 "live_loss": metrics[f"{prefix}_live_loss"],
                 "returned_loss": metrics[f"{prefix}{suffix}_loss"],
             }
             if two:
                 point["selection_loss"] = metrics[f"eval_selection{suffix}_loss"]
-            if method.c and self.state.global_step:
-                optimizer: Any = self.optimizer
-                stats = getattr(optimizer, "optimizer", optimizer).stats()
+            if method.pulls and self.state.global_step:
+                stats = self.bare_optimizer.stats()
                 point |= {"gain_mean": stats["gain_mean"], "clipped": stats["clipped"]}
             curve.append(point)
 
     def save_returned(self, method: Method, folder: str) -> None:
-        """Write what a method returns, whatever the moment, as a folder `transformers` loads."""
+        """Write what a method returns to a folder that `transformers` loads, at any step."""
         with self.returned(method):
             model: Any = self.model
             model.save_pretrained(folder)
 
 
 class Trained(NamedTuple):
-    """What a training run leaves: its trainer, and whether it was stopped before its end."""
+    """A training that has ended: its trainer, and whether it was stopped early."""
 
     trainer: MethodTrainer
     stopped: bool
 
 
-def train(
+def train_blocks(
     model: PreTrainedModel,
     tokens: dict[str, Tensor],
     methods: Sequence[Method],
@@ -220,23 +221,22 @@ def train(
 ) -> Trained:
     """Train a causal language model on blocks of tokens.
 
-    Equal `seed`, `batch`, `context` and `steps` give equal batches in equal order, whatever the
-    methods.
+    Equal `seed`, `batch`, `context` and `steps` give equal batches in equal order for all methods.
 
     Args:
         model: trained in place.
         tokens: `train` and `validation`, 1-D integer tensors.
         methods: one, or several that share their trajectory.
-        folder: gets the TensorBoard events.
+        folder: for TensorBoard's events.
         steps: optimizer steps.
         batch: blocks a step.
-        context: tokens a block.
+        context: tokens of a block.
         warmup: steps of linear warm-up.
         weight_decay: decoupled, on matrices only.
         max_grad_norm: gradients are clipped to this 2-norm.
         seed: of the order of the batches.
-        evaluations: how often both models are evaluated, evenly spread, besides at the start.
-        eval_tokens: about how many validation tokens each evaluation reads.
+        evaluations: number of evaluations, evenly spread, after the one at the start.
+        eval_tokens: validation tokens that each evaluation reads, about.
         watch: called some hundred times with the step and the last losses; True stops the run.
     """
     every = math.ceil(steps / evaluations)
@@ -259,7 +259,7 @@ def train(
     )
     validation = blocks(tokens["validation"], context)
     count = max(1, eval_tokens // context)
-    validation = validation[:: max(1, len(validation) // count)][:count]  # from all over
+    validation = validation[:: max(1, len(validation) // count)][:count]  # from the whole of it
     trainer = MethodTrainer(
         model,
         arguments,
@@ -271,7 +271,7 @@ def train(
         eval_dataset=TensorDataset(validation),
         callbacks=[
             TensorBoardCallback(SummaryWriter(str(folder))),
-            Watch(watch, max(1, steps // 200)),
+            Watcher(watch, max(1, steps // 200)),
         ],
     )
     trainer.remove_callback(PrinterCallback)
@@ -280,8 +280,8 @@ def train(
     return Trained(trainer, stopped=trainer.state.global_step < steps)
 
 
-class Watch(AtTheEnd):
-    """Tells `watch` the step and the last losses every so many steps; it may stop the run."""
+class Watcher(EvalAndSaveAtEnd):
+    """Calls `watch` with the step and the last losses every so many steps; True stops the run."""
 
     def __init__(self, watch: Callable[[int, dict[str, float]], bool], every: int) -> None:
         self.watch, self.every = watch, every
@@ -292,7 +292,7 @@ class Watch(AtTheEnd):
         self.losses.update(logs or {})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Tell, and hear whether to stop."""
+        """Call it, and stop the run if it says so."""
         super().on_step_end(args, state, control)
         if state.global_step % self.every == 0 and self.watch(state.global_step, self.losses):
             control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""`paceline verify-resume`: a run that is killed and resumed, beside one that is not."""
+"""`paceline verify-resume`: compare a run that is killed and resumed with one that is not."""
 
 import json
 import os
@@ -9,72 +9,63 @@ import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
-from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from . import InputError
+from . import InputError, Positive, folder
 from .build import evaluated_together
 from .manifest import write_json
-from .recipe import Recipe
-from .run import RECIPE, Train, last_checkpoint, named, stored, train
+from .recipe import RecipeCommand
+from .run import Train, train
+from .terminal import say
 
-MOMENTS = ("evaluation", "save", "step")  # taken in turn
+KILL_MOMENTS = ("evaluation", "save", "step")  # in turn
 
 
-class Verify(Recipe):
-    """Prove that a killed run of a recipe ends as if it had not been: by doing it.
+class Verify(RecipeCommand):
+    """Check that a run of a recipe that is killed and resumed ends as one that is not.
 
-    Trains by the recipe once from beginning to end; and once more, killed with SIGKILL in the
-    middle of an evaluation, of a save, of a step, and so on, and resumed each time. Prints what is
-    equal, bit for bit, and what is not, and by how much.
+    Trains by the recipe once without a break, and once killed with SIGKILL and resumed: in the
+    middle of an evaluation, of a save, of a step, and so on. Prints what is equal bit for bit, and
+    how far apart the rest is.
     """
 
-    recipe: tyro.conf.Positional[str | None] = None
-    """YAML file, or the name of a shipped one."""
     out: Path | None = None
     """Folder for both runs, new or empty. Default: runs/verify-<time>."""
-    kills: Annotated[int, Field(ge=1)] = 3
+    kills: Positive = 3
     """How often the second run is killed, >= 1."""
-    processes: Annotated[int, Field(ge=1)] = 1
-    """Processes of the runs (torchrun's), >= 1."""
-    resume_processes: Annotated[int, Field(ge=1)] | None = None
-    """Processes of the second run once it was killed, which then is equal up to rounding only."""
-
-    @classmethod
-    def starting(cls, arguments: list[str]) -> "Verify | None":
-        """The recipe that the arguments name."""
-        return named(cls, arguments)
+    processes: Positive = 1
+    """Processes of both runs, >= 1, started by torchrun."""
+    resume_processes: Positive | None = None
+    """Processes after the first kill, >= 1. If they differ, only the data order is exact."""
 
 
 def verify(options: Verify, console: Console) -> int:
     """Train both, print the certificate, and write it to certificate.json.
 
     Returns:
-        0 if everything is as it must be, else 1.
+        0 if all is equal bit for bit, or with other processes at least the order of the data; else
+        1.
 
     Raises:
-        InputError: the recipe cannot be trained; or a run failed, for another reason than a kill.
+        InputError: the recipe cannot be trained, or a run failed for another reason than a kill.
     """
-    out = options.out or Path("runs") / f"verify-{datetime.now():%Y-%m-%d_%H%M%S}"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out: {out} is not an empty folder; name another")
-    out.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(**options.model_dump(include=set(Recipe.model_fields)))
-    (out / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    default = Path("runs") / f"verify-{datetime.now():%Y-%m-%d_%H%M%S}"
+    out = folder.make_empty(options.out or default)
+    recipe = options.plain
+    (out / folder.RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     whole, killed = out / "whole", out / "killed"
     resumed_on = options.resume_processes or options.processes
 
     def run(title: str, log: str, moment: dict[str, Any], to: Path, processes: int) -> int:
-        begun = (to / RECIPE).is_file()
-        where = ["--resume", str(to)] if begun else [str(out / RECIPE), "--out", str(to)]
+        begun = folder.is_begun(to)
+        where = ["--resume", str(to)] if begun else [str(out / folder.RECIPE), "--out", str(to)]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         several = [*launcher, str(processes)] if processes > 1 else []
         command = [sys.executable, *several, "-m", __name__, json.dumps(moment), *where]
@@ -86,35 +77,36 @@ def verify(options: Verify, console: Console) -> int:
         return status
 
     run("training without a kill", "whole", {}, whole, options.processes)
-    facts = json.loads((whole / "manifest.json").read_text(encoding="utf-8"))
+    facts = folder.manifest_of(whole)
     together = evaluated_together(recipe, recipe.micro_batch or recipe.batch)
     batches = -(-facts["data"]["evaluation_sequences"] // together)
     rng = random.Random(0)
     kills = []
     for number in range(options.kills):
-        # Evaluations and saves come after it, the last at the end.
+        # The next evaluation and the next save come after this step.
         after = facts["steps"] * (number + rng.random()) / options.kills
         moment = {
-            "at": MOMENTS[number % len(MOMENTS)],
+            "at": KILL_MOMENTS[number % len(KILL_MOMENTS)],
             "step": min(int(after), facts["steps"] - 1),
             "count": 1 + rng.randrange(2 * batches),
         }
         title = f"training until kill {number + 1}, in the middle of {moment['at']}"
         on = resumed_on if number else options.processes
         status = run(title, f"kill-{number + 1}", moment, killed, on)
-        if status == 0 or not (killed / RECIPE).is_file():
+        if status == 0 or not folder.is_begun(killed):
             raise InputError(
                 f"kill {number + 1} did not happen; see {out / f'kill-{number + 1}.log'}"
             )
-        kills.append({**moment, "resumed from": getattr(last_checkpoint(killed), "name", "start")})
+        last = folder.last_checkpoint(killed)
+        kills.append({**moment, "resumed from": last.name if last else "start"})
     run("training to the end", "end", {}, killed, resumed_on)
-    rows = list(_compare(whole, killed))
+    rows = list(compare_runs(whole, killed))
     exact = all(row["equal"] for row in rows)
     same_size = resumed_on == options.processes
     order = next(row["equal"] for row in rows if row["what"] == "data order")
     passed = exact or (order and not same_size)
     write_json(
-        out / "certificate.json",
+        out / folder.CERTIFICATE,
         {
             "passed": passed,
             "rows": rows,
@@ -129,29 +121,27 @@ def verify(options: Verify, console: Console) -> int:
         table.add_row(row["what"], drift, style="" if row["equal"] or passed else "red")
     console.print(table)
     for kill in kills:
-        console.print(
-            f"• killed in the middle of {kill['at']} after step {kill['step']}, "
-            f"resumed from {kill['resumed from']}",
-            highlight=False,
-        )
-    console.print(f"Certificate: {out / 'certificate.json'}", highlight=False, markup=False)
+        place = f"in the middle of {kill['at']} after step {kill['step']}"
+        say(console, f"• killed {place}, resumed from {kill['resumed from']}")
+    say(console, f"Certificate: {out / folder.CERTIFICATE}")
     return 0 if passed else 1
 
 
-def _compare(whole: Path, killed: Path) -> Iterator[dict[str, Any]]:
-    for what, name in (("live weights", "live"), ("returned model", "model")):
+def compare_runs(whole: Path, killed: Path) -> Iterator[dict[str, Any]]:
+    """Compare two finished runs: `what` is compared, whether it is `equal`, and its `drift`."""
+    for what, name in (("live weights", folder.LIVE), ("returned model", folder.MODEL)):
         a, b = (_weights(run / name) for run in (whole, killed))
-        yield _row(what, a, b)
-    ends = [last_checkpoint(run) or run for run in (whole, killed)]
+        yield _tensor_row(what, a, b)
+    ends = [folder.last_checkpoint(run) or run for run in (whole, killed)]
     if all((end / "optimizer.pt").is_file() for end in ends):
         a, b = (_optimizer(end) for end in ends)
-        yield _row("optimizer", a, b)
+        yield _tensor_row("optimizer", a, b)
     states = [json.loads((end / "trainer_state.json").read_text("utf-8")) for end in ends]
     orders = [state["stateful_callbacks"]["paceline"]["order"] for state in states]
     yield {
         "what": "data order",
         "equal": orders[0] == orders[1],
-        "drift": "other sequences, or in another order",
+        "drift": "other sequences or another order",
     }
     losses = [
         {
@@ -162,11 +152,11 @@ def _compare(whole: Path, killed: Path) -> Iterator[dict[str, Any]]:
         }
         for state in states
     ]
-    yield _row("evaluation losses", *losses)
+    yield _tensor_row("evaluation losses", *losses)
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
+def _weights(model: Path) -> dict[str, Tensor]:
+    files = sorted(model.glob("*.safetensors"))
     return {name: x for file in files for name, x in load_file(file).items()}
 
 
@@ -180,13 +170,13 @@ def _optimizer(checkpoint: Path) -> dict[str, Tensor]:
     }
 
 
-def _row(what: str, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Any]:
-    """Whether all tensors are equal bit for bit; if not, their distance, and how large it is."""
+def _tensor_row(what: str, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Any]:
+    """Whether all tensors are equal bit for bit, and otherwise how far apart they are."""
     equal = a.keys() == b.keys() and all(
         a[k].dtype == b[k].dtype and torch.equal(_bits(a[k]), _bits(b[k])) for k in a
     )
     if a.keys() != b.keys():
-        return {"what": what, "equal": False, "drift": "not the same tensors"}
+        return {"what": what, "equal": False, "drift": "different names of tensors"}
     norm = sum(x.double().square().sum() for x in a.values()) ** 0.5
     far = sum((a[k].double() - b[k].double()).square().sum() for k in a) ** 0.5
     largest = max((float((a[k].double() - b[k].double()).abs().max()) for k in a), default=0.0)
@@ -202,7 +192,7 @@ def _bits(x: Tensor) -> Tensor:
 
 
 class _Kill(TrainerCallback):
-    """SIGKILL for its own process: after a step, or in the next evaluation or save from there."""
+    """Kills its own process with SIGKILL: after a step, or in the next evaluation or save."""
 
     def __init__(self, at: str, step: int, count: int) -> None:
         self.at, self.step, self.count = at, step, count
@@ -230,9 +220,9 @@ def _main() -> int:
     moment, where, *rest = sys.argv[1:]
     callbacks = [_Kill(**json.loads(moment))] if json.loads(moment) else []
     if where == "--resume":
-        options = Train(resume=Path(rest[0]), **stored(Path(rest[0])))
+        options = Train(resume=Path(rest[0]), **folder.recipe_of(Path(rest[0])))
     else:
-        options = Train(out=Path(rest[1]), recipe=where, **stored(Path(where).parent))
+        options = Train(out=Path(rest[1]), recipe=where, **folder.recipe_of(Path(where).parent))
     try:
         return 0 if train(options, Console(), callbacks) else 130
     except InputError as error:
