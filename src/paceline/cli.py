@@ -40,14 +40,16 @@ COMMANDS = {
     "report": Command("study.explore", "Report", "report", "explore runs in one page", "study"),
     "bench": Command("study.bench", "Bench", "bench", "measure what optimizers cost"),
     **{
-        f"theory {name}": Command("theory.lab", options, "show", summary, "theory")
-        for name, options, summary in (
-            ("limit", "Limit", "the limiting error, three ways"),
-            ("family", "Instances", "instances of unbounded improvement over an EMA"),
-            ("control", "Control", "from the optimal controller to PACE's gain"),
-            ("frontier", "Frontier", "each method at its own best parameters"),
-            ("twin", "Twin", "the EMA that a pull amounts to"),
-            ("rate", "Rate", "the rate on a convex Lipschitz problem"),
+        f"theory {name}": Command(
+            "theory.lab", f"{name.title()}Command", "run_theory", summary, "theory"
+        )
+        for name, summary in (
+            ("limit", "the limiting error, three ways"),
+            ("family", "instances of unbounded improvement over an EMA"),
+            ("control", "from the optimal controller to PACE's gain"),
+            ("frontier", "each method at its own best parameters"),
+            ("twin", "the EMA that a pull amounts to"),
+            ("rate", "the rate on a convex Lipschitz problem"),
         )
     },
 }

@@ -1,8 +1,12 @@
 """The theory lab: the model that PACE is derived in, solved exactly; needs the extra `[theory]`.
 
-`quadratic` has the moments of live weights and average, `twin` what a pull amounts to, `control`
-the problem that the gain comes from, `frontier` what each method comes to at its best, `simulate`
-the same by the real optimizers. docs/theory.md walks through it.
+- `quadratic`: exact moments of live weights and average.
+- `twin`: the EMA that a pull amounts to.
+- `control`: the control problem that the gain comes from.
+- `frontier`: each method's least loss at its own best parameters.
+- `simulate`: measurements with the library's own optimizers.
+
+docs/theory.md explains them. Importing this package does not import SciPy.
 """
 
 from .control import certainty_equivalent_gain, long_horizon_gain, optimal_gain, optimal_value

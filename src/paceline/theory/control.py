@@ -4,8 +4,8 @@ In continuous time, for one coordinate at distance x from the minimum, with step
 
     dx = (-a·x + u) dt + σ dW,      S_t = ∫_0^t x ds,      minimise  E[(S_T/T)²] + ρ·E ∫ u² dt
 
-The sum that is to come is foreseen: z_t = S_t + g(t)·x_t is what S_T will be without control, with
-g(t) = (1 - e^{-a(T-t)})/a. It obeys dz = g·u dt + g·σ dW, so that
+z_t = S_t + g(t)·x_t predicts S_T without control and noise, with g(t) = (1 - e^{-a(T-t)})/a. It
+obeys dz = g·u dt + g·σ dW, so that
 
     u*(t) = -(g(t)·P(t)/ρ)·z_t,      1/P(t) = T² + (1/ρ)·∫_t^T g(s)² ds
 
@@ -14,9 +14,9 @@ In discrete time, for any number of coordinates and any average,
     x_{k+1} = (1-a)·x_k + u_k + ξ_k,      x̄_k = (1-β_k)·x̄_{k-1} + β_k·x_k,      x̄_0 = x_0
     minimise  E x̄_TᵀM·x̄_T + ρ·Σ E|u_k|²
 
-is solved exactly by a Riccati recursion on (x, x̄).
+has an exact solution by a Riccati recursion on (x, x̄).
 
-Source: the problem is that of Au & Block, arXiv:2606.25086 (2026); the solutions are ours.
+Source: the problem is that of Au & Block, arXiv:2606.25086 (2026); the solutions were derived here.
 """
 
 import math
@@ -26,21 +26,21 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .quadratic import Array, Numbers, eigenvalues, require
+from .quadratic import Array, Numbers, eigenvalues, in_range, semidefinite
 
 # ---- one coordinate, continuous time ------------------------------------------------------------
 
 
 def _horizon(t: ArrayLike, horizon: ArrayLike, a: ArrayLike) -> tuple[Array, Array, Array]:
-    horizon = require("horizon", horizon, 0, math.inf, open_="low")
-    t = require("t", t, 0, math.inf)
+    horizon = in_range("horizon", horizon, 0, math.inf, open_="low")
+    t = in_range("t", t, 0, math.inf)
     if (t > horizon).any():
         raise ValueError(f"t must be at most the horizon, got {(t - horizon).max():g} above")
-    return horizon - t, horizon, require("a", a, 0, math.inf)
+    return horizon - t, horizon, in_range("a", a, 0, math.inf)
 
 
 def influence(t: ArrayLike, horizon: ArrayLike, a: ArrayLike) -> Array:
-    """g(t) = (1 - e^{-a(T-t)})/a: how much of x_t is yet to be summed up; T - t for a = 0.
+    """g(t) = (1 - e^{-a(T-t)})/a, the integral of a unit of x_t until T; T - t for a = 0.
 
     Args:
         t: time, in [0, T], steps; any shape.
@@ -60,9 +60,9 @@ def _influence(left: Array, a: Array) -> Array:
 
 
 def _influence_squared(left: Array, a: Array) -> Array:
-    """∫ g² over what is left."""
+    """∫ g² from t to T."""
     y = a * left
-    # (y - 2(1-e^-y) + (1-e^-2y)/2) / a³, whose first terms cancel for small y.
+    # (y - 2(1-e^-y) + (1-e^-2y)/2) / a³; its first terms cancel for small y.
     series = left**3 * (1 / 3 - y / 4 + 7 * y**2 / 60 - y**3 / 24 + 31 * y**4 / 2520)
     with np.errstate(invalid="ignore", divide="ignore"):
         exact = (y + 2 * np.expm1(-y) - np.expm1(-2 * y) / 2) / a**3
@@ -70,7 +70,7 @@ def _influence_squared(left: Array, a: Array) -> Array:
 
 
 def optimal_value(t: ArrayLike, horizon: ArrayLike, a: ArrayLike, penalty: ArrayLike) -> Array:
-    """P(t): what z_t² costs from time t on; 1/P(t) = T² + (1/ρ)·∫_t^T g(s)² ds.
+    """P(t), the cost of z_t² = 1 from time t on: 1/P(t) = T² + (1/ρ)·∫_t^T g(s)² ds.
 
     Args:
         t: time, in [0, T], steps; any shape.
@@ -82,7 +82,7 @@ def optimal_value(t: ArrayLike, horizon: ArrayLike, a: ArrayLike, penalty: Array
         ValueError: an argument is out of its range.
     """
     left, horizon, a = _horizon(t, horizon, a)
-    penalty = require("penalty", penalty, 0, math.inf, open_="low")
+    penalty = in_range("penalty", penalty, 0, math.inf, open_="low")
     return np.asarray(1 / (horizon**2 + _influence_squared(left, a) / penalty))
 
 
@@ -98,40 +98,40 @@ def optimal_gain(t: ArrayLike, horizon: ArrayLike, a: ArrayLike, penalty: ArrayL
 def certainty_equivalent_gain(
     t: ArrayLike, horizon: ArrayLike, a: ArrayLike, penalty: ArrayLike
 ) -> Array:
-    """The factor of -(θ_t - θ̄_t) when the running average stands for the minimum: g²P/ρ.
+    """The factor of -(θ_t - θ̄_t) with the running average in the minimum's place: g²P/ρ.
 
-    The sum so far is then 0, and z_t = g·(θ_t - θ̄_t): a pull toward the average. Arguments and
+    The sum so far is then 0, so that z_t = g·(θ_t - θ̄_t): a pull toward the average. Arguments and
     errors are those of `optimal_value`.
     """
     return np.asarray(influence(t, horizon, a) * optimal_gain(t, horizon, a, penalty))
 
 
 def long_horizon_gain(horizon: ArrayLike, a: ArrayLike, penalty: ArrayLike) -> Array:
-    """What the certainty-equivalent gain is long before the end, for aT >> 1: 1/(ρa²T² + T).
+    """The certainty-equivalent gain long before the end, for aT >> 1: 1/(ρa²T² + T).
 
-    It falls with the curvature, and is never more than 1/T. Arguments and errors are those of
+    It falls with the curvature and is at most 1/T. Arguments and errors are those of
     `optimal_value` at t = 0.
     """
     _, horizon, a = _horizon(0.0, horizon, a)
-    penalty = require("penalty", penalty, 0, math.inf, open_="low")
+    penalty = in_range("penalty", penalty, 0, math.inf, open_="low")
     return np.asarray(1 / (penalty * a**2 * horizon**2 + horizon))
 
 
 # ---- any number of coordinates, discrete time ---------------------------------------------------
 
 
-def newest_weights(weights: ArrayLike) -> Array:
-    """β_1 ... β_T of the average Σ w_k·x_k: β_k = w_k / (w_0 + ... + w_k).
+def beta_of_weights(weights: ArrayLike) -> Array:
+    """The averaging weights β_1 ... β_T of the average Σ w_k·x_k: β_k = w_k / (w_0 + ... + w_k).
 
     Equal weights give 1/(k+1).
 
     Args:
-        weights: w_0 ... w_T, of any sign, that add up to 1.
+        weights: w_0 ... w_T, of any sign, with the sum 1.
 
     Raises:
-        ValueError: they do not, or a partial sum is 0.
+        ValueError: the sum is not 1, or a partial sum is 0.
     """
-    weights = require("weights", weights, -math.inf, math.inf)
+    weights = in_range("weights", weights, -math.inf, math.inf)
     if weights.ndim != 1 or len(weights) < 2:
         raise ValueError(f"weights must be two or more in a row, got the shape {weights.shape}")
     so_far = np.cumsum(weights)
@@ -143,12 +143,12 @@ def newest_weights(weights: ArrayLike) -> Array:
     return np.asarray(weights[1:] / so_far[1:])
 
 
-class Outcome(NamedTuple):
-    """What a controller comes to: E x̄_TᵀM·x̄_T, Σ E|u|², and both with the penalty."""
+class ControlOutcome(NamedTuple):
+    """Expected result of a controller."""
 
-    error: float
-    effort: float
-    cost: float
+    error: float  # E x̄_TᵀM·x̄_T
+    effort: float  # Σ E|u|²
+    cost: float  # error + ρ·effort
 
 
 @dataclass(frozen=True)
@@ -157,15 +157,15 @@ class Regulator:
 
     Args:
         curvature: a = η·H: (n,), coordinates in (0, 2), or (d, d), symmetric.
-        beta: β_1 ... β_T, the newest iterate's weight in the average, as `newest_weights` or a
-            rule of `paceline.averaging` has them.
-        penalty: ρ > 0.
-        noise: variance of a step's noise, >= 0, for each coordinate or all; or (d, d).
-        start: x_0, for each coordinate or all.
+        beta: averaging weights β_1 ... β_T, from `beta_of_weights` or a rule of
+            `paceline.averaging`.
+        penalty: ρ > 0 on the control.
+        noise: variance of a step's noise, >= 0, one number or one per coordinate; or (d, d).
+        start: x_0, one number or one per coordinate.
         terminal: M, (d, d), symmetric and positive semidefinite. Default: the identity.
 
     Raises:
-        ValueError: an argument is out of its range, by how much.
+        ValueError: an argument is out of its range or has a wrong shape.
     """
 
     curvature: Numbers
@@ -179,9 +179,9 @@ class Regulator:
         curvature = np.atleast_1d(np.asarray(self.curvature, dtype=np.float64))
         matrix = np.diag(curvature) if curvature.ndim == 1 else curvature
         d = len(matrix)
-        require("curvature", eigenvalues("curvature", matrix), 0, 2, open_="both")
-        require("penalty", self.penalty, 0, math.inf, open_="low")
-        beta = require("beta", self.beta, -math.inf, math.inf)
+        in_range("curvature", eigenvalues("curvature", matrix), 0, 2, open_="both")
+        in_range("penalty", self.penalty, 0, math.inf, open_="low")
+        beta = in_range("beta", self.beta, -math.inf, math.inf)
         if beta.ndim != 1 or not len(beta):
             raise ValueError(f"beta must be one or more in a row, got the shape {beta.shape}")
         for name in ("noise", "start"):
@@ -189,24 +189,18 @@ class Regulator:
             if shape not in ((), (1,), (d,)) and (name, len(shape)) != ("noise", 2):
                 raise ValueError(f"{name} must be of the shape () or ({d},), got {shape}")
         noise = np.asarray(self.noise, dtype=np.float64)
-        covariance = noise if noise.ndim == 2 else np.diag(np.broadcast_to(noise, (d,)))
-        terminal = np.eye(d) if self.terminal is None else np.asarray(self.terminal, np.float64)
-        for name, given in (("noise", covariance), ("terminal", terminal)):
-            if given.shape != (d, d):
-                raise ValueError(f"{name} must be of the shape {(d, d)}, got {given.shape}")
-            least = eigenvalues(name, given)[0]
-            if least < -1e-12 * abs(given).max():
-                raise ValueError(
-                    f"{name} must be positive semidefinite; its least eigenvalue is {least:g}"
-                )
-        start = require("start", self.start, -math.inf, math.inf)
-        for name, value in (
-            ("curvature", matrix),
-            ("beta", beta),
-            ("noise", covariance),
-            ("start", np.broadcast_to(start, (d,))),
-            ("terminal", terminal),
-        ):
+        noise = noise if noise.ndim == 2 else np.diag(np.broadcast_to(noise, (d,)))
+        start = in_range("start", self.start, -math.inf, math.inf)
+        checked = {
+            "curvature": matrix,
+            "beta": beta,
+            "noise": semidefinite("noise", noise, d),
+            "start": np.broadcast_to(start, (d,)),
+            "terminal": semidefinite(
+                "terminal", np.eye(d) if self.terminal is None else self.terminal, d
+            ),
+        }
+        for name, value in checked.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -223,11 +217,11 @@ class Regulator:
             np.vstack([one, new * one]),
         )
 
-    def solve(self) -> tuple[Array, Outcome]:
-        """The best of all controllers, and what it comes to.
+    def solve(self) -> tuple[Array, ControlOutcome]:
+        """The best of all controllers.
 
         Returns:
-            gains (T, d, 2d), with u_k = -gains[k] @ (x_k, x̄_k); and their outcome.
+            Its gains (T, d, 2d), with u_k = -gains[k] @ (x_k, x̄_k), and its outcome.
         """
         d = len(self.curvature)
         value = np.zeros((2 * d, 2 * d))
@@ -242,11 +236,11 @@ class Regulator:
         return gains, self.outcome(gains)
 
     def feedback(self, live: ArrayLike, average: ArrayLike) -> Array:
-        """The gains of u_k = -live_k·x_k - average_k·x̄_k, each coordinate by itself.
+        """The gains of u_k = -live_k·x_k - average_k·x̄_k, coordinate by coordinate.
 
         Args:
             live: broadcasts to (T, d).
-            average: broadcasts to (T, d). `feedback(λ, -λ)` is a pull of gain λ to the average.
+            average: broadcasts to (T, d). `feedback(λ, -λ)` is a pull to the average of gain λ.
 
         Returns:
             gains (T, d, 2d).
@@ -255,14 +249,14 @@ class Regulator:
         parts = [np.broadcast_to(np.asarray(x, dtype=np.float64), shape) for x in (live, average)]
         return np.concatenate([x[..., None] * np.eye(shape[1]) for x in parts], axis=-1)
 
-    def outcome(self, gains: Array) -> Outcome:
+    def outcome(self, gains: Array) -> ControlOutcome:
         """Error and effort of a linear controller, exactly.
 
         Args:
             gains: (T, d, 2d), with u_k = -gains[k] @ (x_k, x̄_k).
 
         Raises:
-            ValueError: they are of another shape.
+            ValueError: gains has another shape.
         """
         d = len(self.curvature)
         if np.shape(gains) != (self.steps, d, 2 * d):
@@ -276,4 +270,4 @@ class Regulator:
             closed = a - b @ gain
             second = closed @ second @ closed.T + b @ self.noise @ b.T
         error = float(np.trace(self.terminal @ second[d:, d:]))
-        return Outcome(error, effort, error + self.penalty * effort)
+        return ControlOutcome(error, effort, error + self.penalty * effort)

@@ -1,7 +1,7 @@
-"""Monte Carlo of the theory, by the optimizers that people use: many runs beside each other.
+"""Monte Carlo of the theory by the library's own optimizers, with many runs side by side.
 
-Each run is a row of one parameter, in float64, and sees noise of its own; `paceline.PACE` and
-`Pullback` step all of them at once, for they work on every element by itself.
+Each run is a row of one float64 parameter and has its own noise. `paceline.PACE` and `Pullback`
+work elementwise, so that one step advances all runs at once.
 """
 
 import math
@@ -16,9 +16,9 @@ from torch.nn import Parameter
 from ..averaging import Averaging
 from ..base import AveragedOptimizer
 from ..pullback import Pullback
-from .quadratic import Array, Quadratic, require, whole
+from .quadratic import Array, Quadratic, in_range
 
-Make = Callable[[list[Parameter]], AveragedOptimizer]
+OptimizerFactory = Callable[[list[Parameter]], AveragedOptimizer]
 
 
 class Estimate(NamedTuple):
@@ -29,19 +29,19 @@ class Estimate(NamedTuple):
 
     @property
     def interval(self) -> tuple[Array, Array]:
-        """95 %, by the normal distribution."""
+        """The 95 % interval of the normal distribution: low and high end."""
         return self.mean - 1.96 * self.error, self.mean + 1.96 * self.error
 
 
 class Estimates(NamedTuple):
-    """Of the live weights and of the returned model."""
+    """Estimates for the live weights and for the returned model."""
 
     live: Estimate
     returned: Estimate
 
 
 def estimate(samples: Tensor) -> Estimate:
-    """Mean and standard error over the first axis, of at least two runs."""
+    """Mean and standard error over the first axis, which holds two runs or more."""
     error = samples.std(0) / math.sqrt(len(samples))
     return Estimate(samples.mean(0).numpy(), error.numpy())
 
@@ -53,33 +53,32 @@ def _read_out(optimizer: AveragedOptimizer, weights: Tensor) -> tuple[Tensor, Te
 
 
 def simulate(
-    make: Make, problem: Quadratic, steps: int, runs: int = 1000, seed: int = 0
+    make: OptimizerFactory, problem: Quadratic, steps: int, runs: int = 1000, seed: int = 0
 ) -> Estimates:
-    """E θᵢ² of each coordinate after some steps on a quadratic, by a real optimizer.
+    """E θᵢ² of each coordinate after some steps on a quadratic, measured with a real optimizer.
 
     Args:
-        make: an optimizer of a list with one parameter, (runs, n) in float64; its learning rate
-            times the curvature is the theory's a.
-        problem: curvature, noise of the gradients, drift and start; normal noise.
+        make: builds the optimizer from a list of one float64 parameter (runs, n). Its learning
+            rate times the curvature is the theory's a.
+        problem: the quadratic; gradient noise and drift are normal.
         steps: >= 0.
-        runs: independent ones, >= 2.
-        seed: of the noise; two optimizers with the same seed see the same noise.
+        runs: number of independent runs, >= 2.
+        seed: of the noise; optimizers with the same seed see the same noise.
 
     Returns:
         Estimates of arrays (n,).
 
     Raises:
-        ValueError: steps or runs are out of range.
+        ValueError: steps or runs is out of its range or not whole.
     """
-    for name, value, low in (("steps", steps, 0), ("runs", runs, 2)):
-        require(name, value, low, math.inf)
-        whole(name, value)
+    in_range("steps", steps, 0, math.inf, whole=True)
+    in_range("runs", runs, 2, math.inf, whole=True)
     generator = torch.Generator().manual_seed(seed)
     hessian = torch.from_numpy(problem.curvature)
     shape = (runs, problem.size)
 
     def factor(variance: object) -> Tensor:
-        """L with L·Lᵀ the covariance; for coordinates, the standard deviations."""
+        """L, where L·Lᵀ is the covariance; for coordinates their standard deviations."""
         given = np.asarray(variance, dtype=np.float64)
         if not problem.general:
             return torch.from_numpy(np.sqrt(np.broadcast_to(given, shape[1:])))
@@ -110,89 +109,90 @@ def simulate(
 # ---- convex and Lipschitz -----------------------------------------------------------------------
 
 
-class Stylised(NamedTuple):
-    """SGD with an average by a rule, and a pull toward it whose gain is min(1, g·β_t)."""
+class StylisedPACE(NamedTuple):
+    """SGD with an average, and a pull toward it of the gain min(1, c·β_t)."""
 
     averaging: Averaging
-    pull: float = 0.0  # g >= 0
+    pullback: float = 0.0  # c >= 0
 
 
 def convex_errors(
-    methods: Sequence[Stylised],
+    methods: Sequence[StylisedPACE],
     steps: int,
     *,
     runs: int = 32,
     coordinates: int = 16,
-    rate: float = 1.0,
+    lr: float = 1.0,
     seed: int = 0,
 ) -> list[Estimate]:
-    """Excess loss of what the methods return on a convex Lipschitz problem, at one horizon.
+    """Excess loss of the methods' returned models on a convex Lipschitz problem, at one horizon.
 
         f(x) = Σ 2^-i·|xᵢ - 1/i|,  i = 1 ... n,    from x = 0,    subgradients with N(0, 1/i²) noise
 
-    At every horizon T it has coordinates whose slope is lost in the noise of T steps, while
-    distance and noise are bounded for any n. The methods see the same noise.
+    At every horizon T the noise of T steps hides the slopes of some coordinates, while distance
+    and noise stay bounded for any n. The methods see the same noise.
 
     Args:
-        methods: rules that need the average alone.
+        methods: their averaging rules must keep no state besides the average.
         steps: T >= 1.
-        runs: independent ones, >= 2.
-        coordinates: n >= 1; 2^-n is well below 1/√T.
-        rate: times 1/√T, the learning rate, > 0.
+        runs: number of independent runs, >= 2.
+        coordinates: n >= 1; 2^-n should be well below 1/√T.
+        lr: > 0; the learning rate is lr/√T.
         seed: of the noise.
 
     Returns:
         For each method, mean and standard error of f over the runs.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or a rule keeps further state.
     """
     for name, value, low in (
         ("steps", steps, 1),
         ("runs", runs, 2),
         ("coordinates", coordinates, 1),
     ):
-        require(name, value, low, math.inf)
-        whole(name, value)
-    require("rate", rate, 0, math.inf, open_="low")
+        in_range(name, value, low, math.inf, whole=True)
+    in_range("lr", lr, 0, math.inf, open_="low")
     for method in methods:
-        require("pull", method.pull, 0, math.inf)
+        in_range("pullback", method.pullback, 0, math.inf)
         if method.averaging.keeps:
-            raise ValueError(f"averaging must need the average alone, got {method.averaging}")
+            raise ValueError(
+                f"averaging must keep no state besides the average, got {method.averaging}"
+            )
     generator = torch.Generator().manual_seed(seed)
     slopes = 0.5 ** torch.arange(1, coordinates + 1, dtype=torch.float64)
     places = 1 / torch.arange(1, coordinates + 1, dtype=torch.float64)
     shape = (runs, coordinates)
     weights = [Parameter(torch.zeros(shape, dtype=torch.float64)) for _ in methods]
     groups = [{"params": [p]} for p in weights]
-    optimizer = Pullback(torch.optim.SGD(groups, lr=rate / math.sqrt(steps)), gain="scalar")
+    optimizer = Pullback(torch.optim.SGD(groups, lr=lr / math.sqrt(steps)), gain="scalar")
     for group, method in zip(optimizer.param_groups, methods, strict=True):
         group["averaging"] = str(method.averaging)
     for k in range(1, steps + 1):
         noise = places * torch.randn(shape, generator=generator, dtype=torch.float64)
         for p, group, method in zip(weights, optimizer.param_groups, methods, strict=True):
             p.grad = slopes * torch.sign(p.detach() - places) + noise
-            if method.pull:
-                group["pullback"] = method.pull * float(method.averaging.weight(k))
+            if method.pullback:
+                group["pullback"] = method.pullback * float(method.averaging.weight(k))
         optimizer.step()
     found = [_read_out(optimizer, p)[1] for p in weights]
     return [estimate(((x - places).abs() * slopes).sum(-1)) for x in found]
 
 
 def slope(horizons: Sequence[int], errors: Sequence[Estimate]) -> Estimate:
-    """Of log error against log T, by least squares, with its standard error.
+    """Slope of log error against log T by least squares, with its standard error.
 
     Args:
         horizons: T, two or more.
-        errors: an estimate at each, independent of each other.
+        errors: an independent estimate at each horizon.
 
     Raises:
-        ValueError: there are not as many of both, or fewer than two different ones.
+        ValueError: the lengths differ, or there are fewer than two different horizons.
     """
     if len(horizons) != len(errors) or len(set(horizons)) < 2:
         raise ValueError(
-            f"horizons and errors must be two or more, as many of each, got {len(horizons)} and "
-            f"{len(errors)}"
+            f"horizons and errors must be two or more, as many of each, got "
+            f"{len(horizons)} and {len(errors)}"
         )
     x = np.log(np.asarray(horizons, dtype=np.float64))
     x -= x.mean()
