@@ -16,7 +16,7 @@ def rows_of(text, lr, seed, losses, *, setting=None, selection=None, trained_wit
     run = f"{method.label} lr={lr:g} seed={seed} {setting}"
     rows = []
     for step, (live, returned) in zip(STEPS, losses, strict=False):
-        row = {"run": run, "label": method.label, **method.model_dump(), "seed": seed}
+        row = {"run": run, "label": method.label, **method.row, "seed": seed}
         row |= {"trained_with": trained_with or run, "seconds": 1.0, "train_loss": live}
         row |= {"step": step, "tokens": step * 128, "live_loss": live, "returned_loss": returned}
         if method.name == "pace":

@@ -31,7 +31,7 @@ Losses = Callable[[Method, int], tuple[float, float]]  # of the halves: to choos
 def valley(method: Method, seed: int) -> tuple[float, float]:
     """Lowest at a rate of 0.01, lower with a pull, and another for each seed."""
     loss = (math.log10(method.lr) + 2) ** 2 - 0.1 * (method.get("pullback") or 0)
-    loss += 0.2 * (method.return_kappa or method.kappa or 0.5)
+    loss += 0.2 * (method.get("return_kappa") or method.kappa or 0.5)
     return 2 + loss, 2.5 + loss + 0.01 * seed
 
 

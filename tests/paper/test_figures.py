@@ -66,7 +66,7 @@ def loss_of(method, seed):
     """A landscape: the best rate is 3e-3, the best c 1, and slower averages are better."""
     off = abs(math.log10(method.lr / 3e-3)) * 0.2
     off += 0.3 if method.get("pullback") is None else 0.05 * abs(math.log10(method.get("pullback")))
-    off -= 0.1 * (method.return_kappa or method.kappa or 0)
+    off -= 0.1 * (method.get("return_kappa") or method.kappa or 0)
     return 3 + off + random.Random(f"{method.written}{seed}").random() * 0.01
 
 
@@ -246,9 +246,9 @@ def test_the_twin_has_the_gain_that_was_measured(small, everything):
 def test_a_slower_average_is_not_taken_for_the_pulls_own(small, everything):
     """It is better in this landscape, so that it would be chosen."""
     best = contenders(everything, small.main)
-    assert best["PACE, constant"].return_kappa is None
-    assert best["PACE, constant, slower average"].return_kappa == figures.SLOWER
-    assert best["EMA"].return_kappa is None
+    assert best["PACE, constant"].get("return_kappa") is None
+    assert best["PACE, constant, slower average"].get("return_kappa") == figures.SLOWER
+    assert best["EMA"].get("return_kappa") is None
     for figure in ("2", "14", "17"):
         labels = draw(figure, everything).table.label
         assert figure == "14" or not labels.str.contains("returned-κ").any()

@@ -71,7 +71,7 @@ def test_methods_that_share_a_trajectory_are_one_cell():
         *((3, 4), (2, 4), (1, 4)),
     ]
     assert [cell.trajectory.name for cell in found[:3]] == ["adamw", "pace", "adamw"]
-    assert found[1].trajectory.return_kappa is None
+    assert found[1].trajectory.get("return_kappa") is None
     # In whatever order they were asked for.
     assert found[0].key == cells(TASK, [methods[2], methods[1], methods[0]], (3,))[0].key
 

@@ -222,7 +222,7 @@ def _about_the_pull(label: str, cell: Cell, here: dict[str, Cell], lr: float) ->
             )
         elif facts["schedule"] == "twin" and mine["schedule"] == "constant":
             sentences.append(
-                f"And against the schedule that a gain of {facts['g']:g} amounts to: {label} "
+                f"And against the schedule of a gain of {facts['twin_gain']:g}: {label} "
                 f"returns a model {_difference(cell, its)} {other}."
             )
     gains = [row["gain_mean"] for row in cell.rows.values() if row["gain_mean"] is not None]
