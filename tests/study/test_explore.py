@@ -81,7 +81,7 @@ def test_three_kinds_of_folders_are_read_as_one(tmp_path):
     assert [row.gain_mean for row in rows] == [None, 0.9, 0.9]
     assert (run.losses("live"), run.losses()) == ({0: 6.0}, {0: 5.9})
     assert (run.first.family, run.lr, run.first.options["kappa"]) == ("pace", 0.003, 0.3)
-    assert set(run.first.options) == set(Method.model_fields) - set(WORDS)
+    assert set(run.first.options) == set(all_options()) - set(WORDS)
     assert cell(cells, "pace pullback=1 kappa=0.3", 0.01, "sft").losses()[1] == math.inf
     assert cell(cells, "ema kappa=0.3", setting="books").losses("selection") == {0: None}
 
@@ -377,7 +377,7 @@ def test_maps_are_of_what_varies_in_two_options(tmp_path):
         ("tiny-sft on smol", "pace"),
         ("tiny-pretrain on nano", "pace"),
     ]
-    assert found[0]["axes"] == ["lr", "pullback", "kappa"]
+    assert found[0]["axes"] == ["lr", "kappa", "pullback"]
     points = {tuple(p["at"]): p["loss"] for p in found[0]["points"]}
     assert points[0.003, 10, 0.7] == pytest.approx(1.51)
     assert points[0.01, 1, 0.3] is None

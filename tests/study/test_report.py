@@ -41,7 +41,7 @@ def test_verdict_says_who_won_by_how_much_over_how_many_seeds():
         "(-0.100 to +0.000, lower in 1 of 2 seeds) than pace.",
         "What the pull alone does there: pace returns a model 0.200 nats lower "
         "(-0.300 to -0.100, lower in 2 of 2 seeds) than ema.",
-        "And against the schedule that a gain of 0.9 amounts to: pace returns a model 0.050 nats "
+        "And against the schedule of a gain of 0.9: pace returns a model 0.050 nats "
         "higher (+0.000 to +0.100, higher in 1 of 2 seeds) than ema twin.",
         "The gain of pace is 0.85 in the mean at the end, and 50.0% of the coordinates are "
         "clipped.",
