@@ -43,7 +43,7 @@ from paceline.study.explore import (
     tell_apart,
 )
 from paceline.train import InputError
-from paceline.train.methods import Method
+from paceline.train.methods import all_options
 
 
 def cells_of(*folders):
@@ -379,8 +379,8 @@ def test_maps_are_of_what_varies_in_two_options(tmp_path):
     ]
     assert found[0]["axes"] == ["lr", "kappa", "pullback"]
     points = {tuple(p["at"]): p["loss"] for p in found[0]["points"]}
-    assert points[0.003, 10, 0.7] == pytest.approx(1.51)
-    assert points[0.01, 1, 0.3] is None
+    assert points[0.003, 0.7, 10] == pytest.approx(1.51)
+    assert points[0.01, 0.3, 1] is None
     assert len(points) == 8
 
 
