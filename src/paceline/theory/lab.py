@@ -629,8 +629,8 @@ class RateCommand(TheoryCommand):
             trend = slope(self.horizons, errors)
             means = np.array([float(e.mean) for e in errors])
             rows.append([name, f"{trend.mean:.3f} ± {1.96 * trend.error:.2g}", *means * roots])
-            style = {"ls": "--", "mfc": "white"} if pulled else {}
-            axis.plot(self.horizons, means, f"C{i // 2}o-", label=name, **style)
+            style, fill = (f"C{i // 2}o--", "white") if pulled else (f"C{i // 2}o-", None)
+            axis.plot(self.horizons, means, style, mfc=fill, label=name)
         axis.plot(self.horizons, rows[0][2] / roots, color="grey", ls=":", label="slope -1/2")
         axis.set(xscale="log", yscale="log", xlabel="horizon T")
         axis.set_ylabel("excess loss of the returned model")
