@@ -124,7 +124,7 @@ class AveragedOptimizer(Optimizer):
         shards.drop_gathered_copies(averages)
         swap.swap_in(self._pairs(averages))
         for group in self.param_groups:
-            group[swap.SWAPPED] = swap.written(
+            group[swap.SWAPPED] = swap.write_record(
                 swap.Swapped(str(p.dtype), averages[p].partition(RETURN)[2])
                 if p in averages
                 else None
@@ -142,7 +142,7 @@ class AveragedOptimizer(Optimizer):
         """
         found = {}
         for group in self.param_groups:
-            records = swap.read(group[swap.SWAPPED], len(group["params"]))
+            records = swap.read_record(group[swap.SWAPPED], len(group["params"]))
             for p, record in zip(group["params"], records, strict=True):
                 if record is None:
                     continue

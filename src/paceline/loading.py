@@ -13,7 +13,7 @@ from .options import Group
 from .shards import is_sharded
 from .state import RETURN, State, extra_keys_in
 
-Check = Callable[[State, Tensor, swap.Swapped | None], None]
+StateCheck = Callable[[State, Tensor, swap.Swapped | None], None]
 
 
 def validated_checkpoint(
@@ -23,7 +23,7 @@ def validated_checkpoint(
     keys: frozenset[str] | None,
     count: str,
     complete: Callable[[Group, Group, int], Group],
-    checker: Callable[[Group, list[tuple[Tensor, State]]], Check],
+    checker: Callable[[Group, list[tuple[Tensor, State]]], StateCheck],
 ) -> dict[str, Any]:
     """A checkpoint as it is to be loaded: with all options, without state of no step.
 
@@ -54,7 +54,7 @@ def validated_checkpoint(
         completed.append(group)
         found = [states.get(key, {}) for key in theirs["params"]]
         check = checker(group, list(zip(mine["params"], found, strict=True)))
-        records = swap.read(group[swap.SWAPPED], len(found))
+        records = swap.read_record(group[swap.SWAPPED], len(found))
         for i, (key, record) in enumerate(zip(theirs["params"], records, strict=True)):
             state, param = found[i], mine["params"][i]
             try:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from . import auto, kernels, rounding, shards
 from .averaging import Averaging
 from .base import AveragedOptimizer, describe, summarize
-from .loading import Check, check_count, check_tensor, validated_checkpoint
+from .loading import StateCheck, check_count, check_tensor, validated_checkpoint
 from .options import Group, check_pace, expand_short
 from .state import (
     AVERAGE,
@@ -28,13 +28,13 @@ from .state import (
     State,
     averages_of,
     counts_on_device,
+    ensure,
     extra_keys_in,
-    prepare,
     restore,
     state_dtype,
     take_in,
 )
-from .swap import SWAPPED, Swapped, written
+from .swap import SWAPPED, Swapped, write_record
 from .update import Scalars, Slot, scalars
 
 # What torch's AdamW has besides: how it steps, which says nothing about how we do.
@@ -244,7 +244,7 @@ class PACE(AveragedOptimizer):
             self.param_groups.pop()
             raise
         live: list[Swapped | None] = [None] * len(param_group["params"])
-        param_group[SWAPPED] = written(live) if self.swapped else ""
+        param_group[SWAPPED] = write_record(live) if self.swapped else ""
 
     def _check_params(self, group: int) -> None:
         options = self.param_groups[group]
@@ -309,7 +309,7 @@ class PACE(AveragedOptimizer):
         """
         if closure is None and (probed := self._is_state_probe()):
             for group, p in probed:
-                prepare(self.state[p], p, group, averages_of(group))
+                ensure(self.state[p], p, group, averages_of(group))
             self._state_is_provisional = True
             return None
         self._refuse_while_swapped()
@@ -350,7 +350,7 @@ class PACE(AveragedOptimizer):
     def _plans_that_hold(self) -> list["Plan | None"]:
         """Of each group the plan of the step before, if the coming step goes by it, too."""
         states = list(self.state.values())
-        if not _same(states, self._states):
+        if not _identical(states, self._states):
             self._plans, self._states = {}, states
         first, held = 0, []
         for index, group in enumerate(self.param_groups):
@@ -489,7 +489,7 @@ class Plan:
                 continue
             self.stepped.append(p)
             state = states[p]
-            prepare(state, p, group, self.averages)
+            ensure(state, p, group, self.averages)
             slot = self._slot(p, state)
             count = None if counts_on_device(p, group) else int(state[STEP].item())
             fits = kernels.reason_against(slot.param, slot.exp_avg.dtype, slot.grad) is None
@@ -542,9 +542,9 @@ class Plan:
             self.plain
             and self.group is group
             and self.shaped_by == _shaping(group, first)
-            and _same(params, self.params)
-            and _same([p for p in params if p.grad is not None], self.stepped)
-            and _same([x for state in self.states for x in state.values()], self.values)
+            and _identical(params, self.params)
+            and _identical([p for p in params if p.grad is not None], self.stepped)
+            and _identical([x for state in self.states for x in state.values()], self.values)
             and (_layout(self.tensors), [p.dtype for p in self.stepped]) == self.layout
             and _kinds([p.grad for p in self.stepped]) == self.gradients
             and all(
@@ -576,8 +576,10 @@ class Plan:
                 yield batch.kernels[0], grads, keys, numbers
                 continue
             for i, kernel in enumerate(batch.kernels):
-                own = Scalars._make(_of(x, i) for x in numbers)
-                own = own._replace(extra_weights=tuple(_of(x, i) for x in numbers.extra_weights))
+                own = Scalars._make(_for_slot(x, i) for x in numbers)
+                own = own._replace(
+                    extra_weights=tuple(_for_slot(x, i) for x in numbers.extra_weights)
+                )
                 yield kernel, grads[i : i + 1], keys[i : i + 1] if keys else None, own
 
     def count_step(self, skip: bool | Tensor) -> None:
@@ -607,7 +609,7 @@ def _shaping(group: Group, first: int) -> tuple[Any, ...]:
     return (first, *(group[name] for name in SHAPING))
 
 
-def _same(a: list[Any], b: list[Any]) -> bool:
+def _identical(a: list[Any], b: list[Any]) -> bool:
     """Whether two lists are of the same objects."""
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
@@ -631,7 +633,7 @@ def _grad(param: Tensor) -> Tensor:
     return param.grad
 
 
-def _of(x: Any, i: int) -> Any:
+def _for_slot(x: Any, i: int) -> Any:
     """The i-th of a vector of scalars; any other number is every slot's."""
     return x[i] if isinstance(x, Tensor) and x.ndim else x
 
@@ -673,7 +675,7 @@ def _complete(saved: Group, mine: Group, index: int) -> Group:
     return group
 
 
-def _checker(group: Group, members: list[tuple[Tensor, State]]) -> Check:
+def _checker(group: Group, members: list[tuple[Tensor, State]]) -> StateCheck:
     """What raises a ValueError for a saved state that PACE cannot load under a group's options."""
     # No average in all the group: they are yet to begin, as after a checkpoint of AdamW.
     averaged = any({AVERAGE, OFFSET} & state.keys() for _, state in members)

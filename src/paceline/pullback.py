@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from . import shards
 from .averaging import Averaging, PowerEMA
 from .base import AveragedOptimizer, describe, summarize
-from .loading import Check, check_count, check_tensor, validated_checkpoint
+from .loading import StateCheck, check_count, check_tensor, validated_checkpoint
 from .options import Group, check_average_and_pull, expand_short, number, require
 from .state import (
     AVERAGE,
@@ -31,7 +31,7 @@ from .state import (
     take_in,
     wide_dtype,
 )
-from .swap import SWAPPED, Swapped, written
+from .swap import SWAPPED, Swapped, write_record
 from .update import MovedSlot, in_batches, pull_
 
 GAINS = ("adam", "own", "scalar")
@@ -202,7 +202,7 @@ class Pullback(AveragedOptimizer):
             groups.pop()
             raise
         live: list[Swapped | None] = [None] * len(groups[-1]["params"])
-        groups[-1][SWAPPED] = written(live) if self.swapped else ""
+        groups[-1][SWAPPED] = write_record(live) if self.swapped else ""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's own."""
@@ -434,7 +434,7 @@ class _Planned(NamedTuple):
     square: Tensor | None  # g², this rank's part, where a second moment of our own may need it
 
 
-def _checker(group: Group, members: list[tuple[Tensor, State]]) -> Check:
+def _checker(group: Group, members: list[tuple[Tensor, State]]) -> StateCheck:
     """What raises a ValueError for a saved state that lacks, or has wrong, what is ours in it."""
     # None in all the group: a pull that was asked for since the last step.
     pulled = any(

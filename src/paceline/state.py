@@ -171,7 +171,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return cast(Callable[[int, int, int], int], advise)
 
 
-def prepare(state: State, param: Tensor, group: Group, averages: Averages) -> None:
+def ensure(state: State, param: Tensor, group: Group, averages: Averages) -> None:
     """Have PACE's state of a parameter hold what its group's options ask for.
 
     Args:

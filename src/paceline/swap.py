@@ -24,7 +24,7 @@ class Swapped(NamedTuple):
     average: str  # its name; "" for the average that the pull goes toward
 
 
-def written(records: Iterable[Swapped | None]) -> str:
+def write_record(records: Iterable[Swapped | None]) -> str:
     """A group's record, in the order of its parameters; None: it holds its live weights.
 
     Text, for checkpoint engines refuse other values: a word a parameter, runs of one word in short,
@@ -34,7 +34,7 @@ def written(records: Iterable[Swapped | None]) -> str:
     return ",".join(f"{word}*{len(list(run))}" for word, run in groupby(words)) or "*0"
 
 
-def read(record: str | None, count: int) -> list[Swapped | None]:
+def read_record(record: str | None, count: int) -> list[Swapped | None]:
     """The records of a group of `count` parameters from their text; None or "": all are live.
 
     Raises:
@@ -80,7 +80,7 @@ def _all(pairs: Iterable[tuple[Tensor, Tensor]], do: Exchange, undo: Exchange) -
     done: list[tuple[Tensor, Tensor]] = []
     try:
         for pair in pairs:
-            for part in _slices(*pair):
+            for part in _parts(*pair):
                 do(*part)
                 done.append(part)
     except BaseException:
@@ -89,7 +89,7 @@ def _all(pairs: Iterable[tuple[Tensor, Tensor]], do: Exchange, undo: Exchange) -
         raise
 
 
-def _slices(param: Tensor, average: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _parts(param: Tensor, average: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     if param.ndim == 0:
         param, average = param[None], average[None]
     rows = max(1, SLICE * len(param) // max(1, param.numel()))

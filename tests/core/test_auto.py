@@ -335,14 +335,14 @@ def test_a_first_step_that_failed_can_be_taken_again(capturable, monkeypatch):
         walk(opt, params[:1], 0, 2)
         if fails:
             with monkeypatch.context() as patch:
-                prepare = state.prepare
+                ensure = state.ensure
 
-                def short_of_memory(made, p, *rest, prepare=prepare, last=params[2]):
+                def short_of_memory(made, p, *rest, ensure=ensure, last=params[2]):
                     if p is last:
                         raise torch.OutOfMemoryError
-                    prepare(made, p, *rest)
+                    ensure(made, p, *rest)
 
-                patch.setattr(optimizer, "prepare", short_of_memory)
+                patch.setattr(optimizer, "ensure", short_of_memory)
                 with pytest.raises(torch.OutOfMemoryError):
                     walk(opt, params, 2, 3)
             assert opt.state[params[1]]["step"] == 0

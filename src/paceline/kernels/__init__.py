@@ -82,7 +82,7 @@ def reason_against(param: Tensor, state_dtype: torch.dtype, grad: Tensor | None)
     """Why the one-pass kernel of a parameter's device cannot step it, or None where it can."""
     if param.device.type == "cpu":
         return cpu.reason_against(param, state_dtype, grad)
-    return compiled.reason_against(param, state_dtype, grad)
+    return cpu.reason_in_memory(param)
 
 
 def prepare(device: torch.device) -> None:

@@ -11,24 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..state import PLAIN
 from ..update import Scalars, Slot, in_batches, step_
 from .cpu import BuildError
 
 WORTH_A_LAUNCH = 2**16  # elements: smaller tensors are batched where each would be a launch
-
-
-def reason_against(
-    param: Tensor, state_dtype: torch.dtype, grad: Tensor | None = None
-) -> str | None:
-    """Why this kernel cannot step a parameter, or None where it can."""
-    if type(param) not in PLAIN:
-        return f"takes plain tensors, not {type(param).__name__}"
-    if param.layout != torch.strided:
-        return "takes dense tensors, not sparse ones"
-    if not param.is_contiguous():
-        return "takes contiguous tensors"
-    return None
 
 
 def prepare(device: torch.device) -> None:

@@ -56,17 +56,22 @@ def reason_against(
     param: Tensor, state_dtype: torch.dtype, grad: Tensor | None = None
 ) -> str | None:
     """Why this kernel cannot step a parameter, or None where it can."""
-    if type(param) not in PLAIN:
-        return f"takes plain tensors, not {type(param).__name__}"
-    if param.layout != torch.strided:
-        return "takes dense tensors, not sparse ones"
-    if not param.is_contiguous():
-        return "takes contiguous tensors"
+    if reason := reason_in_memory(param):
+        return reason
     if (param.dtype, state_dtype) not in DTYPES:
         return f"takes float32, bfloat16 and float64, not {param.dtype}"
     if grad is not None and grad.dtype != param.dtype:
         return f"takes gradients of the parameter's dtype, not {grad.dtype}"
     return None
+
+
+def reason_in_memory(param: Tensor) -> str | None:
+    """Why no kernel can step a parameter that is so in memory, or None where some can."""
+    if type(param) not in PLAIN:
+        return f"takes plain tensors, not {type(param).__name__}"
+    if param.layout != torch.strided:
+        return "takes dense tensors, not sparse ones"
+    return None if param.is_contiguous() else "takes contiguous tensors"
 
 
 class Kernel:
