@@ -344,7 +344,9 @@ def test_packed_runs_see_all_in_fewer_steps(values, finished, tmp_path):
     assert go(tmp_path / "run", values, **changes)
     assert go(tmp_path / "micro", values, **changes, micro_batch=1)
     assert order(tmp_path / "run") == order(tmp_path / "micro")
-    assert apart(weights(tmp_path / "run" / "live"), weights(tmp_path / "micro" / "live")) < 5e-6
+    # Sums in another order, which Adam's ratio magnifies where v is small: 6e-6 on some processors.
+    # Micro-batches that counted wrongly would be apart by steps of the rate, 1e-3.
+    assert apart(weights(tmp_path / "run" / "live"), weights(tmp_path / "micro" / "live")) < 2e-5
     rows = [row for row in lines(tmp_path / "run") if "eval_loss" in row]
     assert rows[-1]["step"] < SEQUENCES // 4
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
