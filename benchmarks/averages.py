@@ -30,16 +30,16 @@ GRID = {
     "uniform": [f"uniform:start={s}" for s in (0, 0.25, 0.5, 0.75, 0.9)],
     "SWA": [f"swa:start={s}:every={k}" for s in (0.5, 0.75, 0.9) for k in (10, 50)],
     "LAWA": [f"lawa:window={w}:every={k}" for w in (5, 10, 20) for k in (10, 40)],
-    "BEMA": [f"bema:kappa={k}:eta={e}" for k in (0.5, 0.7, 0.9) for e in (0.2, 0.4, 0.8)],
-    "EMA under the twin schedule": [f"ema:twin:g={g}:kappa=0.3" for g in (0.5, 1)],
-    "Lookahead": [f"lookahead:k={k}:alpha={a}" for k, a in ((5, 0.5), (5, 0.8), (10, 0.5))],
+    "BEMA": [f"bema:kappa={k}:bias_power={e}" for k in (0.5, 0.7, 0.9) for e in (0.2, 0.4, 0.8)],
+    "EMA under the twin schedule": [f"ema:twin:twin_gain={g}:kappa=0.3" for g in (0.5, 1)],
+    "Lookahead": [f"lookahead:every={k}:alpha={a}" for k, a in ((5, 0.5), (5, 0.8), (10, 0.5))],
     "Schedule-Free": ["schedule-free"],
-    "PACE": [f"pace:c={c}:kappa={k}" for c in STRENGTHS for k in (0.3, 0.5)],
+    "PACE": [f"pace:pullback={c}:kappa={k}" for c in STRENGTHS for k in (0.3, 0.5)],
     "pull with a scalar gain": [
-        f"pullback:adamw:gain=scalar:c={c}:kappa={k}" for c in (0.1, 0.5) for k in (0.3, 0.5)
+        f"pullback:adamw:gain=scalar:pullback={c}:kappa={k}" for c in (0.1, 0.5) for k in (0.3, 0.5)
     ],
-    "Muon": [f"pullback:muon:c=0:kappa={k}" for k in (0.5, 0.7)],
-    "Muon, pulled": [f"pullback:muon:c={c}:kappa=0.3" for c in STRENGTHS],
+    "Muon": [f"pullback:muon:pullback=0:kappa={k}" for k in (0.5, 0.7)],
+    "Muon, pulled": [f"pullback:muon:pullback={c}:kappa=0.3" for c in STRENGTHS],
 }
 T95 = 2.776  # of Student's t, 4 degrees of freedom
 

@@ -1,7 +1,7 @@
 """Where a pull pulls: λ of each parameter at the end of a run of `paceline train`.
 
 paceline train tiny-smollm2 --out runs/tiny-smollm2
-paceline train tiny-sft --method pace:c=0.03:kappa=0.7 --lr 1e-3 --out runs/gains
+paceline train tiny-sft --method pace:pullback=0.03:kappa=0.7 --lr 1e-3 --out runs/gains
 python benchmarks/gains.py runs/gains
 
 At a rate of 3e-3 in the same way. Parameter 0 is the embedding.

@@ -36,6 +36,7 @@ from paceline import PACE, PowerEMA, auto
 from paceline.cache import cache_folder
 from paceline.files import whole
 from paceline.theory.control import certainty_equivalent_gain
+from paceline.theory.twin import twin_rate
 from paceline.train.chat import conversation_encoder
 from paceline.train.data import (
     Corpus,
@@ -46,7 +47,7 @@ from paceline.train.data import (
     standard_library_files,
     tokenize,
 )
-from paceline.train.methods import Method, parse_method, scheduler, twin_rate
+from paceline.train.methods import Method, parse_method
 from paceline.train.model import make_gpt2
 from paceline.train.sources import chitchat
 
@@ -56,28 +57,30 @@ WEIGHT_DECAY = 0.01
 KAPPAS = (0.2, 0.3, 0.5, 0.6, 0.7, 0.85, 0.95)
 READ_OUTS = {f"k{100 * kappa:.0f}": f"ema:kappa={kappa}" for kappa in KAPPAS}
 DECAYS = ("cosine", "wsd", *(f"power:kappa={kappa}" for kappa in (0.15, 0.3, 0.5)))
-TWINS = ("twin:g=0.1:kappa=0.3", "twin:g=0.5:kappa=0.3", "twin:g=0.5:kappa=0.5")
+TWINS = tuple(
+    f"twin:twin_gain={gain}:kappa={kappa}" for gain, kappa in ((0.1, 0.3), (0.5, 0.3), (0.5, 0.5))
+)
 METHODS = (
     "adamw",
     *(f"adamw:{schedule}" for schedule in (*DECAYS, *TWINS)),
     "schedule-free",
-    *(f"pace:c={c}:kappa=0.3" for c in (0.1, 1, 10, 100)),
-    *(f"pace:gain=scalar:c={c}:kappa=0.3" for c in (0.1, 0.5, 1)),
-    "pace:c=auto:kappa=0.3",
+    *(f"pace:pullback={c}:kappa=0.3" for c in (0.1, 1, 10, 100)),
+    *(f"pace:gain=scalar:pullback={c}:kappa=0.3" for c in (0.1, 0.5, 1)),
+    "pace:pullback=auto:kappa=0.3",
     "adamw+auto",  # the rate that its pull amounts to, in place of the pull
 )
 CANDIDATES = {  # other rules than that of `auto`, by the names in its tables
-    "(E/2)²": "pace:gain=scalar:c=0:kappa=0.3+square",
-    "(E/2)² toward κ 0.5": "pace:gain=scalar:c=0:kappa=0.5+square",
-    "of each coordinate, in the mean as `auto`": "pace:c=0:kappa=0.3+mean",
-    "1, toward κ from 0 to 0.5": "pace:gain=scalar:c=0:kappa=0.3+kappa",
-    "10·G": "pace:gain=scalar:c=0:kappa=0.3+gap",
-    "(20·G)²": "pace:gain=scalar:c=0:kappa=0.3+gap2",
-    "20 cosines": "pace:gain=scalar:c=0:kappa=0.3+cosine",
-    "0.003 × noise to signal": "pace:gain=scalar:c=0:kappa=0.3+noise",
-    "1 - 20 × agreement": "pace:gain=scalar:c=0:kappa=0.3+agreement",
-    "1 - 1.5 × lead": "pace:gain=scalar:c=0:kappa=0.3+lead",
-    "LQ, by horizon and curvature": "pace:gain=scalar:c=0:kappa=0.3+lq",
+    "(E/2)²": "pace:gain=scalar:pullback=0:kappa=0.3+square",
+    "(E/2)² toward κ 0.5": "pace:gain=scalar:pullback=0:kappa=0.5+square",
+    "of each coordinate, in the mean as `auto`": "pace:pullback=0:kappa=0.3+mean",
+    "1, toward κ from 0 to 0.5": "pace:gain=scalar:pullback=0:kappa=0.3+kappa",
+    "10·G": "pace:gain=scalar:pullback=0:kappa=0.3+gap",
+    "(20·G)²": "pace:gain=scalar:pullback=0:kappa=0.3+gap2",
+    "20 cosines": "pace:gain=scalar:pullback=0:kappa=0.3+cosine",
+    "0.003 × noise to signal": "pace:gain=scalar:pullback=0:kappa=0.3+noise",
+    "1 - 20 × agreement": "pace:gain=scalar:pullback=0:kappa=0.3+agreement",
+    "1 - 1.5 × lead": "pace:gain=scalar:pullback=0:kappa=0.3+lead",
+    "LQ, by horizon and curvature": "pace:gain=scalar:pullback=0:kappa=0.3+lq",
 }
 PRICE = 1e-12  # ρ of the control: none beside (T - t)³/3
 DECADE = tuple(10 ** (i / 4) for i in range(5))
@@ -336,8 +339,8 @@ def optimizer_of(method: Method, parameters: list[Tensor], warmup: int) -> Optim
         parameters,
         lr=method.lr,
         weight_decay=WEIGHT_DECAY,
-        pullback=method.c or 0.0,
-        gain=method.gain or "adam",
+        pullback=method.get("pullback") or 0.0,
+        gain=method.get("gain") or "adam",
         kappa=method.kappa or 0.5,
         fused=True,
         returns=READ_OUTS,
@@ -470,7 +473,7 @@ def train(
 ) -> dict[str, list[float]]:
     """Losses of what a method returns, by average; "live" is that of the weights themselves."""
     optimizer = optimizer_of(method, problem.parameters, warmup)
-    schedule = scheduler(method, optimizer, warmup, steps)
+    schedule = method.make_scheduler(optimizer, warmup, steps)
     watch = Watch(optimizer, steps) if rule else None
     if method.name == "schedule-free":
         optimizer.train()

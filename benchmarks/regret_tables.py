@@ -15,7 +15,7 @@ from regret import CANDIDATES, SEEDS, TASKS, Cell, written
 
 from paceline.study.statistics import DIFFERENCE, Listing, interval
 
-AUTO = ("pace:c=auto:kappa=0.3", "k60")  # a method, and the average that it returns
+AUTO = ("pace:pullback=auto:kappa=0.3", "k60")  # a method, and the average that it returns
 UNTUNED = {
     "auto": AUTO,
     "the twin of auto": ("adamw+auto", "k60"),
@@ -24,10 +24,10 @@ UNTUNED = {
     "cosine": ("adamw:cosine", "live"),
     "Schedule-Free": ("schedule-free", "own"),
     "power κ 0.3, EMA κ 0.6": ("adamw:power:kappa=0.3", "k60"),
-    "scalar gain 0.1, EMA κ 0.6": ("pace:gain=scalar:c=0.1:kappa=0.3", "k60"),
-    "scalar gain 0.5, EMA κ 0.6": ("pace:gain=scalar:c=0.5:kappa=0.3", "k60"),
-    "PACE c 0.1, EMA κ 0.6": ("pace:c=0.1:kappa=0.3", "k60"),
-    "PACE c 1, EMA κ 0.6": ("pace:c=1:kappa=0.3", "k60"),
+    "scalar gain 0.1, EMA κ 0.6": ("pace:gain=scalar:pullback=0.1:kappa=0.3", "k60"),
+    "scalar gain 0.5, EMA κ 0.6": ("pace:gain=scalar:pullback=0.5:kappa=0.3", "k60"),
+    "PACE c 0.1, EMA κ 0.6": ("pace:pullback=0.1:kappa=0.3", "k60"),
+    "PACE c 1, EMA κ 0.6": ("pace:pullback=1:kappa=0.3", "k60"),
 }
 THREE = ("k50", "k60", "k70")
 CHOSEN_AFTER = {  # of these averages, or of all and the last weights, the best after each training
@@ -43,7 +43,7 @@ FAMILIES = {  # methods that begin so, at the best of them with the best average
     "AdamW, twin": ("adamw:twin",),
     "AdamW, any schedule": ("adamw",),
     "Schedule-Free": ("schedule-free",),
-    "PACE": ("pace:c=[0-9]",),
+    "PACE": ("pace:pullback=[0-9]",),
     "PACE, scalar gain": ("pace:gain",),
 }
 VERSUS = (  # of these, the first less the second
@@ -56,9 +56,9 @@ VERSUS = (  # of these, the first less the second
 )
 PULLS = {  # each with its twin
     "auto": (AUTO[0], "adamw+auto"),
-    "scalar gain 0.1": ("pace:gain=scalar:c=0.1:kappa=0.3", "adamw:twin:g=0.1:kappa=0.3"),
-    "scalar gain 0.5": ("pace:gain=scalar:c=0.5:kappa=0.3", "adamw:twin:g=0.5:kappa=0.3"),
-    "scalar gain 1": ("pace:gain=scalar:c=1:kappa=0.3", "adamw:power:kappa=0.3"),
+    "scalar gain 0.1": ("pace:gain=scalar:pullback=0.1:kappa=0.3", "adamw:twin:twin_gain=0.1:kappa=0.3"),
+    "scalar gain 0.5": ("pace:gain=scalar:pullback=0.5:kappa=0.3", "adamw:twin:twin_gain=0.5:kappa=0.3"),
+    "scalar gain 1": ("pace:gain=scalar:pullback=1:kappa=0.3", "adamw:power:kappa=0.3"),
 }
 CELL = ["task", "steps", "lr"]
 HORIZON = CELL[:2]

@@ -19,7 +19,7 @@ from statistics import mean
 
 RATES = (1e-4, 3e-4)
 SEEDS = (0, 1, 2)
-METHODS = ("ema:kappa=0.5", "schedule-free", "pace:c=0.03:kappa=0.3")
+METHODS = ("ema:kappa=0.5", "schedule-free", "pace:pullback=0.03:kappa=0.3")
 OPTIONS = {
     "data": "chitchat",
     "context": 64,

@@ -35,7 +35,7 @@ COMMANDS = {
         "study.sweep", "Sweep", "sweep_command", "tune methods by one protocol", "study"
     ),
     "figure": Command(
-        "study.figures", "Figures", "figure_command", "make a figure of the paper", "study"
+        "paper.figures", "FigureOptions", "figure_command", "make a figure of the paper", "study"
     ),
     "report": Command("study.explore", "Report", "report", "explore runs in one page", "study"),
     "bench": Command("study.bench", "Bench", "bench", "measure what optimizers cost"),

@@ -24,7 +24,7 @@ def tables():
     return importlib.import_module("regret_tables")
 
 
-def losses_of(regret, tasks=("finetune",), methods=("adamw", "pace:c=1:kappa=0.3"), seed=0):
+def losses_of(regret, tasks=("finetune",), methods=("adamw", "pace:pullback=1:kappa=0.3"), seed=0):
     """Random losses of all averages: Cell -> {average: [to choose by, to report]}."""
     random = np.random.default_rng(seed)
     cells = itertools.product(tasks, (300,), (0.001, 0.01), methods, regret.SEEDS)
@@ -103,7 +103,7 @@ def test_differences_are_paired_by_seed(regret, tables):
 def test_the_table_of_known_losses(regret, tables, tmp_path):
     """AdamW's weights at 2, the best at 1: shares of auto are 25 % and 75 %, and 5 % twice."""
     gap = regret.CANDIDATES["10·G"]
-    methods = ("adamw", "pace:c=1:kappa=0.3", tables.AUTO[0], "adamw+auto", gap)
+    methods = ("adamw", "pace:pullback=1:kappa=0.3", tables.AUTO[0], "adamw+auto", gap)
     done = losses_of(regret, tasks=("finetune", "quadratic"), methods=methods)
     for cell, pairs in done.items():
         hard = cell.lr == 0.01
@@ -113,7 +113,7 @@ def test_the_table_of_known_losses(regret, tables, tmp_path):
             known = {
                 ("adamw", "live"): 2.0,
                 ("adamw", "k60"): 1.5,
-                ("pace:c=1:kappa=0.3", "k70"): 1.0,
+                ("pace:pullback=1:kappa=0.3", "k70"): 1.0,
                 tables.AUTO: 1.05 if cell.task == "quadratic" else 1.75 if hard else 1.25,
                 # of what is ours nothing is among the tuned
                 ("adamw+auto", "k60"): 1.76 + 0.1 * (cell.seed - 2) if hard else 1.2,
@@ -144,13 +144,13 @@ def test_the_table_of_known_losses(regret, tables, tmp_path):
     assert "| EMA κ 0.6 | 50%, 50% (2) | 2%, 2% (2) | 26%, 50% (4) |" in shares
     assert "| finetune | 300 | 1.0200 | 0.250* | 0.500* |" in rates
     assert "| quadratic | 300 | 1.0200 | 0.050* | 0.020 |" in rates
-    settings = ("pace:c=1:kappa=0.3 k70", f"{tables.AUTO[0]} k60", "adamw k60")
+    settings = ("pace:pullback=1:kappa=0.3 k70", f"{tables.AUTO[0]} k60", "adamw k60")
     assert f"| finetune | 300 | {' at 0.001 | '.join(settings)} at 0.001 |" in chosen
     assert (
         "| auto | +0.020, +0.020 (0, 1, 1) | -0.430, -0.430 (2, 0, 0) | +0.020, +0.020 (0, 1, 1) |"
         in pulls
     )
-    row = "| finetune | 300 | 0.01 | 2.0200 | 1.0200 | 1.7700 | pace:c=1:kappa=0.3 k70 | 75% |"
+    row = "| finetune | 300 | 0.01 | 2.0200 | 1.0200 | 1.7700 | pace:pullback=1:kappa=0.3 k70 | 75% |"
     assert f"{row} -0.0100 | 0.2500 [0.2500, 0.2500] |" in auto
 
 
@@ -168,7 +168,7 @@ def test_the_families_of_every_method(regret, tables):
     sizes = {name: len(x) for name, x in names.items()}
     assert sizes["AdamW, constant rate"] == sizes["Schedule-Free"] == 1
     assert sizes["AdamW, cosine or WSD"] == 2
-    assert names["PACE"] == {f"pace:c={c}:kappa=0.3" for c in (0.1, 1, 10, 100)}
+    assert names["PACE"] == {f"pace:pullback={c}:kappa=0.3" for c in (0.1, 1, 10, 100)}
     own = {"adamw+auto", tables.AUTO[0]}
     assert set().union(*names.values()) == set(regret.METHODS) - own
 
@@ -350,13 +350,13 @@ def by_hand(problem, lr, steps, clip, rule, c=0.0, kappa=0.5, warmup=3):
     [
         ("quadratic", "adamw", {}),  # without clipping
         ("logistic", "adamw", {}),
-        ("logistic", "pace:gain=scalar:c=0.5:kappa=0.3", {"c": 0.5, "kappa": 0.3}),
+        ("logistic", "pace:gain=scalar:pullback=0.5:kappa=0.3", {"c": 0.5, "kappa": 0.3}),
         ("logistic", "adamw+auto", {"rule": "auto", "kappa": 0.3}),
         *(
-            ("logistic", f"pace:gain=scalar:c=0:kappa=0.3+{rule}", {"rule": rule, "kappa": 0.3})
+            ("logistic", f"pace:gain=scalar:pullback=0:kappa=0.3+{rule}", {"rule": rule, "kappa": 0.3})
             for rule in ("square", "gap", "gap2", "cosine", "noise", "agreement", "lead", "kappa")
         ),
-        ("logistic", "pace:c=0:kappa=0.3+mean", {"rule": "mean", "kappa": 0.3}),
+        ("logistic", "pace:pullback=0:kappa=0.3+mean", {"rule": "mean", "kappa": 0.3}),
     ],
 )
 def test_a_training_by_hand(regret, task, method, rest):
@@ -401,7 +401,7 @@ def test_schedule_free_returns_its_average(regret):
 
 def test_losses_of_every_average(regret):
     """By the judge at the weights that each average has: of what the training returns, not live."""
-    cell = regret.Cell("quadratic", 40, 0.03, "pace:gain=scalar:c=0.1:kappa=0.3", 0)
+    cell = regret.Cell("quadratic", 40, 0.03, "pace:gain=scalar:pullback=0.1:kappa=0.3", 0)
     _, found = regret.trained(cell)
     assert found.keys() == {"live", *regret.READ_OUTS}
     problem = regret.TASKS["quadratic"].start(0)

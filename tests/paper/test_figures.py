@@ -11,22 +11,18 @@ pytest.importorskip("pandas")
 from rich.console import Console
 
 from paceline.cli import _parse, main
-from paceline.study import figures
-from paceline.study.cells import Cell, Result, Task
-from paceline.study.draw import draw
-from paceline.study.figures import (
-    FIGURES,
+from paceline.paper import figures
+from paceline.paper.figures import FIGURES, FigurePlan, cells_of, draw
+from paceline.paper.plans import (
+    RETURN_KAPPA,
     Grid,
-    Lab,
-    Plan,
     Scale,
-    budget,
-    cells_of,
-    contenders,
-    scale,
-    seeded,
-    twin,
+    ScaleRuns,
+    cells_over_seeds,
+    scale_of,
+    shortened,
 )
+from paceline.study.cells import Cell, Result, Task
 from paceline.study.ledger import Outcomes
 from paceline.train.methods import parse_method
 from paceline.train.recipe import Recipe, read_recipe
@@ -104,8 +100,8 @@ def work_off(plan, outcomes, most=10**6):
 @pytest.fixture(scope="module")
 def everything(small):
     outcomes = Outcomes({}, {})
-    work_off(Plan(small, FIGURES), outcomes)
-    return Lab(small, outcomes)
+    work_off(FigurePlan(small, FIGURES), outcomes)
+    return ScaleRuns(small, outcomes)
 
 
 # ---- what is run ---------------------------------------------------------------------------------
@@ -113,20 +109,20 @@ def everything(small):
 
 @pytest.mark.parametrize("figure", FIGURES)
 def test_a_figure_is_drawn_once_its_stages_have_ended(figure, everything):
-    lab = everything
-    assert not [c for c in cells_of(figure, lab) if c.key not in lab.outcomes.ended]
-    drawn = draw(figure, lab)
+    runs = everything
+    assert not [c for c in cells_of(figure, runs) if c.key not in runs.outcomes.ended]
+    drawn = draw(figure, runs)
     assert any(axis.lines or axis.containers for axis in drawn.figure.axes)
     assert len(drawn.table) > 0
     assert not drawn.table.isna().all().any()  # no column of nothing
-    turned = Outcomes(dict(reversed(lab.outcomes.finished.items())), {})
-    assert draw(figure, Lab(lab.scale, turned)).table.equals(drawn.table)
+    turned = Outcomes(dict(reversed(runs.outcomes.finished.items())), {})
+    assert draw(figure, ScaleRuns(runs.scale, turned)).table.equals(drawn.table)
     drawn.figure.canvas.draw()
 
 
 def test_a_stage_is_wanted_when_those_before_have_ended(small):
     outcomes = Outcomes({}, {})
-    plan = Plan(small, ["1"])
+    plan = FigurePlan(small, ["1"])
     first = plan.wanted(outcomes)
     assert {cell.run.seed for cell in first} == {0}
     assert not work_off(plan, outcomes, most=len(first) - 1)
@@ -145,22 +141,22 @@ def test_a_stage_is_wanted_when_those_before_have_ended(small):
 
 
 def test_what_failed_does_not_hold_up_the_rest(small):
-    plan = Plan(small, ["6"])
+    plan = FigurePlan(small, ["6"])
     wanted = plan.wanted(Outcomes({}, {}))
     pulled = next(cell for cell in wanted if cell.trajectory.name == "pace")
     outcomes = Outcomes({}, {pulled.key: "no memory"})
     assert work_off(plan, outcomes)
-    assert len(draw("6", Lab(small, outcomes)).table) > 0
+    assert len(draw("6", ScaleRuns(small, outcomes)).table) > 0
 
 
 def test_a_figure_of_which_too_much_failed_is_not_drawn(small, tmp_path, capsys):
-    plan = Plan(small, ["6"])
+    plan = FigurePlan(small, ["6"])
     wanted = plan.wanted(Outcomes({}, {}))
     watching = next(cell for cell in wanted if cell.trajectory.name == "adamw")
     outcomes = Outcomes({}, {watching.key: "no memory"})
     work_off(plan, outcomes)
-    options = figures.Figures(figures=("6",))
-    figures._show("6", Lab(small, outcomes), options, tmp_path, Console(width=200))
+    options = figures.FigureOptions(figures=("6",))
+    figures.show_figure("6", ScaleRuns(small, outcomes), options, tmp_path, Console(width=200))
     said = capsys.readouterr().out
     assert f"Failed: {watching.name}: no memory" in said
     assert "Figure 6 cannot be drawn: one: no run of ema was finished" in said
@@ -168,8 +164,8 @@ def test_a_figure_of_which_too_much_failed_is_not_drawn(small, tmp_path, capsys)
 
 
 def test_figures_share_their_trainings(small, everything):
-    lab = everything
-    each = [{cell.key for cell in cells_of(figure, lab)} for figure in FIGURES]
+    runs = everything
+    each = [{cell.key for cell in cells_of(figure, runs)} for figure in FIGURES]
     assert len(set.union(*each)) < 0.35 * sum(map(len, each))
     assert each[list(FIGURES).index("13")] == each[list(FIGURES).index("6")]
 
@@ -189,13 +185,13 @@ def test_one_adamw_is_what_every_average_reads(everything):
 def test_seeds_go_on_with_the_same_cells(small, everything):
     """A chosen setting's run with the tuning seed is not run again for fewer read-outs."""
     tried = {cell.key for cell in cells_of("16", everything)}
-    best = contenders(everything, small.main)
-    again = seeded(small.main, best.values(), (0,))
+    best = everything.best_of_each(small.main)
+    again = cells_over_seeds(small.main, best.values(), (0,))
     assert {cell.key for cell in again} <= tried
 
 
 def test_the_settings_are_chosen_on_the_selection_split(small):
-    plan = Plan(small, ["16"])
+    plan = FigurePlan(small, ["16"])
     outcomes = Outcomes({}, {})
     work_off(plan, outcomes)
     rows = [r for x in outcomes.finished.values() for r in x.rows if r["setting"] == "one"]
@@ -204,54 +200,54 @@ def test_the_settings_are_chosen_on_the_selection_split(small):
         wanted = (row["pullback"], row["lr"], row["kappa"]) == (0.1, 1e-2, 0.3)
         row["selection_loss"] = 1.0 if wanted else 2.0
         row["returned_loss"] = 9.0 if wanted else 1.0
-    best = contenders(Lab(small, outcomes), small.main)["PACE, constant"]
-    assert (best.get("pullback"), best.lr, best.kappa) == (0.1, 1e-2, 0.3)
+    best = ScaleRuns(small, outcomes).best_of_each(small.main)["PACE, constant"]
+    assert (best.pullback, best.lr, best.kappa) == (0.1, 1e-2, 0.3)
 
 
 def test_a_figure_chooses_among_its_own_runs(small):
     """Figure 14 tries a rate above those of figure 16; here it is the best."""
-    plan, outcomes = Plan(small, ["14"]), Outcomes({}, {})
+    plan, outcomes = FigurePlan(small, ["14"]), Outcomes({}, {})
     work_off(plan, outcomes)
     for result in outcomes.finished.values():
         for row in result.rows:
             row["selection_loss"] -= row["lr"] == small.high
-    lab = Lab(small, outcomes)
+    runs = ScaleRuns(small, outcomes)
     for figure, high in (("16", False), ("14", True), ("16", False)):
-        draw(figure, lab)
-        found = contenders(lab, small.main).values()
+        draw(figure, runs)
+        found = runs.best_of_each(small.main).values()
         assert {method.lr == small.high for method in found} == {high}
 
 
 def test_divergence_is_the_worst(small):
-    plan = Plan(small, ["16"])
+    plan = FigurePlan(small, ["16"])
     outcomes = Outcomes({}, {})
     work_off(plan, outcomes)
     for result in outcomes.finished.values():
         for row in result.rows:
             if row["name"] == "pace" and row["pullback"] == 1.0:
                 row |= dict.fromkeys(("selection_loss", "returned_loss", "live_loss"), None)
-    lab = Lab(small, outcomes)
-    assert contenders(lab, small.main)["PACE, constant"].get("pullback") == 0.1
-    drawn = draw("6", lab)
+    runs = ScaleRuns(small, outcomes)
+    assert runs.best_of_each(small.main)["PACE, constant"].pullback == 0.1
+    drawn = draw("6", runs)
     assert math.inf in set(drawn.table.returned_loss)  # shown, not left out
 
 
 def test_the_twin_has_the_gain_that_was_measured(small, everything):
-    best = contenders(everything, small.main)["PACE, constant"]
-    other = twin(everything, small.main, best)
+    best = everything.best_of_each(small.main)["PACE, constant"]
+    other = everything.twin_of(small.main, best)
     assert (other.name, other.schedule, other.twin_gain) == ("ema", "twin", 0.25)
     assert (other.kappa, other.lr) == (best.kappa, best.lr)
 
 
 def test_a_slower_average_is_not_taken_for_the_pulls_own(small, everything):
     """It is better in this landscape, so that it would be chosen."""
-    best = contenders(everything, small.main)
+    best = everything.best_of_each(small.main)
     assert best["PACE, constant"].get("return_kappa") is None
-    assert best["PACE, constant, slower average"].get("return_kappa") == figures.SLOWER
+    assert best["PACE, constant, slower average"].get("return_kappa") == RETURN_KAPPA
     assert best["EMA"].get("return_kappa") is None
     for figure in ("2", "14", "17"):
         labels = draw(figure, everything).table.label
-        assert figure == "14" or not labels.str.contains("returned-κ").any()
+        assert figure == "14" or not labels.str.contains("return_kappa").any()
 
 
 @pytest.mark.parametrize(
@@ -260,7 +256,7 @@ def test_a_slower_average_is_not_taken_for_the_pulls_own(small, everything):
 )
 def test_a_budget_is_a_share_of_what_the_recipe_says(recipe, key, half):
     whole = task("x", recipe)
-    part = budget(whole, 0.5)
+    part = shortened(whole, 0.5)
     assert getattr(part.recipe, key) == half
     assert part.name == "x, 50% of the steps"
     assert part.recipe.model_dump(exclude={key}) == whole.recipe.model_dump(exclude={key})
@@ -268,16 +264,16 @@ def test_a_budget_is_a_share_of_what_the_recipe_says(recipe, key, half):
 
 @pytest.mark.parametrize("name", ["tiny", "small", "paper"])
 def test_every_scale_has_what_every_figure_needs(name):
-    lab = Lab(scale(name), Outcomes({}, {}))
+    runs = ScaleRuns(scale_of(name), Outcomes({}, {}))
     for figure in FIGURES:
-        cells = cells_of(figure, lab)
+        cells = cells_of(figure, runs)
         assert cells
         assert len({cell.key for cell in cells}) == len(cells)
         assert all(isinstance(cell, Cell) for cell in cells)
 
 
 def test_another_recipe_is_what_is_trained(small):
-    cells = cells_of("6", Lab(scale("tiny", "demo-sft"), Outcomes({}, {})))
+    cells = cells_of("6", ScaleRuns(scale_of("tiny", "demo-sft"), Outcomes({}, {})))
     assert cells[0].task.recipe == Recipe(**read_recipe("demo-sft"))
 
 
@@ -306,7 +302,7 @@ def test_bad_input(arguments, message, tmp_path, capsys, monkeypatch):
 def test_what_is_missing_is_said(tmp_path, capsys):
     assert main(["figure", "6,13", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "Figure 6: 117 of 117 trainings are not there; --run runs them." in said
+    assert "Figure 6: 117 of 117 trainings are missing; --run runs them." in said
     assert "Figure 13: 117 of 117" in said
     assert not list(tmp_path.glob("*.svg"))
 
@@ -333,8 +329,8 @@ def test_figures_are_files_that_say_the_same_each_time(small, everything, tmp_pa
     written = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        options = figures.Figures(figures=("13",))
-        figures._show("13", everything, options, folder, Console(quiet=True))
+        options = figures.FigureOptions(figures=("13",))
+        figures.show_figure("13", everything, options, folder, Console(quiet=True))
         assert sorted(p.name for p in folder.iterdir()) == [
             f"figure-13.{kind}" for kind in ("csv", "md", "png", "svg")
         ]

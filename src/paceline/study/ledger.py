@@ -438,7 +438,7 @@ def _quietly() -> Iterator[None]:
 # ---- commands over a ledger ---------------------------------------------------------------------
 
 
-class Shared(Options):
+class SharedOptions(Options):
     """What commands have that work off cells."""
 
     storage: str | None = None
@@ -449,7 +449,7 @@ class Shared(Options):
     """Try again what failed."""
 
 
-def open_ledger(options: Shared, plan: Plan, folder: Path) -> Ledger:
+def open_ledger(options: SharedOptions, plan: Plan, folder: Path) -> Ledger:
     """The ledger of a plan, in its own file if no other storage is given.
 
     Raises:

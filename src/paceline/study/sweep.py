@@ -23,7 +23,7 @@ from ..train.methods import Method, parse_method
 from ..train.recipe import Recipe, parse_yaml, read_recipe
 from ..train.terminal import quiet
 from .cells import Cell, Task
-from .ledger import Ledger, Outcomes, Shared, open_ledger, selection, work_off, write_rows
+from .ledger import Ledger, Outcomes, SharedOptions, open_ledger, selection, work_off, write_rows
 from .runs import Row, Run, share_runs
 from .statistics import DIFFERENCE, Listing, paired
 
@@ -300,7 +300,7 @@ def last_row(outcomes: Outcomes, cell: Cell, method: Method) -> Row:
 # ---- the command --------------------------------------------------------------------------------
 
 
-class Sweep(Shared):
+class Sweep(SharedOptions):
     """Tune methods by one protocol, and compare them over seeds.
 
     The YAML file has the keys recipe, methods, and as wanted start, change, baseline, sampler
