@@ -150,7 +150,9 @@ def test_the_table_of_known_losses(regret, tables, tmp_path):
         "| auto | +0.020, +0.020 (0, 1, 1) | -0.430, -0.430 (2, 0, 0) | +0.020, +0.020 (0, 1, 1) |"
         in pulls
     )
-    row = "| finetune | 300 | 0.01 | 2.0200 | 1.0200 | 1.7700 | pace:pullback=1:kappa=0.3 k70 | 75% |"
+    row = (
+        "| finetune | 300 | 0.01 | 2.0200 | 1.0200 | 1.7700 | pace:pullback=1:kappa=0.3 k70 | 75% |"
+    )
     assert f"{row} -0.0100 | 0.2500 [0.2500, 0.2500] |" in auto
 
 
@@ -353,7 +355,11 @@ def by_hand(problem, lr, steps, clip, rule, c=0.0, kappa=0.5, warmup=3):
         ("logistic", "pace:gain=scalar:pullback=0.5:kappa=0.3", {"c": 0.5, "kappa": 0.3}),
         ("logistic", "adamw+auto", {"rule": "auto", "kappa": 0.3}),
         *(
-            ("logistic", f"pace:gain=scalar:pullback=0:kappa=0.3+{rule}", {"rule": rule, "kappa": 0.3})
+            (
+                "logistic",
+                f"pace:gain=scalar:pullback=0:kappa=0.3+{rule}",
+                {"rule": rule, "kappa": 0.3},
+            )
             for rule in ("square", "gap", "gap2", "cosine", "noise", "agreement", "lead", "kappa")
         ),
         ("logistic", "pace:pullback=0:kappa=0.3+mean", {"rule": "mean", "kappa": 0.3}),
