@@ -409,7 +409,8 @@ class Watch:
 
     def factor(self) -> float:
         """What the pull of `auto` makes of the learning rate."""
-        return twin_rate(PowerEMA(auto.AUTO_KAPPA).weight(self.steps + 1), auto.gain(self.stake()))
+        beta = PowerEMA(auto.AUTO_KAPPA).weight(self.steps + 1)
+        return float(twin_rate(beta, auto.gain(self.stake())))
 
     def strength(self) -> float:
         """The c of a gain for each coordinate whose mean is that of `auto`, with v as it is."""

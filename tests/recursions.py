@@ -134,7 +134,7 @@ SAME = {  # the same problems written out
 
 
 def grid(least=0.02, most=1.95, share=(0, 0.05, 0.3, 0.7, 0.95)):
-    """a, β and c over the stable region, as shares of the bound, which is written out here."""
+    """a, β and λ over the stable region, as shares of the bound, which is written out here."""
     a, beta, part = np.meshgrid(
         np.geomspace(least, most, 9), [0.02, 0.1, 0.3, 0.6, 0.9, 0.99], share, indexing="ij"
     )

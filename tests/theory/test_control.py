@@ -15,12 +15,12 @@ from scipy.integrate import quad
 from paceline.averaging import EMA, PowerEMA, Uniform
 from paceline.theory import quadratic
 from paceline.theory.control import (
-    Outcome,
+    ControlOutcome,
     Regulator,
+    beta_of_weights,
     certainty_equivalent_gain,
     influence,
     long_horizon_gain,
-    newest_weights,
     optimal_gain,
     optimal_value,
 )
@@ -252,7 +252,7 @@ def expectation(problem, gains):
     second[:d, :d] = np.outer(problem.start, problem.start)
     error = np.trace(problem.terminal @ mean @ second @ mean.T)
     effort = sum(np.trace(u @ second @ u.T) for u in controls)
-    return Outcome(error, effort, error + problem.penalty * effort)
+    return ControlOutcome(error, effort, error + problem.penalty * effort)
 
 
 def close(outcome, other, rel=1e-10):  # float64, through some dozens of products
@@ -388,14 +388,14 @@ def test_feedback_broadcasts():
 
 
 @pytest.mark.parametrize("weights", ["ema", "uniform", "any sign"])
-def test_newest_weights_are_those_of_the_running_average(weights):
+def test_beta_of_weights_are_those_of_the_running_average(weights):
     """With them the average is Σ w_k·x_k over the weights' sum, at every step."""
     given = {
         "ema": weights_of(np.full(20, EMA(0.3).weight(1))),
         "uniform": np.full(21, 1 / 21),
         "any sign": np.array([0.5, -0.2, 0.4, -0.6, 0.9]),
     }[weights]
-    beta = newest_weights(given)
+    beta = beta_of_weights(given)
     x = np.random.default_rng(3).normal(size=len(given))
     mean = x[0]
     for k in range(1, len(given)):
@@ -528,6 +528,6 @@ def test_a_problem_says_what_is_wrong(arguments, says):
         ([0.5, math.nan], "weights must be finite numbers"),
     ],
 )
-def test_newest_weights_say_what_is_wrong(weights, says):
+def test_beta_of_weights_say_what_is_wrong(weights, says):
     with pytest.raises(ValueError, match=re.escape(says)):
-        newest_weights(weights)
+        beta_of_weights(weights)

@@ -18,8 +18,8 @@ from paceline.theory.frontier import (
     Best,
     best_at_a_horizon,
     best_in_the_limit,
+    best_of_each,
     floor,
-    frontier,
     search,
 )
 from paceline.theory.quadratic import Lookahead, Pull, Quadratic, ScheduleFree
@@ -75,7 +75,7 @@ def responses(name, x, problem, i, steps):
         gain = x.get("gain", 0.0)
         if name == "PACE":
             falls = 1 if "beta" in x else weight  # a constant weight is no factor of the gain
-            gain = min(1, eta * x["c"] * falls / deviation)
+            gain = min(1, eta * x["pullback"] * falls / deviation)
         theta = theta - rate * (alpha * theta + noise) + gain * (average - theta)
         average = (1 - weight) * average + weight * theta
         if name == "uniform tail":
@@ -109,7 +109,7 @@ PARAMETERS = {
     "gain": [0.1, 0.8],
     "alpha": [0.6, 0.3],
     "eps": [0.5, 1e-3],
-    "c": [0.5, 0.3],
+    "pullback": [0.5, 0.3],
     "start": [0.4, 0.71],
     "mu": [0.9, 0.3],
 }
@@ -157,12 +157,14 @@ def test_what_make_makes():
     np.testing.assert_allclose(damped.lr, [[0.5, 0.5 * 4 / 2.1], [0.1, 0.1 * 2.4 / 0.5]])
     assert adam.gain == damped.gain == 0
     # η·c/√v with c = 1 is 0.5 and 10; 0.1 and 2: at most 1
-    x |= columns({"c": [1, 1]})
+    x |= columns({"pullback": [1, 1]})
     pace = IN_THE_LIMIT["PACE"].make(x, problem, None)
     np.testing.assert_allclose(pace.gain, [[0.5, 1.0], [0.1, 1.0]])
     np.testing.assert_allclose(pace.lr, adam.lr)
     at_end = AT_A_HORIZON["PACE"].make(
-        {"kappa": np.array([[0.5]]), "lr": np.array([[0.5]]), "c": np.array([[1.0]])}, problem, 9
+        {"kappa": np.array([[0.5]]), "lr": np.array([[0.5]]), "pullback": np.array([[1.0]])},
+        problem,
+        9,
     )
     np.testing.assert_allclose(at_end.beta(4), 0.5)
     np.testing.assert_allclose(at_end.gain(4), [[0.25, 1.0]])
@@ -326,7 +328,7 @@ def test_one_curvature_is_a_tie(life):
     problem = Quadratic(0.8, 3.0)
     scale = 3.0 / 0.8 / 2
     tie = scale * (1 - rho) * (1 + rho**2) / (1 + rho) ** 3
-    found = frontier(
+    found = best_of_each(
         {name: IN_THE_LIMIT[name] for name in ("SGD", "EMA", "pull, one gain", "PACE")},
         best_in_the_limit,
         problem,
@@ -373,7 +375,7 @@ def grid_of_pulls(lr, beta, gain, life):
 
 @pytest.mark.parametrize("life", [8.0, 25.0])
 def test_best_in_the_limit_is_the_best_of_a_grid(life):
-    found = frontier(
+    found = best_of_each(
         {name: IN_THE_LIMIT[name] for name in ("SGD", "EMA", "pull, one gain")},
         best_in_the_limit,
         SPECTRUM,
@@ -436,7 +438,7 @@ def test_forgetting_at_once_is_not_allowed():
 
 def test_a_moving_minimum_is_where_a_pull_is_ahead():
     """On a power law with one rate and one weight; and all of them are above the filter."""
-    found = frontier(IN_THE_LIMIT, best_in_the_limit, MOVING)
+    found = best_of_each(IN_THE_LIMIT, best_in_the_limit, MOVING)
     losses = {name: best.loss for name, best in found.items()}
     assert losses["pull, one gain"] == pytest.approx(0.2235, abs=1e-4)
     assert losses["EMA"] == losses["Adam, EMA"] == pytest.approx(0.2336, abs=1e-4)
@@ -452,7 +454,7 @@ def test_a_moving_minimum_is_where_a_pull_is_ahead():
 @pytest.mark.parametrize(("problem", "steps"), [(FAR, 20), (ONE, 30)], ids=["far", "one"])
 def test_what_is_found_at_a_horizon_is_so(problem, steps):
     """Of all families: the loss, by plain loops; nesting; the floor; and some grids."""
-    found = frontier(AT_A_HORIZON, best_at_a_horizon, problem, steps)
+    found = best_of_each(AT_A_HORIZON, best_at_a_horizon, problem, steps)
     assert list(found) == list(AT_A_HORIZON)
     for name, best in found.items():
         family, x = AT_A_HORIZON[name], best.parameters
@@ -558,7 +560,7 @@ def test_frontier_tells_each_what_it_contains():
         calls.append((family, problem, limits, known))
         return Best(float(len(calls)), {"lr": 1.0})
 
-    found = frontier(IN_THE_LIMIT, best, ONE, 5.0)
+    found = best_of_each(IN_THE_LIMIT, best, ONE, 5.0)
     assert list(found) == list(IN_THE_LIMIT)
     assert [x.loss for x in found.values()] == [1, 2, 3, 4, 5, 6, 7]
     for family, problem, limits, known in calls:
@@ -573,7 +575,7 @@ def test_what_contains_another_is_not_worse(life):
     """At a half-life, too, where the least of a further parameter may be too slow by a hair."""
     names = ("EMA", "pull, one gain", "Adam, EMA", "Adam with ε, EMA", "PACE")
     problem = Quadratic([1.0, 0.1])
-    found = frontier({n: IN_THE_LIMIT[n] for n in names}, best_in_the_limit, problem, life)
+    found = best_of_each({n: IN_THE_LIMIT[n] for n in names}, best_in_the_limit, problem, life)
     for name in names:
         inner = IN_THE_LIMIT[name].contains
         if inner:

@@ -11,11 +11,11 @@ pytest.importorskip("tyro")
 
 from paceline.cli import COMMANDS, main
 from paceline.theory import better_gain, largest_gain, limiting_error, twin_ratio
-from paceline.theory.lab import Frontier, Limit
+from paceline.theory.lab import FrontierCommand, LimitCommand
 
 # As small as each can be, and what remakes it as a figure says.
 SMALL = {
-    "limit": "--c 0 0.5 --runs 20 --a 0.5 --beta 0.2",
+    "limit": "--gain 0 0.5 --runs 20 --a 0.5 --beta 0.2",
     "family": "--e 0.1 0.01",
     "control": "--horizon 20 --coordinates 2",
     "frontier": "--coordinates 2 --half-lives 100 --steps 10 --drift 0.01",
@@ -79,14 +79,14 @@ def test_the_command_remakes_the_same_file(name, found, tmp_path, capsys):
 def test_limit_says_what_the_formulas_do(found):
     said, _ = found("limit")
     for row in table(said):
-        exact = float(limiting_error(0.5, 0.2, row["c"]))
+        exact = float(limiting_error(0.5, 0.2, row["gain"]))
         assert row["formula"] == pytest.approx(exact)
         assert row["Lyapunov"] == pytest.approx(exact)
         assert row["EMA / this"] == pytest.approx(float(limiting_error(0.5, 0.2, 0)) / exact)
         mean, spread = map(float, row["measured, 95 %"].split(" ± "))
         assert mean == pytest.approx(exact, abs=4 * spread / 1.96 + 0.01 * exact)
-    assert f"c < {float(largest_gain(0.5, 0.2)):.6g}" in said["notes"][0]
-    assert f"c < {float(better_gain(0.5, 0.2)):.6g}" in said["notes"][0]
+    assert f"gain < {float(largest_gain(0.5, 0.2)):.6g}" in said["notes"][0]
+    assert f"gain < {float(better_gain(0.5, 0.2)):.6g}" in said["notes"][0]
 
 
 def test_family_is_unbounded_against_the_same_ema_and_not_against_a_tuned_one(found):
@@ -123,9 +123,9 @@ def test_frontier_has_all_methods_relative_to_the_ema(found):
 
 def test_twin_has_exact_ratios(found):
     for row in table(found("twin")[0]):
-        ratio = float(twin_ratio(row["a"], 0.05, row["c"]))
+        ratio = float(twin_ratio(row["a"], 0.05, row["gain"]))
         assert row["noise / twin's"] == pytest.approx(ratio)
-        assert row["at β/(β+c)"] > ratio
+        assert row["at β/(β+λ)"] > ratio
         assert row["half-life"] >= row["twin's"]
         assert 0.5 < row["drift / twin's"] <= 1
     shares = [row["clipped"] for row in table(found("twin")[0], 2)]
@@ -146,24 +146,24 @@ def test_rate_has_a_slope_for_each_average_with_and_without_a_pull(found):
     ("command", "message"),
     [
         (
-            "limit --c 2.5",
-            "not stable: c must be below 1.9699 at a = 0.05 and beta = 0.02, got 2.5",
+            "limit --gain 2.5",
+            "not stable: gain must be below 1.9699 at a = 0.05 and beta = 0.02, got 2.5",
         ),
-        ("limit --c -0.1", "c must be in [0, inf), got -0.1, 0.1 below"),
+        ("limit --gain -0.1", "gain must be in [0, inf), got -0.1, 0.1 below"),
         ("limit --a 0", "a must be in (0, inf), got 0, which is the end itself"),
         ("limit --a 2.5", "not stable: a must be below 2, got 2.5, 0.5 above"),
         ("limit --beta 1.5", "beta must be in (0, 1], got 1.5, 0.5 above"),
-        ("limit --a 1e-5 --beta 1e-5", "c = 0 forgets so slowly that the experiment would take"),
+        ("limit --a 1e-5 --beta 1e-5", "gain = 0 forgets too slowly: the experiment would take"),
         ("limit --runs 1", "--runs: Input should be greater than or equal to 2"),
-        ("family --gain 3", "not stable: c must be below 2 at a = 0.0001"),
+        ("family --gain 3", "not stable: gain must be below 2 at a = 0.0001"),
         ("family --e 0.1 -0.1", "a must be in (0, inf), got -0.1, 0.1 below"),
         ("control --a 2.5", "curvature must be in (0, 2), got 2.5, 0.5 above"),
         ("control --penalty 0", "--penalty"),
         ("frontier --steps 15", "steps must be multiples of 10, got (15,)"),
         ("frontier --drift -1", "drift must be in [0, inf), got -1, 1 below"),
-        ("twin --c 5", "not stable: c must be below"),
+        ("twin --gain 5", "not stable: gain must be below"),
         ("rate --horizons 64", "horizons and errors must be two or more"),
-        ("rate --pull 2", "--pull"),
+        ("rate --pullback 2", "--pullback"),
         ("limt", "unknown command 'theory limt'; did you mean 'theory limit'?"),
         ("limit --bta 1", "did you mean --beta?"),
     ],
@@ -186,8 +186,11 @@ def test_help_lists_the_six(arguments, capsys):
 
 
 def test_numbers_in_commands_are_those_that_were_given():
-    assert Limit(a=0.25, c=(0.0, 1e-3)).command == "paceline theory limit --a 0.25 --c 0 0.001"
-    assert Frontier().command == "paceline theory frontier"
+    assert (
+        LimitCommand(a=0.25, gain=(0.0, 1e-3)).command
+        == "paceline theory limit --a 0.25 --gain 0 0.001"
+    )
+    assert FrontierCommand().command == "paceline theory frontier"
 
 
 def test_what_no_parameters_can_do_is_a_dash_and_null(tmp_path, capsys):

@@ -33,13 +33,13 @@ from paceline.theory.quadratic import (
     ScheduleFree,
     better_gain,
     half_life,
+    in_range,
     largest_gain,
     limit,
     limiting_error,
     lookahead_error,
     moments,
     radius,
-    require,
     spectral_radius,
     transition,
 )
@@ -206,38 +206,38 @@ def test_the_numbers_of_the_method():
     np.testing.assert_allclose(ratio[2:], (e + e + 0.9)[2:] / (2 * e)[2:], rtol=1e-2)
 
 
-def impulses(a, beta, c, steps, live, average):
+def impulses(a, beta, gain, steps, live, average):
     """Σ θ̂² of what an impulse leaves, over the steps."""
     x, y = np.broadcast_arrays(live * np.ones_like(a), average * np.ones_like(a))
     total = 0.0
     for _ in range(steps):
         total = total + y**2
-        x = (1 - a - c) * x + c * y
+        x = (1 - a - gain) * x + gain * y
         y = (1 - beta) * y + beta * x if beta is not None else x
     return total
 
 
 def test_limiting_error_is_the_sum_over_impulses():
-    a, beta, c = grid()
-    slow = spectral_radius(a, beta, c) < 0.985  # so that 2500 steps leave 1e-16
+    a, beta, gain = grid()
+    slow = spectral_radius(a, beta, gain) < 0.985  # so that 2500 steps leave 1e-16
     assert slow.mean() > 0.6
-    a, beta, c = a[slow], beta[slow], c[slow]
-    noise = impulses(a, beta, c, 2500, 1.0, beta)
-    drift = impulses(a, beta, c, 2500, 1.0, 1.0)
-    np.testing.assert_allclose(limiting_error(a, beta, c), noise, rtol=1e-10)
-    np.testing.assert_allclose(limiting_error(a, beta, c, 0, 1), drift, rtol=1e-10)
+    a, beta, gain = a[slow], beta[slow], gain[slow]
+    noise = impulses(a, beta, gain, 2500, 1.0, beta)
+    drift = impulses(a, beta, gain, 2500, 1.0, 1.0)
+    np.testing.assert_allclose(limiting_error(a, beta, gain), noise, rtol=1e-10)
+    np.testing.assert_allclose(limiting_error(a, beta, gain, 0, 1), drift, rtol=1e-10)
     np.testing.assert_allclose(
-        limiting_error(a, beta, c, 0.3, 2.0), 0.3 * noise + 2 * drift, rtol=1e-10
+        limiting_error(a, beta, gain, 0.3, 2.0), 0.3 * noise + 2 * drift, rtol=1e-10
     )
 
 
 def test_limiting_error_is_exact_for_all_sizes_of_its_arguments():
     # In rational arithmetic: the formula of the docstring, and without drift the other known form.
     sizes = [1e-12, 1e-8, 1e-4, 0.05, 0.5, 1.0, 1.5]
-    for a, beta, c in itertools.product(sizes, [1e-12, 1e-8, 1e-4, 0.5, 1.0], [0, *sizes[:-2]]):
-        if c >= 0.9 * (2 - a) * (2 - beta) / (2 * (1 - beta) or 1e-9):  # worse conditioned
+    for a, beta, gain in itertools.product(sizes, [1e-12, 1e-8, 1e-4, 0.5, 1.0], [0, *sizes[:-2]]):
+        if gain >= 0.9 * (2 - a) * (2 - beta) / (2 * (1 - beta) or 1e-9):  # worse conditioned
             continue
-        x, b, g, s, q = map(Fraction, (a, beta, c, 0.7, 0.3))
+        x, b, g, s, q = map(Fraction, (a, beta, gain, 0.7, 0.3))
         phi1, phi2 = 2 - x - b - g * (1 - b), -(1 - b) * (1 - x - g)
         below = (1 + phi2) * ((1 - phi2) ** 2 - phi1**2)
         noise = b**2 * s * (1 - phi2) / below
@@ -246,11 +246,15 @@ def test_limiting_error_is_exact_for_all_sizes_of_its_arguments():
         other /= (x * (x + b + g - b * x - b * g)) * (4 - 2 * x - 2 * b - 2 * g + b * x + 2 * b * g)
         assert other == noise
         for found, exact in (
-            (limiting_error(a, beta, c, 0.7), noise),
-            (limiting_error(a, beta, c, 0, 0.3), drift),
-            (limiting_error(a, beta, c, 0.7, 0.3), noise + drift),
+            (limiting_error(a, beta, gain, 0.7), noise),
+            (limiting_error(a, beta, gain, 0, 0.3), drift),
+            (limiting_error(a, beta, gain, 0.7, 0.3), noise + drift),
         ):
-            assert abs(float(found) / float(exact) - 1) < 2e-14, (a, beta, c)  # some 50 roundings
+            assert abs(float(found) / float(exact) - 1) < 2e-14, (
+                a,
+                beta,
+                gain,
+            )  # some 50 roundings
 
 
 @pytest.mark.parametrize(
@@ -317,30 +321,36 @@ EYE, NAN = np.eye(2), float("nan")
 REFUSED = {
     "momentum and a changing rate": (
         lambda: Pull(lowered, momentum=0.5),
-        ["momentum goes with a constant lr"],
+        ["momentum needs a constant lr"],
     ),
-    "below": (lambda: require("x", [3, -1, -2], 0, 5), ["x must be in [0, 5], got -2, 2 below"]),
-    "above": (lambda: require("x", [7, 6], 0, 5, open_="high"), ["in [0, 5), got 7, 2 above"]),
-    "low end": (lambda: require("x", 0, 0, 5, open_="low"), ["(0, 5], got 0", "the end itself"]),
-    "high end": (lambda: require("x", 5, 0, 5, open_="both"), ["(0, 5), got 5", "the end itself"]),
-    "nan": (lambda: require("x", [1, NAN], 0, np.inf), ["x must be finite", "[0, inf)", "got nan"]),
-    "inf": (lambda: require("x", np.inf, 0, np.inf), ["x must be finite", "got inf"]),
+    "below": (lambda: in_range("x", [3, -1, -2], 0, 5), ["x must be in [0, 5], got -2, 2 below"]),
+    "above": (lambda: in_range("x", [7, 6], 0, 5, open_="high"), ["in [0, 5), got 7, 2 above"]),
+    "low end": (lambda: in_range("x", 0, 0, 5, open_="low"), ["(0, 5], got 0", "the end itself"]),
+    "high end": (lambda: in_range("x", 5, 0, 5, open_="both"), ["(0, 5), got 5", "the end itself"]),
+    "nan": (
+        lambda: in_range("x", [1, NAN], 0, np.inf),
+        ["x must be finite", "[0, inf)", "got nan"],
+    ),
+    "inf": (lambda: in_range("x", np.inf, 0, np.inf), ["x must be finite", "got inf"]),
     "a of 2": (lambda: largest_gain(2.0, 0.1), ["a must be in (0, 2)", "the end itself"]),
     "a of 0": (lambda: better_gain(0.0, 0.1), ["a must be in (0, 2)"]),
     "beta of 1": (lambda: better_gain(0.1, 1.0), ["beta must be in (0, 1)"]),
     "beta of 0": (lambda: largest_gain(0.1, 0.0), ["beta must be in (0, 1]"]),
     "radius": (lambda: spectral_radius(-0.1, 0.1, 0), ["a must be in (0, inf), got -0.1, 0.1 be"]),
-    "radius's c": (lambda: spectral_radius(0.1, 0.1, -2), ["c must be in [0, inf), got -2"]),
+    "radius's gain": (lambda: spectral_radius(0.1, 0.1, -2), ["gain must be in [0, inf), got -2"]),
     "half-life of 1": (lambda: half_life(1.0), ["radius must be in [0, 1)", "the end itself"]),
     "half-life": (lambda: half_life(1.25), ["got 1.25, 0.25 above"]),
     "error's a": (lambda: limiting_error([0.1, 2.5], 0.1, 0), ["not stable", "got 2.5, 0.5 above"]),
     "error's beta": (lambda: limiting_error(0.1, 1.5, 0), ["beta must be in (0, 1], got 1.5, 0.5"]),
-    "error's c": (
+    "error's gain": (
         # The bound is 1.5·1.5/1 = 2.25 there, and 1.5·1.1/0.2 = 8.25 at β = 0.9.
         lambda: limiting_error(0.5, [0.9, 0.5], [[0.1], [2.5]]),
-        ["not stable: c must be below", "2.25 at a = 0.5 and beta = 0.5, got 2.5, 0.25 above"],
+        ["not stable: gain must be below", "2.25 at a = 0.5 and beta = 0.5, got 2.5, 0.25 above"],
     ),
-    "error at the bound": (lambda: limiting_error(0.5, 0.5, 2.25), ["not stable: c must be below"]),
+    "error at the bound": (
+        lambda: limiting_error(0.5, 0.5, 2.25),
+        ["not stable: gain must be below"],
+    ),
     "error's noise": (lambda: limiting_error(0.1, 0.1, 0, -1), ["noise must be in [0, inf)"]),
     "error's drift": (lambda: limiting_error(0.1, 0.1, 0, 1, -1), ["drift must be in [0, inf)"]),
     "lookahead's a": (lambda: lookahead_error(2.0, 5, 0.5), ["a must be in (0, 2)"]),
@@ -368,9 +378,12 @@ REFUSED = {
     "noise askew": (lambda: Quadratic(EYE, [[1, 1], [0, 1]]), ["noise must be symmetric", "by 1"]),
     "noise indefinite": (
         lambda: Quadratic(EYE, noise=[[1, 2], [2, 1]]),
-        ["noise has a negative variance, -1, in some direction"],
+        ["noise must be positive semidefinite; its least eigenvalue is -1"],
     ),
-    "drift indefinite": (lambda: Quadratic(EYE, drift=-EYE), ["drift has a negative variance, -1"]),
+    "drift indefinite": (
+        lambda: Quadratic(EYE, drift=-EYE),
+        ["drift must be positive semidefinite; its least eigenvalue is -1"],
+    ),
     "pull's rate": (lambda: Pull(0.0), ["lr must be in (0, inf)"]),
     "pull's weight": (lambda: Pull(0.1, 0.0), ["beta must be in (0, 1]"]),
     "pull's gain": (lambda: Pull(0.1, 0.1, [0.5, -0.5]), ["gain must be in [0, inf), got -0.5"]),
@@ -395,11 +408,11 @@ REFUSED = {
     ),
     "unstable matrix": (lambda: limit(Pull(1.0), Quadratic(2.25 * EYE)), ["it is 1.25, 0.25"]),
     "twin's beta": (lambda: twin_rate(0.0, 1.0), ["beta must be in (0, 1]"]),
-    "twin's c": (lambda: twin_rate(0.1, -1.0), ["c must be in [0, inf), got -1, 1 below"]),
+    "twin's gain": (lambda: twin_rate(0.1, -1.0), ["gain must be in [0, inf), got -1, 1 below"]),
     "ratio": (lambda: twin_ratio(0.5, 0.5, 2.5), ["not stable", "0.25 above"]),
     "modes' a": (lambda: twin_modes(0.0, 0.1, 0.1), ["a must be in (0"]),
     "ε's rate": (lambda: twin_epsilon(0.0, 0.1, 0.1), ["lr must be in (0, inf)"]),
-    "ε's c": (lambda: twin_epsilon(0.1, -0.1, 0.1), ["c must be in [0, inf)"]),
+    "ε's pullback": (lambda: twin_epsilon(0.1, -0.1, 0.1), ["pullback must be in [0, inf)"]),
     "ε's beta": (lambda: twin_epsilon(0.1, 0.1, 1.1), ["beta must be in (0, 1], got 1.1"]),
 }
 
@@ -414,8 +427,8 @@ def test_refuses_with_the_condition_and_by_how_much(case):
 
 
 def test_takes_what_is_at_the_ends_of_the_ranges():
-    np.testing.assert_array_equal(require("x", [0, 5], 0, 5), [0.0, 5.0])
-    assert require("x", 1, 0, 5).dtype == np.float64
+    np.testing.assert_array_equal(in_range("x", [0, 5], 0, 5), [0.0, 5.0])
+    assert in_range("x", 1, 0, 5).dtype == np.float64
     assert limiting_error(0.5, 1.0, 1e9) == limiting_error(0.5, 1.0, 0)
     assert limiting_error(0.5, 0.5, 0, 0, 0) == 0
     tiny = Quadratic(EYE, noise=[[1, 1], [1, 1 - 1e-15]])  # singular, but for rounding

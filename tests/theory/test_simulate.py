@@ -11,7 +11,14 @@ pytest.importorskip("scipy")
 
 from paceline import EMA, PACE, PowerEMA, Pullback, Uniform
 from paceline.theory.quadratic import Pull, Quadratic, limit, limiting_error, moments
-from paceline.theory.simulate import Estimate, Stylised, convex_errors, estimate, simulate, slope
+from paceline.theory.simulate import (
+    Estimate,
+    StylisedPACE,
+    convex_errors,
+    estimate,
+    simulate,
+    slope,
+)
 
 # ---- on quadratics ------------------------------------------------------------------------------
 
@@ -83,10 +90,10 @@ def test_the_optimizer_comes_to_the_limit(problem):
 
 def test_the_optimizer_comes_to_the_limiting_error():
     a, noise, drift = np.array([0.3, 0.6, 0.9]), 1.0, np.array([0.0, 0.3, 0.1])
-    for c in (0.0, 0.4, 1.0):
+    for gain in (0.0, 0.4, 1.0):
         problem = Quadratic(a / LR, noise / LR**2, drift)
-        found = simulate(pulled(EMA(beta=0.2), c), problem, 120, runs=3000).returned
-        exact = limiting_error(a, 0.2, c, noise, drift)
+        found = simulate(pulled(EMA(beta=0.2), gain), problem, 120, runs=3000).returned
+        exact = limiting_error(a, 0.2, gain, noise, drift)
         assert (abs(found.mean - exact) < 4 * found.error).all()
 
 
@@ -114,7 +121,7 @@ def test_the_same_seed_is_the_same_noise_for_another_optimizer():
     def run(make, seed):
         return simulate(make, problem, 20, runs=50, seed=seed).returned.mean
 
-    a, b = (run(pulled(EMA(beta=0.2), c), 1) for c in (0.4, 0.4 + 1e-9))
+    a, b = (run(pulled(EMA(beta=0.2), gain), 1) for gain in (0.4, 0.4 + 1e-9))
     assert (a != b).all()
     np.testing.assert_allclose(a, b, rtol=1e-7)
     assert abs(run(pulled(EMA(beta=0.2), 0.4), 2) / a - 1).min() > 1e-3
@@ -158,16 +165,16 @@ def test_intervals_hold_the_truth_in_95_of_100():
 # ---- convex and Lipschitz -----------------------------------------------------------------------
 
 METHODS = [
-    Stylised(Uniform()),
-    Stylised(Uniform(), 1.0),
-    Stylised(PowerEMA(0.7), 1.0),
-    Stylised(PowerEMA(0.7)),
-    Stylised(EMA(beta=0.1), 2.0),
-    Stylised(EMA(beta=0.1), 20.0),  # the clip holds it at 1
+    StylisedPACE(Uniform()),
+    StylisedPACE(Uniform(), 1.0),
+    StylisedPACE(PowerEMA(0.7), 1.0),
+    StylisedPACE(PowerEMA(0.7)),
+    StylisedPACE(EMA(beta=0.1), 2.0),
+    StylisedPACE(EMA(beta=0.1), 20.0),  # the clip holds it at 1
 ]
 
 
-def written_out(method, steps, runs, n, rate, seed):
+def written_out(method, steps, runs, n, lr, seed):
     """The problem and the method in NumPy; the generator alone is the package's."""
     generator = torch.Generator().manual_seed(seed)
     i = np.arange(1, n + 1)
@@ -176,15 +183,15 @@ def written_out(method, steps, runs, n, rate, seed):
         noise = torch.randn((runs, n), generator=generator, dtype=torch.float64).numpy() / i
         gradient = 0.5**i * np.sign(x - 1 / i) + noise
         weight = float(method.averaging.weight(k))
-        gain = min(1.0, method.pull * weight)
-        x = x - rate / math.sqrt(steps) * gradient + gain * (average - x)
+        gain = min(1.0, method.pullback * weight)
+        x = x - lr / math.sqrt(steps) * gradient + gain * (average - x)
         average = average + weight * (x - average)
     losses = (0.5**i * abs(average - 1 / i)).sum(1)
     return losses.mean(), losses.std(ddof=1) / math.sqrt(runs)
 
 
 def test_convex_errors_are_those_of_the_method_written_out():
-    settings = {"runs": 7, "rate": 1.5, "seed": 3}
+    settings = {"runs": 7, "lr": 1.5, "seed": 3}
     found = convex_errors(METHODS, 40, coordinates=5, **settings)
     for method, got in zip(METHODS, found, strict=True):
         mean, error = written_out(method, 40, n=5, **settings)
@@ -240,7 +247,7 @@ def test_the_error_of_a_slope_is_its_spread():
 # ---- refusals -----------------------------------------------------------------------------------
 
 ONE = Estimate(np.array(1.0), np.array(0.1))
-METHOD = [Stylised(Uniform())]
+METHOD = [StylisedPACE(Uniform())]
 REFUSED = {
     "steps": (
         lambda: simulate(pulled(EMA(beta=0.2), 0), PROBLEMS["still"], -1),
@@ -256,7 +263,7 @@ REFUSED = {
         lambda: convex_errors(METHOD, 5, coordinates=0),
         ["coordinates must be in [1, inf), got 0, 1 below"],
     ),
-    "rate": (lambda: convex_errors(METHOD, 5, rate=0), ["rate must be in (0, inf), got 0, which"]),
+    "lr": (lambda: convex_errors(METHOD, 5, lr=0), ["lr must be in (0, inf), got 0, which"]),
     "one horizon": (lambda: slope([4], [ONE]), ["two or more", "got 1 and 1"]),
     "as many": (lambda: slope([4, 8, 16], [ONE, ONE]), ["as many of each, got 3 and 2"]),
 }

@@ -1,6 +1,8 @@
 """The twin of a pull: an EMA at another learning rate."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,26 +20,34 @@ from paceline.theory.twin import twin_epsilon, twin_modes, twin_rate, twin_ratio
 # ---- the twin -----------------------------------------------------------------------------------
 
 
+def test_twin_rate_needs_no_scipy():
+    """Training takes it from here, and does not install SciPy."""
+    code = "import sys; sys.modules['scipy'] = None; from paceline.theory.twin import twin_rate"
+    code += "; print(float(twin_rate(0.2, 0.5)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(run.stdout) == 0.2 / (0.2 + 0.5 * (1.0 - 0.2))
+
+
 def test_twin_rate():
-    beta, c = np.meshgrid([0.01, 0.3, 1.0], [0, 0.2, 1.0, 3.0])
-    np.testing.assert_allclose(twin_rate(beta, c), beta / (beta + c * (1 - beta)), rtol=1e-15)
-    np.testing.assert_allclose(twin_rate(beta, c, simple=True), beta / (beta + c), rtol=1e-15)
+    beta, gain = np.meshgrid([0.01, 0.3, 1.0], [0, 0.2, 1.0, 3.0])
+    np.testing.assert_allclose(twin_rate(beta, gain), beta / (beta + gain * (1 - beta)), rtol=1e-15)
+    np.testing.assert_allclose(twin_rate(beta, gain, simple=True), beta / (beta + gain), rtol=1e-15)
     np.testing.assert_allclose(twin_rate(beta, 1.0), beta, rtol=1e-15)
     assert (twin_rate(beta, 1.0, simple=True) < 0.999 * beta).all()
     np.testing.assert_allclose(  # "the same for small β"
-        twin_rate(1e-6, c), twin_rate(1e-6, c, simple=True), rtol=2e-6
+        twin_rate(1e-6, gain), twin_rate(1e-6, gain, simple=True), rtol=2e-6
     )
 
 
 @pytest.mark.parametrize("simple", [False, True])
 def test_twin_ratio_is_that_of_the_limits(simple):
-    a, beta, c = grid(least=1e-4, most=1.99, share=(0, 1e-3, 0.1, 0.5, 0.9, 0.99))
-    r = beta / (beta + c * (1 if simple else 1 - beta))
-    expected = limiting_error(a, beta, c) / limiting_error(r * a, beta, 0, r**2)
-    found = twin_ratio(a, beta, c, simple=simple)
+    a, beta, gain = grid(least=1e-4, most=1.99, share=(0, 1e-3, 0.1, 0.5, 0.9, 0.99))
+    r = beta / (beta + gain * (1 if simple else 1 - beta))
+    expected = limiting_error(a, beta, gain) / limiting_error(r * a, beta, 0, r**2)
+    found = twin_ratio(a, beta, gain, simple=simple)
     np.testing.assert_allclose(found, expected, rtol=1e-11)  # 99 % of the bound loses two digits
-    assert (found[c > 0] > 1).all()
-    np.testing.assert_allclose(found[c == 0], 1, rtol=1e-14)
+    assert (found[gain > 0] > 1).all()
+    np.testing.assert_allclose(found[gain == 0], 1, rtol=1e-14)
 
 
 def test_twin_ratio_in_numbers():
@@ -52,13 +62,15 @@ def test_twin_ratio_in_numbers():
 
 def test_twin_ratio_to_leading_order():
     scale = np.geomspace(1e-2, 1e-5, 4)[:, None, None]
-    a, beta, c = scale * np.array([0.5, 1, 4])[:, None], scale, np.array([0.1, 0.5, 0.9])
-    r, w, s = beta / (beta + c * (1 - beta)), (1 - a) * (1 - beta), c * (1 - beta)
+    a, beta, gain = scale * np.array([0.5, 1, 4])[:, None], scale, np.array([0.1, 0.5, 0.9])
+    r, w, s = beta / (beta + gain * (1 - beta)), (1 - a) * (1 - beta), gain * (1 - beta)
     first = a * beta / 2 * (1 / (1 + w - s) - r / 2)
-    more = beta * c / (a + beta + c)
+    more = beta * gain / (a + beta + gain)
     close = np.broadcast_to(20 * scale, (4, 3, 3))  # what is left out is of order e more
-    assert (abs((twin_ratio(a, beta, c) - 1) / first - 1)[:2] < close[:2]).all()  # later: roundings
-    simple = twin_ratio(a, beta, c, simple=True) - 1
+    assert (
+        abs((twin_ratio(a, beta, gain) - 1) / first - 1)[:2] < close[:2]
+    ).all()  # later: roundings
+    simple = twin_ratio(a, beta, gain, simple=True) - 1
     assert (abs(simple / (first + more) - 1) < close).all()
     assert (abs(simple / first - 1) > 1).all()  # the part that is more is not small
 
@@ -93,9 +105,9 @@ def test_the_twin_differs_in_the_square_alone(momentum):
 
 
 def test_the_twin_differs_in_the_square_alone_for_one_coordinate():
-    a, beta, c, z = 0.3, 0.2, 0.4, 0.9 + 0.3j
-    r, u, s = beta / (beta + c * (1 - beta)), 1 - z, c * (1 - beta)
-    for rule, square in ((pull(a, beta, c), 1.0), (pull(r * a, beta), 1 / r)):
+    a, beta, gain, z = 0.3, 0.2, 0.4, 0.9 + 0.3j
+    r, u, s = beta / (beta + gain * (1 - beta)), 1 - z, gain * (1 - beta)
+    for rule, square in ((pull(a, beta, gain), 1.0), (pull(r * a, beta), 1 / r)):
         g = transfer(rule, np.eye(1), z)[0, 0] / -a
         np.testing.assert_allclose(
             beta * z / g, square * u**2 - (a + beta + s) * u + a * beta, rtol=1e-12
@@ -118,9 +130,9 @@ def test_the_twin_has_the_error_of_the_pull_for_any_noise(gain, momentum):
 
 
 def test_twin_modes():
-    a, beta, c = grid(least=1e-3, share=(0, 0.01, 0.1, 0.3, 0.6, 0.9))
-    ours, twins = twin_modes(a, beta, c)
-    s = c * (1 - beta)
+    a, beta, gain = grid(least=1e-3, share=(0, 0.01, 0.1, 0.3, 0.6, 0.9))
+    ours, twins = twin_modes(a, beta, gain)
+    s = gain * (1 - beta)
     r = beta / (beta + s)
     total = a + beta + s
     # The pull's modes by NumPy: roots of u² - (a+β+s)·u + aβ.
@@ -150,13 +162,13 @@ def test_twin_modes():
 
 def test_both_twins_remember_the_start_as_long():
     # Σ over the steps of the start's share is Σ 1/u but for a step, which both have.
-    a, beta, c = 0.2, 0.05, 0.3
-    r = float(twin_rate(beta, c))
+    a, beta, gain = 0.2, 0.05, 0.3
+    r = float(twin_rate(beta, gain))
     sums = []
-    for method in (Pull(1.0, beta, c), Pull(r, beta)):
+    for method in (Pull(1.0, beta, gain), Pull(r, beta)):
         means = itertools.islice(moments(method, Quadratic([a])), 4000)
         sums.append(sum(m.mean[-1, 0] for m in means))
-    expected = (a + beta + c * (1 - beta)) / (a * beta) - 1
+    expected = (a + beta + gain * (1 - beta)) / (a * beta) - 1
     np.testing.assert_allclose(sums, expected, rtol=1e-12)
 
 
@@ -221,14 +233,14 @@ def test_a_gain_of_1_is_sgd_at_a_lower_rate(averaging):
 # ---- the twin where the minimum drifts -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("c", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("gain", [0.01, 0.1, 0.5])
 @pytest.mark.parametrize(("a", "beta"), [(1e-3, 2e-3), (5e-3, 1e-3), (1e-2, 1e-3)])
-def test_drift_is_followed_as_a_mass_on_a_spring_does(a, beta, c):
+def test_drift_is_followed_as_a_mass_on_a_spring_does(a, beta, gain):
     """q²(f/(2aβ) + m/(2f)), with the friction f = a+β+b, the mass m 1, and 1/r for the twin."""
-    r = float(twin_rate(beta, c))
-    f = a + beta + c * (1 - beta)
+    r = float(twin_rate(beta, gain))
+    f = a + beta + gain * (1 - beta)
     for found, mass in (
-        (limiting_error(a, beta, c, 0.0, 1.0), 1.0),
+        (limiting_error(a, beta, gain, 0.0, 1.0), 1.0),
         (limiting_error(a * r, beta, 0.0, 0.0, 1.0), 1 / r),
     ):
         # To leading order in the modes, of which the fastest is f.
@@ -236,10 +248,10 @@ def test_drift_is_followed_as_a_mass_on_a_spring_does(a, beta, c):
 
 
 def test_under_drift_alone_a_pull_that_is_clipped_is_better_than_its_twin():
-    a, beta, c = np.meshgrid(
+    a, beta, gain = np.meshgrid(
         np.linspace(0.01, 1, 40), np.geomspace(1e-4, 0.99, 40), np.linspace(0.01, 1, 40)
     )
-    ratio = limiting_error(a, beta, c, 0.0, 1.0)
-    ratio /= limiting_error(a * twin_rate(beta, c), beta, 0.0, 0.0, 1.0)
+    ratio = limiting_error(a, beta, gain, 0.0, 1.0)
+    ratio /= limiting_error(a * twin_rate(beta, gain), beta, 0.0, 0.0, 1.0)
     assert ratio.max() < 1
     assert ratio.min() == pytest.approx(0.8, abs=2e-3)
