@@ -3,7 +3,7 @@
 import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, overload
 
@@ -187,29 +187,8 @@ class PACE(AveragedOptimizer):
         track_stats: bool = False,
         foreach: bool | None = None,
     ) -> None:
+        defaults = {k: x for k, x in locals().items() if k not in ("self", "params", "__class__")}
         self._forget()
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "pullback": pullback,
-            "gain": gain,
-            "kappa": kappa,
-            "averaging": averaging,
-            "return_kappa": return_kappa,
-            "returns": returns,
-            "clip": clip,
-            "fused": fused,
-            "capturable": capturable,
-            "state_dtype": state_dtype,
-            "stochastic_round": stochastic_round,
-            "seed": seed,
-            "nonfinite": nonfinite,
-            "maximize": maximize,
-            "track_stats": track_stats,
-            "foreach": foreach,
-        }
         expand_short(defaults)
         checked = defaults | ({"pullback": 0.0} if pullback is None else {})
         auto.fill_in(checked)
@@ -247,44 +226,48 @@ class PACE(AveragedOptimizer):
         param_group[SWAPPED] = write_record(live) if self.swapped else ""
 
     def _check_params(self, group: int) -> None:
+        """Raises: ValueError: a parameter is given twice, or does not go with an option."""
         options = self.param_groups[group]
-        params = options["params"]
-        if len(set(params)) < len(params):
+        if len(set(options["params"])) < len(options["params"]):
             raise ValueError(f"params must be given once each, got one twice in group {group}")
-        for index, param in enumerate(params):
-            if param.dtype not in WIDE and not param.is_complex():
-                raise ValueError(
-                    f"params must be 16-, 32- or 64-bit floating-point tensors, got {param.dtype} "
-                    f"in {describe(self.param_groups, group, index)}"
-                )
-            if options["state_dtype"] and param.dtype not in (torch.float32, torch.bfloat16):
-                raise ValueError(
-                    f"state_dtype is for float32 and bfloat16 parameters, got {param.dtype} in "
-                    f"{describe(self.param_groups, group, index)}"
-                )
-            if options["stochastic_round"] and param.dtype == torch.float16:
-                raise ValueError(
-                    "stochastic_round is for bfloat16 parameters, got torch.float16 in "
-                    f"{describe(self.param_groups, group, index)}"
-                )
-            if options["fused"]:
-                self._demand_fused(group, index, ValueError)
-        if options["fused"]:
-            for device in {p.device for p in params}:
-                kernels.prepare(device)
+        wide = options["state_dtype"] is None
+        for index, p in enumerate(options["params"]):
+            for fits, says in (
+                (
+                    p.dtype in WIDE or p.is_complex(),
+                    "params must be 16-, 32- or 64-bit floating-point tensors",
+                ),
+                (
+                    wide or p.dtype in (torch.float32, torch.bfloat16),
+                    "state_dtype is for float32 and bfloat16 parameters",
+                ),
+                (
+                    not options["stochastic_round"] or p.dtype != torch.float16,
+                    "stochastic_round is for bfloat16 parameters",
+                ),
+            ):
+                if not fits:
+                    where = describe(self.param_groups, group, index)
+                    raise ValueError(f"{says}, got {p.dtype} in {where}")
+        self._check_fused(group, enumerate(options["params"]), ValueError)
 
     @torch.no_grad()
-    def _demand_fused(self, group: int, index: int, error: type[Exception]) -> None:
-        options = self.param_groups[group]
-        param = options["params"][index]
-        reason = kernels.reason_against(
-            shards.local(param), state_dtype(param, options), param.grad
-        )
-        if reason:
-            raise error(
-                f"fused=True {reason}, got {describe(self.param_groups, group, index)}; nothing "
-                "was changed, and fused=None steps it another way"
-            )
+    def _check_fused(
+        self, group: int, members: Iterable[tuple[int, Tensor]], error: type[Exception]
+    ) -> None:
+        """Raises: `error`: `fused=True`, and no kernel can step one of these parameters."""
+        options, members = self.param_groups[group], list(members)
+        if not options["fused"]:
+            return
+        for index, p in members:
+            reason = kernels.reason_against(shards.local(p), state_dtype(p, options), p.grad)
+            if reason:
+                raise error(
+                    f"fused=True {reason}, got {describe(self.param_groups, group, index)}; "
+                    "nothing was changed, and fused=None steps it another way"
+                )
+        for device in {p.device for _, p in members}:
+            kernels.prepare(device)
 
     # ---- stepping -----------------------------------------------------------------------------
 
@@ -318,9 +301,10 @@ class PACE(AveragedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         held = self._plans_that_hold()
-        for index, plan in enumerate(held):
+        for index, (group, plan) in enumerate(zip(self.param_groups, held, strict=True)):
             if plan is None:
-                self._check_fused(index)
+                stepped = [x for x in enumerate(group["params"]) if x[1].grad is not None]
+                self._check_fused(index, stepped, RuntimeError)
                 self._check_gradients(index)
         skip = self._skips_step()
         if self._state_is_provisional:  # averages begin from what is in the parameters now
@@ -372,17 +356,6 @@ class PACE(AveragedOptimizer):
         if plans != held:
             self._states = list(self.state.values())
         return plans
-
-    def _check_fused(self, group: int) -> None:
-        """Raises: RuntimeError: `fused=True`, and its kernel cannot step a parameter."""
-        options = self.param_groups[group]
-        if not options["fused"]:
-            return
-        stepped = [(i, p) for i, p in enumerate(options["params"]) if p.grad is not None]
-        for device in {p.device for _, p in stepped}:
-            kernels.prepare(device)
-        for i, _ in stepped:
-            self._demand_fused(group, i, RuntimeError)
 
     # ---- checkpoints --------------------------------------------------------------------------
 

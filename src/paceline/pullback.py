@@ -116,19 +116,7 @@ class Pullback(AveragedOptimizer):
         nonfinite: str = "skip",
         track_stats: bool = False,
     ) -> None:
-        ours = {
-            "pullback": pullback,
-            "kappa": kappa,
-            "averaging": averaging,
-            "return_kappa": return_kappa,
-            "returns": returns,
-            "gain": gain,
-            "gain_beta2": gain_beta2,
-            "gain_eps": gain_eps,
-            "gain_clip": gain_clip,
-            "nonfinite": nonfinite,
-            "track_stats": track_stats,
-        }
+        ours = {k: x for k, x in locals().items() if k not in ("self", "base", "__class__")}
         expand_short(ours)
         if ours["averaging"] is None:
             ours["averaging"] = PowerEMA()
