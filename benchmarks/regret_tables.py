@@ -56,8 +56,14 @@ VERSUS = (  # of these, the first less the second
 )
 PULLS = {  # each with its twin
     "auto": (AUTO[0], "adamw+auto"),
-    "scalar gain 0.1": ("pace:gain=scalar:pullback=0.1:kappa=0.3", "adamw:twin:twin_gain=0.1:kappa=0.3"),
-    "scalar gain 0.5": ("pace:gain=scalar:pullback=0.5:kappa=0.3", "adamw:twin:twin_gain=0.5:kappa=0.3"),
+    "scalar gain 0.1": (
+        "pace:gain=scalar:pullback=0.1:kappa=0.3",
+        "adamw:twin:twin_gain=0.1:kappa=0.3",
+    ),
+    "scalar gain 0.5": (
+        "pace:gain=scalar:pullback=0.5:kappa=0.3",
+        "adamw:twin:twin_gain=0.5:kappa=0.3",
+    ),
     "scalar gain 1": ("pace:gain=scalar:pullback=1:kappa=0.3", "adamw:power:kappa=0.3"),
 }
 CELL = ["task", "steps", "lr"]

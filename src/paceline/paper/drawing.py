@@ -478,7 +478,7 @@ def draw_other_data(runs: ScaleRuns) -> Drawn:
     left.set_xscale("log")
     _dress(left, "learning rate", title=task.name)
     rate = grid.rates[len(grid.rates) // 2]
-    own = {"return_kappa": None, "every": None, "lr": rate}
+    own: dict[str, Any] = {"return_kappa": None, "every": None, "lr": rate}
     methods = {"AdamW": "adamw", "EMA": "ema", "PACE": "pace"}
     chosen = {label: runs.best(task, name, **own) for label, name in methods.items()}
     parts += _curves(right, runs, task, chosen)
@@ -587,7 +587,7 @@ def draw_pull_alone(runs: ScaleRuns) -> Drawn:
     """2: the pull alone at κ = 0.5: curves, and loss against c, constant and with WSD."""
     task, rate = runs.scale.from_scratch, runs.middle_rate()
     figure, axes = _panels(1, 3, 4.0, 3.4)
-    fixed = {"lr": rate, "kappa": 0.5}
+    fixed: dict[str, Any] = {"lr": rate, "kappa": 0.5}
     shown = {"EMA": runs.best(task, "ema", **fixed), "PACE": runs.best_pace(task, **fixed)}
     parts = _curves(axes[0][0], runs, task, shown, TUNING)
     _zoom_to_end(figure, 0.4)

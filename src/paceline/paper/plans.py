@@ -374,7 +374,7 @@ def plan_headline(runs: ScaleRuns) -> Stages:
 def plan_rarer(runs: ScaleRuns, kappas: Sequence[float]) -> Stages:
     """3, 8: the average is updated every step as in 6, and every so many steps."""
     task, grid = runs.scale.main, runs.scale.tuned
-    own = {"lr": grid.rates, "kappa": kappas, "pullback": grid.pullbacks}
+    own: dict[str, Any] = {"lr": grid.rates, "kappa": kappas, "pullback": grid.pullbacks}
     tried = [
         *_averages(task, "constant", grid.rates),
         *_with_slower(task, **own),
