@@ -1,7 +1,6 @@
-"""The cells of sweeps: trainings by a recipe, each known by the hash of all that decides it."""
+"""The cells of sweeps: trainings by a recipe, each identified by a hash of its settings."""
 
 import json
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,21 +22,20 @@ from ..train.recipe import DATA, METHOD, RESUMABLE_CHANGES, Recipe, keys_with
 from ..train.run import Train
 from ..train.run import train as train_by
 from ..train.trainer import MethodTrainer, Watcher
-from .runs import Row, Run, share_runs
-from .runs import Watch as Watching
+from .runs import Row, Run, Watch, finite_values, share_runs
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on what, for how long; with methods and a seed, that makes a cell."""
+    """A model, data and a budget; with methods and a seed it makes a cell."""
 
     name: str
     recipe: Recipe
-    start: Recipe | None = None  # whose returned model is the recipe's model
+    start: Recipe | None = None  # trained first; the recipe starts from its returned model
 
     @cached_property
     def fixed(self) -> dict[str, Any]:
-        """All that decides a training, but for methods and seed."""
+        """Everything that a training depends on, except methods and seed."""
         return {
             "recipe": _dump(self.recipe, keys_with(METHOD)),
             "start": self.start and _dump(self.start),
@@ -45,12 +43,12 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """The same in a line."""
+        """The fixed settings as one line of JSON."""
         return json.dumps(self.fixed, sort_keys=True)
 
     @cached_property
     def start_folder(self) -> Path | None:
-        """Where the model to start from is, once it is made."""
+        """The folder of the model to start from, which `make_start` makes."""
         if self.start is None:
             return None
         return (
@@ -58,11 +56,11 @@ class Task:
         )
 
     def make_start(self, console: Console) -> None:
-        """Train the model to start from, if that was not done before."""
+        """Train the model to start from, unless it is in the cache."""
         folder = self.start_folder
         if self.start is None or folder is None or folder.exists():
             return
-        console.print(f"Training what {self.name} starts from, once.", highlight=False)
+        console.print(f"Training the model that {self.name} starts from, once.", highlight=False)
         with TemporaryDirectory(dir=cache_folder()) as scratch:
             run = train_by(Train(**self.start.model_dump(), out=Path(scratch) / "run"), console)
             if run is None:
@@ -70,23 +68,19 @@ class Task:
             if not folder.exists():  # or another process was faster
                 put(run / "model", folder)
 
-    def parse(self) -> dict[str, Any]:
-        """What methods that leave options open get for them."""
-        return self.recipe.method_defaults
-
 
 def _dump(recipe: Recipe, but: Iterable[str] = ()) -> dict[str, Any]:
-    """All keys that decide what is computed, but for defaults: a new key changes no old name."""
+    """The keys that a result depends on, without defaults: a new key changes no hash."""
     names = set(Recipe.model_fields) - RESUMABLE_CHANGES - set(but)
     dumped = recipe.model_dump_json(include=names, exclude_defaults=True)
     return dict(json.loads(dumped))
 
 
 class Result(NamedTuple):
-    """What a cell's training measured."""
+    """The measurements of a cell's training."""
 
-    rows: list[Row]  # of evaluations, of each method
-    log: list[dict[str, Any]]  # of the training: step, loss, and what the pull does
+    rows: list[Row]  # one for each evaluation of each method
+    log: list[dict[str, Any]]  # of the training: step, loss, mean gain, share clipped
 
 
 @dataclass(frozen=True)
@@ -98,22 +92,22 @@ class Cell:
 
     @cached_property
     def key(self) -> str:
-        """A hash of all that decides it."""
+        """A hash of everything that it depends on."""
         methods = sorted(method.written for method in self.run.methods)
         return content_key(self.task.digest, methods, self.run.seed)
 
     @property
     def name(self) -> str:
-        """Of the training."""
+        """The task's and the training's name."""
         return f"{self.task.name}: {self.run.name}"
 
     @property
     def trajectory(self) -> Method:
-        """What is stepped by."""
+        """The method that trains."""
         return self.run.methods[0].trajectory
 
-    def train(self, watch: Watching) -> Result | None:
-        """Train it; None if it was stopped."""
+    def train(self, watch: Watch) -> Result | None:
+        """Train it; None if `watch` stopped it."""
         method = self.trajectory
         changes = {
             "method": method.written,
@@ -145,36 +139,34 @@ class Cell:
         facts = {"setting": self.task.name, "cell": self.key, "steps": steps}
         kept = ("step", "loss", "gain_mean", "clipped")
         log = [
-            {key: _plain(entry[key]) for key in kept if key in entry}
+            finite_values({key: entry[key] for key in kept if key in entry})
             for entry in state.log_history
             if "loss" in entry
         ]
         return Result([{**facts, **row} for row in rows], log)
 
 
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 class _CellTrainer(MethodTrainer, PerToken):
     """Methods that share a trajectory, on a recipe's data."""
 
 
-_last: tuple[str, Prepared] | None = None  # a worker's data, for its next cell
+_last_prepared: tuple[str, Prepared] | None = None  # a worker's data, for its next cell
 
 
 def _assemble(recipe: Recipe, folder: Path, methods: tuple[Method, ...]) -> _CellTrainer:
-    global _last
+    global _last_prepared
     key = recipe.model_dump_json(include=set(keys_with(DATA)))
-    prepared = _last[1] if _last is not None and _last[0] == key else None
+    prepared = _last_prepared[1] if _last_prepared and _last_prepared[0] == key else None
     kind = partial(_CellTrainer, methods=methods)
     trainer = assemble(recipe, folder, kind, prepared=prepared)
     data: Any = trainer.eval_dataset
-    if not recipe.streaming:  # whose order is the seed's
-        _last = key, Prepared(trainer.train_dataset, data, trainer.processing_class)
+    if not recipe.streaming:  # the order of a stream depends on the seed
+        _last_prepared = key, Prepared(trainer.train_dataset, data, trainer.processing_class)
     half = len(data) // 2
     if not half:
-        raise InputError("eval_examples: two parts need two sequences; give more")
+        raise InputError(
+            f"eval_examples: {len(data)} is too few to choose settings on one half; give at least 2"
+        )
     trainer.eval_dataset = {
         "selection": data.select(range(half)),
         "test": data.select(range(half, len(data))),
@@ -184,5 +176,5 @@ def _assemble(recipe: Recipe, folder: Path, methods: tuple[Method, ...]) -> _Cel
 
 
 def cells(task: Task, methods: Iterable[Method], seeds: Iterable[int]) -> list[Cell]:
-    """The trainings that these methods need: one for those that share a trajectory."""
+    """The trainings that these methods need; methods of one trajectory share one."""
     return [Cell(task, run) for run in share_runs(dict.fromkeys(methods), seeds)]

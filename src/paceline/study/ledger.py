@@ -1,20 +1,18 @@
-"""The ledger of a sweep: an Optuna storage that says which cell is whose, and what came of it.
+"""The ledger of a sweep: an Optuna storage with the owner and the result of every cell.
 
 Every worker on every machine reads and writes the same storage, and nothing else:
 
-- A cell is one trial, of the study of its task and kind of method. It is offered once (WAITING),
-  and claimed in one transaction (RUNNING). Of two trials of one cell, as two workers may offer it
-  at once, the one with the lower number counts; the other is PRUNED.
-- What came of it is in the trial: the curves, or the reason why there are none (FAIL).
-- A worker's claims have a heartbeat. Without one for `GRACE` seconds it is taken for dead, and its
-  cells are offered anew.
+- A cell is one trial, in the study of its task and kind of method. A worker adds the trial
+  (WAITING), and claims it in one transaction (RUNNING). If two workers add a trial of one cell at
+  once, the trial with the lower number counts; the other is PRUNED.
+- The trial holds the result: the curves, or the reason of a failure (FAIL).
+- A worker's claims have a heartbeat. If there is none for `GRACE` seconds, the claim expires, and
+  the cell gets a new trial.
 """
 
-import json
 import math
 import os
 import platform
-import shlex
 import sys
 import threading
 import time
@@ -48,6 +46,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from ..auto import AUTO
 from ..files import whole
 from ..train import InputError, Options, Positive
+from ..train import folder as folders
 from ..train.manifest import cores, environment, write_json
 from .cells import Cell, Result
 from .runs import Job, Queue, Row, run_all
@@ -59,9 +58,9 @@ HEARTBEAT = 5  # seconds
 GRACE = 30  # seconds
 PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)  # seconds before the storage is asked again
 POLL = 3.0  # seconds between looks at the storage, while others have what is left
-OFFERED = ("cell", "name", "methods", "seed", "configuration")  # attributes, as in `_offer`
-# What a cell's trial shows of it; wide, for a study's trials must agree.
-SHOWN: dict[str, BaseDistribution] = {
+CELL_ATTRIBUTES = ("cell", "name", "methods", "seed", "configuration")  # of a new trial
+# Options that a trial shows as parameters. Ranges are wide: all trials of a study need the same.
+SHOWN_OPTIONS: dict[str, BaseDistribution] = {
     "lr": FloatDistribution(sys.float_info.min, sys.float_info.max, log=True),
     "pullback": FloatDistribution(0, sys.float_info.max),
     "kappa": FloatDistribution(0, 1),
@@ -72,36 +71,36 @@ SHOWN: dict[str, BaseDistribution] = {
 
 
 class Outcomes(NamedTuple):
-    """What came of cells, by their keys."""
+    """Results and failures of cells, by their keys."""
 
     finished: dict[str, Result]
     failed: dict[str, str]  # reasons
 
     @property
     def ended(self) -> set[str]:
-        """Both."""
+        """Keys of the finished and the failed cells."""
         return self.finished.keys() | self.failed.keys()
 
 
 class Plan(Protocol):
-    """What a sweep wants to know."""
+    """A plan of cells to run."""
 
     name: str
 
     def wanted(self, outcomes: Outcomes) -> list[Cell]:
-        """All cells to run, in order; more of them as earlier ones have ended.
+        """All cells to run, in order; there may be more once earlier ones have ended.
 
-        A function of the outcomes alone, so that all workers want the same.
+        It depends on the outcomes alone, so that all workers want the same cells.
         """
 
 
-def _said(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     cause = error.__cause__ or error
     return " ".join(str(getattr(cause, "orig", cause)).split())
 
 
 def _patiently(call: Callable[P, T]) -> Callable[P, T]:
-    """Try again where the storage did not answer: hours of training hang on it."""
+    """Call again while the storage does not answer; a failure would lose hours of training."""
 
     @wraps(call)
     def tried(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -114,18 +113,18 @@ def _patiently(call: Callable[P, T]) -> Callable[P, T]:
             return call(*args, **kwargs)
         except (StorageInternalError, SQLAlchemyError) as error:
             raise InputError(
-                f"storage: it does not answer: {_said(error)}; the same command goes on"
+                f"storage: no answer: {_reason(error)}; run the same command to resume"
             ) from error
 
     return tried
 
 
 class Ledger(Queue):
-    """A plan's cells, as jobs, over a storage that other workers share.
+    """The cells of a plan as jobs, in a storage that other workers share.
 
     Args:
-        url: of a database that Optuna's RDBStorage takes: sqlite:///FILE, mysql://, postgresql://.
-        plan: what is wanted.
+        url: a database of Optuna's RDBStorage: sqlite:///FILE, mysql:// or postgresql://.
+        plan: the cells to run.
 
     Raises:
         InputError: the storage cannot be used.
@@ -144,15 +143,15 @@ class Ledger(Queue):
             StorageInternalError,
         ) as error:
             raise InputError(
-                f"storage: {url}: {_said(error)}; give a database such as sqlite:///sweep.db or "
+                f"storage: {url}: {_reason(error)}; give a database such as sqlite:///sweep.db or "
                 "postgresql://USER@HOST/NAME"
             ) from error
         self.studies: dict[str, Study] = {}
         self.mine: dict[str, tuple[Study, int]] = {}  # name of a job -> its trial
         self.results: dict[str, Result] = {}
         self.outcomes = Outcomes({}, {})
-        self.taken: set[str] = set()  # keys of cells that a worker has
-        self.bare: dict[tuple[str, int], float] = {}  # claims without a worker -> since when
+        self.taken: set[str] = set()  # keys of cells that a worker has claimed
+        self.unsigned: dict[tuple[str, int], float] = {}  # claims without a worker -> first seen
         self.looked = -math.inf
         self.wanted: list[Cell] = []
         self.look()
@@ -164,7 +163,7 @@ class Ledger(Queue):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the heartbeat; cells that are still claimed will be taken for a dead worker's."""
+        """Stop the heartbeat; cells that are still claimed expire."""
         self.ended.set()
         self.heart.join()
         self.storage.engine.dispose()
@@ -173,9 +172,9 @@ class Ledger(Queue):
 
     @_patiently
     def claim(self) -> Job | None:
-        """The next cell that nobody has; None if there is none now."""
+        """The next cell that no worker has claimed; None if there is none now."""
         for cell in self.left():
-            # One of the same name is still under way here, perhaps this one, taken for dead.
+            # A cell of this name still runs here; it may be this one, whose claim has expired.
             if cell.key in self.taken or cell.name in self.mine:
                 continue
             if (job := self._claim(cell)) is not None:
@@ -183,41 +182,41 @@ class Ledger(Queue):
         return None
 
     def may_have_more(self) -> bool:
-        """Whether some cells have not ended: others have them, and may give them back."""
+        """Whether cells have not ended; other workers have them, and may give them back."""
         return bool(self.left())
 
     def finish(self, job: Job, result: Result) -> None:
-        """Write down what a cell has given."""
+        """Record the result of a cell."""
         last = [row for row in result.rows if row["step"] == row["steps"]]
         attributes: dict[str, Any] = {"log": result.log, **environment()}
-        for row in result.rows:  # a method each: a column of text may be short
+        for row in result.rows:  # an attribute a method: databases limit the length of a text
             attributes.setdefault(f"rows of {row['label']}", []).append(row)
         self._end(job, attributes, TrialState.COMPLETE, [min(map(selection, last))])
 
     def fail(self, job: Job, reason: str) -> None:
-        """Write down why a cell has given nothing; it is not tried again."""
+        """Record why a cell failed; it is not tried again."""
         self._end(job, {"reason": reason}, TrialState.FAIL)
 
     def give_back(self, job: Job) -> None:
-        """Let others have a cell that was stopped."""
+        """Release a cell that was stopped, for other workers."""
         self._end(job, {}, TrialState.FAIL)
 
     def progress(self) -> tuple[int, int]:
-        """Thousandths of cells."""
+        """Thousandths of cells that have ended, and of all."""
         left = len(self.left())
         return 1000 * (len(self.wanted) - left), 1000 * len(self.wanted)
 
     def failures(self) -> dict[str, str]:
-        """Why cells of the plan failed, by their names."""
+        """The reasons of failures, by the names of cells."""
         failed = self.outcomes.failed
         return {cell.name: failed[cell.key] for cell in self.wanted if cell.key in failed}
 
     def forget_failures(self) -> None:
-        """Let what failed be tried again."""
+        """Let failed cells be tried again."""
         for study in self.studies.values():
-            for trial in _standing(study):
+            for trial in _current_trials(study):
                 if trial.state == TrialState.FAIL:
-                    attributes = {k: trial.user_attrs[k] for k in OFFERED}
+                    attributes = {k: trial.user_attrs[k] for k in CELL_ATTRIBUTES}
                     study.add_trial(
                         create_trial(
                             state=TrialState.WAITING,
@@ -229,7 +228,7 @@ class Ledger(Queue):
         self.look()
 
     def left(self) -> list[Cell]:
-        """What has not ended."""
+        """The cells that have not ended."""
         self.look(POLL)
         return [cell for cell in self.wanted if cell.key not in self.outcomes.ended]
 
@@ -237,7 +236,7 @@ class Ledger(Queue):
 
     @_patiently
     def look(self, every: float = 0.0) -> None:
-        """Read what has come of the cells, if that was not done in the last so many seconds."""
+        """Read the storage, unless it was read in the last `every` seconds."""
         if time.monotonic() - self.looked < every:
             return
         changed = self._read()
@@ -255,13 +254,13 @@ class Ledger(Queue):
         self.looked = time.monotonic()
 
     def _read(self) -> bool:
-        """Read all trials; whether cells have ended since."""
-        self._beat()  # or after a sleep we would take ourselves for dead
+        """Read all trials; returns whether cells have ended since the last time."""
+        self._beat()  # or our own claims would expire after the machine has slept
         before = self.outcomes.finished.keys(), self.outcomes.failed.keys()
         self.outcomes, self.taken = Outcomes({}, {}), set()
         for study in self.studies.values():
-            self._bury(study)
-            for trial in _standing(study):
+            self._expire_stale(study)
+            for trial in _current_trials(study):
                 self._note(study, trial)
         return (self.outcomes.finished.keys(), self.outcomes.failed.keys()) != before
 
@@ -280,14 +279,16 @@ class Ledger(Queue):
         elif trial.state == TrialState.RUNNING:
             self.taken.add(key)
 
-    def _bury(self, study: Study) -> None:
-        """Give up the claims of workers that have no heartbeat."""
+    def _expire_stale(self, study: Study) -> None:
+        """Expire the claims of workers without a heartbeat."""
         with _quietly():
             fail_stale_trials(study)
-        # One that died between its claim and its first heartbeat.
+        # A worker may have died between its claim and its first heartbeat.
         for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            if "worker" not in trial.user_attrs:  # by our clock: others may be wrong
-                seen = self.bare.setdefault((study.study_name, trial.number), time.monotonic())
+            if (
+                "worker" not in trial.user_attrs
+            ):  # we time it: clocks of other machines may be wrong
+                seen = self.unsigned.setdefault((study.study_name, trial.number), time.monotonic())
                 if time.monotonic() - seen > GRACE:
                     self._set(study, trial.number, TrialState.FAIL)
 
@@ -295,12 +296,12 @@ class Ledger(Queue):
         study = self.studies[_study_name(cell)]
 
         def trials() -> list[FrozenTrial]:
-            return [t for t in _standing(study) if t.user_attrs["cell"] == cell.key]
+            return [t for t in _current_trials(study) if t.user_attrs["cell"] == cell.key]
 
         if not trials():
-            study.add_trial(_offer(cell))
+            study.add_trial(_new_trial(cell))
         first, *more = sorted(trials(), key=lambda trial: trial.number)
-        for trial in more:  # offered by two at once
+        for trial in more:  # two workers added one at once
             if trial.state == TrialState.WAITING:
                 self._set(study, trial.number, TrialState.PRUNED)
         if not (
@@ -324,7 +325,7 @@ class Ledger(Queue):
         values: list[float] | None = None,
     ) -> None:
         study, number = self.mine[job.name]
-        # If we were taken for dead, another worker has the cell now.
+        # If our claim has expired, another worker has the cell now.
         with suppress(UpdateFinishedTrialError):
             for name, value in attributes.items():
                 self.storage.set_trial_user_attr(self._id(study, number), name, value)
@@ -335,7 +336,7 @@ class Ledger(Queue):
     def _set(
         self, study: Study, number: int, state: TrialState, values: list[float] | None = None
     ) -> bool:
-        """Set a trial's state; False if another worker was faster."""
+        """Set a trial's state; returns False if another worker was faster."""
         try:
             return self.storage.set_trial_state_values(self._id(study, number), state, values)
         except UpdateFinishedTrialError:
@@ -347,7 +348,7 @@ class Ledger(Queue):
 
     def _keep_beating(self) -> None:
         while not self.ended.wait(HEARTBEAT):
-            with suppress(StorageInternalError, SQLAlchemyError):  # the next one may come through
+            with suppress(StorageInternalError, SQLAlchemyError):  # the next beat may succeed
                 self._beat()
 
     def _beat(self) -> None:
@@ -356,7 +357,7 @@ class Ledger(Queue):
 
 
 def _open(url: str) -> RDBStorage:
-    """The storage; two workers may make its tables at once."""
+    """Open the storage; tries again if two workers create its tables at once."""
     sqlite = url.startswith("sqlite")
     options = {"connect_args": {"timeout": 60}} if sqlite else {}
     for tries in range(5):
@@ -370,7 +371,7 @@ def _open(url: str) -> RDBStorage:
             if tries == 4:
                 raise
             time.sleep(0.2)
-    if sqlite:  # it has no SELECT ... FOR UPDATE: two could read WAITING, and both claim
+    if sqlite:  # without SELECT ... FOR UPDATE, two workers could claim one trial
         storage.engine.dispose()
         event.listen(storage.engine, "connect", _by_hand)
         event.listen(storage.engine, "begin", _immediately)
@@ -386,15 +387,16 @@ def _immediately(connection: Any) -> None:
 
 
 def selection(row: Row) -> float:
-    """What settings are chosen by: the returned model's loss on that split; inf if it diverged."""
+    """The returned model's loss on the half that settings are chosen by; inf if it diverged."""
     loss = row["selection_loss"]
     return math.inf if loss is None else float(loss)
 
 
-def _standing(study: Study) -> list[FrozenTrial]:
-    """A study's trials, but for those of dead workers, those given back, and second offers.
+def _current_trials(study: Study) -> list[FrozenTrial]:
+    """The trials of a study that count.
 
-    And of failures those that were not tried again.
+    Left out are expired claims, cells that were given back, second trials of one cell, and failures
+    that were tried again.
     """
     trials = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.PRUNED]
     last = {trial.user_attrs["cell"]: trial.number for trial in trials}
@@ -410,13 +412,13 @@ def _study_name(cell: Cell) -> str:
     return f"{cell.task.name}, {cell.trajectory.name}"
 
 
-def _offer(cell: Cell) -> FrozenTrial:
+def _new_trial(cell: Cell) -> FrozenTrial:
     options = cell.trajectory.row.items()
-    values = {k: x for k, x in options if k in SHOWN and x not in (None, AUTO)}
+    values = {k: x for k, x in options if k in SHOWN_OPTIONS and x not in (None, AUTO)}
     return create_trial(
         state=TrialState.WAITING,
         params=values,
-        distributions={name: SHOWN[name] for name in values},
+        distributions={name: SHOWN_OPTIONS[name] for name in values},
         user_attrs={
             "cell": cell.key,
             "name": cell.name,
@@ -429,7 +431,7 @@ def _offer(cell: Cell) -> FrozenTrial:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Optuna calls heartbeats experimental."""
+    """Without Optuna's warning that heartbeats are experimental."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         yield
@@ -439,26 +441,23 @@ def _quietly() -> Iterator[None]:
 
 
 class SharedOptions(Options):
-    """What commands have that work off cells."""
+    """Options of commands that run cells."""
 
     storage: str | None = None
-    """Optuna storage that all workers share, as in postgresql://USER@HOST/NAME; optuna-dashboard shows it. Default: a file in the folder."""
+    """Optuna storage that all workers share, such as postgresql://USER@HOST/NAME; optuna-dashboard shows it. Default: a file in the folder."""
     workers: Positive | None = None
-    """Trainings at a time here, >= 1. Default: one for each processor core, or one where there is a GPU."""
+    """Trainings at a time on this machine, >= 1. Default: one a processor core, or one with a GPU."""
     retry_failed: bool = False
-    """Try again what failed."""
+    """Try failed trainings again."""
 
 
 def open_ledger(options: SharedOptions, plan: Plan, folder: Path) -> Ledger:
-    """The ledger of a plan, in its own file if no other storage is given.
+    """The ledger of a plan; without a storage in a file of its own.
 
     Raises:
         InputError: the folder or the storage cannot be used.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: cannot make the folder {folder}: {error.strerror}") from error
+    folders.make(folder)
     ledger = Ledger(options.storage or f"sqlite:///{folder / 'sweep.db'}", plan)
     if options.retry_failed:
         ledger.forget_failures()
@@ -466,7 +465,7 @@ def open_ledger(options: SharedOptions, plan: Plan, folder: Path) -> Ledger:
 
 
 def work_off(ledger: Ledger, workers: int | None, console: Console) -> None:
-    """Run what is left of a plan, until all of it has ended, here or elsewhere."""
+    """Run the remaining cells of a plan, until all have ended here or on other machines."""
     left = ledger.left()
     if not left:
         return
@@ -481,22 +480,21 @@ def work_off(ledger: Ledger, workers: int | None, console: Console) -> None:
 
 
 def write_rows(ledger: Ledger, folder: Path, configuration: dict[str, Any]) -> None:
-    """metrics.jsonl, training.jsonl and manifest.json: what came of the plan's cells."""
+    """Write metrics.jsonl, training.jsonl and manifest.json with the results of the cells."""
     finished = ledger.outcomes.finished
     ended = [cell for cell in ledger.wanted if cell.key in finished]
 
     def write(name: str, rows: Iterable[Row]) -> None:
         with whole(folder / name, shared=True) as partial, partial.open("w", encoding="utf-8") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            f.writelines(map(folders.json_line, rows))
 
     def logged(cell: Cell) -> Iterator[Row]:
         facts = {"setting": cell.task.name, "trained_with": cell.run.name}
         return ({**facts, **line} for line in finished[cell.key].log)
 
-    write("metrics.jsonl", (row for cell in ended for row in finished[cell.key].rows))
-    write("training.jsonl", (line for cell in ended for line in logged(cell)))
+    write(folders.METRICS, (row for cell in ended for row in finished[cell.key].rows))
+    write(folders.TRAINING, (line for cell in ended for line in logged(cell)))
     manifest = {
-        "command": shlex.join(["paceline", *sys.argv[1:]]),
         **environment(),
         "configuration": configuration,
         "tasks": {cell.task.name: cell.task.fixed for cell in ledger.wanted},
@@ -504,4 +502,4 @@ def write_rows(ledger: Ledger, folder: Path, configuration: dict[str, Any]) -> N
         "finished": len(ended),
         "failed": ledger.failures(),
     }
-    write_json(folder / "manifest.json", manifest, shared=True)
+    write_json(folder / folders.MANIFEST, manifest, shared=True)

@@ -1,4 +1,4 @@
-"""Trainings in worker processes, with news of them while they go on."""
+"""Trainings in worker processes, with progress bars."""
 
 import math
 import multiprocessing
@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -26,20 +26,20 @@ Watch = Callable[[int, dict[str, float]], bool]
 
 
 class Run(NamedTuple):
-    """One training with one seed, and the methods that read their models out of it."""
+    """One training with one seed, and the methods whose models are read out of it."""
 
     methods: tuple[Method, ...]  # of one trajectory
     seed: int
 
     @property
     def names(self) -> list[str]:
-        """Of the methods' folders, as in `pace-pullback10-kappa0.3-lr0.01-seed0`."""
+        """Names of the methods' folders, as in `pace-pullback10-kappa0.3-lr0.01-seed0`."""
         labels = [f"{m.label} lr={m.lr:g} seed={self.seed}" for m in self.methods]
         return [label.replace("=", "").replace(" ", "-") for label in labels]
 
     @property
     def name(self) -> str:
-        """Of the training: the first method's."""
+        """The name of the training: that of its first method."""
         return self.names[0]
 
     def rows(
@@ -48,22 +48,26 @@ class Run(NamedTuple):
         """A row for each point of each method's curve.
 
         Args:
-            curves: as `MethodTrainer` has them.
-            seconds: that the training took, which all its methods share.
-            tokens: that a step sees.
+            curves: `MethodTrainer.curves`, a list of evaluations for each method.
+            seconds: duration of the training, which all its methods share.
+            tokens: tokens a step.
         """
         rows = []
         for name, method, curve in zip(self.names, self.methods, curves, strict=True):
             facts = {"run": name, "label": method.label, **method.row, "seed": self.seed}
             facts |= {"trained_with": self.name, "seconds": round(seconds, 2)}
             for point in curve:
-                numbers = {k: v if math.isfinite(v) else None for k, v in point.items()}
-                rows.append({**facts, **numbers, "tokens": point["step"] * tokens})
+                rows.append({**facts, **finite_values(point), "tokens": point["step"] * tokens})
         return rows
 
 
+def finite_values(values: Mapping[str, float]) -> dict[str, float | None]:
+    """The values with None for those that are not finite, as JSON takes them."""
+    return {k: v if math.isfinite(v) else None for k, v in values.items()}
+
+
 def share_runs(methods: Iterable[Method], seeds: Iterable[int]) -> list[Run]:
-    """The trainings that all methods need, seed by seed: one for those that only watch AdamW."""
+    """The trainings that all methods need, seed by seed; averages of one AdamW share one."""
     shared: dict[Method, list[Method]] = {}
     for method in methods:
         shared.setdefault(method.trajectory, []).append(method)
@@ -75,44 +79,44 @@ class Job(NamedTuple):
 
     name: str
     steps: int
-    call: Callable[[Watch], Any]  # pickled; gives None where it was stopped
+    call: Callable[[Watch], Any]  # pickled; returns None if it was stopped
 
 
 class Queue(ABC):
-    """Where jobs come from, and where their results go."""
+    """A source of jobs that takes their results."""
 
     interrupted = False
 
     @abstractmethod
     def claim(self) -> Job | None:
-        """The next job; None if there is none now."""
+        """The next job; None if there is none at the moment."""
 
     @abstractmethod
     def finish(self, job: Job, result: Any) -> None:
-        """Take what a job has given."""
+        """Take the result of a job."""
 
     @abstractmethod
     def fail(self, job: Job, reason: str) -> None:
-        """Note why a job gave nothing."""
+        """Record why a job failed."""
 
     def give_back(self, job: Job) -> None:
-        """Take back a job that was stopped."""
+        """Return a job that was stopped to the queue."""
         return
 
     def may_have_more(self) -> bool:
-        """Whether there may be jobs later, if there are none now."""
+        """Whether there may be jobs later if there are none now."""
         return False
 
     @abstractmethod
     def progress(self) -> tuple[int, int]:
-        """Steps that are done, but for the jobs under way here, and of all."""
+        """Steps done, without the jobs that run here, and steps in total."""
 
 
 def run_all(queue: Queue, workers: int, threads: int, console: Console) -> None:
     """Do all jobs, each in one of `workers` processes of `threads` threads each.
 
-    Ctrl-C stops the jobs under way and starts no more; one that fails is noted, and does not stop
-    the others. Those that were under way as a process died are tried once more, one at a time.
+    Ctrl-C stops the running jobs and starts no others. A job that fails is recorded, and the others
+    continue. If a process dies, the jobs that ran are tried once more, one at a time.
     """
     context = multiprocessing.get_context("spawn")
 
@@ -120,13 +124,17 @@ def run_all(queue: Queue, workers: int, threads: int, console: Console) -> None:
         queue.interrupted = True
 
     def new_pool() -> tuple[ProcessPoolExecutor, Any, Any]:
-        # With its own queue and event: a process that died may have left theirs locked.
+        # A process that died may have left the old queue and event locked.
         news, stop = context.Queue(), context.Event()
-        return ProcessPoolExecutor(workers, context, _begin, (threads, news, stop)), news, stop
+        return (
+            ProcessPoolExecutor(workers, context, _init_worker, (threads, news, stop)),
+            news,
+            stop,
+        )
 
     pool, news, stop = new_pool()
     pending: dict[Future[Any], Job] = {}
-    again: list[Job] = []  # that were under way as a process died
+    again: list[Job] = []  # jobs that ran when a process died
     tried: set[str] = set()
 
     def next_job() -> Job | None:
@@ -144,9 +152,9 @@ def run_all(queue: Queue, workers: int, threads: int, console: Console) -> None:
                 died = False
                 while job := next_job():
                     try:
-                        with _sigint_blocked():  # in the workers for good: they inherit it
+                        with _sigint_blocked():  # workers inherit the mask for good
                             pending[pool.submit(_work, job)] = job
-                    except BrokenProcessPool:  # by another job, since the last look
+                    except BrokenProcessPool:  # another job broke it since the last wait
                         again.append(job)
                         died = True
                         break
@@ -159,7 +167,7 @@ def run_all(queue: Queue, workers: int, threads: int, console: Console) -> None:
                         future.cancel()
                     if not pending:
                         break
-                if not pending:  # others have what is left
+                if not pending:  # other machines have the remaining jobs
                     time.sleep(0.25)
                 finished, _ = wait(pending, timeout=0.25, return_when=FIRST_COMPLETED)
                 bars.show(news)
@@ -177,7 +185,7 @@ def run_all(queue: Queue, workers: int, threads: int, console: Console) -> None:
                             again.append(job)
                             tried.add(job.name)
                     elif error is not None:
-                        queue.fail(job, _line(error))
+                        queue.fail(job, _one_line(error))
                     elif future.cancelled() or (result := future.result()) is None:
                         queue.give_back(job)
                     elif isinstance(result, _Failed):
@@ -197,7 +205,7 @@ def run_all(queue: Queue, workers: int, threads: int, console: Console) -> None:
 
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """Keep Ctrl-C waiting. A terminal sends it to all, but the parent says when workers stop."""
+    """Hold back Ctrl-C, which a terminal sends to workers too; the parent decides when they stop."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -209,14 +217,14 @@ def _sigint_blocked() -> Iterator[None]:
 
 
 class _Bars:
-    """A bar for all jobs together, and one for each that is under way."""
+    """A bar for all jobs together, and one for each running job."""
 
     def __init__(self, progress: Progress, queue: Queue) -> None:
         self.progress, self.queue = progress, queue
         done, total = queue.progress()
         self.whole = progress.add_task("all runs", total=total, completed=done, losses="")
         self.tasks: dict[str, Any] = {}
-        self.steps: dict[str, int] = {}  # of those under way
+        self.steps: dict[str, int] = {}  # of the running jobs
 
     def show(self, news: Any) -> None:
         while True:
@@ -224,7 +232,7 @@ class _Bars:
                 name, step, losses = news.get_nowait()
             except Empty:
                 break
-            if name not in self.tasks:  # news that came after the end
+            if name not in self.tasks:  # the job has ended
                 continue
             self.progress.update(self.tasks[name], completed=step, losses=show_losses(losses))
             self.steps[name] = step
@@ -246,7 +254,7 @@ _news: Any = None
 _stop: Any = None
 
 
-def _begin(threads: int, news: Any, stop: Any) -> None:
+def _init_worker(threads: int, news: Any, stop: Any) -> None:
     global _news, _stop
     _news, _stop = news, stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -255,7 +263,7 @@ def _begin(threads: int, news: Any, stop: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A pool's workers outlive a parent that was killed, and wait for its jobs for ever."""
+    """Exit if the parent was killed; a pool's workers would wait for its jobs forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -266,12 +274,12 @@ class _Failed(NamedTuple):
     reason: str
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _work(job: Job) -> Any:
-    """What a job gives, or None if it was stopped."""
+    """The result of a job; None if it was stopped."""
 
     def watch(step: int, losses: dict[str, float]) -> bool:
         _news.put((job.name, step, losses))
@@ -279,5 +287,5 @@ def _work(job: Job) -> Any:
 
     try:
         return None if _stop.is_set() else job.call(watch)
-    except Exception as error:  # as text: not all of them can be pickled and made anew
-        return _Failed(_line(error))
+    except Exception as error:  # as text: not every exception can be pickled
+        return _Failed(_one_line(error))

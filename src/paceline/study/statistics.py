@@ -1,4 +1,4 @@
-"""What differences over seeds say, and tables of it."""
+"""Intervals of differences over seeds, and tables."""
 
 import csv
 import itertools
@@ -13,22 +13,22 @@ from rich.table import Table
 
 from ..files import whole
 
-EXACT = 5  # seeds, up to which all resamples are looked at
+EXACT = 5  # seeds; up to so many, all resamples are taken
 RESAMPLES = 10_000
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
     """Percentile bootstrap interval of the mean.
 
-    Of up to five values all nⁿ resamples are taken, so that it is exact; of more, 10,000 drawn with
-    a fixed seed. It is honest about few values only in so far as it cannot leave their range.
+    Up to five values it is exact: all nⁿ resamples are taken. Of more values, 10,000 resamples are
+    drawn with a fixed seed. With few values it is too narrow, since it cannot leave their range.
 
     Args:
-        values: paired differences, say, one a seed.
-        level: share of the resamples' means inside, in (0, 1).
+        values: one a seed, such as paired differences.
+        level: share of the resamples' means that lie inside, in (0, 1).
 
     Returns:
-        Its ends; None for fewer than two values, or where one is not finite.
+        The ends of the interval; None for fewer than two values, or if one is not finite.
 
     Source: Efron, *Bootstrap methods: another look at the jackknife* (1979).
     """
@@ -39,7 +39,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
         means = np.array(list(itertools.product(values, repeat=n))).mean(axis=1)
     else:
         means = np.random.default_rng(0).choice(values, (RESAMPLES, n)).mean(axis=1)
-    # Means that occur, not points between them: with few values those would be too narrow.
+    # Interpolated quantiles of few values would be narrower still.
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
     return float(low), float(high)
 
@@ -52,7 +52,7 @@ class Listing(NamedTuple):
     rows: list[list[Any]]
 
     def shown(self) -> Table:
-        """For the terminal."""
+        """The table for the terminal."""
         columns, rows = self._texts()
         table = Table(title=self.title)
         for column in columns:
@@ -63,14 +63,14 @@ class Listing(NamedTuple):
         return table
 
     def markdown(self) -> str:
-        """For a page."""
+        """The table as Markdown."""
         columns, rows = self._texts()
         lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def _texts(self) -> tuple[list[str], list[list[str]]]:
-        """Columns and rows, a difference and its interval in one: `-0.1000 [-0.1200, -0.0800]`."""
-        rows = [list(map(_short, row)) for row in self.rows]
+        """Columns and rows with difference and interval in one: `-0.1000 [-0.1200, -0.0800]`."""
+        rows = [list(map(_cell_text, row)) for row in self.rows]
         if self.columns[-3:] != DIFFERENCE:
             return self.columns, rows
         joined = [
@@ -80,7 +80,7 @@ class Listing(NamedTuple):
         return [*self.columns[:-3], INTERVAL], joined
 
     def write(self, path: Path) -> None:
-        """As CSV, all digits."""
+        """Write a CSV file with all digits."""
         with (
             whole(path, shared=True) as partial,
             partial.open("w", newline="", encoding="utf-8") as file,
@@ -88,20 +88,25 @@ class Listing(NamedTuple):
             csv.writer(file, lineterminator="\n").writerows([self.columns, *self.rows])
 
 
-def _short(value: Any) -> str:
+def _cell_text(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 DIFFERENCE = ["difference", "low", "high"]
-INTERVAL = "difference [95 %]"  # the three in one
+INTERVAL = "difference [95 %]"  # these three in one column
 
 
 def paired(losses: Mapping[int, float], baseline: Mapping[int, float]) -> list[float | None]:
-    """Mean and interval of paired differences of losses (seed -> nats) over the seeds of both.
+    """Mean and interval of the differences of two methods' losses, paired by seed.
 
-    None where there are none, or where one diverged.
+    Args:
+        losses: seed -> nats a token.
+        baseline: likewise; it is subtracted.
+
+    Returns:
+        Mean, lower end and upper end; None without a common seed, or if a run diverged.
     """
     pairs = [losses[seed] - baseline[seed] for seed in losses if seed in baseline]
     if not pairs or not all(map(math.isfinite, pairs)):

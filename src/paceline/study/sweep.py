@@ -1,4 +1,4 @@
-"""`paceline sweep`: methods tuned over their own grids, by one protocol, over many machines."""
+"""`paceline sweep`: tune methods over their own grids by one protocol, on many machines."""
 
 import itertools
 import json
@@ -27,52 +27,53 @@ from .ledger import Ledger, Outcomes, SharedOptions, open_ledger, selection, wor
 from .runs import Row, Run, share_runs
 from .statistics import DIFFERENCE, Listing, paired
 
-TOGETHER = 4  # trials that TPE chooses at a time, before it hears what came of them
+TRIALS_AT_A_TIME = 4  # that TPE draws before it gets their losses
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Study(Options):
-    """What is compared, on what, and how it is tuned: the keys of a sweep's YAML file."""
+    """The keys of a sweep's YAML file: methods, task, and how settings are chosen."""
 
     recipe: str
-    """What is trained on what: a shipped recipe or a file."""
+    """Model, data and budget: a shipped recipe or a file."""
     start: str | None = None
-    """A recipe whose returned model is what the other starts from; trained once."""
+    """A recipe that is trained once; every training starts from its returned model."""
     change: dict[str, Any] = Field(default_factory=dict)
-    """Keys of the recipe that are others here."""
+    """Keys of the recipe with other values."""
     methods: dict[str, dict[str, Any]]
-    """Name -> `method`, as in `paceline compare`, and its options: a value, a list of values, or
-    `{low: x, high: y}` on a logarithmic scale."""
+    """Name -> `method` as in `paceline compare`, and options. An option is a value, a list of
+    values, or a range `{low: x, high: y}` on a logarithmic scale."""
     baseline: str | None = None
-    """The name of what the others are compared to. Default: the first."""
+    """Name of the method that others are compared with. Default: the first."""
     sampler: Literal["grid", "random", "tpe"] = "grid"
-    """All of each method's grid; or some trainings of it, at random or by Optuna's TPE."""
+    """Trainings of each method: its whole grid, a random part, or drawn by Optuna's TPE."""
     trials: Positive | None = None
-    """Trainings that each method may choose its setting from, the same number for all. Default:
-    all of the grid."""
+    """Number of trainings that each method chooses its setting from. Default: the whole grid."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
-    """Of initial weights and order of the data. The chosen settings are run with each."""
+    """Seeds of initial weights and data order. The chosen settings are run with each of them."""
     tuning_seeds: Positive = 1
-    """With how many of them, the first ones, each setting is tried."""
+    """How many of the seeds, from the first, each setting is tried with."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.tuning_seeds > len(self.seeds):
-            raise InputError(f"tuning_seeds: {self.tuning_seeds} of {len(self.seeds)} seeds")
+            raise InputError(
+                f"tuning_seeds: {self.tuning_seeds} are more than the {len(self.seeds)} seeds"
+            )
         if len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"seeds: each only once, got {self.seeds}")
+            raise InputError(f"seeds: give each only once, got {self.seeds}")
         if not self.methods:
             raise InputError("methods: give at least one")
         if self.baseline is not None and self.baseline not in self.methods:
             raise InputError(f"baseline: {unknown(self.baseline, self.methods, 'method')}")
         ranges = any(isinstance(x, dict) for own in self.methods.values() for x in own.values())
         if self.trials is None and (self.sampler == "tpe" or (self.sampler == "random" and ranges)):
-            raise InputError(f"trials: {self.sampler} needs to know how many")
+            raise InputError(f"trials: give a number of trials with sampler {self.sampler}")
         return self
 
     @cached_property
     def task(self) -> Task:
-        """The recipe and its start."""
+        """The recipe and the recipe that it starts from."""
         recipe = Recipe(**{**read_recipe(self.recipe), **self.change})
         start = None if self.start is None else Recipe(**read_recipe(self.start))
         name = Path(self.recipe).stem
@@ -81,25 +82,24 @@ class Study(Options):
         )
 
     @cached_property
-    def families(self) -> dict[str, "Family"]:
+    def families(self) -> dict[str, "MethodGrid"]:
         """The methods, each with its grid."""
         return {
-            name: Family(name, self.task, options, self.sampler, self.trials)
+            name: MethodGrid(name, self.task, options, self.sampler, self.trials)
             for name, options in self.methods.items()
         }
 
 
-Training = tuple[Method, ...]  # all that is read out of it
+Training = tuple[Method, ...]  # the methods that are read out of it
 
 
-class Family:
-    """A method with the grid that its setting is chosen from.
+class MethodGrid:
+    """A method and the grid that its setting is chosen from.
 
-    Options of averages that only watch make no trainings of their own: each training has all of
-    them.
+    Averages of AdamW need no trainings of their own: each training has all of their options.
 
     Raises:
-        InputError: an option that the method does not have, or values that it cannot have.
+        InputError: the method has no such option, or a value is out of its range.
     """
 
     def __init__(
@@ -113,7 +113,9 @@ class Family:
         for option, value in options.items():
             if isinstance(value, dict):
                 if sampler == "grid":
-                    raise InputError(f"{name}: {option}: a grid needs a list of values")
+                    raise InputError(
+                        f"{name}: {option}: sampler grid needs a list of values, got {value}"
+                    )
                 try:
                     self.ranges[option] = FloatDistribution(**value, log=True)
                 except (TypeError, ValueError) as error:
@@ -122,23 +124,23 @@ class Family:
                 self.lists[option] = value if isinstance(value, list) else [value]
         for option, values in self.lists.items():
             if not values:
-                raise InputError(f"{name}: {option}: an empty list")
-        self.grid()  # refuses what cannot be
+                raise InputError(f"{name}: {option}: the list is empty; give at least one value")
+        self.grid()  # raises InputError for a wrong option or value
         self.grid({option: d.high for option, d in self.ranges.items()})
 
     def method(self, values: dict[str, Any]) -> Method:
-        """One of its methods."""
+        """The method with these options."""
         values = dict(values)
         schedule = values.pop("schedule", None)
         parts = [self.written, *([str(schedule)] if schedule not in (None, "constant") else [])]
         text = ":".join([*parts, *(f"{k}={x}" for k, x in values.items())])
         try:
-            return parse_method(text, **self.task.parse())
+            return parse_method(text, **self.task.recipe.method_defaults)
         except InputError as error:
             raise InputError(f"{self.name}: {error}") from error
 
     def grid(self, drawn: dict[str, Any] | None = None) -> list[Training]:
-        """All its trainings, with the drawn values of what has a range or is a choice of a list."""
+        """Its trainings; `drawn` fixes options, and a range without a drawn value is at its low end."""
         lists = {name: values for name, values in self.lists.items() if name not in (drawn or {})}
         lows = {name: [d.low] for name, d in self.ranges.items() if name not in (drawn or {})}
         found: dict[Method, list[Method]] = {}
@@ -150,7 +152,7 @@ class Family:
 
     @cached_property
     def space(self) -> dict[str, BaseDistribution]:
-        """What a sampler draws: all options that change a training."""
+        """The options that a sampler draws: those that change a training."""
         trained = [methods[0].trajectory for methods in self.grid()]
         changing = {
             option: CategoricalDistribution(values)
@@ -160,10 +162,10 @@ class Family:
         return {**self.ranges, **changing}
 
     def tried(self, told: Callable[[Training], float | None]) -> list[Training]:
-        """What it chooses from; of what TPE draws, as much as can be known.
+        """The trainings that it chooses from; with TPE, those that can be drawn so far.
 
         Args:
-            told: what came of a training, lower is better; None if that is not known yet.
+            told: returns the loss of a training, or None while it is unknown.
         """
         if self.sampler == "grid" or (self.sampler == "random" and not self.ranges):
             every = self.grid()
@@ -178,7 +180,10 @@ class Family:
         )
         found: list[Training] = []
         while len(found) < self.trials:
-            asked = [study.ask(self.space) for _ in range(min(TOGETHER, self.trials - len(found)))]
+            asked = [
+                study.ask(self.space)
+                for _ in range(min(TRIALS_AT_A_TIME, self.trials - len(found)))
+            ]
             new = [self.grid(each.params)[0] for each in asked]
             found += new
             values = [told(each) for each in new] if tpe else [0.0] * len(new)
@@ -193,35 +198,35 @@ class Family:
 
 
 class Chosen(NamedTuple):
-    """A family's setting, and the trainings it was chosen from."""
+    """A method's chosen setting, and how many it was chosen from."""
 
-    family: str
-    method: Method | None  # None: nothing that it tried was finished
-    selection: float  # mean loss that it was chosen by, nats a token
+    name: str  # in the sweep's file
+    method: Method | None  # None: no training was finished without divergence
+    selection: float  # mean selection loss, nats a token
     trainings: int
-    read_outs: int
+    models: int  # read out of the trainings
 
 
 class Tuning:
-    """A study as a plan: every setting on the first seeds, then the chosen ones on all."""
+    """The plan of a sweep: all settings with the tuning seeds, then the chosen ones with all."""
 
     def __init__(self, study: Study) -> None:
         self.study, self.name = study, "sweep"
 
     def wanted(self, outcomes: Outcomes) -> list[Cell]:
-        """All cells, the chosen ones' once all others have ended."""
+        """All cells; those of the chosen settings once the tuning has ended."""
         trainings = self._shared(self.tried(outcomes))
         tuning = self._cells(trainings, self.tuned_on)
         if any(cell.key not in outcomes.ended for cell in tuning):
             return tuning
         of = {method: training for training in trainings for method in training}
-        # With all that was read out of them, so that what was tried is not done again.
+        # With all their methods, so that they are the same cells as in the tuning.
         best = [of[chosen.method] for chosen in self.chosen(outcomes) if chosen.method]
         more = self._cells(dict.fromkeys(best), self.study.seeds)
         return list({cell.key: cell for cell in [*tuning, *more]}.values())
 
     def losses(self, outcomes: Outcomes) -> dict[Method, dict[int, float]]:
-        """At the end, on the split that numbers are from: of each method, seed -> nats a token."""
+        """Final losses on the reported half: method -> seed -> nats a token."""
         found: dict[Method, dict[int, float]] = {}
         for cell in self.wanted(outcomes):
             if cell.key in outcomes.finished:
@@ -240,9 +245,9 @@ class Tuning:
         return [Cell(self.study.task, Run(each, seed)) for seed in seeds for each in trainings]
 
     def _shared(self, tried: dict[str, list[Training]]) -> list[Training]:
-        """Of all families: those that share a trajectory are one.
+        """The trainings of all methods, merged where they share a trajectory.
 
-        Not those that TPE chooses, for which each family must know its own.
+        Trainings that TPE draws stay apart: each method's draws depend on its own losses.
         """
         trainings = list(itertools.chain(*tried.values()))
         if self.study.sampler == "tpe":
@@ -251,7 +256,7 @@ class Tuning:
         return [run.methods for run in share_runs(methods, (0,))]
 
     def tried(self, outcomes: Outcomes) -> dict[str, list[Training]]:
-        """What each family chooses from, as far as that is known."""
+        """The trainings that each method chooses from, as far as they are known."""
 
         def told(training: Training) -> float | None:
             own = self._cells([training], self.tuned_on)
@@ -262,7 +267,7 @@ class Tuning:
         return {name: family.tried(told) for name, family in self.study.families.items()}
 
     def _chosen_by(self, trainings: Iterable[Training], outcomes: Outcomes) -> dict[Method, float]:
-        """Mean selection loss of each method over the tuning seeds; inf where one failed."""
+        """Mean selection loss of each method over the tuning seeds; infinite if a run failed."""
         found: dict[Method, float] = {}
         for methods in trainings:
             same = self._cells([methods], self.tuned_on)
@@ -277,7 +282,7 @@ class Tuning:
         return found
 
     def chosen(self, outcomes: Outcomes) -> list[Chosen]:
-        """The best setting of each family."""
+        """The best setting of each method of the file."""
         tried = self.tried(outcomes)
         losses = self._chosen_by(self._shared(tried), outcomes)
         found = []
@@ -291,7 +296,7 @@ class Tuning:
 
 
 def last_row(outcomes: Outcomes, cell: Cell, method: Method) -> Row:
-    """What a method returned at the end of a cell."""
+    """The last evaluation of a method in a cell."""
     own = method.row.items()
     rows = outcomes.finished[cell.key].rows
     return next(row for row in reversed(rows) if all(row.get(k) == x for k, x in own))
@@ -303,10 +308,9 @@ def last_row(outcomes: Outcomes, cell: Cell, method: Method) -> Row:
 class Sweep(SharedOptions):
     """Tune methods by one protocol, and compare them over seeds.
 
-    The YAML file has the keys recipe, methods, and as wanted start, change, baseline, sampler
-    (grid, random or tpe), trials, seeds and tuning_seeds. The same command goes on where it was
-    killed, and shares the work with others on as many machines as reach the storage: what is
-    finished is never run again.
+    The YAML file has the keys recipe and methods, and optionally start, change, baseline, sampler
+    (grid, random or tpe), trials, seeds and tuning_seeds. The same command resumes after a kill,
+    and shares the work with other machines that reach the storage. No training is repeated.
     """
 
     sweep: tyro.conf.Positional[Path]
@@ -314,18 +318,18 @@ class Sweep(SharedOptions):
     out: Path | None = None
     """Folder for tables and curves. Default: runs/<name of the file>."""
     show: bool = False
-    """Run nothing; show what is there."""
+    """Run nothing; show the results so far."""
 
 
 def sweep_command(options: Sweep, console: Console) -> int:
-    """Run what is left of a sweep, and write its tables; an exit status.
+    """Run the remaining trainings of a sweep, and write its tables; an exit status.
 
     Raises:
         InputError: the file, the folder or the storage cannot be used.
     """
     quiet()
     study = read_study(options.sweep)
-    assert study.families  # which refuse what cannot be, before a folder is made
+    assert study.families  # raises InputError before a folder is made
     folder = options.out or Path("runs") / options.sweep.stem
     plan = Tuning(study)
     with open_ledger(options, plan, folder) as ledger:
@@ -333,7 +337,7 @@ def sweep_command(options: Sweep, console: Console) -> int:
             work_off(ledger, options.workers, console)
         ledger.look()
         write_rows(ledger, folder, json.loads(study.model_dump_json()))
-        report(plan, ledger, folder, console)
+        report_sweep(plan, ledger, folder, console)
     return 130 if ledger.interrupted else 1 if ledger.failures() else 0
 
 
@@ -341,7 +345,7 @@ def read_study(path: Path) -> Study:
     """A sweep from its file.
 
     Raises:
-        InputError: it is not there, or no sweep.
+        InputError: it cannot be read, or is not a sweep.
     """
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
@@ -354,13 +358,13 @@ def read_study(path: Path) -> Study:
     return Study(**values)
 
 
-def report(plan: Tuning, ledger: Ledger, folder: Path, console: Console) -> None:
-    """Print the protocol, and the tables that come of it; write them as CSV and report.md."""
+def report_sweep(plan: Tuning, ledger: Ledger, folder: Path, console: Console) -> None:
+    """Print the protocol and the tables; write them as CSV and report.md."""
     outcomes = ledger.outcomes
     if ledger.interrupted or ledger.left():
         left = len(ledger.left())
         console.print(
-            f"{left} of {len(ledger.wanted)} trainings are left; the same command goes on."
+            f"{left} of {len(ledger.wanted)} trainings are left; the same command resumes."
         )
         return
     for name, reason in ledger.failures().items():
@@ -381,55 +385,55 @@ def report(plan: Tuning, ledger: Ledger, folder: Path, console: Console) -> None
 
 
 def protocol(plan: Tuning, outcomes: Outcomes) -> list[str]:
-    """What was fixed before the runs, and what each method chose from."""
+    """Sentences on what was fixed before the runs, and what each method chose from."""
     study = plan.study
     chosen = plan.chosen(outcomes)
-    own = "; ".join(f"{x.family} {x.trainings} trainings, {x.read_outs} models" for x in chosen)
+    own = "; ".join(f"{x.name} {x.trainings} trainings, {x.models} models" for x in chosen)
     all_ = "Every method" if len({each.trainings for each in chosen}) == 1 else "Not every method"
     return [
-        f"{study.task.name}: with a seed, every method starts from the same weights and sees the "
-        "same batches for as many steps.",
+        f"{study.task.name}: with one seed, all methods start from the same weights and see the "
+        "same batches for the same number of steps.",
         f"Settings: {study.sampler}, tried with seed {', '.join(map(str, plan.tuned_on))}. "
-        f"{all_} chose from as many trainings: {own}. Averages that only watch are read out of "
-        "shared trainings.",
-        "Settings were chosen on one half of the evaluation data; losses are from the other, of "
-        f"the chosen settings over seeds {', '.join(map(str, study.seeds))}. A diverged run is an "
-        "infinite loss; it is not left out.",
+        f"{all_} chose from the same number of trainings: {own}. Averages of AdamW are read out "
+        "of shared trainings.",
+        "Settings were chosen on one half of the evaluation data. Losses are from the other half, "
+        f"of the chosen settings with seeds {', '.join(map(str, study.seeds))}. A diverged run "
+        "counts as an infinite loss.",
         "Differences are paired by seed; their intervals are 95 % percentile bootstrap over seeds.",
     ]
 
 
 def best_table(plan: Tuning, outcomes: Outcomes) -> Listing:
-    """Each method at its best setting, and how much it differs from the baseline."""
+    """Each method at its best setting, and its difference to the baseline."""
     chosen = plan.chosen(outcomes)
     of = plan.losses(outcomes)
-    losses = {each.family: of[each.method] for each in chosen if each.method}
+    losses = {each.name: of[each.method] for each in chosen if each.method}
     baseline = plan.study.baseline or next(iter(plan.study.families))
     rows = [
         [
-            *(each.family, each.method.label, f"{each.method.lr:g}", each.trainings),
+            *(each.name, each.method.label, f"{each.method.lr:g}", each.trainings),
             each.selection,
-            *(len(losses[each.family]), fmean(losses[each.family].values())),
-            *paired(losses[each.family], losses.get(baseline, {})),
+            *(len(losses[each.name]), fmean(losses[each.name].values())),
+            *paired(losses[each.name], losses.get(baseline, {})),
         ]
         for each in chosen
         if each.method
     ]
     rows += [
         [
-            *(each.family, "all diverged or failed", None, each.trainings, math.inf),
+            *(each.name, "all diverged or failed", None, each.trainings, math.inf),
             *(0, math.inf, None, None, None),
         ]
         for each in chosen
         if not each.method
     ]
     columns = ["method", "setting", "lr", "trainings", "selection loss", "seeds", "loss"]
-    title = f"Each at its best; difference to {baseline}"
+    title = f"Each method at its best setting; difference to {baseline}"
     return Listing(title, [*columns, *DIFFERENCE], sorted(rows, key=lambda row: row[6]))
 
 
 def equal_table(losses: dict[Method, dict[int, float]]) -> Listing:
-    """A pull against the same average without it: at equal κ, schedule and learning rate."""
+    """Each pull against the same average without a pull, at equal κ, schedule and rate."""
     same = ("lr", "kappa", "schedule", "twin_gain", "every", "state", "return_kappa", "eps")
     rows = []
     for method in sorted((m for m in losses if m.pulls), key=lambda m: (m.lr, m.label)):
