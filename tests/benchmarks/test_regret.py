@@ -413,7 +413,7 @@ def test_losses_of_every_average(regret):
     problem = regret.TASKS["quadratic"].start(0)
     method = regret.parse_method(f"{cell.method}:lr={cell.lr}")
     optimizer = regret.optimizer_of(method, problem.parameters, 2)
-    schedule = regret.scheduler(method, optimizer, 2, 40)
+    schedule = method.make_scheduler(optimizer, 2, 40)
     (theta,) = problem.parameters
     averages = {kappa: theta.detach().clone() for kappa in regret.KAPPAS}
     for step in range(1, 41):
