@@ -31,7 +31,7 @@ TASK = Task("tiny", Recipe(**RECIPE))
 def cell_of(text="adamw:lr=1e-2", seed=0, task=TASK, **changes):
     if changes:
         task = Task(task.name, Recipe(**{**RECIPE, **changes}), task.start)
-    methods = tuple(parse_method(part, **task.parse()) for part in text.split(","))
+    methods = tuple(parse_method(part, **task.recipe.method_defaults) for part in text.split(","))
     return Cell(task, Run(methods, seed))
 
 

@@ -37,7 +37,9 @@ COMMANDS = {
     "figure": Command(
         "paper.figures", "FigureOptions", "figure_command", "make a figure of the paper", "study"
     ),
-    "report": Command("study.explore", "Report", "report", "explore runs in one page", "study"),
+    "report": Command(
+        "study.explore", "ReportOptions", "report_command", "explore runs in one page", "study"
+    ),
     "bench": Command("study.bench", "Bench", "bench", "measure what optimizers cost"),
     **{
         f"theory {name}": Command(

@@ -89,8 +89,8 @@ def _size(shape):
     [
         (["--only", "Adam"], "only: unknown optimizer 'Adam'; known: AdamW fused, "),
         (["--rounds", "2"], "rounds: Input should be greater than or equal to 3, got 2"),
-        (["--out", "."], "out: . is no file that can be written"),
-        (["--device", "cuda"], "device: cuda was asked for, and torch finds none here"),
+        (["--out", "."], "out: . cannot be written; name a file"),
+        (["--device", "cuda"], "device: torch finds no cuda device here"),
     ],
 )
 def test_bad_input(arguments, message, monkeypatch, capsys):

@@ -64,7 +64,7 @@ def test_where_a_start_comes_from_is_part_of_a_cell():
 def test_methods_that_share_a_trajectory_are_one_cell():
     texts = ["adamw:lr=1e-2", "ema:kappa=0.3:lr=1e-2", "uniform:lr=1e-2", "pace:lr=1e-2"]
     texts += ["pace:lr=1e-2:return_kappa=0.7", "adamw:lr=1e-3", "ema:kappa=0.3:lr=1e-2"]
-    methods = [parse_method(text, **TASK.parse()) for text in texts]
+    methods = [parse_method(text, **TASK.recipe.method_defaults) for text in texts]
     found = cells(TASK, methods, (3, 4))
     assert [(len(cell.run.methods), cell.run.seed) for cell in found] == [
         *((3, 3), (2, 3), (1, 3)),
@@ -120,10 +120,10 @@ def test_a_real_cell(data, monkeypatch):
 
     seen = [[row["live_loss"], row["returned_loss"], row["selection_loss"]] for row in rows]
     watching = cell_of("adamw:lr=1e-2,ema:kappa=0.3:lr=1e-2", seed=1, **data)
-    assert module._last is not None
+    assert module._last_prepared is not None
     again = curve(watching, 1)  # on the first one's data
     assert curve(cell_of(f"{BASE}:return_kappa=0.7", **data)) == seen[3:]
-    monkeypatch.setattr(module, "_last", None)
+    monkeypatch.setattr(module, "_last_prepared", None)
     alone = curve(cell_of("ema:kappa=0.3:lr=1e-2", seed=1, **data))
     assert alone == again
     assert again[0][0] != seen[0][0]  # from other weights

@@ -189,7 +189,7 @@ def test_a_run_that_fails_does_not_stop_the_others(text, tmp_path, capsys, monke
         blocked.write_text("")
         return folder
 
-    monkeypatch.setattr("paceline.study.compare._new_folder", block)
+    monkeypatch.setattr("paceline.study.compare.folders.make_empty", block)
     assert main(["compare", *options, "--out", str(out)]) == 1
     said = capsys.readouterr().out
     assert "Failed: adamw-wsd-lr0.01-seed0: " in said

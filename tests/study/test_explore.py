@@ -29,16 +29,16 @@ from rich.console import Console
 from paceline.cli import _parse
 from paceline.study.explore import (
     WORDS,
-    Report,
+    ReportOptions,
     best,
     configurations,
-    curves,
+    curve_series,
     difference,
     find,
     gather,
-    maps,
+    map_points,
     read,
-    report,
+    report_command,
     tables,
     tell_apart,
 )
@@ -144,7 +144,7 @@ def test_unfinished_torn_and_repeated_runs_are_noted(tmp_path):
     ]
     [table] = tables(cells)
     assert [entry.cell.label for entry in table.entries] == ["pace pullback=1 kappa=0.3"]
-    assert [series["finished"] for series in curves(cells)] == [True, False]
+    assert [series["finished"] for series in curve_series(cells)] == [True, False]
 
 
 def test_a_run_that_stopped_where_it_diverged_is_finished(tmp_path):
@@ -155,7 +155,7 @@ def test_a_run_that_stopped_where_it_diverged_is_finished(tmp_path):
 
 def test_a_run_that_has_only_begun_has_curves_and_no_table(tmp_path):
     folder = write_run(tmp_path / "run", last=10)
-    report(Report(runs=(folder,), out=tmp_path / "x.html"), Console(quiet=True))
+    report_command(ReportOptions(runs=(folder,), out=tmp_path / "x.html"), Console(quiet=True))
     text = (tmp_path / "x.html").read_text(encoding="utf-8")
     assert "No run is finished yet." in text
     assert json.loads(Parsed(text).scripts["data"])["curves"][0]["steps"] == [0, 10]
@@ -199,7 +199,9 @@ def test_what_cannot_be_read_is_named_in_one_line(tmp_path, damage, message):
     folder = write_comparison(tmp_path / "cmp")
     damage(folder)
     with pytest.raises(InputError, match=message) as caught:
-        report(Report(runs=(folder,), out=tmp_path / "report.html"), Console(quiet=True))
+        report_command(
+            ReportOptions(runs=(folder,), out=tmp_path / "report.html"), Console(quiet=True)
+        )
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "report.html").exists()
 
@@ -217,15 +219,15 @@ def test_the_page_replaces_no_folder_and_no_data(tmp_path, out):
     (tmp_path / "folder.html").mkdir()
     before = sorted(path.name for path in tmp_path.rglob("*"))
     with pytest.raises(InputError, match="out: .* is no name of a page"):
-        report(Report(runs=(folder,), out=tmp_path / out), Console(quiet=True))
+        report_command(ReportOptions(runs=(folder,), out=tmp_path / out), Console(quiet=True))
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
 def test_options_are_parsed_as_the_command_line_gives_them():
-    options = _parse("report", Report, ["a", "b/c", "--out", "x.html"])
-    assert options == Report(runs=(Path("a"), Path("b/c")), out=Path("x.html"))
+    options = _parse("report", ReportOptions, ["a", "b/c", "--out", "x.html"])
+    assert options == ReportOptions(runs=(Path("a"), Path("b/c")), out=Path("x.html"))
     with pytest.raises(InputError, match="at least one"):
-        report(Report(runs=()), Console(quiet=True))
+        report_command(ReportOptions(runs=()), Console(quiet=True))
 
 
 # ---- statistics -------------------------------------------------------------------------------
@@ -352,7 +354,7 @@ def test_a_choice_by_the_numbers_that_are_shown_is_said_to_be_one(tmp_path):
 
 def test_curves_are_means_with_ranges_up_to_divergence(tmp_path):
     cells, _ = cells_of(write_sweep(tmp_path / "sweep"))
-    series = {(s["setting"][:8], s["label"], s["lr"]): s for s in curves(cells)}
+    series = {(s["setting"][:8], s["label"], s["lr"]): s for s in curve_series(cells)}
     one = series["tiny-sft", "pace pullback=10 kappa=0.7", 0.003]
     assert one["steps"] == list(STEPS)
     assert one["tokens"] == [0, 6400, 12800]
@@ -372,7 +374,7 @@ def test_curves_are_means_with_ranges_up_to_divergence(tmp_path):
 
 def test_maps_are_of_what_varies_in_two_options(tmp_path):
     cells, _ = cells_of(write_sweep(tmp_path / "sweep"))
-    found = maps(cells)
+    found = map_points(cells)
     assert [(m["setting"], m["family"]) for m in found] == [
         ("tiny-sft on smol", "pace"),
         ("tiny-pretrain on nano", "pace"),

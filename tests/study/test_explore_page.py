@@ -15,7 +15,7 @@ pytest.importorskip("plotly")
 from exploring import Parsed, ending, rows_of, write_comparison, write_run, write_sweep
 from rich.console import Console
 
-from paceline.study.explore import Report, report
+from paceline.study.explore import ReportOptions, report_command
 from paceline.train import InputError
 
 EVIL = '</script><img src=x onerror="alert(1)"> <b>%{y}</b> & {{ 7 * 7 }} [red]'
@@ -40,7 +40,7 @@ def made(tmp_path_factory):
     out = folder / "pages/page.html"
     with (folder / "said").open("w") as said:
         console = Console(file=said, width=200)
-        report(Report(runs=(folder / "runs",), out=out), console)
+        report_command(ReportOptions(runs=(folder / "runs",), out=out), console)
     text = out.read_text(encoding="utf-8")
     return SimpleNamespace(
         out=out, text=text, parsed=Parsed(text), said=(folder / "said").read_text()
@@ -86,7 +86,9 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(InputError, match="cannot write .*No space left"):
-        report(Report(runs=(folder,), out=tmp_path / "report.html"), Console(quiet=True))
+        report_command(
+            ReportOptions(runs=(folder,), out=tmp_path / "report.html"), Console(quiet=True)
+        )
     assert (tmp_path / "report.html").read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cmp", "report.html"]
 

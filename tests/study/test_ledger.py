@@ -156,7 +156,7 @@ def test_of_two_that_claim_at_once_one_gets_the_cell(worker):
     cell = FIVE[0]
     a, b = worker(cell), worker(cell)
     (study,) = a.studies.values()
-    study.add_trial(ledgers._offer(cell))
+    study.add_trial(ledgers._new_trial(cell))
     for ledger in (a, b):  # there is more time between the two if this is not new
         ledger.look()
     got = []
@@ -374,7 +374,9 @@ def test_a_storage_that_stays_away_is_one_clear_line(worker, monkeypatch):
         raise sqlalchemy.exc.OperationalError("SELECT", {}, OSError("the network is away"))
 
     sqlalchemy.event.listen(a.storage.engine, "before_cursor_execute", away)
-    with pytest.raises(InputError, match=r"storage: .*network is away; the same command goes on$"):
+    with pytest.raises(
+        InputError, match=r"storage: .*network is away; run the same command to resume$"
+    ):
         a.look()
 
 

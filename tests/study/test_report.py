@@ -37,38 +37,36 @@ def test_verdict_says_who_won_by_how_much_over_how_many_seeds():
     twin = [row("ema twin", 0.01, s, 2.0, schedule="twin", twin_gain=0.9) for s in (0, 1)]
     adamw = [row("adamw", 0.01, 0, None), row("adamw", 0.01, 1, 2.5)]
     assert verdict_of(*pace, *ema, *adamw, *twin) == [
-        "At learning rate 0.01: ema twin returns the best model, 2.000 ±0.000, 0.050 nats lower "
+        "At learning rate 0.01: ema twin has the lowest loss, 2.000 ±0.000, 0.050 nats lower "
         "(-0.100 to +0.000, lower in 1 of 2 seeds) than pace.",
-        "What the pull alone does there: pace returns a model 0.200 nats lower "
+        "Against the same average without the pull, the loss of pace is 0.200 nats lower "
         "(-0.300 to -0.100, lower in 2 of 2 seeds) than ema.",
-        "And against the schedule of a gain of 0.9: pace returns a model 0.050 nats "
+        "Against the schedule of a gain of 0.9, the loss of pace is 0.050 nats "
         "higher (+0.000 to +0.100, higher in 1 of 2 seeds) than ema twin.",
-        "The gain of pace is 0.85 in the mean at the end, and 50.0% of the coordinates are "
-        "clipped.",
+        "At the end, the mean gain of pace is 0.85, and 50.0% of the coordinates are clipped.",
         "At learning rate 0.01 adamw diverged.",
     ]
     amounts_to = [row("ema eps=0.02", 0.01, s, 2.1, eps=0.02) for s in (0, 1)]  # 0.01 · 2
     other = [row("ema eps=0.03", 0.01, s, 2.2, eps=0.03) for s in (0, 1)]
     assert verdict_of(*pace, *amounts_to, *other)[1:3] == [
-        "And against the ε that its pull amounts to: pace returns a model 0.050 nats lower "
+        "Against the ε that its pull amounts to, the loss of pace is 0.050 nats lower "
         "(-0.100 to +0.000, lower in 1 of 2 seeds) than ema eps=0.02.",
-        "The gain of pace is 0.85 in the mean at the end, and 50.0% of the coordinates are "
-        "clipped.",
+        "At the end, the mean gain of pace is 0.85, and 50.0% of the coordinates are clipped.",
     ]
     one = verdict_of(pace[0], ema[0])
     assert one[0] == (
-        "At learning rate 0.01: pace returns the best model, 2.000, 0.300 nats lower than ema."
+        "At learning rate 0.01: pace has the lowest loss, 2.000, 0.300 nats lower than ema."
     )
-    assert "One seed" in one[-1]
+    assert "With one seed" in one[-1]
 
 
 def test_verdict_compares_over_the_seeds_that_all_finished():
     """Ctrl-C in the second seed: pace's worse second run has nothing to be compared with."""
     said = verdict_of(row("pace", 1, 0, 2.0), row("pace", 1, 1, 9.0), row("ema", 1, 0, 2.1))
-    assert said[0].endswith("pace returns the best model, 2.000, 0.100 nats lower than ema.")
-    assert said[-1].startswith("All this is of seed 0, which every method here finished;")
+    assert said[0].endswith("pace has the lowest loss, 2.000, 0.100 nats lower than ema.")
+    assert said[-1].startswith("Losses are those of seed 0, which every method finished.")
     said = verdict_of(row("pace", 1, 0, 2.0), row("ema", 1, 1, 2.1))
-    assert "shares no seed with" in said[0]
+    assert "not comparable with ema, which has no seed in common" in said[0]
     assert "No seed was finished by all methods" in said[-1]
 
 
@@ -77,18 +75,18 @@ def test_verdict_on_ties_and_divergence():
     said = verdict_of(row("pace", 1, 0, None, gain_mean=None), row("ema", 1, 0, None))
     assert said[:2] == ["At learning rate 1: all diverged.", "At learning rate 1 pace diverged."]
     said = verdict_of(row("pace", 1, 0, 2.0, gain_mean=None), row("ema", 1, 0, None))
-    assert "2.000, while there was divergence in ema" in said[0]
+    assert "2.000, not comparable with ema, as a run diverged" in said[0]
 
 
 def test_verdict_over_rates():
     rows = [row("pace", 0.1, 0, 2.0), row("ema", 0.1, 0, 2.5), row("ema", 0.2, 0, 1.5)]
     said = verdict_of(*rows)
     assert not any("rate 0.2:" in sentence for sentence in said)  # nothing to compare there
-    best = next(sentence for sentence in said if sentence.startswith("Each at its best"))
-    assert "ema at 0.2 returns the best model, 1.500, 0.500 nats lower than pace at 0.1" in best
-    assert "picked on" in best
+    best = next(sentence for sentence in said if sentence.startswith("Each method at its best"))
+    assert "ema at 0.2 has the lowest loss, 1.500, 0.500 nats lower than pace at 0.1" in best
+    assert "rates were chosen" in best
     fixed = verdict_of(rows[0], rows[2])  # each had one rate: nothing was picked
-    assert not any("picked on" in sentence for sentence in fixed)
+    assert not any("rates were chosen" in sentence for sentence in fixed)
 
 
 def test_pull_alone_means_that_nothing_else_differs():
@@ -97,9 +95,9 @@ def test_pull_alone_means_that_nothing_else_differs():
         row("ema twin", 1, 0, 2.1, schedule="twin", twin_gain=1.0),
         row("ema slow", 1, 0, 2.1, kappa=0.7),
     )
-    assert not any("pull alone" in sentence for sentence in said)
+    assert not any("without the pull" in sentence for sentence in said)
 
 
 def test_the_best_returned_model_is_the_one_marked():
-    cells = Results(2, [row("a", 1, 0, 2.0), row("b", 1, 0, 1.0)]).cells()
+    cells = Results(2, [row("a", 1, 0, 2.0), row("b", 1, 0, 1.0)]).final()
     assert best_at(cells, 1) == 1.0

@@ -47,7 +47,7 @@ def test_a_grid_is_all_of_each_family_and_then_the_chosen_on_all_seeds(tmp_path)
     assert [cell.run.methods for cell in wanted[8:]] == [
         next(c.run.methods for c in first if chosen.method in c.run.methods)
         for chosen in plan.chosen(outcomes)
-        if chosen.family != "ema" or chosen.method not in wanted[8].run.methods
+        if chosen.name != "ema" or chosen.method not in wanted[8].run.methods
     ][: len(wanted[8:])]
 
 
@@ -83,10 +83,10 @@ def test_all_workers_want_the_same(server, tmp_path, sampler):
     assert server.ask(keys=str(tmp_path / "sweep.yaml")) == keys
     assert len(set(keys)) == len(keys)
     outcomes = worked_off(plan)
-    trainings = {chosen.family: chosen.trainings for chosen in plan.chosen(outcomes)}
+    trainings = {chosen.name: chosen.trainings for chosen in plan.chosen(outcomes)}
     assert trainings == {"adamw": 3, "ema": 2 if sampler == "grid" else 3, "pace": 3}
-    read_outs = [chosen.read_outs for chosen in plan.chosen(outcomes)]
-    assert read_outs[1] == 2 * trainings["ema"]  # both averages of each training
+    models = [chosen.models for chosen in plan.chosen(outcomes)]
+    assert models[1] == 2 * trainings["ema"]  # both averages of each training
 
 
 RANGES = """
@@ -188,7 +188,7 @@ def test_trials_of_tpe_that_are_the_same_count_once(tmp_path):
     plan = Tuning(study_in(tmp_path, text))
     outcomes = worked_off(plan)
     (chosen,) = plan.chosen(outcomes)
-    assert (chosen.trainings, chosen.read_outs) == (2, 2)
+    assert (chosen.trainings, chosen.models) == (2, 2)
 
 
 # ---- input -----------------------------------------------------------------------------------
@@ -212,17 +212,20 @@ GOOD = {"recipe": "RECIPE", "methods": {"adamw": {"lr": [1e-3, 1e-2]}, "ema": {}
         ({"methods": {"adamw": None}}, "methods: .*dictionary"),
         ({"methods": {"adamv": {}}}, "adamv: unknown method 'adamv'; known: adamw"),
         ({"methods": {"x": {"method": 3}}}, "x: unknown method '3'"),
-        ({"methods": {"x": {"method": "pullback:sdg"}}}, "x: unknown optimizer 'sdg'"),
+        (
+            {"methods": {"x": {"method": "pullback:sdg"}}},
+            "x: method 'pullback:sdg': unknown optimizer 'sdg'",
+        ),
         ({"methods": {"adamw": {"pullback": 1}}}, "adamw: method .* has no option 'pullback'"),
-        ({"methods": {"adamw": {"lr": []}}}, "adamw: lr: an empty list"),
+        ({"methods": {"adamw": {"lr": []}}}, "adamw: lr: the list is empty"),
         ({"methods": {"adamw": {"lr": [1e-3, -1]}}}, "adamw: .*lr: .*greater than 0"),
         ({"methods": {"adamw": {"lr": None}}}, "adamw: .*lr: .*valid number"),
         ({"methods": {"adamw": {"schedule": 5}}}, "adamw: unknown schedule '5'"),
-        ({"methods": {"adamw": {"lr": {"low": 1e-3, "high": 1}}}}, "lr: a grid needs a list"),
+        ({"methods": {"adamw": {"lr": {"low": 1e-3, "high": 1}}}}, "lr: sampler grid needs a list"),
         ({"sampler": "grit"}, "sampler: Input should be 'grid', 'random' or 'tpe'"),
-        ({"sampler": "tpe"}, "trials: tpe needs to know how many"),
+        ({"sampler": "tpe"}, "trials: give a number of trials with sampler tpe"),
         ({"sampler": "random", "methods": {"adamw": {"lr": {"low": 1e-3, "high": 1}}}},
-         "trials: random needs to know how many"),
+         "trials: give a number of trials with sampler random"),
         *(
             ({"sampler": "tpe", "trials": 3, "methods": {"ema": {"kappa": value}}}, message)
             for value, message in (
@@ -236,10 +239,10 @@ GOOD = {"recipe": "RECIPE", "methods": {"adamw": {"lr": [1e-3, 1e-2]}, "ema": {}
         ),
         ({"trials": 0}, "trials: .*greater than or equal to 1"),
         ({"seeds": []}, "seeds: .*at least 1"),
-        ({"seeds": [0, 0]}, "seeds: each only once"),
+        ({"seeds": [0, 0]}, "seeds: give each only once"),
         ({"seeds": [-1]}, "seeds: .*greater than or equal to 0"),
         ({"seeds": 3}, "seeds: .*tuple"),
-        ({"tuning_seeds": 4}, "tuning_seeds: 4 of 3 seeds"),
+        ({"tuning_seeds": 4}, "tuning_seeds: 4 are more than the 3 seeds"),
         ({"baseline": "adam"}, "baseline: unknown method 'adam'; did you mean 'adamw'?"),
         ({"methdos": {}}, "unknown key 'methdos'; did you mean 'methods'?"),
     ],

@@ -45,7 +45,7 @@ def test_a_setting_that_diverges_is_not_chosen_and_counts_as_infinite(tmp_path):
     outcomes = worked_off(plan, losses)
     assert {(x.method.lr, x.method.get("pullback")) for x in plan.chosen(outcomes)} == {
         *((0.001, None), (0.001, 0.1))
-    } | {(x.method.lr, None) for x in plan.chosen(outcomes) if x.family == "ema"}
+    } | {(x.method.lr, None) for x in plan.chosen(outcomes) if x.name == "ema"}
     table = sweep.best_table(plan, outcomes)
     rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     assert rows["ema"]["loss"] == math.inf
@@ -65,9 +65,9 @@ def test_a_method_of_which_nothing_was_finished_is_in_the_table(tmp_path):
     table = sweep.best_table(plan, outcomes)
     assert [row[0] for row in table.rows][-1] == "pace"
     assert table.rows[-1][table.columns.index("loss")] == math.inf
-    (pace,) = [chosen for chosen in plan.chosen(outcomes) if chosen.family == "pace"]
+    (pace,) = [chosen for chosen in plan.chosen(outcomes) if chosen.name == "pace"]
     assert (pace.method, pace.selection, pace.trainings) == (None, math.inf, 4)
-    adamw = next(chosen for chosen in plan.chosen(outcomes) if chosen.family == "adamw")
+    adamw = next(chosen for chosen in plan.chosen(outcomes) if chosen.name == "adamw")
     assert adamw.method.schedule == "constant"  # a failure is no better than a divergence
     assert adamw.trainings == 4
     assert not any(cell.run.seed for cell in plan.wanted(outcomes) if cell.trajectory.pulls)

@@ -161,7 +161,7 @@ def test_ctrl_c_gives_back_what_is_under_way(server, whole, tmp_path):
     os.killpg(process, signal.SIGINT)  # as a terminal does: to parent and workers alike
     assert server.wait(process) == 130
     said = (folder / "said").read_text()
-    assert "4 of 8 trainings are left; the same command goes on." in said
+    assert "4 of 8 trainings are left; the same command resumes." in said
     assert "Traceback" not in said
     assert "Failed" not in said
     assert json.loads((folder / "manifest.json").read_text())["failed"] == {}

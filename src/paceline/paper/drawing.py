@@ -95,7 +95,7 @@ def _mean_curve(axis: Axes, rows: pd.DataFrame, label: str, look: Any) -> None:
         axis.fill_between(mean.index, by_step.min(), by_step.max(), color=colour, alpha=0.15, lw=0)
 
 
-def _curves(
+def _method_curves(
     axis: Axes, runs: ScaleRuns, task: Task, methods: dict[str, Method], seeds: Any = None
 ) -> list[pd.DataFrame]:
     """A curve for each method, in the look of its label; returns their points."""
@@ -440,7 +440,7 @@ def draw_schedule_free(runs: ScaleRuns) -> Drawn:
     for axis, task in zip(axes[0], models, strict=False):
         best = runs.best_of_each(task)
         shown = {label: best[label] for label in CURVES}
-        parts += _curves(axis, runs, task, shown, runs.scale.seeds_of(task))
+        parts += _method_curves(axis, runs, task, shown, runs.scale.seeds_of(task))
         _dress(axis, "step", title=task.name)
     parts.append(_draw_budgets(runs, runs.scale.main, axes[0][-1]))
     _zoom_to_end(figure, 0.4)
@@ -481,7 +481,7 @@ def draw_other_data(runs: ScaleRuns) -> Drawn:
     own: dict[str, Any] = {"return_kappa": None, "every": None, "lr": rate}
     methods = {"AdamW": "adamw", "EMA": "ema", "PACE": "pace"}
     chosen = {label: runs.best(task, name, **own) for label, name in methods.items()}
-    parts += _curves(right, runs, task, chosen)
+    parts += _method_curves(right, runs, task, chosen)
     _dress(right, "step", title=f"lr {rate:g}")
     _legend(figure)
     return Drawn(figure, _csv_table(*parts), _listed_maps(runs, [(task, grid)]))
@@ -533,7 +533,7 @@ def draw_curves_across_rates(runs: ScaleRuns) -> Drawn:
     figure, axes = _panels(1, len(_rates(runs)), 3.6, 3.4)
     parts = []
     for axis, lr in zip(axes[0], _rates(runs), strict=True):
-        parts += _curves(axis, runs, task, _best_at_rate(runs, task, lr), TUNING)
+        parts += _method_curves(axis, runs, task, _best_at_rate(runs, task, lr), TUNING)
         _dress(axis, "step", title=f"{task.name}\nlr {lr:g}")
     _zoom_to_end(figure, 0.4)
     _legend(figure)
@@ -576,7 +576,7 @@ def draw_seeds(runs: ScaleRuns) -> Drawn:
         for name, method in methods.items():
             label, _, schedule = name.partition(", ")
             axis = column[0 if schedule == "constant" else 1]
-            parts += _curves(axis, runs, task, {label: method}, seeds)
+            parts += _method_curves(axis, runs, task, {label: method}, seeds)
             _dress(axis, "step", title=f"{task.name}, {schedule}")
     _zoom_to_end(figure, 0.4)
     _legend(figure)
@@ -589,7 +589,7 @@ def draw_pull_alone(runs: ScaleRuns) -> Drawn:
     figure, axes = _panels(1, 3, 4.0, 3.4)
     fixed: dict[str, Any] = {"lr": rate, "kappa": 0.5}
     shown = {"EMA": runs.best(task, "ema", **fixed), "PACE": runs.best_pace(task, **fixed)}
-    parts = _curves(axes[0][0], runs, task, shown, TUNING)
+    parts = _method_curves(axes[0][0], runs, task, shown, TUNING)
     _zoom_to_end(figure, 0.4)
     _dress(axes[0][0], "step", title=f"{task.name}, lr {rate:g}, κ = 0.5")
     for axis, schedule in zip(axes[0][1:], ("constant", "wsd"), strict=True):

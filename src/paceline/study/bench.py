@@ -1,4 +1,4 @@
-"""What a step costs: optimizers side by side in one process, in time, bytes and compile time."""
+"""`paceline bench`: time, bytes and compile time of a step of each optimizer, side by side."""
 
 import contextlib
 import os
@@ -29,63 +29,69 @@ from ..train.manifest import environment, write_json
 
 Model = Literal["gpt2", "small", "training"]
 Device = Literal["cpu", "cuda"]
-BASELINE = "AdamW fused"
+FUSED_ADAMW = "AdamW fused"
 
 
 class Bench(Options):
     """Measure what a step of each optimizer costs, relative to torch's fused AdamW.
 
-    All optimizers step the same parameters and gradients in turn, round after round, each right
-    after a fused AdamW, so that a busy machine slows both. Times are medians over the rounds, and
-    ratios medians of the ratios to the AdamW beside it. The byte floor is what a step cannot avoid
-    reading and writing, at the bandwidth of an in-place multiplication in the same rounds.
+    In each round, every optimizer steps the same parameters and gradients, right after a fused
+    AdamW, so that a busy machine slows both. Times are medians over the rounds; ratios are medians
+    of the ratios to that AdamW. The byte floor is the time to read and write the bytes that a step
+    needs, at the bandwidth of an in-place multiplication in the same rounds.
 
-    The models: gpt2, the tensors of GPT-2 124M; small, 2,000 tensors of at most 64k elements, as
-    of adapters; training, a small GPT-2 whose whole training step is taken.
+    The models: gpt2, the tensors of GPT-2 124M; small, 2,000 tensors of at most 64k elements, like
+    those of adapters; training, a small GPT-2 with its forward and backward pass.
     """
 
     models: tuple[Model, ...] = ("gpt2", "small", "training")
     """Models to measure on."""
     only: tuple[str, ...] = ()
-    """Optimizers beside fused AdamW, by name. Default: all but Pullback, BEMA, further averages."""
+    """Optimizers besides fused AdamW. Default: all except Pullback, auto, BEMA, extra averages."""
     rounds: int = Field(default=15, ge=3)
-    """Steps of each optimizer that are timed, >= 3, after two that are not."""
+    """Timed steps of each optimizer, >= 3, after two steps of warm-up."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads, >= 1. Default: torch's own choice."""
     device: Device | None = None
-    """cpu or cuda. Default: cuda where there is one."""
+    """cpu or cuda. Default: cuda if there is a GPU."""
     out: Path | None = None
-    """A JSON file for the results, besides the table."""
+    """JSON file for the results. Default: the table is printed alone."""
 
 
 class Contender(NamedTuple):
-    """An optimizer under measurement."""
+    """An optimizer to measure."""
 
     name: str
     make: Callable[[list[Parameter]], "Stepper"]
-    bytes: int  # read and written for each parameter, at least
-    by_name: bool = False  # measured where it is asked for: all together would not fit into 16 GB
+    bytes: int  # that a step reads and writes for each parameter, at least
+    by_name: bool = False  # measured only if named: all together do not fit into 16 GB
 
 
 class Stepper(NamedTuple):
-    """One that has its parameters."""
+    """An optimizer with its parameters."""
 
     step: Callable[[], Any]
-    state: Callable[[], int]  # bytes that it keeps
+    state: Callable[[], int]  # bytes of its state
 
 
 def bench(options: Bench, console: Console) -> dict[str, Any]:
-    """Run the benchmark; print a table for each model, and write the JSON file if asked to."""
+    """Run the benchmark; print a table for each model, and write the JSON file if there is a path.
+
+    Raises:
+        InputError: an option cannot be used, or the CPU's kernel cannot be built.
+    """
     known = [contender.name for contender in _contenders()]
     for name in options.only:
         if name not in known:
             raise InputError(f"only: unknown optimizer {name!r}; known: {', '.join(known)}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: cuda was asked for, and torch finds none here")
-    if options.out:  # now, not after five minutes
+        raise InputError("device: torch finds no cuda device here; give cpu")
+    if options.out:  # before the measurement, which takes minutes
         folder = options.out.parent
         if options.out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise InputError(f"out: {options.out} is no file that can be written")
+            raise InputError(
+                f"out: {options.out} cannot be written; name a file in a folder that exists"
+            )
     if options.threads:
         torch.set_num_threads(options.threads)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,11 +101,11 @@ def bench(options: Bench, console: Console) -> dict[str, Any]:
         "rounds": options.rounds,
         "kernel_build_seconds": _build_seconds(),
     }
-    console.width = max(console.width, 120)  # a table cut short says nothing
+    console.width = max(console.width, 120)  # all columns of the tables
     console.print(f"Cold build of the CPU's kernel: {results['kernel_build_seconds']:.1f} s")
     for model in options.models:
         results[model] = _measure(model, device, options)
-        console.print(_table(model, results[model]))
+        console.print(_bench_table(model, results[model]))
     if options.out:
         write_json(options.out, results)
         console.print(f"Results: {options.out}")
@@ -109,16 +115,18 @@ def bench(options: Bench, console: Console) -> dict[str, Any]:
 # ---- what is measured --------------------------------------------------------------------------
 
 
-def _of(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[..., Stepper]:
+def _maker(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[..., Stepper]:
     def make(params: list[Parameter]) -> Stepper:
         opt = kind(params, **options)
-        return Stepper(opt.step, lambda: _bytes(x for s in opt.state.values() for x in s.values()))
+        return Stepper(
+            opt.step, lambda: _tensor_bytes(x for s in opt.state.values() for x in s.values())
+        )
 
     return make
 
 
 def _with_ema(params: list[Parameter]) -> Stepper:
-    adamw = _of(torch.optim.AdamW, fused=True)(params)
+    adamw = _maker(torch.optim.AdamW, fused=True)(params)
     model = torch.nn.ParameterList(params)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
 
@@ -126,17 +134,19 @@ def _with_ema(params: list[Parameter]) -> Stepper:
         adamw.step()
         average.update_parameters(model)
 
-    return Stepper(step, lambda: adamw.state() + _bytes(average.parameters()))
+    return Stepper(step, lambda: adamw.state() + _tensor_bytes(average.parameters()))
 
 
 def _schedule_free(params: list[Parameter]) -> Stepper:
     opt = schedulefree.AdamWScheduleFree(params, warmup_steps=10)
     opt.train()
-    return Stepper(opt.step, lambda: _bytes(x for s in opt.state.values() for x in s.values()))
+    return Stepper(
+        opt.step, lambda: _tensor_bytes(x for s in opt.state.values() for x in s.values())
+    )
 
 
 def _patched(make: Callable[..., Stepper], *patches: Any) -> Callable[..., Stepper]:
-    """The same, with something in the package replaced while it steps."""
+    """The same optimizer, with parts of the package replaced while it steps."""
 
     def made(params: list[Parameter]) -> Stepper:
         inner = make(params)
@@ -153,14 +163,14 @@ def _patched(make: Callable[..., Stepper], *patches: Any) -> Callable[..., Stepp
 
 
 def _pace(**options: Any) -> Callable[..., Stepper]:
-    return _of(PACE, **{"pullback": 0.1, **options})
+    return _maker(PACE, **{"pullback": 0.1, **options})
 
 
 def _around_adamw(pullback: float) -> Callable[..., Stepper]:
     def wrapped(params: list[Parameter]) -> torch.optim.Optimizer:
         return Pullback(torch.optim.AdamW(params, fused=True), pullback=pullback)
 
-    return _of(wrapped)
+    return _maker(wrapped)
 
 
 def _contenders() -> list[Contender]:
@@ -173,9 +183,9 @@ def _contenders() -> list[Contender]:
     # copies the weights (8), and reads the copy and v, and reads and writes the weights (16).
     # BEMA reads θ and θ_0 (8), and reads and writes its EMA and the average (16), besides PACE.
     return [
-        Contender(BASELINE, _of(AdamW, fused=True), 28),
-        Contender("AdamW foreach", _of(AdamW, foreach=True), 28),
-        Contender("AdamW for-loop", _of(AdamW, foreach=False, fused=False), 28),
+        Contender(FUSED_ADAMW, _maker(AdamW, fused=True), 28),
+        Contender("AdamW foreach", _maker(AdamW, foreach=True), 28),
+        Contender("AdamW for-loop", _maker(AdamW, foreach=False, fused=False), 28),
         Contender("AdamW fused + EMA", _with_ema, 40),
         Contender("schedulefree AdamW", _schedule_free, 28),
         Contender("PACE eager unsliced", _patched(_pace(fused=False), whole), 36),
@@ -191,12 +201,12 @@ def _contenders() -> list[Contender]:
     ]
 
 
-def _bytes(values: Iterable[Any]) -> int:
+def _tensor_bytes(values: Iterable[Any]) -> int:
     return sum(x.nbytes for x in values if isinstance(x, Tensor))
 
 
 def shapes(model: Model) -> list[tuple[int, ...]]:
-    """The shapes of GPT-2 124M's parameters, or of 2,000 adapters' and their kind."""
+    """The shapes of the parameters of GPT-2 124M, or of 2,000 small tensors."""
     if model == "gpt2":
         layer = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (2304,), (3072,)]
         layer += [(768,)] * 6
@@ -243,7 +253,7 @@ def _measure(model: Model, device: str, options: Bench) -> dict[str, Any]:
         for p in params:
             p.grad = torch.randn_like(p)
     elements = sum(p.numel() for p in params)
-    wanted = {BASELINE, *options.only}
+    wanted = {FUSED_ADAMW, *options.only}
     every = [c for c in _contenders() if not c.by_name or c.name in wanted]
     contenders = [c for c in every if c.name in wanted or not options.only]
     steppers, first = {}, {}
@@ -262,7 +272,7 @@ def _measure(model: Model, device: str, options: Bench) -> dict[str, Any]:
         for name, stepper in steppers.items():
             if backward:
                 passes.append(_time(backward, device))
-            beside = _time(steppers[BASELINE].step, device)
+            beside = _time(steppers[FUSED_ADAMW].step, device)
             if backward:
                 passes.append(_time(backward, device))
             times[name].append(_time(stepper.step, device))
@@ -308,14 +318,14 @@ def _time(work: Callable[[], Any], device: str) -> float:
 
 
 def _scratch(work: Callable[[], Any], device: str) -> int:
-    """Bytes that torch holds at the worst moment of `work`, beyond what it held before."""
+    """The largest number of bytes that torch allocates during `work`."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says on stderr that it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it logs its start and stop to stderr
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -330,7 +340,7 @@ def _scratch(work: Callable[[], Any], device: str) -> int:
 
 
 def _build_seconds() -> float:
-    """Time to build the CPU's kernel with nothing in the cache."""
+    """Time to build the CPU's kernel with an empty cache."""
     with tempfile.TemporaryDirectory() as cold, _environment(PACELINE_CACHE=cold):
         start = time.perf_counter()
         try:
@@ -346,7 +356,7 @@ def _environment(**values: str) -> Any:
         yield
 
 
-def _table(model: Model, result: dict[str, Any]) -> Table:
+def _bench_table(model: Model, result: dict[str, Any]) -> Table:
     title = (
         f"{model}: {result['parameters'] / 1e6:.1f}M parameters in {result['tensors']} tensors, "
         f"{result['bandwidth_gigabytes_per_second']:.0f} GB/s"

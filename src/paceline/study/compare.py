@@ -1,10 +1,8 @@
-"""`paceline compare`: fine-tune one model by each method, and score what each returns."""
+"""`paceline compare`: fine-tune one model by each method, and score the returned models."""
 
 import dataclasses
 import json
 import math
-import shlex
-import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..cache import cache_folder
 from ..train import Gain, InputError, NonNegative, Number, Options, Positive, Power
+from ..train import folder as folders
 from ..train.data import (
     content_key,
     files_below,
@@ -44,13 +43,13 @@ from .runs import Job, Queue, Row, Run, Watch, run_all, share_runs
 class Comparison(Options):
     """Fine-tune one small language model by several methods, and score the model each returns.
 
-    Every method starts from the same weights and sees the same batches in the same order; the
-    validation loss of the live weights and of the returned model is measured on the same text.
+    Every method starts from the same weights and sees the same batches in the same order. The
+    validation loss of live weights and returned model is measured on the same text.
 
     A method is written name[:schedule][:option=value]..., as in ema:twin:twin_gain=0.5 or
     pace:pullback=1:kappa=0.5:lr=3e-3. All have the option lr. Averages of AdamW share one training.
 
-    The default rates and options were chosen on the default text's validation part.
+    The default rates and options were chosen on the validation part of the default text.
     """
 
     methods: Annotated[tuple[str, ...], Names] = (
@@ -80,7 +79,7 @@ class Comparison(Options):
     steps: Positive = 2000
     """Fine-tuning steps of each run, >= 1."""
     minutes: Annotated[float, Field(gt=0)] | None = None
-    """Time for all fine-tuning runs together, minutes > 0. If they would take longer, all get the same smaller number of steps, measured before the first."""
+    """Time for all fine-tuning runs together, minutes > 0. If they would take longer, a short measurement sets a smaller number of steps for all."""
     warmup: Annotated[int, Field(ge=0)] = 20
     """Steps of linear warm-up, >= 0 and less than four fifths of the steps."""
     batch: Positive = 4
@@ -101,7 +100,7 @@ class Comparison(Options):
     vocabulary: Annotated[int, Field(ge=257)] = 1024
     """Entries of the byte-level BPE, >= 257."""
     from_scratch: bool = False
-    """Skip the pretraining, and start from random weights."""
+    """Skip the pretraining and start from random weights."""
     pretrain_steps: Annotated[int, Field(ge=10)] = 2000
     """Steps of the pretraining (AdamW with wsd, 16 sequences of --positions tokens a step), >= 10. Its result is kept in the cache."""
     pretrain_lr: Number = 3e-3
@@ -116,11 +115,11 @@ class Comparison(Options):
     """Longest sequence that the model takes, tokens, >= 2."""
 
     evaluations: Positive = 8
-    """Evaluations of both models over a run, besides the one at the start, >= 1."""
+    """Evaluations of live and returned weights, >= 1, after the one at the start."""
     eval_tokens: Positive = 16384
-    """Validation tokens that each evaluation reads at most, >= 1, spread over the whole part."""
+    """Validation tokens that an evaluation reads at most, >= 1, spread over the whole part."""
     workers: Positive | None = None
-    """Runs at a time, >= 1. Default: one for each processor core, or one where there is a GPU."""
+    """Runs at a time, >= 1. Default: one a processor core, or one with a GPU."""
     out: Path | None = None
     """Folder for the results, new or empty. Default: runs/<time>."""
 
@@ -159,17 +158,17 @@ class Comparison(Options):
 
     @cached_property
     def runs(self) -> list[Run]:
-        """Every training, seed by seed, so that an interrupted comparison has whole seeds first."""
+        """Every training, seed by seed, so that an interruption leaves whole seeds."""
         return share_runs(self.compared, self.seeds)
 
     @property
     def shape(self) -> dict[str, int]:
-        """Of the model, as `make_gpt2` takes it."""
+        """The arguments of `make_gpt2`."""
         return self.model_dump(include={"width", "layers", "heads", "positions"})
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Of the fine-tuning, as `train` takes it."""
+        """The arguments of `train_blocks`."""
         names = ("batch", "context", "warmup", "weight_decay", "max_grad_norm", "eval_tokens")
         return {name: getattr(self, name) for name in names}
 
@@ -180,13 +179,13 @@ Comparison.__doc__ = f"{Comparison.__doc__}\n{methods_help()}"
 def _check_warmup(warmup: int, steps: int) -> None:
     if warmup and warmup >= (1 - WSD_DECAY_SHARE) * steps:
         raise InputError(
-            f"warmup: {warmup} steps leave nothing of {steps}; "
+            f"warmup: {warmup} steps are too many for a run of {steps}; "
             "give a smaller --warmup, or more --steps or --minutes"
         )
 
 
 def compare_command(options: Comparison, console: Console) -> int:
-    """`compare`, as an exit status."""
+    """Run a comparison; an exit status."""
     results = compare(options, console)
     return 130 if results.interrupted else 1 if results.failed else 0
 
@@ -194,11 +193,11 @@ def compare_command(options: Comparison, console: Console) -> int:
 def compare(options: Comparison, console: Console) -> Results:
     """Run the comparison, and write report, curves, metrics, models and manifest to its folder.
 
-    Ctrl-C ends it early: what is finished is reported all the same.
+    After Ctrl-C the finished runs are reported.
 
     Raises:
-        InputError: something given cannot be used. Nothing has been trained then, but where
-            `minutes` turn out too few for the warm-up: that takes a short run to know.
+        InputError: an option cannot be used. Nothing was trained then, except for a short
+            measurement if `minutes` are too few for the warm-up.
     """
     began = time.time()
     quiet()
@@ -212,18 +211,19 @@ def compare(options: Comparison, console: Console) -> Results:
     tokenizer = make_tokenizer((earlier or corpus).train, options.vocabulary)
     tokens = _enough(tokenize(corpus, tokenizer), options.context)
     earlier_tokens = _enough(tokenize(earlier, tokenizer), options.positions) if earlier else None
-    folder = _new_folder(options.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H%M%S"))
+    folder = folders.make_empty(
+        options.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H%M%S")
+    )
 
     manifest: dict[str, Any] = {
-        "command": shlex.join(["paceline", *sys.argv[1:]]),
         **environment(),
-        "text": _named(options.text, "sources of the installed torch"),
+        "text": _text_name(options.text, "sources of the installed torch"),
         "text_sha256": corpus.digest(),
-        "pretrain_text": earlier and _named(options.pretrain_text, "the standard library"),
+        "pretrain_text": earlier and _text_name(options.pretrain_text, "the standard library"),
         "pretrain_text_sha256": earlier and earlier.digest(),
         "configuration": json.loads(options.model_dump_json()),
     }
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / folders.MANIFEST, manifest)
     results = Results(total_runs=len(options.compared) * len(options.seeds))
     try:
         start = None
@@ -254,11 +254,11 @@ def compare(options: Comparison, console: Console) -> Results:
             "workers": workers,
             "threads_per_worker": threads,
         }
-        with (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
+        with (folder / folders.METRICS).open("w", encoding="utf-8") as metrics:
             queue = _Comparing(setting, options.runs, folder, metrics, results)
             run_all(queue, workers, threads, console)
             results.interrupted = queue.interrupted
-    except KeyboardInterrupt:  # before the first run: the runs see to it themselves
+    except KeyboardInterrupt:  # before the first run; `run_all` handles it later
         results.interrupted = True
     order = [(method.label, method.lr) for method in options.compared]
     results.rows.sort(key=lambda row: (row["seed"], order.index((row["label"], row["lr"]))))
@@ -267,20 +267,20 @@ def compare(options: Comparison, console: Console) -> Results:
         "interrupted": results.interrupted,
         "failed": results.failed,
     }
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / folders.MANIFEST, manifest)
     write_report(results, manifest, folder, console)
     return results
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs share: where they start, what they see, and how they are trained."""
+    """The start, data and training that all runs share."""
 
-    start: Path | None  # pretrained weights; None: random ones, from each run's seed
-    tokens: Path  # as `tokenize` gives it
+    start: Path | None  # folder of the pretrained model; None: random weights from each run's seed
+    tokens: Path  # the file that `tokenize` writes
     tokenizer: PreTrainedTokenizerFast
-    shape: dict[str, int]  # of the model, as `make_gpt2` takes it
-    recipe: dict[str, Any]  # of the training, as `train` takes it
+    shape: dict[str, int]  # arguments of `make_gpt2`
+    recipe: dict[str, Any]  # arguments of `train_blocks`
     steps: int
     evaluations: int
 
@@ -304,14 +304,14 @@ class Setting:
         )
 
     def rows(self, run: Run, folder: Path, watch: Watch) -> list[Row] | None:
-        """Train, save what each method returns, and give its rows of metrics; None if stopped."""
+        """Train and save the returned models; returns rows of metrics, or None if stopped."""
         began = time.perf_counter()
-        trained = self.train(run, folder / "tensorboard" / run.name, watch)
+        trained = self.train(run, folder / folders.TENSORBOARD / run.name, watch)
         if trained.stopped:
             return None
         seconds = time.perf_counter() - began
         for name, method in zip(run.names, run.methods, strict=True):
-            model = folder / "models" / name
+            model = folder / folders.MODELS / name
             trained.trainer.save_returned(method, str(model))
             self.tokenizer.save_pretrained(model)
         tokens = self.recipe["batch"] * self.recipe["context"]
@@ -319,7 +319,7 @@ class Setting:
 
 
 class _Comparing(Queue):
-    """Runs in their order; rows go to the results and to metrics.jsonl as they come."""
+    """The runs in their order; their rows go to the results and to metrics.jsonl."""
 
     def __init__(
         self, setting: Setting, runs: list[Run], folder: Path, metrics: TextIO, results: Results
@@ -339,8 +339,7 @@ class _Comparing(Queue):
     def finish(self, job: Job, result: list[Row]) -> None:
         self.ended += 1
         self.results.rows += result
-        for row in result:
-            self.metrics.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.metrics.writelines(map(folders.json_line, result))
         self.metrics.flush()
 
     def fail(self, job: Job, reason: str) -> None:
@@ -361,24 +360,14 @@ def _enough(tokens: Path, length: int) -> Path:
     return tokens
 
 
-def _new_folder(folder: Path) -> Path:
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"out: {folder} is not an empty folder; name another")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: cannot make the folder {folder}: {error.strerror}") from error
-    return folder
-
-
-def _named(paths: tuple[Path, ...] | None, default: str) -> str:
+def _text_name(paths: tuple[Path, ...] | None, default: str) -> str:
     return default if paths is None else ", ".join(map(str, paths))
 
 
 def _pretrained(
     options: Comparison, tokens: Path, tokenizer: PreTrainedTokenizerFast, console: Console
 ) -> Path:
-    """A folder with the model that every run starts from; made once, then found in the cache."""
+    """The folder of the model that every run starts from; it is made once and kept in the cache."""
     method = parse_method("adamw:wsd", lr=options.pretrain_lr)
     steps = options.pretrain_steps
     recipe: dict[str, Any] = {
@@ -421,7 +410,7 @@ def _pretrained(
         try:
             (Path(scratch) / "model").rename(folder)
         except OSError:
-            if not folder.exists():  # or another process was faster: its model is the same
+            if not folder.exists():  # another process was not faster
                 raise
     return folder
 
@@ -429,7 +418,7 @@ def _pretrained(
 def _affordable_steps(
     setting: Setting, runs: list[Run], minutes: float, workers: int, threads: int
 ) -> int:
-    """Steps for which all runs fit into the time, from short runs of each kind in this process."""
+    """Steps for which all runs fit into the time, from a short run of each kind."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     probes: dict[tuple[str, str | None], tuple[float, float]] = {}
@@ -442,14 +431,14 @@ def _affordable_steps(
         per_step += step
         evaluating += evaluation * _evaluated(run) * (setting.evaluations + 1)
     torch.set_num_threads(before)
-    # Workers get in each other's way, take about 10 s to start, and may wait for the last run.
+    # Workers slow each other down, take some 10 s to start, and may wait for the last run.
     share = math.ceil(len(runs) / workers) / len(runs)
     seconds = (60 * minutes - 10) / share / 1.25 - evaluating
     return max(1, min(setting.steps, int(seconds / per_step)))
 
 
 def _probe(setting: Setting, run: Run) -> tuple[float, float]:
-    """Seconds that a step of the run takes, and one evaluation of one model."""
+    """Seconds of a step of the run, and of one evaluation of one model."""
     marks: list[float] = []
 
     def watch(step: int, losses: dict[str, float]) -> bool:
@@ -465,5 +454,5 @@ def _probe(setting: Setting, run: Run) -> tuple[float, float]:
 
 
 def _evaluated(run: Run) -> int:
-    """Models that one evaluation of the run scores: the live one, and what differs from it."""
+    """Number of models that an evaluation scores: the live one and the averages."""
     return len({method for method in run.methods if method.name != "adamw"}) + 1

@@ -4,7 +4,6 @@ import base64
 import functools
 import gzip
 import itertools
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -24,32 +23,42 @@ from rich.text import Text
 
 from ..auto import AUTO
 from ..train import InputError, Options
+from ..train.folder import (
+    MANIFEST,
+    METRICS,
+    RECIPE,
+    REPORT,
+    TRAINING,
+    JsonLines,
+    is_begun,
+    manifest_of,
+    read_lines,
+    recipe_of,
+)
 from ..train.methods import all_options
 from ..train.page import COLOURS, render
-from ..train.recipe import MEASURING, METHOD, RESUMABLE, Recipe, keys_with, read_recipe
+from ..train.recipe import MEASURING, METHOD, RESUMABLE, Recipe, keys_with
 from .statistics import interval
 
-METRICS, MANIFEST, RECIPE = "metrics.jsonl", "manifest.json", "recipe.yaml"
-FILES = (METRICS, MANIFEST, RECIPE, "training.jsonl", "report.html")  # to link to
+LINKED_FILES = (METRICS, MANIFEST, RECIPE, TRAINING, REPORT)
 WORDS = ("name", "schedule", "base", "gain", "state")
-AXES = tuple(name for name in all_options() if name not in WORDS)  # numeric, of methods
-# What of a configuration belongs to a method or a seed, or changes no loss; what else differs
-# makes another setting.
-WITHIN = keys_with(METHOD, RESUMABLE, MEASURING) | {
+AXES = tuple(name for name in all_options() if name not in WORDS)  # numeric options
+# Keys that may differ within a setting: they belong to a method or a seed, or change no loss.
+WITHIN_SETTING = keys_with(METHOD, RESUMABLE, MEASURING) | {
     *("methods", "seeds", "minutes", "workers", "out", *AXES),
 }
-BASELINE = "adamw"
+DEFAULT_BASELINE = "adamw"
 
 
-class Report(Options):
-    """Make one interactive page of any runs: tables, curves, heat maps, what differs, the data.
+class ReportOptions(Options):
+    """Make one interactive page of any runs: tables, curves, heat maps, configurations, data.
 
-    It reads the folders that train, compare, sweep and figures write, and is one file that needs
+    It reads the folders that train, compare, sweep and figure write. The page is one file and needs
     no network.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs, or folders that hold such at any depth."""
+    """Folders of runs, or folders with such folders at any depth."""
     out: Path = Path("report.html")
     """The page, NAME.html. Its links to the data are relative to it."""
 
@@ -59,8 +68,8 @@ class Report(Options):
 Diverged = BeforeValidator(lambda loss: math.inf if loss is None else loss)
 
 
-class Row(BaseModel):
-    """One evaluation of one method in one training run: the one format of all that is read.
+class Point(BaseModel):
+    """One evaluation of one method in one training run; all folders are read into this format.
 
     Losses are in nats a token, and infinite after divergence. None: there is no such number.
     """
@@ -69,7 +78,7 @@ class Row(BaseModel):
 
     setting: str = ""  # model, data and budget
     run: str
-    label: str  # the method with its options, but for the learning rate
+    label: str  # the method with its options, without the learning rate
     name: str
     schedule: str = "constant"
     base: str | None = None
@@ -90,25 +99,22 @@ class Row(BaseModel):
 
     @property
     def family(self) -> str:
-        """What is left of a method without its numbers."""
+        """The method without its numbers."""
         schedule = None if self.schedule == "constant" else self.schedule
         gain = self.gain and f"gain={self.gain}"
         state = "state=bf16" if self.state == "bf16" else None
         return " ".join(filter(None, (self.name, self.base, schedule, gain, state)))
 
 
-Lines = list[tuple[int, dict[str, Any]]]  # with their numbers
-
-
 @dataclass
 class Source:
-    """What one folder holds."""
+    """The content of one folder."""
 
     folder: Path
     manifest: dict[str, Any]
     configuration: dict[str, Any]  # flat: `config.hidden_size`
-    rows: list[Row]
-    settings: dict[str, dict[str, Any]]  # name -> all that decides it, as far as it is known
+    rows: list[Point]
+    settings: dict[str, dict[str, Any]]  # name -> the keys that define it, as far as known
     notes: list[str]
 
 
@@ -116,7 +122,7 @@ def find(paths: Iterable[Path]) -> list[Path]:
     """The folders that hold metrics among the given ones and below them, each once.
 
     Raises:
-        InputError: one is no folder, or there is nothing in it.
+        InputError: one is no folder, or holds no metrics.
     """
     found: dict[Path, Path] = {}
     for path in paths:
@@ -146,96 +152,60 @@ def read(folder: Path) -> Source:
     Raises:
         InputError: a file of it is missing or broken.
     """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(_bytes(path))
-    except ValueError as error:  # not UTF-8 among them
-        raise InputError(f"{path} is not JSON ({error}); mend it or leave out {folder}") from error
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path} is not a JSON object; mend it or leave out {folder}")
-    trained = "recipe" in manifest and (folder / RECIPE).is_file()
-    configuration = _flat(_object(manifest.get("recipe" if trained else "configuration")))
-    if "steps" in manifest:  # those taken: not all were affordable, or epochs were given
+    manifest = manifest_of(folder)
+    trained = "recipe" in manifest and is_begun(folder)
+    configuration = _dotted(_object(manifest.get("recipe" if trained else "configuration")))
+    if "steps" in manifest:  # the steps taken, for runs by epochs or minutes
         configuration["steps"] = manifest["steps"]
-    lines, torn = _lines(folder / METRICS)
+    lines, torn = read_lines(folder / METRICS)
     rows = []
     for number, values in _trained(folder, lines) if trained else lines:
         try:
             numbers = {k: None if x == AUTO else x for k, x in values.items()}
             options = {axis: numbers.get(axis) for axis in AXES}
-            rows.append(Row(**{**values, "options": options}))
+            rows.append(Point(**{**values, "options": options}))
         except ValidationError as error:
             first = error.errors()[0]
             raise InputError(
-                f"{folder / METRICS}, line {number}: {first['loc'][0]}: {first['msg']}; this is "
-                f"no evaluation as paceline writes it, leave out {folder}"
+                f"{folder / METRICS}, line {number}: {first['loc'][0]}: {first['msg']}; it is "
+                f"not an evaluation that paceline wrote, leave out {folder}"
             ) from error
     failed = _grouped(_object(manifest.get("failed")).items(), lambda item: item[1])
     notes = [f"{', '.join(run for run, _ in all_)} failed: {why}" for why, all_ in failed.items()]
     notes += ["it was interrupted"] if manifest.get("interrupted") else []
-    notes += [f"the last line of {METRICS} is torn, and was passed over"] if torn else []
+    notes += [f"the last line of {METRICS} is torn, and was skipped"] if torn else []
     notes += [] if rows else ["there is no evaluation in it"]
     named = dict.fromkeys(row.setting for row in rows if row.setting)
     tasks = _object(manifest.get("tasks"))
-    settings = {name: _flat(_object(tasks.get(name))) for name in named}
+    settings = {name: _dotted(_object(tasks.get(name))) for name in named}
     if not named:
         short = _setting(folder, configuration, manifest)
-        settings = {short: {k: v for k, v in configuration.items() if k not in WITHIN}}
+        settings = {short: {k: v for k, v in configuration.items() if k not in WITHIN_SETTING}}
         rows = [row.model_copy(update={"setting": short}) for row in rows]
     return Source(folder, manifest, configuration, rows, settings, notes)
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"cannot read {path}: {error.strerror}; a run's folder has {METRICS} and {MANIFEST}"
-        ) from error
-
-
-def _lines(path: Path) -> tuple[Lines, bool]:
-    """The objects of a file of JSON lines, and whether a kill has torn its last line."""
-    lines: Lines = []
-    *whole, rest = _bytes(path).split(b"\n")
-    for number, line in enumerate([*whole, rest], 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line, parse_constant=lambda _: None)  # NaN is null to others
-            if not isinstance(values, dict):
-                raise ValueError("no object")
-        except ValueError as error:  # not UTF-8 among them
-            if number > len(whole):
-                return lines, True
-            raise InputError(
-                f"{path}, line {number} is not a JSON object ({error}); mend or delete that line"
-            ) from error
-        lines.append((number, values))
-    return lines, False
 
 
 def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        flat |= _dotted(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 
-def _trained(folder: Path, lines: Lines) -> Lines:
+def _trained(folder: Path, lines: JsonLines) -> JsonLines:
     """A training run's evaluations, in the format of the others."""
     try:
-        recipe = Recipe(**read_recipe(str(folder / RECIPE)))
+        recipe = Recipe(**recipe_of(folder, option="runs"))
     except InputError as error:
         raise InputError(f"{folder / RECIPE} cannot be used: {error}") from error
     method, name = recipe.parsed, folder.resolve().name
     facts = {"run": name, "trained_with": name, "label": method.label, **method.row}
-    rows: Lines = []
+    rows: JsonLines = []
     pull: dict[str, Any] = {}
     for number, entry in lines:
         pull |= {key: entry[key] for key in ("gain_mean", "clipped") if key in entry}
@@ -248,7 +218,7 @@ def _trained(folder: Path, lines: Lines) -> Lines:
 
 
 def _setting(folder: Path, configuration: dict[str, Any], manifest: dict[str, Any]) -> str:
-    """The name that a source gives its setting, if its rows do not."""
+    """The name of a source's setting, from its configuration."""
     if "task" in configuration:
         model = configuration.get("model") or configuration.get("config.model_type")
         default = "chitchat" if configuration["task"] == "sft" else "python"
@@ -271,7 +241,7 @@ def _grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, lis
 
 
 def tell_apart(sources: Iterable[Source]) -> None:
-    """Add to settings of one name what differs between folders, so that only equals are pooled."""
+    """Add the differing keys to settings of one name, so that only equal settings are pooled."""
     pairs = [(source, name) for source in sources for name in source.settings]
     for name, group in _grouped(pairs, lambda pair: pair[1]).items():
         known = [source.settings[name] for source, _ in group if source.settings[name]]
@@ -299,18 +269,18 @@ def _text(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Cell:
+class MethodRuns:
     """The runs of one method at one learning rate in one setting."""
 
     setting: str
     label: str
     lr: float
-    runs: dict[int, list[Row]]  # seed -> rows by steps
-    finished: bool  # or else only part of the way
+    runs: dict[int, list[Point]]  # seed -> rows by steps
+    finished: bool  # False: the runs ended before their budget
 
     @property
-    def first(self) -> Row:
-        """Any row, for what they share."""
+    def first(self) -> Point:
+        """A row, for the values that all rows share."""
         return next(iter(self.runs.values()))[0]
 
     @property
@@ -323,12 +293,12 @@ class Cell:
         return {seed: getattr(rows[-1], f"{which}_loss") for seed, rows in self.runs.items()}
 
     def mean(self, which: str = "returned", seeds: Iterable[int] = ()) -> float:
-        """Mean loss over those seeds, or all; infinite where one diverged."""
+        """Mean loss over these seeds, or all; infinite if a run diverged."""
         losses = self.losses(which)
         return fmean([losses[seed] for seed in seeds] or losses.values())
 
     def show(self, which: str = "returned") -> str:
-        """Mean and range over seeds; or how many diverged."""
+        """Mean and range over seeds, or the number of diverged runs."""
         losses = self.losses(which).values()
         if lost := sum(map(math.isinf, losses)):
             return "diverged" if len(losses) == 1 else f"diverged in {lost} of {len(losses)}"
@@ -338,13 +308,13 @@ class Cell:
         return f"{fmean(losses):.4f}{spread}"
 
 
-def gather(sources: Iterable[Source]) -> list[Cell]:
+def gather(sources: Iterable[Source]) -> list[MethodRuns]:
     """All runs by setting, method and learning rate, in order of appearance.
 
-    Runs that ended before their budget without divergence are left out where others of their cell
-    did not; the sources get notes of them, and of runs that another folder has too.
+    Unfinished runs are left out if other runs of their method, rate and setting are finished. The
+    sources get notes of them, and of runs that another folder has too.
     """
-    cells: dict[tuple[str, str, float], dict[int, tuple[list[Row], bool]]] = {}
+    cells: dict[tuple[str, str, float], dict[int, tuple[list[Point], bool]]] = {}
     for source in sources:
         longest = max((row.step for row in source.rows), default=0)
         budget = source.configuration.get("steps")
@@ -353,7 +323,7 @@ def gather(sources: Iterable[Source]) -> list[Cell]:
         for (setting, label, lr, seed), found in _grouped(
             source.rows, lambda row: (row.setting, row.label, row.lr, row.seed)
         ).items():
-            by_step = {row.step: row for row in found}  # of one that ran twice, the last
+            by_step = {row.step: row for row in found}  # the last row, if a step was run twice
             rows = [by_step[step] for step in sorted(by_step)]
             last = rows[-1]
             finished = last.step >= (last.steps or budget) or math.isinf(last.returned_loss)
@@ -371,14 +341,14 @@ def gather(sources: Iterable[Source]) -> list[Cell]:
     for names, runs in cells.items():
         finished = any(done for _, done in runs.values())
         kept = {seed: rows for seed, (rows, done) in sorted(runs.items()) if done == finished}
-        gathered.append(Cell(*names, kept, finished))
+        gathered.append(MethodRuns(*names, kept, finished))
     return gathered
 
 
-Shown = tuple[str, str]  # what a table sorts by, "" where there is nothing; and what it shows
+Shown = tuple[str, str]  # the number that a table sorts by, or ""; and the text that it shows
 
 
-def difference(a: Cell, b: Cell) -> Shown:
+def difference(a: MethodRuns, b: MethodRuns) -> Shown:
     """Returned loss of `a` less that of `b`, paired over the seeds of both, nats a token."""
     if a is b:
         return "0", "baseline"
@@ -403,44 +373,44 @@ def difference(a: Cell, b: Cell) -> Shown:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableLine:
     """A line of a table."""
 
-    cell: Cell
-    name: str  # by which it can be the baseline of its group
+    cell: MethodRuns
+    name: str  # its name as the baseline of its group
     group: tuple[Any, ...]
     best: bool  # of its group
 
 
 @dataclass
 class Table:
-    """Lines that are compared within groups, with any of their names as the baseline."""
+    """Lines that are compared within groups, with any name as the baseline."""
 
     title: str
-    at: str  # where the baseline is taken
-    entries: list[Entry]
+    at: str  # which run of the baseline is meant, such as "at the same rate"
+    entries: list[TableLine]
     notes: Sequence[str] = ()
 
     @property
     def baselines(self) -> list[str]:
         """Names, the default first."""
         names = dict.fromkeys(entry.name for entry in self.entries)
-        return sorted(names, key=lambda name: name != BASELINE)
+        return sorted(names, key=lambda name: name != DEFAULT_BASELINE)
 
     @functools.cached_property
     def differences(self) -> list[list[Shown]]:
-        """Of each entry to each baseline."""
+        """The difference of each line to each baseline."""
         cells = {(entry.group, entry.name): entry.cell for entry in self.entries}
 
-        def to(name: str, entry: Entry) -> Shown:
+        def to(name: str, entry: TableLine) -> Shown:
             baseline = cells.get((entry.group, name))
             return difference(entry.cell, baseline) if baseline else ("", f"no {name} here")
 
         return [[to(name, entry) for entry in self.entries] for name in self.baselines]
 
 
-def tables(cells: Iterable[Cell]) -> list[Table]:
-    """Each kind of method at its best setting and each method at its best rate; equal rates."""
+def tables(cells: Iterable[MethodRuns]) -> list[Table]:
+    """Tables of methods at their best options, at their best rates, and at equal rates."""
     done = [cell for cell in cells if cell.finished]
     found = [
         _at_the_best(
@@ -461,15 +431,17 @@ def tables(cells: Iterable[Cell]) -> list[Table]:
             _entries([(cell, cell.label, (cell.setting, cell.lr)) for cell in done]),
         ),
     ]
-    # Not those that would say the same again.
+    # Tables that would have the same lines again are left out.
     families, methods, everything = (len(table.entries) for table in found)
     rates = {(cell.setting, cell.lr) for cell in done}
     several = everything > methods or len(rates) > len({cell.setting for cell in done})
     return found[0 if families < methods else 1 : 3 if several else 2]
 
 
-def _at_the_best(title: str, at: str, cells: Iterable[Cell], name: Callable[[Cell], str]) -> Table:
-    """The best cell of each name in each setting, and what it was chosen by."""
+def _at_the_best(
+    title: str, at: str, cells: Iterable[MethodRuns], name: Callable[[MethodRuns], str]
+) -> Table:
+    """The best runs of each name in each setting, and a note on how they were chosen."""
     groups = _grouped(cells, lambda cell: (cell.setting, name(cell)))
     entries = _entries([(best(group), key[1], key[:1]) for key, group in groups.items()])
     chosen = _grouped(
@@ -479,43 +451,43 @@ def _at_the_best(title: str, at: str, cells: Iterable[Cell], name: Callable[[Cel
     for by, choices in chosen.items():
         settings = "; ".join(dict.fromkeys(group[0].setting for group in choices))
         how = (
-            "by the returned model's loss on another split than the one that is shown"
+            "by the returned model's loss on another split than the losses shown"
             if by
-            else "by the very numbers that are shown, as there is no selection loss: this flatters "
-            "what had more to choose from"
+            else "by the losses shown, as there is no selection loss: this flatters methods with "
+            "more settings"
         )
         notes.append(f"{settings}: chosen {how}.")
     return Table(title, at, entries, notes)
 
 
-def _entries(lines: list[tuple[Cell, str, tuple[Any, ...]]]) -> list[Entry]:
+def _entries(lines: list[tuple[MethodRuns, str, tuple[Any, ...]]]) -> list[TableLine]:
     """Group by group, the best first."""
     return [
-        Entry(cell, name, group, cell.mean() == here[0][0].mean() < math.inf)
+        TableLine(cell, name, group, cell.mean() == here[0][0].mean() < math.inf)
         for group, unsorted in _grouped(lines, lambda line: line[2]).items()
         for here in [sorted(unsorted, key=lambda line: line[0].mean())]
         for cell, name, _ in here
     ]
 
 
-def best(cells: Sequence[Cell]) -> Cell:
-    """The one of least mean loss over the seeds of all, by selection losses where all have them."""
+def best(cells: Sequence[MethodRuns]) -> MethodRuns:
+    """The runs with the lowest mean loss over common seeds, by selection loss if all have one."""
     seeds = set.intersection(*(set(cell.runs) for cell in cells))
     which = "selection" if _selected(cells) else "returned"
     return min(cells, key=lambda cell: cell.mean(which, sorted(seeds)))
 
 
-def _selected(cells: Iterable[Cell]) -> bool:
+def _selected(cells: Iterable[MethodRuns]) -> bool:
     return all(loss is not None for cell in cells for loss in cell.losses("selection").values())
 
 
 # ---- curves and maps ----------------------------------------------------------------------------
 
 
-def curves(cells: Iterable[Cell]) -> list[dict[str, Any]]:
-    """One series a cell: means over seeds at each step, and the range of the returned loss.
+def curve_series(cells: Iterable[MethodRuns]) -> list[dict[str, Any]]:
+    """One series for each method and rate: means over seeds at each step, and the loss's range.
 
-    None after divergence, and where there is no such number.
+    A value is None after divergence, or if there is no such number.
     """
     cells = list(cells)
     done = [cell for cell in cells if cell.finished]
@@ -551,19 +523,19 @@ def curves(cells: Iterable[Cell]) -> list[dict[str, Any]]:
 
 
 def _over(
-    groups: list[list[Row]], key: str, how: Callable[[list[float]], float] = fmean
+    groups: list[list[Point]], key: str, how: Callable[[list[float]], float] = fmean
 ) -> list[float | None]:
     values = [[getattr(row, key) for row in group] for group in groups]
     lost = {None, math.inf}
-    return [None if lost & {*here} else _finite(how(here)) for here in values]
+    return [None if lost & {*here} else _rounded(how(here)) for here in values]
 
 
-def _finite(value: float) -> float | None:
+def _rounded(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def maps(cells: Iterable[Cell]) -> list[dict[str, Any]]:
-    """The points of settings and families that vary two numeric options or more, fullest first."""
+def map_points(cells: Iterable[MethodRuns]) -> list[dict[str, Any]]:
+    """The points of kinds of methods with two varied options or more, most points first."""
     done = [cell for cell in cells if cell.finished]
     found = []
     for (setting, family), group in _grouped(
@@ -574,7 +546,7 @@ def maps(cells: Iterable[Cell]) -> list[dict[str, Any]]:
             points = [
                 {
                     "at": [cell.first.options[axis] for axis in axes],
-                    "loss": _finite(cell.mean()),
+                    "loss": _rounded(cell.mean()),
                     "seeds": cell.count,
                 }
                 for cell in group
@@ -589,9 +561,9 @@ Line = tuple[str, list[str]]  # a key, and its value in each folder
 
 
 def configurations(sources: Iterable[Source]) -> tuple[list[Line], list[Line]]:
-    """What differs between the folders or within one, and the rest.
+    """The keys that differ between folders or within one, and the other keys.
 
-    A key that not all folders have is in the rest, unless it differs among those that have it.
+    A key that some folders lack counts as equal, unless it differs among those that have it.
     """
     columns: list[dict[str, str]] = []
     varied: set[str] = set()
@@ -606,7 +578,7 @@ def configurations(sources: Iterable[Source]) -> tuple[list[Line], list[Line]]:
                     found.setdefault(key, {})[_text(value)] = None
         varied |= {key for key, values in found.items() if len(values) > 1}
         facts |= {key: ", ".join(values) for key, values in found.items()}
-        columns.append(facts | {key: _text(value) for key, value in _flat(made).items() if value})
+        columns.append(facts | {key: _text(value) for key, value in _dotted(made).items() if value})
     differing: list[Line] = []
     rest: list[Line] = []
     for key in dict.fromkeys(itertools.chain(*columns)):
@@ -620,22 +592,22 @@ def configurations(sources: Iterable[Source]) -> tuple[list[Line], list[Line]]:
 # ---- the page -----------------------------------------------------------------------------------
 
 
-def report(options: Report, console: Console) -> None:
-    """Write the page, print its first table and where the page is.
+def report_command(options: ReportOptions, console: Console) -> None:
+    """Write the page; print its first table and its path.
 
     Raises:
-        InputError: something given cannot be read, or the page cannot be written.
+        InputError: a folder cannot be read, or the page cannot be written.
     """
     out = options.out
     if out.suffix != ".html" or out.is_dir():
-        raise InputError(f"out: {out} is no name of a page; give one that ends in .html")
+        raise InputError(f"out: {out} is no name of a page; give a name that ends in .html")
     sources = [read(folder) for folder in find(options.runs)]
     tell_apart(sources)
     cells = gather(sources)
     if not cells:
         raise InputError(f"runs: there is no evaluation in {sources[0].folder} yet; train longer")
     found = tables(cells)
-    names = _short(sources)
+    names = _folder_names(sources)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         render(
@@ -650,8 +622,8 @@ def report(options: Report, console: Console) -> None:
             data={
                 "colours": COLOURS,
                 "tables": [table.differences for table in found],
-                "curves": curves(cells),
-                "maps": maps(cells),
+                "curves": curve_series(cells),
+                "maps": map_points(cells),
             },
             # A third of its size; the browser unpacks it.
             plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
@@ -666,8 +638,8 @@ def report(options: Report, console: Console) -> None:
     console.print(f"Report: {out} ({size:.1f} MB)", highlight=False, markup=False, soft_wrap=True)
 
 
-def _short(sources: Sequence[Source]) -> list[str]:
-    """Names of the folders, relative to the nearest that holds all."""
+def _folder_names(sources: Sequence[Source]) -> list[str]:
+    """Names of the folders, relative to their common parent."""
     folders = [source.folder.resolve() for source in sources]
     common = os.path.commonpath([folder.parent for folder in folders])
     return [folder.relative_to(common).as_posix() for folder in folders]
@@ -675,7 +647,7 @@ def _short(sources: Sequence[Source]) -> list[str]:
 
 def _links(out: Path, source: Source) -> dict[str, str]:
     """Files of a folder, by name: addresses relative to the page."""
-    there = [name for name in FILES if (source.folder / name).exists()]
+    there = [name for name in LINKED_FILES if (source.folder / name).exists()]
     folder = Path(os.path.relpath(source.folder.resolve(), out.resolve().parent))
     return {name: quote((folder / name).as_posix()) for name in there}
 

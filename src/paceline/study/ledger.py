@@ -82,7 +82,7 @@ class Outcomes(NamedTuple):
         return self.finished.keys() | self.failed.keys()
 
 
-class Plan(Protocol):
+class CellPlan(Protocol):
     """A plan of cells to run."""
 
     name: str
@@ -130,7 +130,7 @@ class Ledger(Queue):
         InputError: the storage cannot be used.
     """
 
-    def __init__(self, url: str, plan: Plan) -> None:
+    def __init__(self, url: str, plan: CellPlan) -> None:
         self.plan = plan
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
@@ -451,7 +451,7 @@ class SharedOptions(Options):
     """Try failed trainings again."""
 
 
-def open_ledger(options: SharedOptions, plan: Plan, folder: Path) -> Ledger:
+def open_ledger(options: SharedOptions, plan: CellPlan, folder: Path) -> Ledger:
     """The ledger of a plan; without a storage in a file of its own.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a comparison says: in the terminal, as curves, and as one page that needs no network."""
+"""The report of a comparison: in the terminal, as curves, and as a page without network."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,41 +13,41 @@ from rich.console import Console
 from rich.table import Table
 
 from ..auto import AUTO
+from ..train.folder import REPORT
 from ..train.page import COLOURS, render, svg
 
-DASHES = ("-", "--", ":")
+LINE_STYLES = ("-", "--", ":")
 
 
 @dataclass
 class Results:
-    """What the finished runs measured: one row for each evaluation of each run."""
+    """The results of a comparison: one row for each evaluation of each finished run."""
 
     total_runs: int
     rows: list[dict[str, Any]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # run: reason
     interrupted: bool = False
 
-    def cells(self) -> "Cells":
+    def final(self) -> "FinalTable":
         """Final losses: method label -> learning rate -> one row a seed.
 
-        Of the seeds that every method finished, where there are such, so that all are compared over
-        the same ones.
+        If every method finished some of the seeds, others are left out, so that means compare.
         """
         last = {row["run"]: row for row in self.rows}  # rows of a run are in order of steps
-        cells: Cells = {}
+        cells: FinalTable = {}
         for row in last.values():
-            cell = cells.setdefault(row["label"], {}).setdefault(row["lr"], Cell({}))
+            cell = cells.setdefault(row["label"], {}).setdefault(row["lr"], FinalLosses({}))
             cell.rows[row["seed"]] = row
         every = [set(cell.rows) for by_rate in cells.values() for cell in by_rate.values()]
         common = set.intersection(*every) if every else set()
         if common:
             for by_rate in cells.values():
                 for lr, cell in by_rate.items():
-                    by_rate[lr] = Cell({seed: cell.rows[seed] for seed in sorted(common)})
+                    by_rate[lr] = FinalLosses({seed: cell.rows[seed] for seed in sorted(common)})
         return cells
 
 
-class Cell(NamedTuple):
+class FinalLosses(NamedTuple):
     """The last row of each seed's run, of one method at one learning rate."""
 
     rows: dict[int, dict[str, Any]]
@@ -57,11 +57,11 @@ class Cell(NamedTuple):
         return [_loss(row[f"{which}_loss"]) for row in self.rows.values()]
 
     def mean(self, which: str = "returned") -> float:
-        """Over the seeds."""
+        """Mean loss over the seeds, nats a token."""
         return fmean(self.losses(which))
 
     def show(self, which: str = "returned") -> str:
-        """Mean, with half the range over seeds where there are several; or `diverged`."""
+        """The mean, with half the range over several seeds; or `diverged`."""
         losses = self.losses(which)
         if not math.isfinite(self.mean(which)):
             return "diverged"
@@ -69,17 +69,17 @@ class Cell(NamedTuple):
         return f"{self.mean(which):.3f}{spread}"
 
 
-Cells = dict[str, dict[float, Cell]]
+FinalTable = dict[str, dict[float, FinalLosses]]
 
 
 def _loss(value: float | None) -> float:
-    return math.inf if value is None else value  # a diverged run is the worst, not missing
+    return math.inf if value is None else value  # a diverged run counts as the worst
 
 
 def write_report(
     results: Results, manifest: dict[str, Any], folder: Path, console: Console
 ) -> None:
-    """Print the table and the verdict; write curves.png and report.html into the folder."""
+    """Print the table and its sentences; write curves.png and report.html into the folder."""
     finished = len({row["run"] for row in results.rows})
     if results.interrupted:
         console.print(f"Interrupted: {finished} of {results.total_runs} runs were finished.")
@@ -89,15 +89,15 @@ def write_report(
     if not finished:
         console.print("No run was finished, so there is no report.")
         return
-    cells = results.cells()
+    cells = results.final()
     sentences = verdict(results)
-    console.print(_table(cells))
+    console.print(_loss_table(cells))
     for sentence in sentences:
         console.print(f"• {sentence}", highlight=False, markup=False)
-    figure = curves(results)
+    figure = draw_curves(results)
     FigureCanvasAgg(figure).print_png(str(folder / "curves.png"))
     render(
-        folder / "report.html",
+        folder / REPORT,
         "paceline.study",
         "report.html.j2",
         cells=cells,
@@ -112,17 +112,17 @@ def write_report(
     console.print(f"\nReport: {folder / 'report.html'}", highlight=False, markup=False)
 
 
-def rates(cells: Cells) -> list[float]:
+def rates(cells: FinalTable) -> list[float]:
     """All learning rates, ascending."""
     return sorted({lr for by_rate in cells.values() for lr in by_rate})
 
 
-def best_at(cells: Cells, lr: float) -> float:
+def best_at(cells: FinalTable, lr: float) -> float:
     """The lowest mean loss of a returned model at a learning rate."""
     return min(by_rate[lr].mean() for by_rate in cells.values() if lr in by_rate)
 
 
-def _table(cells: Cells) -> Table:
+def _loss_table(cells: FinalTable) -> Table:
     table = Table(title="Validation loss, nats a token: live weights → returned model")
     table.add_column("method")
     for lr in rates(cells):
@@ -146,8 +146,8 @@ def _table(cells: Cells) -> Table:
 
 
 def verdict(results: Results) -> list[str]:
-    """Which method won, by how much and over how many seeds, as sentences."""
-    cells = results.cells()
+    """Sentences on which method has the lowest loss, by how much, and over how many seeds."""
+    cells = results.final()
     sentences = []
     for lr in rates(cells):
         here = {label: by_rate[lr] for label, by_rate in cells.items() if lr in by_rate}
@@ -168,37 +168,38 @@ def verdict(results: Results) -> list[str]:
         listed = ", ".join(f"{label} {best[label].show().split(' ')[0]}" for label in ranked)
         chosen = any(len(by_rate) > 1 for by_rate in cells.values())
         sentences.append(
-            f"Each at its best learning rate: {_winner(best)} All: {listed}."
-            + (" The rates were picked on the text that the numbers are from." if chosen else "")
+            f"Each method at its best learning rate: {_winner(best)} All: {listed}."
+            + (" The rates were chosen on the same text as these losses." if chosen else "")
         )
     seeds = [set(cell.rows) for by_rate in cells.values() for cell in by_rate.values()]
     if not set.intersection(*seeds):
-        sentences.append("No seed was finished by all methods: their means do not compare.")
+        sentences.append("No seed was finished by all methods, so their means do not compare.")
     elif max(map(len, seeds)) == 1:
         sentences.append(
-            "One seed: there is no spread here by which to judge small differences; "
-            "--seeds 0,1,2 gives one."
+            "With one seed there is no spread to judge small differences by; give --seeds 0,1,2."
         )
     used = set.union(*seeds)
     if used < {row["seed"] for row in results.rows}:
         sentences.append(
-            f"All this is of seed {', '.join(map(str, sorted(used)))}, which every method here "
-            "finished; what else was finished is in the curves and in metrics.jsonl."
+            f"Losses are those of seed {', '.join(map(str, sorted(used)))}, which every method "
+            "finished. The curves and metrics.jsonl have the other finished runs too."
         )
     return sentences
 
 
-def _winner(cells: dict[str, Cell]) -> str:
-    """The best returned model, and its lead over the next."""
+def _winner(cells: dict[str, FinalLosses]) -> str:
+    """The returned model with the lowest loss, and its lead over the next."""
     winner, second = sorted(cells, key=lambda label: cells[label].mean())[:2]
     if cells[winner].mean() == math.inf:
         return "all diverged."
-    lead = _difference(cells[winner], cells[second])
-    return f"{winner} returns the best model, {cells[winner].show()}, {lead} {second}."
+    lead = _difference(cells[winner], cells[second], second)
+    return f"{winner} has the lowest loss, {cells[winner].show()}, {lead}."
 
 
-def _about_the_pull(label: str, cell: Cell, here: dict[str, Cell], lr: float) -> list[str]:
-    """PACE against the EMA that differs in the pull alone, and against its twins."""
+def _about_the_pull(
+    label: str, cell: FinalLosses, here: dict[str, FinalLosses], lr: float
+) -> list[str]:
+    """Sentences on PACE against the EMA without its pull, and against its twins."""
     sentences = []
     mine = next(iter(cell.rows.values()))
     for other, its in here.items():
@@ -206,49 +207,49 @@ def _about_the_pull(label: str, cell: Cell, here: dict[str, Cell], lr: float) ->
         if facts["name"] != "ema" or facts["kappa"] != mine["kappa"]:
             continue
         alike = facts["schedule"] == mine["schedule"] and facts["twin_gain"] == mine["twin_gain"]
-        # docs/theory.md: where it is not clipped
+        # The ε that the pull amounts to where it is not clipped; see docs/theory.md.
         c = math.nan if mine["pullback"] == AUTO else mine["pullback"]
         amounts_to = (mine["eps"] or 1e-8) + lr * c
         if alike and facts["eps"] != mine["eps"]:
             if math.isclose(facts["eps"] or 1e-8, amounts_to, rel_tol=0.01):
                 sentences.append(
-                    f"And against the ε that its pull amounts to: {label} returns a model "
-                    f"{_difference(cell, its)} {other}."
+                    f"Against the ε that its pull amounts to, the loss of {label} is "
+                    f"{_difference(cell, its, other)}."
                 )
         elif alike:
             sentences.append(
-                f"What the pull alone does there: {label} returns a model "
-                f"{_difference(cell, its)} {other}."
+                f"Against the same average without the pull, the loss of {label} is "
+                f"{_difference(cell, its, other)}."
             )
         elif facts["schedule"] == "twin" and mine["schedule"] == "constant":
             sentences.append(
-                f"And against the schedule of a gain of {facts['twin_gain']:g}: {label} "
-                f"returns a model {_difference(cell, its)} {other}."
+                f"Against the schedule of a gain of {facts['twin_gain']:g}, the loss of {label} is "
+                f"{_difference(cell, its, other)}."
             )
     gains = [row["gain_mean"] for row in cell.rows.values() if row["gain_mean"] is not None]
     if sentences and gains:
         clipped = fmean(row["clipped"] for row in cell.rows.values())
         sentences.append(
-            f"The gain of {label} is {fmean(gains):.2f} in the mean at the end, and "
+            f"At the end, the mean gain of {label} is {fmean(gains):.2f}, and "
             f"{clipped:.1%} of the coordinates are clipped."
         )
     return sentences
 
 
-def _difference(a: Cell, b: Cell) -> str:
-    """`a` relative to `b`, paired over the seeds that both have; ends in `than` or the like."""
+def _difference(a: FinalLosses, b: FinalLosses, name: str) -> str:
+    """The loss of `a` relative to `b`, which has this name, paired by seed."""
     pairs = [
         _loss(row["returned_loss"]) - _loss(b.rows[seed]["returned_loss"])
         for seed, row in a.rows.items()
         if seed in b.rows
     ]
     if not pairs:
-        return "which shares no seed with"
+        return f"not comparable with {name}, which has no seed in common"
     if not all(map(math.isfinite, pairs)):
-        return "while there was divergence in"
+        return f"not comparable with {name}, as a run diverged"
     mean = fmean(pairs)
     if abs(mean) < 0.0005:
-        return "equal to that of"
+        return f"equal to that of {name}"
     word = "lower" if mean < 0 else "higher"
     spread = ""
     if len(pairs) > 1:
@@ -256,27 +257,27 @@ def _difference(a: Cell, b: Cell) -> str:
         spread = (
             f" ({min(pairs):+.3f} to {max(pairs):+.3f}, {word} in {agreeing} of {len(pairs)} seeds)"
         )
-    return f"{abs(mean):.3f} nats {word}{spread} than"
+    return f"{abs(mean):.3f} nats {word}{spread} than {name}"
 
 
 # ---- as curves ----------------------------------------------------------------------------------
 
 
-def curves(results: Results) -> Figure:
-    """Loss against steps, a panel for each learning rate: returned thick, live thin and dotted."""
-    cells = results.cells()
+def draw_curves(results: Results) -> Figure:
+    """Loss against steps, a panel a learning rate: returned thick, live thin and dotted."""
+    cells = results.final()
     columns = rates(cells)
     figure = Figure(figsize=(1.5 + 4.6 * len(columns), 4.4), layout="constrained", dpi=150)
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axis, lr in zip(axes, columns, strict=True):
-        trainings: set[str] = set()  # whose live weights are drawn
+        trainings: set[str] = set()  # those whose live weights are drawn
         for index, label in enumerate(cells):
             rows = [r for r in results.rows if r["label"] == label and r["lr"] == lr]
             if rows:
                 colour = COLOURS[index % len(COLOURS)]
-                dash = DASHES[index // len(COLOURS) % len(DASHES)]
+                dash = LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
                 live = {r["trained_with"] for r in rows}
-                _curve(axis, rows, label, colour, dash, with_live=not live <= trainings)
+                _draw_method(axis, rows, label, colour, dash, with_live=not live <= trainings)
                 trainings |= live
         axis.set_title(f"learning rate {lr:g}")
         axis.set_xlabel("step")
@@ -304,7 +305,7 @@ def curves(results: Results) -> Figure:
     return figure
 
 
-def _curve(
+def _draw_method(
     axis: Axes,
     rows: list[dict[str, Any]],
     label: str,

@@ -205,7 +205,7 @@ def run_all(queue: Queue, workers: int, threads: int, console: Console) -> None:
 
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """Hold back Ctrl-C, which a terminal sends to workers too; the parent decides when they stop."""
+    """Hold back Ctrl-C, which a terminal sends to workers too; the parent stops them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return

@@ -140,7 +140,7 @@ class MethodGrid:
             raise InputError(f"{self.name}: {error}") from error
 
     def grid(self, drawn: dict[str, Any] | None = None) -> list[Training]:
-        """Its trainings; `drawn` fixes options, and a range without a drawn value is at its low end."""
+        """Its trainings with these drawn options; other ranges are at their low ends."""
         lists = {name: values for name, values in self.lists.items() if name not in (drawn or {})}
         lows = {name: [d.low] for name, d in self.ranges.items() if name not in (drawn or {})}
         found: dict[Method, list[Method]] = {}
