@@ -1,9 +1,9 @@
-"""PACE's step on the CPU beside that of another commit, in one process: what a change costs.
+"""The time of PACE's step on the CPU, relative to another commit in the same process.
 
     python benchmarks/against.py COMMIT
 
-prints the median and quartiles, over 51 rounds, of the time of a step relative to that commit's,
-for the shapes of GPT-2 124M; and of that commit relative to itself, which is the noise.
+prints the median and quartiles over 51 rounds of the ratio of step times to that commit, for the
+shapes of GPT-2 124M. The ratio of that commit to itself shows the noise.
 """
 
 import importlib
@@ -44,7 +44,7 @@ def other_pace(commit, folder):
 
 
 def made(kind, **options):
-    """An optimizer of that class with gradients, one step on."""
+    """An optimizer of that class with gradients, after one step."""
     params = [torch.nn.Parameter(torch.randn(shape) * 0.02) for shape in SHAPES]
     optimizer = kind(params, lr=1e-3, pullback=0.1, **options)
     for p in params:
@@ -54,7 +54,7 @@ def made(kind, **options):
 
 
 def main():
-    """Time them round by round."""
+    """Time both commits in turn."""
     with tempfile.TemporaryDirectory() as folder:
         before = other_pace(sys.argv[1], folder)
         for what, options in OPTIONS.items():

@@ -2,9 +2,9 @@
 
     python benchmarks/averages.py [--out FOLDER]
 
-The settings are chosen by their returned loss with seed 5, and then compared over the seeds 0 to 4,
-paired, with 95 % intervals of Student's t. Prints the table as Markdown; FOLDER
-(default runs/averages) gets both comparisons, and one that is there already is read, not run.
+Settings are chosen by their returned loss with seed 5, and compared over seeds 0 to 4, paired, with
+95 % intervals of Student's t. The table is printed as Markdown. FOLDER gets both comparisons;
+a comparison that is already there is read and not run. Default: runs/averages.
 """
 
 import argparse

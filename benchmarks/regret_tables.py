@@ -1,8 +1,8 @@
-"""What the runs of benchmarks/regret.py say: regrets, and differences of methods, over its seeds.
+"""Tables of the runs of benchmarks/regret.py: regrets and differences of methods over seeds.
 
     python benchmarks/regret_tables.py results/regret
 
-Writes losses.csv, all that the folder has, and tables.md.
+Writes losses.csv with all runs of the folder, and tables.md.
 """
 
 import math
@@ -80,21 +80,21 @@ def frame(done: dict[Cell, dict[str, list[float]]]) -> pd.DataFrame:
 
 
 def rows_of(losses: pd.DataFrame, method: str, average: str) -> pd.DataFrame:
-    """The rows of one setting."""
+    """The rows of one method with one average."""
     return losses[(losses.method == method) & (losses.average == average)]
 
 
 def chosen_after(losses: pd.DataFrame, method: str, averages: tuple[str, ...]) -> pd.DataFrame:
-    """Rows of that of the averages, or of all, which is best by each training's half to choose."""
+    """Rows of each training's best average on the half to choose by, of some averages or all."""
     losses = losses[losses.method == method]
     losses = losses[losses.average.isin(averages)] if averages else losses
     return losses.loc[losses.groupby([*CELL, "seed"]).choose.idxmin()]
 
 
 def best_settings(losses: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
-    """Rows of the best setting of each task, horizon and rate: for each seed that of the others.
+    """Rows of the best setting of each task, horizon and rate; a seed's is chosen by the others.
 
-    Without the rate in `over` it is part of the setting.
+    If `over` has no rate, the rate is part of the setting.
     """
     setting = [*CELL, "method", "average"]
     seeds = losses.groupby(setting).choose.transform("count")
@@ -104,9 +104,9 @@ def best_settings(losses: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
 
 
 def difference(these: pd.DataFrame, those: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
-    """Mean over seeds of what one returns less what the other returns, and its interval.
+    """Mean difference of reported losses over seeds, with its interval.
 
-    There is none where a seed lacks, or both diverged.
+    A cell is left out if a seed is missing, or if both diverged.
     """
     one, other = (x.set_index([*over, "seed"]).report for x in (these, those))
     rows = {
@@ -121,7 +121,7 @@ def difference(these: pd.DataFrame, those: pd.DataFrame, over: list[str] = CELL)
 def by_task(
     title: str, cells: dict[str, pd.DataFrame], say: Callable[[pd.DataFrame], str], nats: bool
 ) -> Listing:
-    """What there is to say of each row's cells by task, and of all, or all in nats, together."""
+    """A text on each row's cells for every task, and for all tasks, or all in nats, together."""
     known = {task for x in cells.values() for task in x.index.get_level_values("task")}
     tasks = [task for task in TASKS if task in known]
     together = [task for task in tasks if not (nats and task.startswith("quadratic"))]
@@ -140,7 +140,7 @@ def signs(x: pd.DataFrame) -> str:
 
 
 def distance(losses: pd.DataFrame, tuned: pd.DataFrame) -> pd.Series:
-    """From AdamW's last weights at a constant rate to the best, where seeds agree on one."""
+    """AdamW's final loss at a constant rate above the best, where its interval is above 0."""
     found = difference(rows_of(losses, "adamw", "live"), tuned)
     return found[found.low > 0].difference
 
@@ -233,7 +233,7 @@ def at_each_rate(losses: pd.DataFrame, tuned: pd.DataFrame) -> Listing:
 
 
 def rivals_of(losses: pd.DataFrame) -> pd.DataFrame:
-    """The methods to tune: without `auto`, its twin and other rules."""
+    """The tuned methods: all except `auto`, its twin and the other rules."""
     return losses[~losses.method.str.contains("auto|[+]")]
 
 
@@ -254,7 +254,7 @@ def tables(losses: pd.DataFrame) -> Iterator[Listing]:
 
 
 def _most(chosen: pd.DataFrame, over: list[str], rate: bool = False) -> pd.Series:
-    """The setting that most seeds have."""
+    """The setting that most seeds chose."""
     said = chosen.method + " " + chosen.average
     if rate:
         said += " at " + chosen.lr.astype(str)

@@ -297,8 +297,8 @@ def by_hand(problem, lr, steps, clip, rule, c=0.0, kappa=0.5, warmup=3):
         if rule and before:
             root = (v / (1 - 0.999**before)).sqrt()
             last = m / (1 - 0.9**before)
-            stake = rate * float(root.sum())
-            auto = min(1.0, max(0.0, (stake - 0.5) / 2))
+            change = rate * float(root.sum())
+            auto = min(1.0, max(0.0, (change - 0.5) / 2))
             if rule == "auto":
                 weight = (1 + t) ** -kappa
                 rate *= weight / (weight + auto * (1 - weight))
@@ -313,7 +313,7 @@ def by_hand(problem, lr, steps, clip, rule, c=0.0, kappa=0.5, warmup=3):
             elif rule == "kappa":
                 asked, power = 1.0, 0.5 * auto
             elif rule == "square":
-                asked = (stake / 2) ** 2
+                asked = (change / 2) ** 2
             elif rule in ("gap", "gap2"):
                 nats = mean(float(gap @ g), before)
                 asked = 10 * nats if rule == "gap" else (20 * max(0, nats)) ** 2

@@ -51,6 +51,16 @@ class Drawn(NamedTuple):
 # ---- parts --------------------------------------------------------------------------------------
 
 
+def _finished(
+    figure: Figure, table: pd.DataFrame, ends: Listing, zoom: float | None = None
+) -> Drawn:
+    """A figure with its legend, zoomed to the end after a share of the steps."""
+    if zoom is not None:
+        _zoom_to_end(figure, zoom)
+    _legend(figure)
+    return Drawn(figure, table, ends)
+
+
 def _panels(rows: int, columns: int, width: float = 3.6, height: float = 3.0) -> tuple[Figure, Any]:
     size = (width * columns + 0.4, height * rows + 0.9)
     figure = Figure(figsize=size, layout="constrained", dpi=150)
@@ -241,9 +251,7 @@ def draw_headline(runs: ScaleRuns, *, since: float = 0.0) -> Drawn:
             _mean_curve(axis, rows, label, LOOKS[label])
             parts.append(rows.assign(setting=f"{task.name}: {label}"))
         _dress(axis, "step", title=task.name)
-    _zoom_to_end(figure, max(0.3, since))
-    _legend(figure)
-    return Drawn(figure, _csv_table(*parts), _listed_headline(runs))
+    return _finished(figure, _csv_table(*parts), _listed_headline(runs), max(0.3, since))
 
 
 def draw_training(runs: ScaleRuns) -> Drawn:
@@ -261,10 +269,10 @@ def draw_training(runs: ScaleRuns) -> Drawn:
             smooth = pd.DataFrame({"step": mean.index, "training_loss": mean.to_numpy()})
             parts.append(smooth.assign(setting=task.name, label=f"{label}: {best[label].label}"))
         _dress(axis, "step", "training loss, live weights, nats a token", task.name)
-    _zoom_to_end(figure)
-    _legend(figure)
     columns = ["setting", "label", "step", "training_loss"]
-    return Drawn(figure, pd.concat(parts, ignore_index=True)[columns], _listed_headline(runs))
+    return _finished(
+        figure, pd.concat(parts, ignore_index=True)[columns], _listed_headline(runs), 0.25
+    )
 
 
 def _listed_maps(runs: ScaleRuns, grids: Grids) -> Listing:
@@ -300,8 +308,7 @@ def draw_maps(runs: ScaleRuns, grids: Grids) -> Drawn:
             _level(axis, adamw.returned_loss, "AdamW", LOOKS["AdamW"])
             _dress(axis, "c", title=f"{task.name}\nlr {lr:g}")
             parts += [rows, averaged[averaged.name.isin(["ema", "adamw"])]]
-    _legend(figure)
-    return Drawn(figure, _csv_table(*parts), _listed_maps(runs, grids))
+    return _finished(figure, _csv_table(*parts), _listed_maps(runs, grids))
 
 
 def draw_rarer(runs: ScaleRuns, kappas: Sequence[float]) -> Drawn:
@@ -319,7 +326,6 @@ def draw_rarer(runs: ScaleRuns, kappas: Sequence[float]) -> Drawn:
             _level(axis, ema.returned_loss, f"EMA, κ = {kappa:g}", LOOKS["EMA"])
             _dress(axis, "c", title=f"κ = {kappa:g}, lr {lr:g}")
             parts += [rows, ema]
-    _legend(figure)
 
     def best(lr: float) -> dict[str, Method]:
         found = {
@@ -331,7 +337,7 @@ def draw_rarer(runs: ScaleRuns, kappas: Sequence[float]) -> Drawn:
         return {**found, f"EMA at {lr:g}": runs.best(task, "ema", lr=lr)}
 
     ends = _listed(runs, [(task, best(lr)) for lr in grid.rates], TUNING)
-    return Drawn(figure, _csv_table(*parts), ends)
+    return _finished(figure, _csv_table(*parts), ends)
 
 
 def draw_clipping(runs: ScaleRuns, grids: Grids) -> Drawn:
@@ -349,10 +355,9 @@ def draw_clipping(runs: ScaleRuns, grids: Grids) -> Drawn:
                 parts.append(rows[["setting", "step", "gain_mean", "clipped"]].assign(**facts))
             axis.set_ylim(-0.02, 1.02)
             _dress(axis, "step", "share clipped", f"{task.name}\nκ = {kappa:g}, lr {lr:g}")
-    _legend(figure)
     columns = ["setting", "label", "lr", "step", "gain_mean", "clipped"]
     table = pd.concat(parts, ignore_index=True)[columns]
-    return Drawn(figure, table, _listed_clipping(runs, grids))
+    return _finished(figure, table, _listed_clipping(runs, grids))
 
 
 def draw_clipped_at_end(runs: ScaleRuns) -> Drawn:
@@ -369,8 +374,7 @@ def draw_clipped_at_end(runs: ScaleRuns) -> Drawn:
         axis.set_ylim(-0.02, 1.02)
         _dress(axis, "c", "share clipped at the end", f"{task.name}\nlr {lr:g}")
         parts.append(rows)
-    _legend(figure)
-    return Drawn(figure, _csv_table(*parts), _listed_clipping(runs, [(task, grid)]))
+    return _finished(figure, _csv_table(*parts), _listed_clipping(runs, [(task, grid)]))
 
 
 def _listed_clipping(runs: ScaleRuns, grids: Grids) -> Listing:
@@ -443,18 +447,14 @@ def draw_schedule_free(runs: ScaleRuns) -> Drawn:
         parts += _method_curves(axis, runs, task, shown, runs.scale.seeds_of(task))
         _dress(axis, "step", title=task.name)
     parts.append(_draw_budgets(runs, runs.scale.main, axes[0][-1]))
-    _zoom_to_end(figure, 0.4)
-    _legend(figure)
-    return Drawn(figure, _csv_table(*parts), _listed_budgets(runs, runs.scale.main))
+    return _finished(figure, _csv_table(*parts), _listed_budgets(runs, runs.scale.main), 0.4)
 
 
 def draw_branches(runs: ScaleRuns) -> Drawn:
     """20: one run against three decays, from scratch."""
     figure, axes = _panels(1, 1, 6.0, 4.0)
     table = _draw_budgets(runs, runs.scale.from_scratch, axes[0][0])
-    _zoom_to_end(figure, 0.4)
-    _legend(figure)
-    return Drawn(figure, table, _listed_budgets(runs, runs.scale.from_scratch))
+    return _finished(figure, table, _listed_budgets(runs, runs.scale.from_scratch), 0.4)
 
 
 def draw_other_data(runs: ScaleRuns) -> Drawn:
@@ -483,8 +483,7 @@ def draw_other_data(runs: ScaleRuns) -> Drawn:
     chosen = {label: runs.best(task, name, **own) for label, name in methods.items()}
     parts += _method_curves(right, runs, task, chosen)
     _dress(right, "step", title=f"lr {rate:g}")
-    _legend(figure)
-    return Drawn(figure, _csv_table(*parts), _listed_maps(runs, [(task, grid)]))
+    return _finished(figure, _csv_table(*parts), _listed_maps(runs, [(task, grid)]))
 
 
 def _best_at_rate(runs: ScaleRuns, task: Task, lr: float) -> dict[str, Method]:
@@ -523,8 +522,7 @@ def draw_across_rates(runs: ScaleRuns) -> Drawn:
         parts.append(rows)
     axis.set_xscale("log")
     _dress(axis, "learning rate", title=f"{task.name}: each at its best of each rate")
-    _legend(figure)
-    return Drawn(figure, _csv_table(*parts), _listed_rates(runs))
+    return _finished(figure, _csv_table(*parts), _listed_rates(runs))
 
 
 def draw_curves_across_rates(runs: ScaleRuns) -> Drawn:
@@ -535,9 +533,7 @@ def draw_curves_across_rates(runs: ScaleRuns) -> Drawn:
     for axis, lr in zip(axes[0], _rates(runs), strict=True):
         parts += _method_curves(axis, runs, task, _best_at_rate(runs, task, lr), TUNING)
         _dress(axis, "step", title=f"{task.name}\nlr {lr:g}")
-    _zoom_to_end(figure, 0.4)
-    _legend(figure)
-    return Drawn(figure, _csv_table(*parts), _listed_rates(runs))
+    return _finished(figure, _csv_table(*parts), _listed_rates(runs), 0.4)
 
 
 def draw_by_schedule(runs: ScaleRuns) -> Drawn:
@@ -562,8 +558,7 @@ def draw_by_schedule(runs: ScaleRuns) -> Drawn:
         groups.append((task, methods))
         axis.set_xticks(range(len(kinds)), kinds, rotation=20)
         _dress(axis, "schedule", title=task.name)
-    _legend(figure)
-    return Drawn(figure, _csv_table(*parts), _listed(runs, groups, TUNING))
+    return _finished(figure, _csv_table(*parts), _listed(runs, groups, TUNING))
 
 
 def draw_seeds(runs: ScaleRuns) -> Drawn:
@@ -578,9 +573,9 @@ def draw_seeds(runs: ScaleRuns) -> Drawn:
             axis = column[0 if schedule == "constant" else 1]
             parts += _method_curves(axis, runs, task, {label: method}, seeds)
             _dress(axis, "step", title=f"{task.name}, {schedule}")
-    _zoom_to_end(figure, 0.4)
-    _legend(figure)
-    return Drawn(figure, _csv_table(*parts), _listed(runs, groups, seeds, "PACE, constant"))
+    return _finished(
+        figure, _csv_table(*parts), _listed(runs, groups, seeds, "PACE, constant"), 0.4
+    )
 
 
 def draw_pull_alone(runs: ScaleRuns) -> Drawn:
@@ -602,14 +597,13 @@ def draw_pull_alone(runs: ScaleRuns) -> Drawn:
         _level(axis, adamw.returned_loss, "AdamW", LOOKS["AdamW"])
         _dress(axis, "c", title=schedule)
         parts += [rows, ema, adamw]
-    _legend(figure)
     best = {
         f"{label}, {schedule}": runs.best(task, name, schedule, return_kappa=None, **fixed)
         for schedule in ("constant", "wsd")
         for label, name in (("PACE", "pace"), ("EMA", "ema"))
     }
     ends = _listed(runs, [(task, best)], TUNING, "EMA, constant")
-    return Drawn(figure, _csv_table(*parts), ends)
+    return _finished(figure, _csv_table(*parts), ends)
 
 
 def draw_under_schedules(runs: ScaleRuns, *, by_kappa: bool) -> Drawn:
@@ -636,8 +630,7 @@ def draw_under_schedules(runs: ScaleRuns, *, by_kappa: bool) -> Drawn:
             methods[f"EMA, {schedule}"] = runs.best(task, "ema", schedule, lr=rate)
             methods[f"AdamW, {schedule}"] = runs.best(task, "adamw", schedule, lr=rate)
             groups.append((task, methods))
-    _legend(figure)
-    return Drawn(figure, _csv_table(*parts), _listed(runs, groups, seeds))
+    return _finished(figure, _csv_table(*parts), _listed(runs, groups, seeds))
 
 
 def draw_twins(runs: ScaleRuns) -> Drawn:
@@ -671,7 +664,6 @@ def draw_twins(runs: ScaleRuns) -> Drawn:
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xscale("log")
     _dress(axis, "learning rate", "PACE less its twin, nats a token")
-    _legend(figure)
     said = table.assign(lr=table.lr.map("{:g}".format)).astype(object)
     ends = Listing("PACE less its own twin", list(said.columns), said.to_numpy().tolist())
-    return Drawn(figure, table, ends)
+    return _finished(figure, table, ends)

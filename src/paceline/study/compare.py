@@ -249,11 +249,7 @@ def compare(options: Comparison, console: Console) -> Results:
                 )
                 _check_warmup(options.warmup, steps)
                 setting = dataclasses.replace(setting, steps=steps)
-        manifest |= {
-            "steps": setting.steps,
-            "workers": workers,
-            "threads_per_worker": threads,
-        }
+        manifest |= {"steps": setting.steps, "workers": workers, "threads_per_worker": threads}
         with (folder / folders.METRICS).open("w", encoding="utf-8") as metrics:
             queue = _Comparing(setting, options.runs, folder, metrics, results)
             run_all(queue, workers, threads, console)

@@ -20,7 +20,7 @@ function sort(table, column, ascending) {
     : a.localeCompare(b, undefined, { numeric: true });
   const lines = [...body.rows].sort((a, b) => {
     const [x, y] = [key(a), key(b)];
-    if (x === "" || y === "") return (x === "") - (y === "");  // nothing goes last either way
+    if (x === "" || y === "") return (x === "") - (y === "");  // empty cells go last in both orders
     return ascending ? order(x, y) : order(y, x);
   });
   body.append(...lines);
@@ -64,7 +64,7 @@ for (const section of document.querySelectorAll(".results")) {
 
 // ---- charts ------------------------------------------------------------------------------------
 
-// What users wrote goes into plotly as text, not as the tags that it knows.
+// Plotly must show the users' names as text, not as its tags.
 const plain = text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const colour = name => getComputedStyle(root).getPropertyValue(name).trim();
 

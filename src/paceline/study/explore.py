@@ -45,7 +45,7 @@ WORDS = ("name", "schedule", "base", "gain", "state")
 AXES = tuple(name for name in all_options() if name not in WORDS)  # numeric options
 # Keys that may differ within a setting: they belong to a method or a seed, or change no loss.
 WITHIN_SETTING = keys_with(METHOD, RESUMABLE, MEASURING) | {
-    *("methods", "seeds", "minutes", "workers", "out", *AXES),
+    *("methods", "seeds", "minutes", "workers", "out", *AXES)
 }
 DEFAULT_BASELINE = "adamw"
 

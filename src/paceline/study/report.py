@@ -306,13 +306,7 @@ def draw_curves(results: Results) -> Figure:
 
 
 def _draw_method(
-    axis: Axes,
-    rows: list[dict[str, Any]],
-    label: str,
-    colour: str,
-    dash: str,
-    *,
-    with_live: bool,
+    axis: Axes, rows: list[dict[str, Any]], label: str, colour: str, dash: str, *, with_live: bool
 ) -> None:
     steps = sorted({row["step"] for row in rows})
 

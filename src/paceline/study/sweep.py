@@ -447,4 +447,6 @@ def equal_table(losses: dict[Method, dict[int, float]]) -> Listing:
                 first = [method.label, other.label, f"{method.lr:g}", len(both), *means]
                 rows.append([*first, *paired(losses[method], losses[other])])
     columns = ["method", "without the pull", "lr", "seeds", "loss", "without", *DIFFERENCE]
-    return Listing("At equal κ and learning rate: what the pull alone does", columns, rows)
+    return Listing(
+        "Each pull against the same average without it, at equal κ and learning rate", columns, rows
+    )
