@@ -25,9 +25,8 @@ from . import shards
 from .averaging import PowerEMA
 
 AUTO = "auto"  # the value of `pullback`
-# κ of the average where nothing is said of averages: with a number for the pullback; with a pull
-# that sets itself, toward the first of the other two and returning the second.
-KAPPA, AUTO_KAPPA, AUTO_RETURN_KAPPA = 0.5, 0.3, 0.6
+# Where nothing is said of averages, the pull goes toward the first κ and the second is returned.
+AUTO_KAPPA, AUTO_RETURN_KAPPA = 0.3, 0.6
 # Expected loss change up to which nothing pulls, and from which the gain is 1.
 UNPULLED, SATURATED = 0.5, 2.5
 # Of larger tensors every STRIDE-th element counts: a prime, so that no row or column is missed.
@@ -35,13 +34,11 @@ LARGE, STRIDE = 2**16, 251
 
 
 def fill_in(options: dict[str, Any]) -> None:
-    """Set the averages of a group of PACE where nothing is said of them."""
-    if options["averaging"] is not None:
-        return
-    auto = options["pullback"] == AUTO
-    options["averaging"] = PowerEMA(AUTO_KAPPA if auto else KAPPA)
-    if auto and options["returns"] is None:
-        options["returns"] = PowerEMA(AUTO_RETURN_KAPPA)
+    """Set the averages of a group whose pull sets itself, where nothing is said of them."""
+    if options["pullback"] == AUTO and options["averaging"] is None:
+        options["averaging"] = PowerEMA(AUTO_KAPPA)
+        if options["returns"] is None:
+            options["returns"] = PowerEMA(AUTO_RETURN_KAPPA)
 
 
 def gain(expected_loss_change: float | Tensor) -> float | Tensor:

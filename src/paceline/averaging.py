@@ -1,6 +1,7 @@
 """Averages of the weights: what each takes in, and when. One protocol for all of them.
 
-θ_t are the weights after step t = 1, 2, ... and θ_0 those before the first. A rule says what the
+θ_t are the weights after step t = 1, 2, ... and θ_0 those before the first: θ_t here is θ_{t+1} of
+`paceline.update`. A rule says what the
 average becomes at each step; who keeps an average (`PACE`, `Pullback`, the comparison, the merging
 of checkpoints) holds the tensors and asks the rule. Every average is linear in the iterates, so
 that `coefficients` can tell how much of each is in it.
@@ -497,6 +498,10 @@ def as_rule(value: Averaging | str) -> Averaging:
         raise ValueError(f"averaging {kind.__name__} must be a @dataclass(frozen=True)")
     if kind.update_ is not Averaging.update_ and not value.keeps:
         raise ValueError(f"averaging {kind.__name__} has update_, and must name tensors in `keeps`")
+    if kind.update_ is Averaging.update_ and kind.weight is Averaging.weight:
+        raise ValueError(f"averaging {kind.__name__} must have weight(), or keeps and update_()")
+    if "step" in value.keeps:
+        raise ValueError(f"averaging {kind.__name__} must not name a tensor 'step' in `keeps`")
     if parse(str(value)) != value:
         raise ValueError(
             f"averaging {kind.__name__} must have fields that are numbers, got {value!r}, which is "

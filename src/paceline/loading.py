@@ -25,9 +25,10 @@ def validated_checkpoint(
     complete: Callable[[Group, Group, int], Group],
     checker: Callable[[Group, list[tuple[Tensor, State]]], StateCheck],
 ) -> dict[str, Any]:
-    """A checkpoint as it is to be loaded: with all options, without state of no step.
+    """A checkpoint as it is to be loaded, with all options filled in.
 
-    State that other tools have put in is kept, with a warning.
+    State that was saved before its first step is dropped. State that other tools have put in is
+    kept, with a warning.
 
     Args:
         saved: a `state_dict()`.

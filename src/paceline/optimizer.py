@@ -29,6 +29,7 @@ from .state import (
     averages_of,
     counts_on_device,
     ensure,
+    ensure_counter,
     extra_keys_in,
     restore,
     state_dtype,
@@ -129,9 +130,9 @@ class PACE(AveragedOptimizer):
             use it. None uses it on the CPU, for those parameters of a group that it can step if
             they have 2^18 elements or more in all, and if a C++ compiler works; it warns once if
             none does. It steps contiguous float32, bfloat16 and float64 parameters. On accelerators
-            None is False: through `torch.compile` it is there, but has not been measured. Without
-            it, tensors are stepped together, with some four times 2^18 elements of scratch on the
-            CPU and 2^24 on accelerators.
+            None means False; True uses `torch.compile`, which we have not measured. Without it,
+            tensors are stepped together, with some four times 2^18 elements of scratch on the CPU
+            and 2^24 on accelerators.
         capturable: keep `step` on the parameter's device and wait for nothing there, as a CUDA
             graph needs. Costs more launches.
         state_dtype: torch.bfloat16, or its name, keeps m, v and the average in it, rounded
@@ -230,25 +231,17 @@ class PACE(AveragedOptimizer):
         options = self.param_groups[group]
         if len(set(options["params"])) < len(options["params"]):
             raise ValueError(f"params must be given once each, got one twice in group {group}")
-        wide = options["state_dtype"] is None
         for index, p in enumerate(options["params"]):
-            for fits, says in (
-                (
-                    p.dtype in WIDE or p.is_complex(),
-                    "params must be 16-, 32- or 64-bit floating-point tensors",
-                ),
-                (
-                    wide or p.dtype in (torch.float32, torch.bfloat16),
-                    "state_dtype is for float32 and bfloat16 parameters",
-                ),
-                (
-                    not options["stochastic_round"] or p.dtype != torch.float16,
-                    "stochastic_round is for bfloat16 parameters",
-                ),
-            ):
-                if not fits:
-                    where = describe(self.param_groups, group, index)
-                    raise ValueError(f"{says}, got {p.dtype} in {where}")
+            says = None
+            if p.dtype not in WIDE and not p.is_complex():
+                says = "params must be 16-, 32- or 64-bit floating-point tensors"
+            elif options["state_dtype"] and p.dtype not in (torch.float32, torch.bfloat16):
+                says = "state_dtype is for float32 and bfloat16 parameters"
+            elif options["stochastic_round"] and p.dtype == torch.float16:
+                says = "stochastic_round is for bfloat16 parameters"
+            if says:
+                where = describe(self.param_groups, group, index)
+                raise ValueError(f"{says}, got {p.dtype} in {where}")
         self._check_fused(group, enumerate(options["params"]), ValueError)
 
     @torch.no_grad()
@@ -333,9 +326,8 @@ class PACE(AveragedOptimizer):
 
     def _plans_that_hold(self) -> list["Plan | None"]:
         """Of each group the plan of the step before, if the coming step goes by it, too."""
-        states = list(self.state.values())
-        if not _identical(states, self._states):
-            self._plans, self._states = {}, states
+        if not _identical(list(self.state.values()), self._states):
+            self._plans, self._states = {}, []
         first, held = 0, []
         for index, group in enumerate(self.param_groups):
             plan = self._plans.get(index)
@@ -350,11 +342,13 @@ class PACE(AveragedOptimizer):
             if _skips(group, skip) is True:
                 plan = Plan(group, first, self.state, [])
             elif plan is None:
-                plan = self._plans[index] = Plan(group, first, self.state, group["params"])
+                plan = Plan(group, first, self.state, group["params"])
+                if plan.may_be_kept:
+                    self._plans[index] = plan
             plans.append(plan)
             first += len(group["params"])
         if plans != held:
-            self._states = list(self.state.values())
+            self._states = list(self.state.values()) if self._plans else []
         return plans
 
     # ---- checkpoints --------------------------------------------------------------------------
@@ -400,6 +394,7 @@ class PACE(AveragedOptimizer):
                     source, own = loaded["state"].get(key, {}), state_dtype(p, group)
                     if source:
                         restore(self.state[p], source, keys, p, averages, own)
+                        ensure_counter(self.state[p], p, group)
 
         # The first sees what the user's own hooks made of the state, the second runs before theirs.
         hooks = [
@@ -412,7 +407,7 @@ class PACE(AveragedOptimizer):
             for hook in hooks:
                 hook.remove()
         self._stats, self._state_is_provisional = None, False
-        self._plans = {}
+        self._plans, self._states = {}, []
         states = [self.state.get(p) for group in self.param_groups for p in group["params"]]
         if any(state and not {AVERAGE, OFFSET} & state.keys() for state in states):
             warnings.warn(
@@ -435,6 +430,7 @@ class Batch:
     params: list[Tensor]
     places: list[int]  # of each parameter its place in the optimizer
     states: list[State]
+    grads: list[Tensor]  # this rank's, of a plan for one step; a plan that is kept holds none
     steps: list[Tensor]  # the count in each state
     count: int | None  # steps taken; None if the host must not read them
     kernels: list[kernels.Kernel]  # one for all; or one each where the host must not read counts
@@ -455,28 +451,34 @@ class Plan:
         self.shaped_by = _shaping(group, first)
         self.params = list(params)
         self.rounds = group["state_dtype"] is not None or group["stochastic_round"]
-        self.stepped: list[Tensor] = []
+        self.stepped = [p for p in self.params if p.grad is not None]
+        # Only where the kernel's table saves time, for a plan keeps the state's tensors alive.
+        self.may_be_kept = all(
+            type(p) in PLAIN and p.device.type == "cpu" and p.layout is torch.strided
+            for p in self.stepped
+        )
         alike: dict[tuple[Any, ...], list[tuple[Slot, Tensor, int]]] = defaultdict(list)
         for place, p in enumerate(self.params, first):
             if p.grad is None:
                 continue
-            self.stepped.append(p)
             state = states[p]
             ensure(state, p, group, self.averages)
             slot = self._slot(p, state)
             count = None if counts_on_device(p, group) else int(state[STEP].item())
+            assert slot.grad is not None
             fits = kernels.reason_against(slot.param, slot.exp_avg.dtype, slot.grad) is None
             alone = None if type(slot.param) in PLAIN else place
-            dtypes = (slot.param.dtype, shards.local_grad(p).dtype)
+            dtypes = (slot.param.dtype, slot.grad.dtype)
             alike[slot.param.device, dtypes, fits, alone, count].append((slot, p, place))
         self.batches = []
-        for (*_, count), members in alike.items():
+        for (*_, fits, _, count), members in alike.items():
             slots, params, places = map(list, zip(*members, strict=True))
             parts = [[slot] for slot in slots] if count is None else [slots]
-            chosen = [kernels.choose(part, group) for part in parts]
+            chosen = [kernels.choose(part, group, fits) for part in parts]
             own = [states[p] for p in params]
+            grads = [] if self.may_be_kept else [slot.grad for slot in slots]
             steps = [state[STEP] for state in own]
-            self.batches.append(Batch(params, places, own, steps, count, chosen))
+            self.batches.append(Batch(params, places, own, grads, steps, count, chosen))
         self._remember([slot for members in alike.values() for slot, *_ in members], states)
 
     def _slot(self, param: Tensor, state: State) -> Slot:
@@ -494,12 +496,11 @@ class Plan:
 
     def _remember(self, slots: list[Slot], states: Any) -> None:
         """Keep what `holds` compares with."""
-        self.plain = all(type(p) in PLAIN and p.layout is torch.strided for p in self.stepped)
         self.states = [states[p] for p in self.stepped]
         self.values = [x for state in self.states for x in state.values()]
         tensors = ((slot.param, *slot[2:5], *slot.extra) for slot in slots)
         self.tensors = [x for group in tensors for x in group if x is not None]
-        if self.plain:
+        if self.may_be_kept:
             self.layout = _layout(self.tensors), [p.dtype for p in self.stepped]
             self.gradients = _kinds([p.grad for p in self.stepped])
 
@@ -507,13 +508,11 @@ class Plan:
         """Whether the coming step goes as this plan has it.
 
         Not if a parameter, option, gradient or state has come, gone or become another, or if a
-        tensor's memory, size, strides or dtype, or a count of steps, has changed. A plan with
-        tensor subclasses never holds.
+        tensor's memory, size, strides or dtype, or a count of steps, has changed.
         """
         params = group["params"]
         return (
-            self.plain
-            and self.group is group
+            self.group is group
             and self.shaped_by == _shaping(group, first)
             and _identical(params, self.params)
             and _identical([p for p in params if p.grad is not None], self.stepped)
@@ -535,8 +534,7 @@ class Plan:
             change: the expected loss change (`paceline.auto`).
         """
         for batch in self.batches:
-            local_grad = _grad if self.plain else shards.local_grad
-            grads = [local_grad(p) for p in batch.params]
+            grads = batch.grads or [p.grad for p in batch.params if p.grad is not None]
             device = grads[0].device
             # Counts that the host may not read: a vector, and vectors of scalars from it.
             now = torch.stack(batch.steps) + 1.0 if batch.count is None else batch.count + 1
@@ -599,11 +597,6 @@ def _layout(tensors: list[Tensor]) -> tuple[list[Any], ...]:
 def _kinds(grads: list[Any]) -> tuple[list[Any], ...]:
     """What decides whether gradients can be stepped, and by which kernel."""
     return [x.dtype for x in grads], [x.layout for x in grads], list(map(Tensor.numel, grads))
-
-
-def _grad(param: Tensor) -> Tensor:
-    assert param.grad is not None
-    return param.grad
 
 
 def _for_slot(x: Any, i: int) -> Any:

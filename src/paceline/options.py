@@ -108,6 +108,8 @@ def check_average_and_pull(options: Group, *, auto: bool = False) -> None:
         range_ = f"a finite number >= 0{f', or {AUTO!r}' * auto}"
         require(options, "pullback", 0 <= strength < math.inf, range_)
         options["pullback"] = strength
+    if options["averaging"] is None:
+        options["averaging"] = PowerEMA()
     rule = isinstance(options["averaging"], (str, Averaging))
     require(options, "averaging", rule, "an average of paceline.averaging, or its text")
     options["averaging"] = str(as_rule(options["averaging"]))

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from . import shards
-from .averaging import Averaging, PowerEMA
+from .averaging import Averaging
 from .base import AveragedOptimizer, describe, summarize
 from .loading import StateCheck, check_count, check_tensor, validated_checkpoint
-from .options import Group, check_average_and_pull, expand_short, number, require
+from .options import SHORT, Group, check_average_and_pull, expand_short, number, require
 from .state import (
     AVERAGE,
     AVERAGE_STEP,
@@ -118,8 +118,6 @@ class Pullback(AveragedOptimizer):
     ) -> None:
         ours = {k: x for k, x in locals().items() if k not in ("self", "base", "__class__")}
         expand_short(ours)
-        if ours["averaging"] is None:
-            ours["averaging"] = PowerEMA()
         _check_options(ours)
         _check_base(base, ours)
         self.base, self._ours = base, ours
@@ -164,8 +162,9 @@ class Pullback(AveragedOptimizer):
         """One of the base's groups with all of our options, checked."""
         groups = self.base.param_groups
         said = dict(groups[index])
+        theirs = {name: said.pop(name) for name in SHORT if name in self.base.defaults}
         expand_short(said)
-        complete = self._ours | said
+        complete = self._ours | said | theirs
         _check_options(complete)
         for i, p in enumerate(complete["params"]):
             if p.dtype not in WIDE:
@@ -424,7 +423,7 @@ class _Planned(NamedTuple):
 
 def _checker(group: Group, members: list[tuple[Tensor, State]]) -> StateCheck:
     """What raises a ValueError for a saved state that lacks, or has wrong, what is ours in it."""
-    # None in all the group: a pull that was asked for since the last step.
+    # If no parameter of the group has one, the pull was turned on after the last step.
     pulled = any(
         OWN_EXP_AVG_SQ in state or _has_second_moment(p, state, group) for p, state in members
     )

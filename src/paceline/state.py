@@ -181,18 +181,16 @@ def ensure(state: State, param: Tensor, group: Group, averages: Averages) -> Non
         averages: of the group.
     """
     dtype = state_dtype(param, group)
-    counter = param.device if counts_on_device(param, group) else torch.device("cpu")
     weights = param.detach()
     if not state:
         state |= {
-            STEP: torch.zeros((), dtype=torch.float32, device=counter),
+            STEP: torch.zeros((), dtype=torch.float32),
             EXP_AVG: new(param, dtype).zero_(),
             EXP_AVG_SQ: new(param, dtype).zero_(),
         }
     elif state[EXP_AVG].dtype != dtype:
         state |= {key: state[key].to(dtype) for key in (EXP_AVG, EXP_AVG_SQ)}
-    if state[STEP].device != counter:
-        state[STEP] = state[STEP].to(counter)
+    ensure_counter(state, param, group)
     if param.is_contiguous() and not state[EXP_AVG].is_contiguous():
         # The kernels go by places in memory, and the parameter has another layout now.
         for key in state.keys() & (PACE_KEYS - {STEP} | averages.extra_keys):
@@ -209,6 +207,13 @@ def ensure(state: State, param: Tensor, group: Group, averages: Averages) -> Non
     begin_extra(state, averages, weights)
     for key in averages.extra_keys:  # the parameter may be of another dtype than before
         state[key] = state[key].to(dtype_of(key, state[key].dtype, param, averages, dtype))
+
+
+def ensure_counter(state: State, param: Tensor, group: Group) -> None:
+    """Have PACE's count of steps be where its group's options ask for it."""
+    device = param.device if counts_on_device(param, group) else torch.device("cpu")
+    if state[STEP].device != device:
+        state[STEP] = state[STEP].to(device)
 
 
 def begin_extra(state: State, averages: Averages, weights: Tensor) -> None:

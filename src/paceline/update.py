@@ -12,9 +12,9 @@ bias-corrected moments m̂ and v̂, pullback strength c and running average `ema
 With a constant averaging weight the gain has no β_t in it; with a uniform gain λ_t is one number
 for all coordinates. Extra averages, which are only returned, take in θ_{t+1} and pull nothing.
 
-`step_` is the rule for lists of tensors of any size; it compiles. The kernels (paceline.kernels)
-write it once more, and are held to the same reference. `pull_` is its second half alone, after
-another optimizer's step.
+`step_` is the rule for lists of tensors of any size; it compiles. The CPU's kernel writes it once
+more (kernels/cpu.cpp), held to the same reference; the others call it. `pull_` is its second half
+alone, after another optimizer's step.
 
 State narrower than its parameter keeps d = ema - θ, the *offset* of the average from the live
 weights, instead of the average: small beside the weights, it loses little to bfloat16's 8 bits

@@ -346,6 +346,29 @@ def keeps_nothing():
     return PACE([Parameter(torch.zeros(2))], pullback=0, averaging=Own())
 
 
+def without_a_weight():
+    @dataclass(frozen=True)
+    class Still(Averaging):
+        name: ClassVar[str] = "still"
+
+        def falloff(self, step):
+            return 1.0
+
+    return PACE([Parameter(torch.zeros(2))], pullback=0, averaging=Still())
+
+
+def keeps_a_step():
+    @dataclass(frozen=True)
+    class Counting(Last):
+        name: ClassVar[str] = "counting"
+
+        @property
+        def keeps(self):
+            return ("step",)
+
+    return PACE([Parameter(torch.zeros(2))], pullback=0, averaging=Counting())
+
+
 def taken():
     class Mine(Averaging):
         name: ClassVar[str] = "ema"
@@ -361,6 +384,8 @@ OWN_BAD = [
     (without_a_name, "averaging Nameless must have a class attribute `name` of its own"),
     (of_words, "how of words must be a finite number, got 'slow'"),
     (keeps_nothing, "averaging Own has update_, and must name tensors in `keeps`"),
+    (without_a_weight, r"averaging Still must have weight\(\), or keeps and update_\(\)"),
+    (keeps_a_step, "averaging Counting must not name a tensor 'step' in `keeps`"),
     (taken, "name of Mine must be its own, got 'ema'"),
     (misnamed, "name of Mine must be letters, digits, _ or -, got 'a:b'"),
 ]

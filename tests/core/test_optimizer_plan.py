@@ -1,6 +1,7 @@
 """The plan of a step: kept between steps, and made anew once anything about it has changed."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -170,3 +171,12 @@ def test_a_kept_plan_steps_as_one_made_at_each_step(fused, kernel):
             opt.step()
         ends.append(held(params, opt))
     assert same(*ends)
+
+
+def test_loading_frees_the_state_of_before(kernel):
+    params, opt = made()
+    give(params, 0)
+    opt.step()
+    before = weakref.ref(opt.state[params[0]]["exp_avg"])
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert before() is None

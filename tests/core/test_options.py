@@ -110,3 +110,18 @@ def test_a_group_says_kappa_its_own_way(kind):
     with pytest.raises(ValueError, match="averaging must be left out with kappa, got 'uniform'"):
         opt.add_param_group(twice)
     assert len(opt.param_groups) == 2
+
+
+def test_a_bases_own_kappa_stays_its_own():
+    class WithKappa(torch.optim.SGD):
+        def __init__(self, params):
+            super().__init__(params, lr=0.1)
+            for group in self.param_groups:
+                group["kappa"] = 1000.0
+            self.defaults["kappa"] = 1000.0
+
+    p = Parameter(torch.ones(3))
+    opt = Pullback(WithKappa([p]), kappa=0.3)
+    walk(opt, [p], 0, 2)
+    group = opt.param_groups[0]
+    assert (group["kappa"], group["averaging"]) == (1000.0, "ema:kappa=0.3")

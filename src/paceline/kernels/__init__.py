@@ -59,19 +59,19 @@ class Eager:
         return [step_(batch, s, measure=measure) for batch in in_batches(slots)]
 
 
-def choose(slots: list[Slot], group: Group) -> Kernel:
-    """The kernel for tensors of one device and dtypes, for all or none of which there is a reason.
+def choose(slots: list[Slot], group: Group, fits: bool) -> Kernel:
+    """The kernel for tensors that share device, dtypes and step count.
 
     Args:
-        slots: the tensors, with the gradients of the coming step.
-        group: their options: `fused` True demands a one-pass kernel (what cannot be had is refused
-            before), False does without, None takes the CPU's where it pays.
+        slots: the tensors.
+        group: their options: `fused` True demands a one-pass kernel (PACE has already refused
+            tensors that it cannot step), False does without, None takes the CPU's where it pays.
+        fits: whether there is no `reason_against` any of them.
     """
     fused, device = group["fused"], slots[0].param.device.type
     if fused is None and not group["track_stats"] and device == "cpu":
-        first, elements = slots[0], sum(x.param.numel() for x in slots)
-        possible = cpu.reason_against(first.param, first.exp_avg.dtype, first.grad) is None
-        fused = elements >= WORTH_BUILDING and possible and cpu.available()
+        elements = sum(x.param.numel() for x in slots)
+        fused = elements >= WORTH_BUILDING and fits and cpu.available()
     kept = [x._replace(grad=None) for x in slots]
     if not fused:
         return Eager(kept)
