@@ -635,7 +635,7 @@ def draw_under_schedules(runs: ScaleRuns, *, by_kappa: bool) -> Drawn:
 
 def draw_twins(runs: ScaleRuns) -> Drawn:
     """PACE less its own twin: the EMA at the twin's rate for PACE's measured mean gain."""
-    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for task, grid in runs.scale.twinned:
         for lr in grid.rates:
             pace = runs.best_pace(task, lr=lr)
@@ -646,14 +646,14 @@ def draw_twins(runs: ScaleRuns) -> Drawn:
             )
             pairs = [mine[seed] - its[seed] for seed in mine.index if seed in its.index]
             low, high = interval(pairs) or (math.nan, math.nan)
-            rows.append(
+            found.append(
                 {
                     **{"setting": task.name, "lr": lr, "pace": pace.label, "twin": other.label},
                     **{"pace_loss": mine.mean(), "twin_loss": its.mean(), "seeds": len(pairs)},
                     **{"difference": float(np.mean(pairs)), "low": low, "high": high},
                 }
             )
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(found)
     figure, axes = _panels(1, 1, 7.0, 4.0)
     axis = axes[0][0]
     for index, (setting, group) in enumerate(table.groupby("setting", sort=False)):
@@ -664,6 +664,6 @@ def draw_twins(runs: ScaleRuns) -> Drawn:
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xscale("log")
     _dress(axis, "learning rate", "PACE less its twin, nats a token")
-    said = table.assign(lr=table.lr.map("{:g}".format)).astype(object)
-    ends = Listing("PACE less its own twin", list(said.columns), said.to_numpy().tolist())
+    rows = table.assign(lr=table.lr.map("{:g}".format)).astype(object)
+    ends = Listing("PACE less its own twin", list(rows.columns), rows.to_numpy().tolist())
     return _finished(figure, table, ends)

@@ -1,1 +1,1 @@
-"""Many runs side by side, and what they say; needs the extra `[train]`."""
+"""Comparisons, sweeps, reports and benchmarks; needs the extra `[train]` or `[study]`."""

@@ -53,7 +53,7 @@ T = TypeVar("T")
 HEARTBEAT = 5  # seconds
 GRACE = 30  # seconds
 PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)  # seconds before the storage is asked again
-POLL = 3.0  # seconds between looks at the storage, while others have what is left
+POLL = 3.0  # seconds between reads of the storage while other machines have the remaining cells
 CELL_ATTRIBUTES = ("cell", "name", "methods", "seed", "configuration")  # of a new trial
 # Options that a trial shows as parameters. Ranges are wide: all trials of a study need the same.
 SHOWN_OPTIONS: dict[str, BaseDistribution] = {

@@ -369,11 +369,11 @@ def report_sweep(plan: Tuning, ledger: Ledger, folder: Path, console: Console) -
         return
     for name, reason in ledger.failures().items():
         console.print(f"Failed: {name}: {reason}", style="red", markup=False, highlight=False)
-    said = protocol(plan, outcomes)
+    sentences = protocol(plan, outcomes)
     tables = [best_table(plan, outcomes), equal_table(plan.losses(outcomes))]
-    for sentence in said:
+    for sentence in sentences:
         console.print(f"• {sentence}", highlight=False, markup=False)
-    text = "".join(f"- {sentence}\n" for sentence in said)
+    text = "".join(f"- {sentence}\n" for sentence in sentences)
     for name, table in zip(("best", "equal"), tables, strict=True):
         if table.rows:
             console.print(table.shown())
