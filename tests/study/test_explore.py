@@ -133,7 +133,7 @@ def test_unfinished_torn_and_repeated_runs_are_noted(tmp_path):
     write_run(tmp_path / "3", "ema", last=10)
     cells, notes = cells_of(tmp_path)
     assert notes == [
-        "0: the last line of metrics.jsonl is torn, and was passed over",
+        "0: the last line of metrics.jsonl is torn, and was skipped",
         "0: unfinished, and not in the tables: 0 ends at step 10",
         "2: in an earlier folder too, and not used: 2",
         "3: unfinished, and not in the tables: 3 ends at step 10",
@@ -190,7 +190,7 @@ def edit_row(**values):
         (break_line, "metrics.jsonl, line 2 is not a JSON object .*mend or delete"),
         (lambda f: (f / "metrics.jsonl").write_bytes(b"\xff\n"), "metrics.jsonl, line 1 is not"),
         (lambda f: (f / "metrics.jsonl").write_text("[]\n"), "line 1 is not a JSON object"),
-        (edit_row(live_loss="gone"), "line 1: live_loss: Field required; .*no evaluation"),
+        (edit_row(live_loss="gone"), "line 1: live_loss: Field required; .*not an evaluation"),
         (edit_row(lr="fast"), "line 1: lr: Input should be a valid number"),
         (lambda f: (f / "metrics.jsonl").write_text(""), "there is no evaluation in .*cmp"),
     ],
@@ -346,7 +346,7 @@ def test_a_choice_by_the_numbers_that_are_shown_is_said_to_be_one(tmp_path):
     ]
     cells, _ = cells_of(write(tmp_path / "x", rows))
     methods, equal = tables(cells)
-    assert "x: chosen by the very numbers that are shown" in methods.notes[0]
+    assert "x: chosen by the losses shown" in methods.notes[0]
     assert [entry.cell.lr for entry in methods.entries] == [0.01, 0.01]
     texts = dict(zip([e.cell.lr for e in equal.entries], equal.differences[0], strict=True))
     assert texts[0.03] == ("", "no adamw here")
