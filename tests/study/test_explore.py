@@ -325,7 +325,7 @@ def test_tables_compare_the_best_and_the_equal(tmp_path):
     assert numbers(text) == pytest.approx([-0.525, *resampled([-0.35, -0.7])], abs=6e-5)
     assert kinds.notes == [
         "tiny-sft on smol; tiny-pretrain on nano: chosen by the returned model's loss on another "
-        "split than the one that is shown."
+        "split than the losses shown."
     ]
     lost = [entry for entry in equal.entries if entry.cell.show() == "diverged in 1 of 2"]
     assert {entry.cell.label for entry in lost} == {
