@@ -342,6 +342,7 @@ class PACE(AveragedOptimizer):
             if _skips(group, skip) is True:
                 plan = Plan(group, first, self.state, [])
             elif plan is None:
+                self._plans.pop(index, None)
                 plan = Plan(group, first, self.state, group["params"])
                 if plan.may_be_kept:
                     self._plans[index] = plan

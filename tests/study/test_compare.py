@@ -238,6 +238,7 @@ def test_a_time_budget_shortens_all_runs_alike(tiny, tmp_path):
         (["--methods", "sgd"], "unknown method 'sgd'"),
         (["--methods", "ema,ema"], "methods: give at least one, and each only once"),
         (["--methods", "ema,ema:kappa=0.3"], "are the same run"),
+        (["--methods", "ema,ema:state=fp32"], "are the same run"),
         (["--methods", "pace,pace:kappa=0.30000001"], "are the same run"),  # in the same folder
         (["--lr", "0.01,0.0100000001"], "are the same run"),
         (["--kapa", "0.3"], "Unrecognized options: --kapa, 0.3; did you mean --kappa?"),

@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 from merged import average, tree
 from safetensors.torch import load_file, save_file
 
+from paceline.averaging import RULES
 from paceline.cli import main
 from paceline.train import merge as merging
 from paceline.train.merge import Merge
@@ -163,5 +164,7 @@ def test_every_option_is_explained(capsys):
         )
         assert len(re.findall(r"[A-Za-z]{2,}", entry)) > 4, entry
     assert "count checkpoints" in " ".join(said.split())
-    for name in ("ema", "uniform", "swa", "lawa", "bema"):
+    ours = [rule for rules in RULES.values() for rule in rules if "paceline" in rule.__module__]
+    assert len(ours) == 6
+    for name in {rule.name for rule in ours}:
         assert re.search(rf"^{name}[\[:]", said, re.MULTILINE)

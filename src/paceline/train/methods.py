@@ -108,6 +108,11 @@ ScheduleName = Annotated[
     ),
 ]
 
+# Where fp32 is written out, the method is the same as without.
+State = Annotated[
+    Literal["fp32", "bf16"] | None, AfterValidator(lambda x: None if x == "fp32" else x)
+]
+
 # ---- methods ------------------------------------------------------------------------------------
 
 
@@ -281,7 +286,7 @@ class EMAMethod(AveragedMethod):
 
     kappa: Power | None = None
     half_life: Number | None = None
-    state: Literal["fp32", "bf16"] | None = None  # dtype of m, v and the average
+    state: State = None  # dtype of m, v and the average
 
     @classmethod
     def from_command(cls, given: dict[str, Any]) -> set[str]:
@@ -420,7 +425,7 @@ class PACEMethod(PulledMethod):
 
     every: Positive | None = None
     eps: Number | None = None
-    state: Literal["fp32", "bf16"] | None = None  # dtype of m, v and the average
+    state: State = None  # dtype of m, v and the average
     gain: Literal["adam", "scalar"] | None = None
 
     @classmethod
