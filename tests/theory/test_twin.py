@@ -149,7 +149,7 @@ def test_twin_modes():
     slower = np.minimum(r * a, beta) / slow
     assert slower.min() > 1 - 1e-7
     assert slower.max() < 2
-    # By 1 + a/(β+s) where the twin's average is faster, but for the slow mode's share, u1/(β+s).
+    # By 1 + a/(β+s) where the twin's average is faster, except for the slow mode's share, u1/(β+s).
     faster = (beta > r * a) & (a < 0.1 * (beta + s))
     off = slower / (1 + a / (beta + s)) - 1
     assert (abs(off) <= slow / (beta + s) + 1e-7)[faster].all()
