@@ -74,7 +74,7 @@ def test_what_a_sweep_leaves(whole, server):
     ]
     said = (whole / "said").read_text()
     assert "2 seeds" in said or "seeds 0, 1" in said
-    assert "Not every method chose from as many trainings" in said
+    assert "Not every method chose from the same number of trainings" in said
     assert "adamw 4 trainings, 4 models; ema 2 trainings, 4 models; pace 4 trainings" in said
     # Nothing is run to show it, or to do it again.
     before = tables(whole)
