@@ -14,6 +14,7 @@ keeps an average and swaps it in with `eval()` and out with `train()`; for one t
 checks about that are not run.
 """
 
+import contextlib
 import copy
 import io
 import pickle
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
+Wrap = Callable[[nn.Module], nn.Module]
+Models = dict[str, list[Tensor]]  # by name, the weights of each
 Outcome = Literal["passed", "failed", "not run"]
 
 TIMEOUT = timedelta(seconds=60)  # of a rank that waits for another
@@ -92,34 +95,21 @@ def check_optimizer(make_optimizer: Make, *, ranks: int = 2) -> Report:
 
 # ---- how checks run --------------------------------------------------------------------------
 
-_CHECKS: list[Callable[[Make], None]] = []
-_RANK_CHECKS: list[Callable[[Make, Path], None]] = []
-
 
 class _NotRun(Exception):
     """The check does not apply; the message says why."""
 
 
-def _check(function: Callable[[Make], None]) -> Callable[[Make], None]:
-    _CHECKS.append(function)
-    return function
-
-
-def _rank_check(function: Callable[[Make, Path], None]) -> Callable[[Make, Path], None]:
-    _RANK_CHECKS.append(function)
-    return function
-
-
 def _title(check: Callable[..., None]) -> tuple[str, str]:
-    return check.__name__.strip("_").replace("_", " "), (check.__doc__ or "").strip()
+    return check.__name__.replace("_", " "), " ".join((check.__doc__ or "").split())
 
 
-def _run(check: Callable[..., None], *arguments: Any) -> Check:
+def _run(check: Callable[..., None], make: Make, *folder: Path) -> Check:
     name, promise = _title(check)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            check(*arguments)
+            check((_RankChecks if folder else _Checks)(make), *folder)
     except _NotRun as why:
         return Check(name, promise, "not run", str(why))
     except Exception as error:
@@ -195,17 +185,23 @@ class _Training:
     def __init__(
         self,
         make: Make,
-        *,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
-        wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+        wrap: Wrap | None = None,
     ) -> None:
         torch.manual_seed(seed)
-        self.model = wrap(_Net().to(dtype))
+        model = _Net().to(dtype)
+        self.make, self.dtype = make, dtype
+        self.model = wrap(model) if wrap else model
+        # A wrapped model trains on its rank's share of each batch.
+        self.share, self.shares = (dist.get_rank(), dist.get_world_size()) if wrap else (0, 1)
         self.optimizer: Any = make(self.model.parameters())
         self.data = torch.Generator().manual_seed(seed)
-        self.dtype = dtype
-        self.train()
+        _train(self.optimizer)
+
+    def fresh(self, **options: Any) -> Self:
+        """One more with such an optimizer, which has not begun."""
+        return type(self)(self.make, **options)
 
     @property
     def swaps(self) -> bool:
@@ -215,39 +211,37 @@ class _Training:
         if not self.swaps:
             raise _NotRun("it has no eval() and train()")
 
-    def train(self) -> None:
-        if self.swaps:
-            self.optimizer.train()
-
     def backward(self, x: Tensor, scale: float = 1.0) -> None:
         (scale * (self.model(x) - x[:, :1]).square().mean()).backward()
 
-    def steps(self, count: int, share: int = 0, shares: int = 1) -> None:
-        """Steps, on one of so many equal shares of each batch."""
+    def batch(self) -> Tensor:
+        x = torch.randn(16, 6, generator=self.data).to(self.dtype)
+        return x.chunk(self.shares)[self.share]
+
+    def steps(self, count: int) -> None:
         for _ in range(count):
-            x = torch.randn(16, 6, generator=self.data).to(self.dtype).chunk(shares)[share]
             self.optimizer.zero_grad()
-            self.backward(x)
+            self.backward(self.batch())
             self.optimizer.step()
         self.optimizer.zero_grad()
 
     def weights(self) -> list[Tensor]:
         return [_whole(p) for p in self.model.parameters()]
 
-    def returned(self) -> list[Tensor]:
-        """The weights that the optimizer would have evaluated and saved."""
-        if not self.swaps:
-            return self.weights()
-        self.optimizer.eval()
-        weights = self.weights()
-        self.optimizer.train()
-        return weights
+    def models(self) -> Models:
+        """The live weights, and those that the optimizer would have evaluated and saved."""
+        live = returned = self.weights()
+        if self.swaps:
+            self.optimizer.eval()
+            returned = self.weights()
+            self.optimizer.train()
+        return {"live weights": live, "returned weights": returned}
 
     def held(self) -> dict[str, Any]:
         """Weights, and the optimizer's state and options."""
         return {"weights": self.weights(), "optimizer": copy.deepcopy(self.optimizer.state_dict())}
 
-    def save(self) -> io.BytesIO:
+    def save(self) -> bytes:
         run = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -256,16 +250,33 @@ class _Training:
         }
         file = io.BytesIO()
         torch.save(run, file)
-        file.seek(0)
-        return file
+        return file.getvalue()
 
-    def load(self, file: io.BytesIO) -> None:
-        run = torch.load(file, weights_only=True)
+    def load(self, saved: bytes) -> None:
+        run = torch.load(io.BytesIO(saved), weights_only=True)
         self.model.load_state_dict(run["model"])
         self.optimizer.load_state_dict(run["optimizer"])
         self.data.set_state(run["data"])
         torch.set_rng_state(run["random"])
-        self.train()
+        _train(self.optimizer)
+
+    def state_dicts(self) -> dict[str, Any]:
+        """Those of torch.distributed.checkpoint, by the names that `set_state_dict` takes."""
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model_state_dict": model, "optim_state_dict": optimizer}
+
+    def set_state_dicts(self, state: dict[str, Any]) -> None:
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+
+        set_state_dict(self.model, self.optimizer, **state)
+        _train(self.optimizer)
+
+
+def _train(optimizer: Any) -> None:
+    if hasattr(optimizer, "train"):
+        optimizer.train()
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -292,171 +303,33 @@ def _distance(a: list[Tensor], b: list[Tensor]) -> float:
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True) if x.numel())
 
 
-def _must_be_close(a: list[Tensor], b: list[Tensor], otherwise: str) -> None:
-    far = _distance(a, b)
-    _must(far < 1e-5, f"{otherwise}, by up to {far:.1g}")
+def _must_be_same(a: Models, b: Models, otherwise: str) -> None:
+    for name in a:
+        _must(_same(a[name], b[name]), f"{name} {otherwise}")
+
+
+def _must_be_close(a: Models, b: Models, otherwise: str) -> None:
+    for name in a:
+        far = _distance(a[name], b[name])
+        _must(far < 1e-5, f"{name} {otherwise}, by up to {far:.1g}")
 
 
 def _must_be_finite(run: _Training, after: str) -> None:
-    for name, weights in (("live", run.weights()), ("returned", run.returned())):
-        _must(all(x.isfinite().all() for x in weights), f"{name} weights are not finite {after}")
+    for name, weights in run.models().items():
+        _must(all(x.isfinite().all() for x in weights), f"{name} are not finite {after}")
 
 
-def _must_refuse(run: _Training, state: dict[str, Any]) -> None:
+def _must_refuse(run: _Training, call: Callable[[], Any], accepted: str, half_done: str) -> None:
     before = run.held()
     try:
-        run.optimizer.load_state_dict(state)
+        call()
     except Exception as error:
-        said = f"{type(error).__name__} was raised"
+        _must(_same(run.held(), before), f"{type(error).__name__} was raised {half_done}")
     else:
-        raise AssertionError("load_state_dict() took it without an error")
-    _must(_same(run.held(), before), f"{said} when half of it had been loaded")
+        raise AssertionError(accepted)
 
 
-# ---- stepping --------------------------------------------------------------------------------
-
-
-@_check
-def _optimizer_class(make: Make) -> None:
-    """It is a torch.optim.Optimizer with flat state and groups."""
-    run = _Training(make)
-    _must(isinstance(run.optimizer, Optimizer), "it is no torch.optim.Optimizer")
-    run.steps(1)
-    params = set(run.model.parameters())
-    _must(set(run.optimizer.state) <= params, "its state has other keys than parameters")
-
-
-@_check
-def _closure(make: Make) -> None:
-    """step(closure) returns the closure's loss."""
-    run = _Training(make)
-    run.backward(torch.ones(4, 6))
-    _must(run.optimizer.step(lambda: 2.5) == 2.5, "it does not")
-
-
-@_check
-def _hooks(make: Make) -> None:
-    """Hooks before and after a step are called."""
-    run, calls = _Training(make), []
-    run.optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
-    run.optimizer.register_step_post_hook(lambda *_: calls.append("after"))
-    run.steps(1)
-    _must(calls == ["before", "after"], f"called were {calls}")
-
-
-@_check
-def _gradients_missing(make: Make) -> None:
-    """Parameters that are frozen or have no gradient stand still, live and returned."""
-    run = _Training(make)
-    frozen = run.model.get_parameter("norm.weight").requires_grad_(False)
-    before = frozen.detach().clone()
-    run.steps(3)
-    _must(torch.equal(frozen, before), "a frozen parameter moved")
-    run.returned()
-    _must(torch.equal(frozen, before), "a frozen parameter moved when the average was swapped in")
-
-
-@_check
-def _unfrozen_mid_run(make: Make) -> None:
-    """A parameter that is unfrozen in mid-run starts there and trains."""
-    run = _Training(make)
-    late = run.model.get_parameter("norm.weight").requires_grad_(False)
-    run.steps(3)
-    late.requires_grad_(True)
-    before = late.detach().clone()
-    run.steps(3)
-    _must(not torch.equal(late, before), "it did not move")
-    _must_be_finite(run, "after that")
-
-
-@_check
-def _group_added_mid_run(make: Make) -> None:
-    """A group that is added in mid-run trains, and the others go on as without it."""
-    runs = [_Training(make) for _ in range(2)]
-    late = nn.Parameter(torch.ones(3))
-    for run in runs:
-        run.steps(3)
-    runs[0].optimizer.add_param_group({"params": [late]})
-    late.grad = torch.ones(3)
-    x = torch.ones(4, 6)
-    for run in runs:
-        run.backward(x)
-        run.optimizer.step()
-    _must(not torch.equal(late, torch.ones(3)), "it did not move")
-    _must(_same(runs[0].weights(), runs[1].weights()), "the others went elsewhere")
-
-
-@_check
-def _empty_group(make: Make) -> None:
-    """A group without parameters is stepped, saved and loaded like any other."""
-    run = _Training(make)
-    run.optimizer.add_param_group({"params": []})
-    run.steps(2)
-    run.optimizer.load_state_dict(run.optimizer.state_dict())
-    run.steps(2)
-    _must_be_finite(run, "after that")
-
-
-@_check
-def _odd_shapes(make: Make) -> None:
-    """Scalar, empty and non-contiguous parameters step as others do."""
-    torch.manual_seed(0)
-    plain = torch.randn(3, 4)
-    ours = [nn.Parameter(x) for x in (torch.tensor(1.0), torch.empty(0), plain.clone().t())]
-    twin = nn.Parameter(plain.clone())
-    optimizers: list[Any] = [make(ours), make([twin])]
-    for optimizer in optimizers:
-        if hasattr(optimizer, "train"):
-            optimizer.train()
-    for _ in range(3):
-        twin.grad = torch.randn(3, 4)
-        for p, grad in zip(ours, (torch.tensor(1.0), torch.empty(0), twin.grad.t()), strict=True):
-            p.grad = grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    _must(ours[0].item() < 1, "the scalar did not move")
-    _must_be_close([ours[2].t()], [twin], "strides make a difference")
-
-
-@_check
-def _mixed_dtypes(make: Make) -> None:
-    """Parameters of several dtypes in one optimizer each step as alone."""
-    torch.manual_seed(0)
-    dtypes = (torch.float32, torch.bfloat16, torch.float64)
-    starts, grads = ([torch.randn(20).to(dtype) for dtype in dtypes] for _ in range(2))
-
-    def trained(which: list[int]) -> list[Tensor]:
-        params = [nn.Parameter(starts[i].clone()) for i in which]
-        optimizer: Any = make(params)
-        if hasattr(optimizer, "train"):
-            optimizer.train()
-        for _ in range(3):
-            for i, p in zip(which, params, strict=True):
-                p.grad = grads[i].clone()
-            optimizer.step()
-        return [p.detach() for p in params]
-
-    together = trained([0, 1, 2])
-    alone = [trained([i])[0] for i in range(3)]
-    for dtype, a, b in zip(dtypes, together, alone, strict=True):
-        _must(torch.allclose(a, b), f"{dtype} goes elsewhere in company")
-
-
-@_check
-def _accumulation(make: Make) -> None:
-    """Two halves of a batch, accumulated, are one step of the whole, of live and returned."""
-    halves, whole = _Training(make), _Training(make)
-    for _ in range(4):
-        x = torch.randn(16, 6, generator=halves.data)
-        for part in x.chunk(2):
-            halves.backward(part, 0.5)
-            halves.train()  # as the Trainer of transformers calls it
-        whole.backward(x)
-        for run in (halves, whole):
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-    _must_be_close(halves.weights(), whole.weights(), "live weights differ")
-    _must_be_close(halves.returned(), whole.returned(), "returned weights differ")
+# ---- the checks --------------------------------------------------------------------------------
 
 
 # Every scheduler of torch, by name, as made for an optimizer: for up to 30 steps.
@@ -491,275 +364,6 @@ def _has_momentum(optimizer: Optimizer) -> bool:
     return "betas" in optimizer.defaults or "momentum" in optimizer.defaults
 
 
-@_check
-def _schedulers(make: Make) -> None:
-    """Every learning-rate scheduler of torch sets the rates that it sets for torch.optim.AdamW."""
-    for name, schedule in SCHEDULERS.items():
-        run = _Training(make)
-        rate = run.optimizer.param_groups[0]["lr"]
-        adamw = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=float(rate))
-        schedulers = [schedule(run.optimizer), schedule(adamw)]
-        for _ in range(8):
-            run.steps(1)
-            adamw.step()
-            for scheduler in schedulers:
-                scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
-            rates = [float(x.param_groups[0]["lr"]) for x in (run.optimizer, adamw)]
-            _must(abs(rates[0] - rates[1]) < 1e-9, f"{name} set {rates[0]}, not {rates[1]}")
-        _must_be_finite(run, f"under {name}")
-
-
-# ---- the average in and out ------------------------------------------------------------------
-
-
-@_check
-def _swap_and_back(make: Make) -> None:
-    """eval() and train() are idempotent, and train() brings back the live weights bit for bit."""
-    run = _Training(make)
-    run.must_swap()
-    for _ in range(10):
-        run.steps(1)
-        live = run.weights()
-        run.optimizer.train()
-        _must(_same(run.weights(), live), "train() changed live weights")
-        run.optimizer.eval()
-        average = run.weights()
-        run.optimizer.eval()
-        _must(_same(run.weights(), average), "a second eval() changed the weights")
-        run.optimizer.train()
-        far = _distance(run.weights(), live)
-        _must(far == 0, f"the live weights came back changed, by up to {far:.1g}")
-
-
-@_check
-def _step_while_averaged(make: Make) -> None:
-    """step() with the average in the model raises, and changes nothing."""
-    run = _Training(make)
-    run.must_swap()
-    run.steps(3)
-    run.optimizer.eval()
-    before = run.held()
-    try:
-        run.steps(1)
-    except Exception:
-        _must(_same(run.held(), before), "it raised, but something changed")
-        return
-    raise AssertionError("it stepped")
-
-
-@_check
-def _averaged_context(make: Make) -> None:
-    """`with averaged()` brings the live weights back after an exception."""
-    run = _Training(make)
-    if not hasattr(run.optimizer, "averaged"):
-        raise _NotRun("it has no averaged()")
-    run.steps(3)
-    live = run.weights()
-    try:
-        with run.optimizer.averaged():
-            raise KeyError
-    except KeyError:
-        pass
-    _must(_same(run.weights(), live), "it does not")
-
-
-@_check
-def _copies(make: Make) -> None:
-    """Deep copies and pickles go on as the original does."""
-    run = _Training(make)
-    run.steps(3)
-    copies = copy.deepcopy(run), pickle.loads(pickle.dumps((run.model, run.optimizer)))
-    other = _Training(make)
-    other.model, other.optimizer = copies[1]
-    other.data.set_state(run.data.get_state())
-    run.steps(3)
-    live, returned = run.weights(), run.returned()
-    for name, twin in (("deep copy", copies[0]), ("pickle", other)):
-        twin.steps(3)
-        _must(_same(twin.weights(), live), f"the {name} goes elsewhere")
-        _must(_same(twin.returned(), returned), f"the {name} returns another model")
-
-
-# ---- checkpoints -----------------------------------------------------------------------------
-
-
-def _must_resume(make: Make, *, averaged: bool = False, dtype: torch.dtype = torch.float32) -> None:
-    run = _Training(make, dtype=dtype)
-    if averaged:
-        run.must_swap()
-    run.steps(4)
-    if averaged:
-        run.optimizer.eval()
-    file = run.save()
-    run.train()
-    run.steps(4)
-    other = _Training(make, seed=1, dtype=dtype)
-    other.load(file)
-    other.steps(4)
-    _must(_same(other.weights(), run.weights()), "live weights differ from the unbroken run's")
-    _must(_same(other.held(), run.held()), "state differs from the unbroken run's")
-    _must(_same(other.returned(), run.returned()), "returned weights differ")
-
-
-@_check
-def _resume(make: Make) -> None:
-    """Saved, loaded with weights_only=True into fresh objects, it goes on bit for bit."""
-    _must_resume(make)
-
-
-@_check
-def _resume_averaged(make: Make) -> None:
-    """The same when it was saved with the average in the model."""
-    _must_resume(make, averaged=True)
-
-
-@_check
-def _resume_bfloat16(make: Make) -> None:
-    """The same for bfloat16 parameters: loading keeps the dtypes of the state."""
-    _must_resume(make, dtype=torch.bfloat16)
-
-
-@_check
-def _loaded_state_is_its_own(make: Make) -> None:
-    """Two optimizers that load one state do not share tensors."""
-    run = _Training(make)
-    run.steps(3)
-    state = run.optimizer.state_dict()
-    other = _Training(make)
-    other.optimizer.load_state_dict(state)
-    before = other.held()
-    run.steps(2)
-    run.returned()
-    _must(_same(other.held(), before), "a step of one changed the other")
-
-
-def _with_state(run: _Training) -> dict[str, Any]:
-    state: dict[str, Any] = copy.deepcopy(run.optimizer.state_dict())
-    first = state.get("state", {}).get(0, {})
-    tensors = [x for x in first.values() if isinstance(x, Tensor) and x.ndim]
-    if not tensors:
-        raise _NotRun("its state_dict has no tensors by parameter")
-    return state
-
-
-@_check
-def _misshapen_state(make: Make) -> None:
-    """A checkpoint whose state has other shapes than the parameters is refused."""
-    run = _Training(make)
-    run.steps(2)
-    state = _with_state(run)
-    for key, value in state["state"][0].items():
-        if isinstance(value, Tensor) and value.ndim:
-            state["state"][0][key] = value[:1, :1].clone()
-    _must_refuse(run, state)
-
-
-@_check
-def _missing_state(make: Make) -> None:
-    """A checkpoint that lacks part of a parameter's state is refused."""
-    run = _Training(make)
-    run.steps(2)
-    state = _with_state(run)
-    tensors = {k: v for k, v in state["state"][0].items() if isinstance(v, Tensor) and v.ndim}
-    del state["state"][0][max(tensors)]
-    _must_refuse(run, state)
-
-
-@_check
-def _foreign_state(make: Make) -> None:
-    """A checkpoint of another class (SGD with momentum) is refused."""
-    run = _Training(make)
-    run.steps(2)
-    sgd = _Training(lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
-    if type(run.optimizer) is type(sgd.optimizer):
-        raise _NotRun("it is that class")
-    sgd.steps(2)
-    _must_refuse(run, sgd.optimizer.state_dict())
-
-
-def _must_come_through(make: Make, *, first: int, averaged: bool) -> None:
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    runs = [_Training(make) for _ in range(2)]
-    for i, run in enumerate(runs):
-        if averaged:
-            run.must_swap()
-        if first:
-            run.steps(first)
-        if averaged:
-            run.optimizer.eval()
-        if i:
-            model, optimizer = get_state_dict(run.model, run.optimizer)
-            set_state_dict(
-                run.model, run.optimizer, model_state_dict=model, optim_state_dict=optimizer
-            )
-        run.train()
-        run.steps(3)
-    _must(_same(runs[0].weights(), runs[1].weights()), "live weights go elsewhere after that")
-    _must(_same(runs[0].returned(), runs[1].returned()), "it returns another model after that")
-
-
-@_check
-def _distributed_checkpoint_first(make: Make) -> None:
-    """torch.distributed.checkpoint's get and set before the first step disturb nothing."""
-    _must_come_through(make, first=0, averaged=False)
-
-
-@_check
-def _distributed_checkpoint_later(make: Make) -> None:
-    """Nor do they after three steps."""
-    _must_come_through(make, first=3, averaged=False)
-
-
-@_check
-def _distributed_checkpoint_averaged(make: Make) -> None:
-    """Nor with the average in the model, before and after the first step."""
-    _must_come_through(make, first=3, averaged=True)
-    _must_come_through(make, first=0, averaged=True)
-
-
-# ---- faults ----------------------------------------------------------------------------------
-
-
-@_check
-def _non_finite_gradient(make: Make) -> None:
-    """One NaN or infinity among the gradients destroys neither live nor returned weights."""
-    for value in (float("nan"), float("inf")):
-        run = _Training(make)
-        run.steps(2)
-        run.backward(torch.ones(4, 6))
-        grad = run.model.get_parameter("first.weight").grad
-        assert grad is not None
-        grad[1, 2] = value
-        run.optimizer.step()
-        run.steps(3)
-        _must_be_finite(run, f"three steps after a gradient of {value}")
-
-
-@_check
-def _skipped_by_the_scaler(make: Make) -> None:
-    """A step that GradScaler skips changes nothing."""
-    run = _Training(make)
-    twin = _Training(make)
-    for each in (run, twin):
-        each.steps(3)
-    before = run.held()
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    scaler.scale((run.model(torch.ones(4, 6)) * float("inf")).sum()).backward()
-    scaler.step(run.optimizer)
-    scaler.update()
-    _must(scaler.get_scale() == 2.0, "the scaler did not see the infinity")
-    _must(_same(run.held(), before), "state changed")
-    _must(_same(run.returned(), twin.returned()), "the returned weights changed")
-
-
-# ---- several processes -----------------------------------------------------------------------
-
-
-def _ddp(model: nn.Module) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(model)
-
-
 def _fsdp(model: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -769,69 +373,374 @@ def _fsdp(model: nn.Module) -> nn.Module:
     return model
 
 
-def _must_agree(make: Make, wrap: Callable[[nn.Module], nn.Module]) -> None:
-    alone = _Training(make)
-    alone.steps(5)
-    run = _Training(make, wrap=wrap)
-    run.steps(5, dist.get_rank(), dist.get_world_size())
-    _must_be_close(run.weights(), alone.weights(), "live weights differ from one process's")
-    x = torch.ones(4, 6)
-    for swap in ("eval", "train") if run.swaps else ():
-        outputs = []
-        for each in (alone, run):
-            with torch.no_grad():
-                each.model(x)  # what that gathers must not be taken for what is swapped in
-                getattr(each.optimizer, swap)()
-                outputs.append(each.model(x))
-        _must_be_close(outputs[1:], outputs[:1], f"after {swap}() the model computes otherwise")
-    for each in (alone, run):
-        each.steps(1, *(() if each is alone else (dist.get_rank(), dist.get_world_size())))
-    _must_be_close(run.weights(), alone.weights(), "live weights differ after a swap and a step")
-    _must_be_close(run.returned(), alone.returned(), "returned weights differ from one process's")
+class _Checks(_Training):
+    """A method is a check, by its name, on a run that has not begun; its docstring, the promise."""
 
+    # ---- stepping ----------------------------------------------------------------------------
 
-@_rank_check
-def _data_parallel(make: Make, folder: Path) -> None:
-    """Under DistributedDataParallel it goes where one process goes."""
-    _must_agree(make, _ddp)
+    def optimizer_class(self) -> None:
+        """It is a torch.optim.Optimizer with flat state and groups."""
+        _must(isinstance(self.optimizer, Optimizer), "it is no torch.optim.Optimizer")
+        self.steps(1)
+        params = set(self.model.parameters())
+        _must(set(self.optimizer.state) <= params, "its state has other keys than parameters")
 
+    def closure(self) -> None:
+        """step(closure) returns the closure's loss."""
+        self.backward(torch.ones(4, 6))
+        _must(self.optimizer.step(lambda: 2.5) == 2.5, "it does not")
 
-@_rank_check
-def _sharded(make: Make, folder: Path) -> None:
-    """Under FSDP2 (fully_shard, uneven shards) it goes where one process goes."""
-    _must_agree(make, _fsdp)
+    def hooks(self) -> None:
+        """Hooks before and after a step are called."""
+        calls: list[str] = []
+        self.optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+        self.optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+        self.steps(1)
+        _must(calls == ["before", "after"], f"called were {calls}")
 
+    def gradients_missing(self) -> None:
+        """Parameters that are frozen or have no gradient stand still, live and returned."""
+        frozen = self.model.get_parameter("norm.weight").requires_grad_(False)
+        before = frozen.detach().clone()
+        self.steps(3)
+        _must(torch.equal(frozen, before), "a frozen parameter moved")
+        self.models()
+        _must(torch.equal(frozen, before), "a frozen parameter moved when the average came in")
 
-@_rank_check
-def _sharded_checkpoint(make: Make, folder: Path) -> None:
-    """A distributed checkpoint of shards resumes, on these ranks and on one."""
-    from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    def unfrozen_mid_run(self) -> None:
+        """A parameter that is unfrozen in mid-run starts there and trains."""
+        late = self.model.get_parameter("norm.weight").requires_grad_(False)
+        self.steps(3)
+        late.requires_grad_(True)
+        before = late.detach().clone()
+        self.steps(3)
+        _must(not torch.equal(late, before), "it did not move")
+        _must_be_finite(self, "after that")
 
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    run = _Training(make, wrap=_fsdp)
-    run.steps(4, rank, ranks)
-    model, optimizer = get_state_dict(run.model, run.optimizer)
-    state_dict_saver.save(
-        {"model": model, "optimizer": optimizer}, checkpoint_id=str(folder / "sharded")
-    )
-    run.steps(3, rank, ranks)
-    live, returned = run.weights(), run.returned()
-    for alone in (False, True):
-        other = _Training(make) if alone else _Training(make, wrap=_fsdp)
-        model, optimizer = get_state_dict(other.model, other.optimizer)
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
-        state_dict_loader.load(state, checkpoint_id=str(folder / "sharded"), no_dist=alone)
-        set_state_dict(
-            other.model,
-            other.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
-        other.train()
+    def group_added_mid_run(self) -> None:
+        """A group that is added in mid-run trains, and the others go on as without it."""
+        late, without = nn.Parameter(torch.ones(3)), self.fresh()
+        for each in (self, without):
+            each.steps(3)
+        self.optimizer.add_param_group({"params": [late]})
+        late.grad = torch.ones(3)
+        for each in (self, without):
+            each.backward(torch.ones(4, 6))
+            each.optimizer.step()
+        _must(not torch.equal(late, torch.ones(3)), "it did not move")
+        _must(_same(self.weights(), without.weights()), "the others went elsewhere")
+
+    def empty_group(self) -> None:
+        """A group without parameters is stepped, saved and loaded like any other."""
+        self.optimizer.add_param_group({"params": []})
+        self.steps(2)
+        self.optimizer.load_state_dict(self.optimizer.state_dict())
+        self.steps(2)
+        _must_be_finite(self, "after that")
+
+    def odd_shapes(self) -> None:
+        """Scalar, empty and non-contiguous parameters step as others do."""
+        plain = torch.randn(3, 4)
+        ours = [nn.Parameter(x) for x in (torch.tensor(1.0), torch.empty(0), plain.clone().t())]
+        twin = nn.Parameter(plain.clone())
+        optimizers = self.make(ours), self.make([twin])
+        for optimizer in optimizers:
+            _train(optimizer)
+        for _ in range(3):
+            twin.grad = torch.randn(3, 4)
+            grads = torch.tensor(1.0), torch.empty(0), twin.grad.t()
+            for p, grad in zip(ours, grads, strict=True):
+                p.grad = grad.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        _must(ours[0].item() < 1, "the scalar did not move")
+        _must_be_close({"strides": [ours[2].t()]}, {"strides": [twin]}, "make a difference")
+
+    def mixed_dtypes(self) -> None:
+        """Parameters of several dtypes in one optimizer each step as alone."""
+        dtypes = (torch.float32, torch.bfloat16, torch.float64)
+        starts, grads = ([torch.randn(20).to(dtype) for dtype in dtypes] for _ in range(2))
+
+        def trained(which: list[int]) -> list[Tensor]:
+            params = [nn.Parameter(starts[i].clone()) for i in which]
+            optimizer = self.make(params)
+            _train(optimizer)
+            for _ in range(3):
+                for i, p in zip(which, params, strict=True):
+                    p.grad = grads[i].clone()
+                optimizer.step()
+            return [p.detach() for p in params]
+
+        together = trained([0, 1, 2])
+        alone = [trained([i])[0] for i in range(3)]
+        for dtype, a, b in zip(dtypes, together, alone, strict=True):
+            _must(torch.allclose(a, b), f"{dtype} goes elsewhere in company")
+
+    def accumulation(self) -> None:
+        """Two halves of a batch, accumulated, are one step of the whole, of live and returned."""
+        whole = self.fresh()
         for _ in range(4):
-            torch.randn(16, 6, generator=other.data)  # what the saved run has seen
-        other.steps(3, *(() if alone else (rank, ranks)))
-        where = "on one rank" if alone else "on the same ranks"
-        _must_be_close(other.weights(), live, f"live weights differ {where}")
-        _must_be_close(other.returned(), returned, f"returned weights differ {where}")
+            x = whole.batch()
+            for part in x.chunk(2):
+                self.backward(part, 0.5)
+                _train(self.optimizer)  # as the Trainer of transformers calls it
+            whole.backward(x)
+            for each in (self, whole):
+                each.optimizer.step()
+                each.optimizer.zero_grad()
+        _must_be_close(self.models(), whole.models(), "differ")
+
+    def schedulers(self) -> None:
+        """Every learning-rate scheduler of torch sets the rates that it sets for
+        torch.optim.AdamW.
+        """
+        for name, schedule in SCHEDULERS.items():
+            run = self.fresh()
+            rate = run.optimizer.param_groups[0]["lr"]
+            adamw = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=float(rate))
+            schedulers = [schedule(run.optimizer), schedule(adamw)]
+            for _ in range(8):
+                run.steps(1)
+                adamw.step()
+                for scheduler in schedulers:
+                    scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+                rates = [float(x.param_groups[0]["lr"]) for x in (run.optimizer, adamw)]
+                _must(abs(rates[0] - rates[1]) < 1e-9, f"{name} set {rates[0]}, not {rates[1]}")
+            _must_be_finite(run, f"under {name}")
+
+    # ---- the average in and out --------------------------------------------------------------
+
+    def swap_and_back(self) -> None:
+        """eval() and train() are idempotent, and train() brings back the live weights bit for
+        bit.
+        """
+        self.must_swap()
+        for _ in range(10):
+            self.steps(1)
+            live = self.weights()
+            self.optimizer.train()
+            _must(_same(self.weights(), live), "train() changed live weights")
+            self.optimizer.eval()
+            average = self.weights()
+            self.optimizer.eval()
+            _must(_same(self.weights(), average), "a second eval() changed the weights")
+            self.optimizer.train()
+            far = _distance(self.weights(), live)
+            _must(far == 0, f"the live weights came back changed, by up to {far:.1g}")
+
+    def step_while_averaged(self) -> None:
+        """step() with the average in the model raises, and changes nothing."""
+        self.must_swap()
+        self.steps(3)
+        self.optimizer.eval()
+        _must_refuse(self, lambda: self.steps(1), "it stepped", "but something changed")
+
+    def averaged_context(self) -> None:
+        """`with averaged()` brings the live weights back after an exception."""
+        if not hasattr(self.optimizer, "averaged"):
+            raise _NotRun("it has no averaged()")
+        self.steps(3)
+        live = self.weights()
+        with contextlib.suppress(KeyError), self.optimizer.averaged():
+            raise KeyError
+        _must(_same(self.weights(), live), "it does not")
+
+    def copies(self) -> None:
+        """Deep copies and pickles go on as the original does."""
+        self.steps(3)
+        pair, data = (self.model, self.optimizer), self.data.get_state()
+        copies = {"deep copy": copy.deepcopy(pair), "pickle": pickle.loads(pickle.dumps(pair))}
+        self.steps(3)
+        models = self.models()
+        for name, (model, optimizer) in copies.items():
+            twin = self.fresh()
+            twin.model, twin.optimizer = model, optimizer
+            twin.data.set_state(data)
+            twin.steps(3)
+            _must_be_same(twin.models(), models, f"of the {name} differ")
+
+    # ---- checkpoints -------------------------------------------------------------------------
+
+    def _must_resume(self, *, averaged: bool = False) -> None:
+        self.steps(4)
+        if averaged:
+            self.must_swap()
+            self.optimizer.eval()
+        saved = self.save()
+        _train(self.optimizer)
+        self.steps(4)
+        other = self.fresh(seed=1, dtype=self.dtype)
+        other.load(saved)
+        other.steps(4)
+        states = [each.held()["optimizer"] for each in (other, self)]
+        _must_be_same(other.models(), self.models(), "differ from the unbroken run's")
+        _must(_same(*states), "state differs from the unbroken run's")
+
+    def resume(self) -> None:
+        """Saved, loaded with weights_only=True into fresh objects, it goes on bit for bit."""
+        self._must_resume()
+
+    def resume_averaged(self) -> None:
+        """The same when it was saved with the average in the model."""
+        self._must_resume(averaged=True)
+
+    def resume_bfloat16(self) -> None:
+        """The same for bfloat16 parameters: loading keeps the dtypes of the state."""
+        self.fresh(dtype=torch.bfloat16)._must_resume()
+
+    def loaded_state_is_its_own(self) -> None:
+        """Two optimizers that load one state do not share tensors."""
+        self.steps(3)
+        other = self.fresh()
+        other.optimizer.load_state_dict(self.optimizer.state_dict())
+        before = other.held()
+        self.steps(2)
+        self.models()
+        _must(_same(other.held(), before), "a step of one changed the other")
+
+    def _state_and_first(self) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+        """A copy of its state_dict, of that the first parameter's state, and the tensors' names."""
+        self.steps(2)
+        state = copy.deepcopy(self.optimizer.state_dict())
+        first = state.get("state", {}).get(0, {})
+        names = [name for name, x in first.items() if isinstance(x, Tensor) and x.ndim]
+        if not names:
+            raise _NotRun("its state_dict has no tensors by parameter")
+        return state, first, names
+
+    def _must_refuse_to_load(self, state: dict[str, Any]) -> None:
+        said = "load_state_dict() took it without an error", "when half of it had been loaded"
+        _must_refuse(self, lambda: self.optimizer.load_state_dict(state), *said)
+
+    def misshapen_state(self) -> None:
+        """A checkpoint whose state has other shapes than the parameters is refused."""
+        state, first, names = self._state_and_first()
+        for name in names:
+            first[name] = first[name][:1, :1].clone()
+        self._must_refuse_to_load(state)
+
+    def missing_state(self) -> None:
+        """A checkpoint that lacks part of a parameter's state is refused."""
+        state, first, names = self._state_and_first()
+        del first[max(names)]
+        self._must_refuse_to_load(state)
+
+    def foreign_state(self) -> None:
+        """A checkpoint of another class (SGD with momentum) is refused."""
+        self.steps(2)
+        sgd = _Training(lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
+        if type(self.optimizer) is type(sgd.optimizer):
+            raise _NotRun("it is that class")
+        sgd.steps(2)
+        self._must_refuse_to_load(sgd.optimizer.state_dict())
+
+    def _must_come_through(self, *, first: int, averaged: bool = False) -> None:
+        twin = self.fresh()
+        for each in (self, twin):
+            each.steps(first)
+            if averaged:
+                each.must_swap()
+                each.optimizer.eval()
+            if each is twin:
+                each.set_state_dicts(each.state_dicts())
+            _train(each.optimizer)
+            each.steps(3)
+        _must_be_same(self.models(), twin.models(), "go elsewhere after that")
+
+    def distributed_checkpoint_first(self) -> None:
+        """torch.distributed.checkpoint's get and set before the first step disturb nothing."""
+        self._must_come_through(first=0)
+
+    def distributed_checkpoint_later(self) -> None:
+        """Nor do they after three steps."""
+        self._must_come_through(first=3)
+
+    def distributed_checkpoint_averaged(self) -> None:
+        """Nor with the average in the model, before and after the first step."""
+        for first in (3, 0):
+            self.fresh()._must_come_through(first=first, averaged=True)
+
+    # ---- faults ------------------------------------------------------------------------------
+
+    def non_finite_gradient(self) -> None:
+        """One NaN or infinity among the gradients destroys neither live nor returned weights."""
+        for value in (float("nan"), float("inf")):
+            run = self.fresh()
+            run.steps(2)
+            run.backward(torch.ones(4, 6))
+            grad = run.model.get_parameter("first.weight").grad
+            assert grad is not None
+            grad[1, 2] = value
+            run.optimizer.step()
+            run.steps(3)
+            _must_be_finite(run, f"three steps after a gradient of {value}")
+
+    def skipped_by_the_scaler(self) -> None:
+        """A step that GradScaler skips changes nothing."""
+        twin = self.fresh()
+        for each in (self, twin):
+            each.steps(3)
+        before = self.held()
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        scaler.scale((self.model(torch.ones(4, 6)) * float("inf")).sum()).backward()
+        scaler.step(self.optimizer)
+        scaler.update()
+        _must(scaler.get_scale() == 2.0, "the scaler did not see the infinity")
+        _must(_same(self.held(), before), "state changed")
+        _must_be_same(self.models(), twin.models(), "changed")
+
+
+class _RankChecks(_Training):
+    """Checks of several processes, which have a folder in common."""
+
+    def _must_agree(self, wrap: Wrap) -> None:
+        both = self.fresh(wrap=wrap), self
+        for each in both:
+            each.steps(5)
+        live = [{"live weights": each.weights()} for each in both]
+        _must_be_close(*live, "differ from one process's")
+        x = torch.ones(4, 6)
+        for swap in ("eval", "train") if self.swaps else ():
+            outputs: list[Models] = []
+            for each in both:
+                with torch.no_grad():
+                    each.model(x)  # what that gathers must not be taken for what is swapped in
+                    getattr(each.optimizer, swap)()
+                    outputs.append({f"after {swap}() the model": [each.model(x)]})
+            _must_be_close(*outputs, "computes otherwise")
+        for each in both:
+            each.steps(1)
+        models = [each.models() for each in both]
+        _must_be_close(*models, "differ from one process's after a swap and a step")
+
+    def data_parallel(self, folder: Path) -> None:
+        """Under DistributedDataParallel it goes where one process goes."""
+        self._must_agree(nn.parallel.DistributedDataParallel)
+
+    def sharded(self, folder: Path) -> None:
+        """Under FSDP2 (fully_shard, uneven shards) it goes where one process goes."""
+        self._must_agree(_fsdp)
+
+    def sharded_checkpoint(self, folder: Path) -> None:
+        """A distributed checkpoint of shards resumes, on these ranks and on one."""
+        from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+
+        saved, place = self.fresh(wrap=_fsdp), str(folder / "sharded")
+        saved.steps(4)
+        state_dict_saver.save(saved.state_dicts(), checkpoint_id=place)
+        data = saved.data.get_state()
+        saved.steps(3)
+        models = saved.models()
+        for where, other in (("the same ranks", self.fresh(wrap=_fsdp)), ("one rank", self)):
+            state = other.state_dicts()
+            state_dict_loader.load(state, checkpoint_id=place, no_dist=other is self)
+            other.set_state_dicts(state)
+            other.data.set_state(data)
+            other.steps(3)
+            _must_be_close(other.models(), models, f"differ on {where}")
+
+
+_CHECKS, _RANK_CHECKS = (
+    [check for name, check in vars(kind).items() if not name.startswith("_")]
+    for kind in (_Checks, _RankChecks)
+)
