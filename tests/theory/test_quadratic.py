@@ -323,15 +323,18 @@ REFUSED = {
         lambda: Pull(lowered, momentum=0.5),
         ["momentum needs a constant lr"],
     ),
-    "below": (lambda: in_range("x", [3, -1, -2], 0, 5), ["x must be in [0, 5], got -2, 2 below"]),
-    "above": (lambda: in_range("x", [7, 6], 0, 5, open_="high"), ["in [0, 5), got 7, 2 above"]),
-    "low end": (lambda: in_range("x", 0, 0, 5, open_="low"), ["(0, 5], got 0", "the end itself"]),
-    "high end": (lambda: in_range("x", 5, 0, 5, open_="both"), ["(0, 5), got 5", "the end itself"]),
+    "below": (
+        lambda: in_range("x", [3, -1, -2], "[0, 5]"),
+        ["x must be in [0, 5], got -2, 2 below"],
+    ),
+    "above": (lambda: in_range("x", [7, 6], "[0, 5)"), ["in [0, 5), got 7, 2 above"]),
+    "low end": (lambda: in_range("x", 0, "(0, 5]"), ["(0, 5], got 0", "the end itself"]),
+    "high end": (lambda: in_range("x", 5, "(0, 5)"), ["(0, 5), got 5", "the end itself"]),
     "nan": (
-        lambda: in_range("x", [1, NAN], 0, np.inf),
+        lambda: in_range("x", [1, NAN], "[0, inf)"),
         ["x must be finite", "[0, inf)", "got nan"],
     ),
-    "inf": (lambda: in_range("x", np.inf, 0, np.inf), ["x must be finite", "got inf"]),
+    "inf": (lambda: in_range("x", np.inf, "[0, inf)"), ["x must be finite", "got inf"]),
     "a of 2": (lambda: largest_gain(2.0, 0.1), ["a must be in (0, 2)", "the end itself"]),
     "a of 0": (lambda: better_gain(0.0, 0.1), ["a must be in (0, 2)"]),
     "beta of 1": (lambda: better_gain(0.1, 1.0), ["beta must be in (0, 1)"]),
@@ -427,8 +430,8 @@ def test_refuses_with_the_condition_and_by_how_much(case):
 
 
 def test_takes_what_is_at_the_ends_of_the_ranges():
-    np.testing.assert_array_equal(in_range("x", [0, 5], 0, 5), [0.0, 5.0])
-    assert in_range("x", 1, 0, 5).dtype == np.float64
+    np.testing.assert_array_equal(in_range("x", [0, 5], "[0, 5]"), [0.0, 5.0])
+    assert in_range("x", 1, "[0, 5]").dtype == np.float64
     assert limiting_error(0.5, 1.0, 1e9) == limiting_error(0.5, 1.0, 0)
     assert limiting_error(0.5, 0.5, 0, 0, 0) == 0
     tiny = Quadratic(EYE, noise=[[1, 1], [1, 1 - 1e-15]])  # singular, but for rounding

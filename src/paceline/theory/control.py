@@ -19,7 +19,6 @@ has an exact solution by a Riccati recursion on (x, x̄).
 Source: the problem is that of Au & Block, arXiv:2606.25086 (2026); the solutions were derived here.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,41 +31,20 @@ from .quadratic import Array, Numbers, eigenvalues, in_range, semidefinite
 
 
 def _horizon(t: ArrayLike, horizon: ArrayLike, a: ArrayLike) -> tuple[Array, Array, Array]:
-    horizon = in_range("horizon", horizon, 0, math.inf, open_="low")
-    t = in_range("t", t, 0, math.inf)
+    horizon, t = in_range("horizon", horizon, "(0, inf)"), in_range("t", t, "[0, inf)")
     if (t > horizon).any():
         raise ValueError(f"t must be at most the horizon, got {(t - horizon).max():g} above")
-    return horizon - t, horizon, in_range("a", a, 0, math.inf)
+    return horizon - t, horizon, in_range("a", a, "[0, inf)")
 
 
 def influence(t: ArrayLike, horizon: ArrayLike, a: ArrayLike) -> Array:
     """g(t) = (1 - e^{-a(T-t)})/a, the integral of a unit of x_t until T; T - t for a = 0.
 
-    Args:
-        t: time, in [0, T], steps; any shape.
-        horizon: T > 0, steps; broadcasts.
-        a: learning rate times curvature, >= 0; broadcasts.
-
-    Raises:
-        ValueError: an argument is out of its range.
+    Arguments and errors are those of `optimal_value`.
     """
     left, _, a = _horizon(t, horizon, a)
-    return _influence(left, a)
-
-
-def _influence(left: Array, a: Array) -> Array:
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(a * left > 0, -np.expm1(-a * left) / a, left)
-
-
-def _influence_squared(left: Array, a: Array) -> Array:
-    """∫ g² from t to T."""
-    y = a * left
-    # (y - 2(1-e^-y) + (1-e^-2y)/2) / a³; its first terms cancel for small y.
-    series = left**3 * (1 / 3 - y / 4 + 7 * y**2 / 60 - y**3 / 24 + 31 * y**4 / 2520)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        exact = (y + 2 * np.expm1(-y) - np.expm1(-2 * y) / 2) / a**3
-    return np.where(y < 1e-2, series, exact)
 
 
 def optimal_value(t: ArrayLike, horizon: ArrayLike, a: ArrayLike, penalty: ArrayLike) -> Array:
@@ -82,8 +60,12 @@ def optimal_value(t: ArrayLike, horizon: ArrayLike, a: ArrayLike, penalty: Array
         ValueError: an argument is out of its range.
     """
     left, horizon, a = _horizon(t, horizon, a)
-    penalty = in_range("penalty", penalty, 0, math.inf, open_="low")
-    return np.asarray(1 / (horizon**2 + _influence_squared(left, a) / penalty))
+    y, penalty = a * left, in_range("penalty", penalty, "(0, inf)")
+    # ∫g² is (y - 2(1-e^-y) + (1-e^-2y)/2) / a³; its first terms cancel for small y.
+    series = left**3 * (1 / 3 - y / 4 + 7 * y**2 / 60 - y**3 / 24 + 31 * y**4 / 2520)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        exact = (y + 2 * np.expm1(-y) - np.expm1(-2 * y) / 2) / a**3
+    return np.asarray(1 / (horizon**2 + np.where(y < 1e-2, series, exact) / penalty))
 
 
 def optimal_gain(t: ArrayLike, horizon: ArrayLike, a: ArrayLike, penalty: ArrayLike) -> Array:
@@ -113,7 +95,7 @@ def long_horizon_gain(horizon: ArrayLike, a: ArrayLike, penalty: ArrayLike) -> A
     `optimal_value` at t = 0.
     """
     _, horizon, a = _horizon(0.0, horizon, a)
-    penalty = in_range("penalty", penalty, 0, math.inf, open_="low")
+    penalty = in_range("penalty", penalty, "(0, inf)")
     return np.asarray(1 / (penalty * a**2 * horizon**2 + horizon))
 
 
@@ -131,7 +113,7 @@ def beta_of_weights(weights: ArrayLike) -> Array:
     Raises:
         ValueError: the sum is not 1, or a partial sum is 0.
     """
-    weights = in_range("weights", weights, -math.inf, math.inf)
+    weights = in_range("weights", weights, "(-inf, inf)")
     if weights.ndim != 1 or len(weights) < 2:
         raise ValueError(f"weights must be two or more in a row, got the shape {weights.shape}")
     so_far = np.cumsum(weights)
@@ -179,9 +161,9 @@ class Regulator:
         curvature = np.atleast_1d(np.asarray(self.curvature, dtype=np.float64))
         matrix = np.diag(curvature) if curvature.ndim == 1 else curvature
         d = len(matrix)
-        in_range("curvature", eigenvalues("curvature", matrix), 0, 2, open_="both")
-        in_range("penalty", self.penalty, 0, math.inf, open_="low")
-        beta = in_range("beta", self.beta, -math.inf, math.inf)
+        in_range("curvature", eigenvalues("curvature", matrix), "(0, 2)")
+        in_range("penalty", self.penalty, "(0, inf)")
+        beta = in_range("beta", self.beta, "(-inf, inf)")
         if beta.ndim != 1 or not len(beta):
             raise ValueError(f"beta must be one or more in a row, got the shape {beta.shape}")
         for name in ("noise", "start"):
@@ -190,18 +172,15 @@ class Regulator:
                 raise ValueError(f"{name} must be of the shape () or ({d},), got {shape}")
         noise = np.asarray(self.noise, dtype=np.float64)
         noise = noise if noise.ndim == 2 else np.diag(np.broadcast_to(noise, (d,)))
-        start = in_range("start", self.start, -math.inf, math.inf)
-        checked = {
-            "curvature": matrix,
-            "beta": beta,
-            "noise": semidefinite("noise", noise, d),
-            "start": np.broadcast_to(start, (d,)),
-            "terminal": semidefinite(
-                "terminal", np.eye(d) if self.terminal is None else self.terminal, d
-            ),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        start = in_range("start", self.start, "(-inf, inf)")
+        terminal = np.eye(d) if self.terminal is None else self.terminal
+        vars(self).update(
+            curvature=matrix,
+            beta=beta,
+            noise=semidefinite("noise", noise, d),
+            start=np.broadcast_to(start, (d,)),
+            terminal=semidefinite("terminal", terminal, d),
+        )
 
     @property
     def steps(self) -> int:
@@ -212,10 +191,8 @@ class Regulator:
         """(x, x̄)_{k+1} = A·(x, x̄)_k + B·(u_k + ξ_k)."""
         one, new = np.eye(len(self.curvature)), self.beta[k]
         stay = one - self.curvature
-        return (
-            np.block([[stay, 0 * one], [new * stay, (1 - new) * one]]),
-            np.vstack([one, new * one]),
-        )
+        a = np.block([[stay, 0 * one], [new * stay, (1 - new) * one]])
+        return a, np.vstack([one, new * one])
 
     def solve(self) -> tuple[Array, ControlOutcome]:
         """The best of all controllers.
@@ -224,8 +201,7 @@ class Regulator:
             Its gains (T, d, 2d), with u_k = -gains[k] @ (x_k, x̄_k), and its outcome.
         """
         d = len(self.curvature)
-        value = np.zeros((2 * d, 2 * d))
-        value[d:, d:] = self.terminal
+        value = np.pad(self.terminal, (d, 0))
         gains = np.empty((self.steps, d, 2 * d))
         for k in reversed(range(self.steps)):
             a, b = self._step(k)
@@ -258,11 +234,10 @@ class Regulator:
         Raises:
             ValueError: gains has another shape.
         """
-        d = len(self.curvature)
-        if np.shape(gains) != (self.steps, d, 2 * d):
-            shape = (self.steps, d, 2 * d)
+        d, start = len(self.curvature), np.tile(self.start, 2)
+        shape = (self.steps, d, 2 * d)
+        if np.shape(gains) != shape:
             raise ValueError(f"gains must be of the shape {shape}, got {np.shape(gains)}")
-        start = np.concatenate([self.start, self.start])
         second, effort = np.outer(start, start), 0.0
         for k, gain in enumerate(gains):
             a, b = self._step(k)

@@ -60,14 +60,10 @@ def _deviation(problem: Quadratic) -> Array:
     return np.asarray(np.sqrt(np.broadcast_to(problem.noise, (problem.size,))))
 
 
-def _eta(x: Parameters, problem: Quadratic) -> Array:
-    """Adam's η. The searched lr is η/(√v+ε) of the noisiest coordinate, whatever ε is."""
-    return np.asarray(x["lr"] * (_deviation(problem).max() + x.get("eps", np.zeros(()))))
-
-
 def _adam_lr(x: Parameters, problem: Quadratic) -> Array:
-    """η/(√v+ε) of each coordinate."""
-    return np.asarray(_eta(x, problem) / (_deviation(problem) + x.get("eps", np.zeros(()))))
+    """Adam's η/(√v+ε) of each coordinate; the searched lr is the noisiest one's, whatever ε is."""
+    below = _deviation(problem) + x.get("eps", 0)
+    return np.asarray(x["lr"] * below.max(-1, keepdims=True) / below)
 
 
 def _beta(x: Parameters) -> Array | Callable[[int], Array]:
@@ -77,7 +73,8 @@ def _beta(x: Parameters) -> Array | Callable[[int], Array]:
 
 def _pace_gain(x: Parameters, problem: Quadratic) -> Array | Callable[[int], Array]:
     """PACE's gain, min(1, η·c·β_k/√v); with a constant weight it lacks the factor β_k."""
-    beta, strength = _beta(x), _eta(x, problem) * x["pullback"] / _deviation(problem)
+    beta, deviation = _beta(x), _deviation(problem)
+    strength = x["lr"] * deviation.max() * x["pullback"] / deviation
     if callable(beta):
         return lambda k: np.minimum(1, strength * beta(k))
     return np.minimum(1, strength)
@@ -171,8 +168,8 @@ def search(
     if known is not None and known.parameters:
         filled = {name: known.parameters.get(name, low) for name, (low, _) in box.items()}
         known = Best(known.loss, filled)
-        hair = 1e-12 * (ends[:, 1] - ends[:, 0])  # SciPy rounds when it scales to [0, 1]
-        start = np.clip(np.log(list(filled.values())), ends[:, 0] + hair, ends[:, 1] - hair)
+        hair = 1e-12 * np.diff(ends) * [1, -1]  # SciPy rounds when it scales to [0, 1]
+        start = np.clip(np.log(list(filled.values())), *(ends + hair).T)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # differences of infinities
         result = differential_evolution(
@@ -212,15 +209,13 @@ def best_in_the_limit(
         ValueError: curvature is a matrix, or max_half_life is out of its range.
     """
     _independent(problem)
-    in_range("max_half_life", min(max_half_life, 1e300), 0, math.inf, open_="low")
+    in_range("max_half_life", min(max_half_life, 1e300), "(0, inf)")
 
     def objective(x: Parameters) -> Array:
         made = method.make(x, problem, None)
-        lr = made.lr
-        a = lr * problem.curvature
+        a, noise = made.lr * problem.curvature, made.lr**2 * problem.noise
         stable = a < 2
         a = np.where(stable, a, 1.0)
-        noise = lr**2 * problem.noise
         if isinstance(made, Lookahead):
             alpha, every = made.alpha, made.every
             error = lookahead_error(a, every, alpha, noise, problem.drift)
@@ -252,7 +247,7 @@ def best_at_a_horizon(
         ValueError: curvature is a matrix, or steps is not a whole number >= 1.
     """
     _independent(problem)
-    in_range("steps", steps, 1, math.inf, whole=True)
+    in_range("steps", steps, "[1, inf)", whole=True)
 
     def objective(x: Parameters) -> Array:
         with np.errstate(over="ignore", invalid="ignore"):  # candidates may diverge
@@ -284,7 +279,7 @@ def floor(problem: Quadratic, steps: int | None = None) -> float:
     seen, drift = problem.noise / problem.curvature**2, problem.drift
     if steps is None:
         return float(problem.loss((drift + np.sqrt(drift**2 + 4 * drift * seen)) / 2))
-    in_range("steps", steps, 1, math.inf, whole=True)
+    in_range("steps", steps, "[1, inf)", whole=True)
     left = np.broadcast_to(problem.start, (problem.size,)) ** 2
     for _ in range(steps):
         left = left * seen / np.maximum(left + seen, 1e-300) + drift

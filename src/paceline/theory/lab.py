@@ -4,7 +4,7 @@ import json
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -117,7 +117,7 @@ def run_theory(options: TheoryCommand, console: Console) -> None:
                 for table in tables
             ],
             "notes": notes,
-            "figures": [str(path) for path in paths],
+            "figures": list(map(str, paths)),
         }
         console.print(json.dumps(report), highlight=False, markup=False, soft_wrap=True)
         return
@@ -143,10 +143,10 @@ def _cell(x: float) -> str:
 
 
 def _subplots(columns: int, rows: int = 1) -> tuple[Figure, Any]:
-    size = (4.6 * columns, 3.6 * rows + 0.4)
-    below = 0.3 / size[1]  # room for the command
+    height = 3.6 * rows + 0.4
+    below = 0.3 / height  # room for the command
     layout = ConstrainedLayoutEngine(rect=(0, below, 1, 1 - below))
-    figure = Figure(figsize=size, layout=layout)
+    figure = Figure(figsize=(4.6 * columns, height), layout=layout)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -173,7 +173,6 @@ class LimitCommand(TheoryCommand):
     """Seed of the experiment."""
 
     def find(self) -> Finding:
-        """Compute the tables and draw the figure."""
         a, beta = self.a, self.beta
         formula, ema = limiting_error(a, beta, self.gain), limiting_error(a, beta, 0)
         radii = spectral_radius(a, beta, self.gain)
@@ -197,8 +196,7 @@ class LimitCommand(TheoryCommand):
             equation = limit(Pull(1.0, beta, gain), problem).second(problem)[0]
             written = f"{mean:.4g} ± {error:.2g}"
             rows.append([gain, exact, equation, written, ema / exact, radius, half_life(radius)])
-        figure, axes = _subplots(2)
-        left, right = axes[0]
+        figure, ((left, right),) = _subplots(2)
         gains = np.linspace(0, 0.9999 * float(bound), 2000)
         left.plot(gains, limiting_error(a, beta, gains), label="exact")
         left.axhline(float(ema), color="grey", ls="--", label="EMA, λ = 0")
@@ -208,15 +206,14 @@ class LimitCommand(TheoryCommand):
         left.legend()
         right.plot(gains, half_life(spectral_radius(a, beta, gains)))
         right.set(xlabel="gain λ", ylabel="half-life of the start, steps", yscale="log")
-        columns = ["gain", "formula", "Lyapunov", "measured, 95 %", "EMA / this"]
-        columns += ["radius", "half-life"]
+        results = ["formula", "Lyapunov", "measured, 95 %", "EMA / this", "radius", "half-life"]
         notes = [
             f"The pull is stable for a gain < {bound:.6g}; its error is below the EMA's for "
             f"0 < gain < {best:.6g}.",
             "A lower error costs memory: the half-life of the start grows.",
         ]
         title = f"Limiting error at a = {a:g}, β = {beta:g}"
-        return Finding([Rows(title, columns, rows)], notes, figure)
+        return Finding([Rows(title, ["gain", *results], rows)], notes, figure)
 
 
 class FamilyCommand(TheoryCommand):
@@ -231,7 +228,6 @@ class FamilyCommand(TheoryCommand):
     """Values of a = β, in (0, 1)."""
 
     def find(self) -> Finding:
-        """Compute the tables and draw the figure."""
         e, gain = np.asarray(self.e), self.gain
         ema, pulled = limiting_error(e, e, 0), limiting_error(e, e, gain)
         lives = [half_life(spectral_radius(e, e, x)) for x in (0, gain)]
@@ -240,8 +236,7 @@ class FamilyCommand(TheoryCommand):
         tuned = limiting_error(slow, slow, 0, (slow / e) ** 2)  # at the learning rate slow/e
         ratio, approximate = ema / pulled, (2 * e + gain) / (2 * e)
         values = [e, ema, pulled, ratio, approximate, *lives, smaller_beta / pulled, tuned / pulled]
-        figure, axes = _subplots(2)
-        left, right = axes[0]
+        figure, ((left, right),) = _subplots(2)
         left.loglog(e, ratio, "o-", label="EMA at the same a and β")
         left.loglog(e, smaller_beta / pulled, "s-", label="EMA, β chosen")
         left.loglog(e, tuned / pulled, "^-", label="EMA, β and learning rate chosen")
@@ -254,12 +249,12 @@ class FamilyCommand(TheoryCommand):
         right.legend()
         columns = ["e", "EMA", "pull", "ratio", "(a+β+λ)/(a+β)", "half-life", "pull's"]
         columns += ["EMA β* / pull", "EMA β*, η* / pull"]
-        notes = [
+        note = (
             "EMAs with β* or β*, η* forget the start as slowly as the pull: by a smaller β alone, "
-            "or by a smaller β and learning rate.",
-        ]
-        rows = np.stack(values).T.tolist()
-        return Finding([Rows(f"a = β = e, λ = {gain:g}", columns, rows)], notes, figure)
+            "or by a smaller β and learning rate."
+        )
+        table = Rows(f"a = β = e, λ = {gain:g}", columns, np.stack(values).T.tolist())
+        return Finding([table], [note], figure)
 
 
 class ControlCommand(TheoryCommand):
@@ -281,19 +276,10 @@ class ControlCommand(TheoryCommand):
     """Distances from the minimum in each coordinate: about SGD's own spread, and far."""
 
     def find(self) -> Finding:
-        """Compute the tables and draw the figure."""
         a = self.a * _power_law(self.coordinates)
         t = np.arange(self.horizon, dtype=np.float64)
-        tables = [
-            Rows(
-                f"T = {self.horizon}, ρ = {self.penalty:g}, from a distance of {start:g}",
-                ["", "chosen", "knows μ*", "error", "Σ E u²", "cost", "/ best"],
-                self._chain(a, start, t[:, None]),
-            )
-            for start in self.starts
-        ]
-        figure, axes = _subplots(2)
-        left, right = axes[0]
+        tables = [self._chain(a, start, t[:, None]) for start in self.starts]
+        figure, ((left, right),) = _subplots(2)
         for value, colour in zip((a[0], a[-1]), ("C0", "C1"), strict=True):
             exact = control.certainty_equivalent_gain(t, self.horizon, value, self.penalty)
             left.plot(t, exact, colour, label=f"certainty-equivalent, a = {value:.3g}")
@@ -316,7 +302,7 @@ class ControlCommand(TheoryCommand):
         ]
         return Finding(tables, notes, figure)
 
-    def _chain(self, a: Any, start: float, t: Any) -> list[list[Any]]:
+    def _chain(self, a: Any, start: float, t: Any) -> Rows:
         steps, rho, noise = self.horizon, self.penalty, self.a * a
 
         def pulled(problem: control.Regulator, gain: Any) -> control.ControlOutcome:
@@ -349,7 +335,9 @@ class ControlCommand(TheoryCommand):
             ("EMA, gain of long horizons", "", "no", pulled(ema, lasting)),
             ("EMA, min(1, c/√v)", f"c = {c:.1g}", "no", pulled(ema, clipped(c))),
         ]
-        return [[*names, *x, x.cost / best.cost] for *names, x in chain]
+        title = f"T = {steps}, ρ = {rho:g}, from a distance of {start:g}"
+        columns = ["", "chosen", "knows μ*", "error", "Σ E u²", "cost", "/ best"]
+        return Rows(title, columns, [[*names, *x, x.cost / best.cost] for *names, x in chain])
 
 
 def _least(cost: Any, low: float, high: float) -> float:
@@ -380,7 +368,6 @@ class FrontierCommand(TheoryCommand):
     """Variances q² of the minimum's move in a step, for a curvature of 1; q²/α for α."""
 
     def find(self) -> Finding:
-        """Compute the tables and draw the figure."""
         every = frontier.EVERY
         if any(steps % every or steps < every for steps in self.steps):
             raise ValueError(f"steps must be multiples of {every}, got {self.steps}")
@@ -407,16 +394,8 @@ class FrontierCommand(TheoryCommand):
                 horizons.append([name, steps, *losses, frontier.floor(far, steps) / losses[0]])
         loss, methods = "EMA's loss", list(frontier.IN_THE_LIMIT)
         tables = [
-            Rows(
-                "In the limit, by half-life",
-                ["problem", "half-life", loss, *methods],
-                limits,
-            ),
-            Rows(
-                "In the limit, by drift",
-                ["problem", "drift", loss, *methods, "floor"],
-                drifts,
-            ),
+            Rows("In the limit, by half-life", ["problem", "half-life", loss, *methods], limits),
+            Rows("In the limit, by drift", ["problem", "drift", loss, *methods, "floor"], drifts),
             Rows(
                 f"After T steps from a distance of {self.start:g}",
                 ["problem", "T", loss, *frontier.AT_A_HORIZON, "floor"],
@@ -487,36 +466,16 @@ class TwinCommand(TheoryCommand):
     """Seed of these runs and of the spectra."""
 
     def find(self) -> Finding:
-        """Compute the tables and draw the figure."""
         beta, rows = self.beta, []
-        for a in self.a:
-            for gain in self.gain:
-                ratios = [twin_ratio(a, beta, gain, simple=x) for x in (False, True)]
-                lives = [half_life(x) for x in twin_modes(a, beta, gain)]
-                r = twin_rate(beta, gain)
-                drifting = limiting_error(a, beta, gain, 0, 1)
-                drifting /= limiting_error(a * r, beta, 0, 0, 1)
-                rows.append([a, gain, r, *ratios, drifting, *lives])
-        exact = ["a", "gain", "r", "noise / twin's", "at β/(β+λ)", "drift / twin's", "half-life"]
-        spectra = ["curvature and noise", "momentum", "a <=", "least", "largest"]
-        adam = ["η·c / largest √v", "clipped", "PACE", "ε = η·c", "ε = 1e-8", "PACE / ε = η·c"]
-        tables = [
-            Rows(
-                f"One coordinate, β = {beta:g}: error by noise alone, by drift alone",
-                [*exact, "twin's"],
-                rows,
-            ),
-            Rows(
-                f"16 coordinates, β = {beta:g}, gains 0.02 to 1: error / twin's",
-                spectra,
-                self._spectra(),
-            ),
-            Rows(
-                f"PACE and AdamW + EMA, κ = 0.5, after {self.steps} steps: excess loss, 95 %",
-                adam,
-                self._adam(),
-            ),
-        ]
+        for a, gain in product(self.a, self.gain):
+            ratios = [twin_ratio(a, beta, gain, simple=x) for x in (False, True)]
+            lives = [half_life(x) for x in twin_modes(a, beta, gain)]
+            r = twin_rate(beta, gain)
+            drift = limiting_error(a, beta, gain, 0, 1) / limiting_error(a * r, beta, 0, 0, 1)
+            rows.append([a, gain, r, *ratios, drift, *lives])
+        columns = ["a", "gain", "r", "noise / twin's", "at β/(β+λ)", "drift / twin's", "half-life"]
+        title = f"One coordinate, β = {beta:g}: error by noise alone, by drift alone"
+        tables = [Rows(title, [*columns, "twin's"], rows), self._spectra(), self._adam()]
         notes = [
             "Pull and twin differ in fast motions alone. On one coordinate the pull's error is "
             "never below its twin's with noise alone, and never above with drift alone.",
@@ -527,8 +486,7 @@ class TwinCommand(TheoryCommand):
 
     def _figure(self) -> Figure:
         beta = self.beta
-        figure, axes = _subplots(2)
-        left, right = axes[0]
+        figure, ((left, right),) = _subplots(2)
         grid = np.meshgrid(np.geomspace(1e-3, 1, 120), np.geomspace(1e-3, 1, 120))
         above = 100 * (twin_ratio(grid[0], beta, grid[1]) - 1)
         shown = left.pcolormesh(*grid, above, norm=LogNorm(1e-3), rasterized=True)
@@ -548,29 +506,28 @@ class TwinCommand(TheoryCommand):
         right.legend(fontsize=8)
         return figure
 
-    def _spectra(self) -> list[list[Any]]:
+    def _spectra(self) -> Rows:
         rng, n = np.random.default_rng(self.seed), 16
-        rows: list[list[Any]] = []
-        spectrum, gains = _power_law(n), np.geomspace(0.02, 1, n)
+        spectrum, gains, rows = _power_law(n), np.geomspace(0.02, 1, n), []
         directions, _ = np.linalg.qr(rng.standard_normal((n, n)))
         factor = rng.standard_normal((n, n))
         noise = factor @ factor.T / n + 0.1 * np.eye(n)
         general = Quadratic((directions * spectrum) @ directions.T, noise)
-        for name, problem in (("diagonal", Quadratic(spectrum, spectrum)), ("general", general)):
-            for momentum in (0.0, 0.9):
-                for lr in (0.05, 0.5):
-                    pull = Pull(lr, self.beta, gains, momentum)
-                    twin = Pull(lr * twin_rate(self.beta, gains), self.beta, 0.0, momentum)
-                    errors = [limit(x, problem).second(problem) for x in (pull, twin)]
-                    ratio = errors[0] / errors[1]
-                    ratio = np.diag(ratio) if problem.general else ratio
-                    rows.append([name, momentum, lr, ratio.min(), ratio.max()])
-        return rows
+        problems = {"diagonal": Quadratic(spectrum, spectrum), "general": general}
+        for name, momentum, lr in product(problems, (0.0, 0.9), (0.05, 0.5)):
+            problem = problems[name]
+            pull = Pull(lr, self.beta, gains, momentum)
+            twin = Pull(lr * twin_rate(self.beta, gains), self.beta, 0.0, momentum)
+            errors = [limit(x, problem).second(problem) for x in (pull, twin)]
+            ratio = errors[0] / errors[1]
+            ratio = np.diag(ratio) if problem.general else ratio
+            rows.append([name, momentum, lr, ratio.min(), ratio.max()])
+        title = f"16 coordinates, β = {self.beta:g}, gains 0.02 to 1: error / twin's"
+        return Rows(title, ["curvature and noise", "momentum", "a <=", "least", "largest"], rows)
 
-    def _adam(self) -> list[list[Any]]:
-        spectrum, lr, rule = _power_law(16), 0.01, PowerEMA(0.5)
+    def _adam(self) -> Rows:
+        spectrum, lr, rule, rows = _power_law(16), 0.01, PowerEMA(0.5), []
         problem = Quadratic(spectrum, noise=spectrum)
-        rows: list[list[Any]] = []
 
         def loss(**options: Any) -> tuple[float, float]:
             def make(parameters: list[Any]) -> PACE:
@@ -588,7 +545,9 @@ class TwinCommand(TheoryCommand):
             twin = loss(pullback=0.0, eps=float(twin_epsilon(lr, share / lr, 1e-4)))
             written = [f"{x:.3g} ± {y:.1g}" for x, y in (pace, twin, adamw)]
             rows.append([share, f"{clipped:.0%}", *written, pace[0] / twin[0]])
-        return rows
+        columns = ["η·c / largest √v", "clipped", "PACE", "ε = η·c", "ε = 1e-8", "PACE / ε = η·c"]
+        title = f"PACE and AdamW + EMA, κ = 0.5, after {self.steps} steps: excess loss, 95 %"
+        return Rows(title, columns, rows)
 
 
 class RateCommand(TheoryCommand):
@@ -608,7 +567,6 @@ class RateCommand(TheoryCommand):
     """Seed of the noise."""
 
     def find(self) -> Finding:
-        """Compute the tables and draw the figure."""
         rules = {
             "mean of all": Uniform(),
             "EMA, κ = 0.8": PowerEMA(0.8),
@@ -620,24 +578,23 @@ class RateCommand(TheoryCommand):
             convex_errors(methods, steps, runs=self.runs, seed=self.seed + i)
             for i, steps in enumerate(self.horizons)
         ]
-        figure, axes = _subplots(1)
-        rows: list[list[Any]] = []
-        axis, roots = axes[0, 0], np.sqrt(self.horizons)
+        figure, ((axis,),) = _subplots(1)
+        rows, roots = [], np.sqrt(self.horizons)
         for i, errors in enumerate(zip(*found, strict=True)):
-            pulled = i % 2
-            name = list(rules)[i // 2] + (f", c = {self.pullback:g}" if pulled else "")
+            rule, pulled = divmod(i, 2)
+            name = list(rules)[rule] + (f", c = {self.pullback:g}" if pulled else "")
             trend = slope(self.horizons, errors)
             means = np.array([float(e.mean) for e in errors])
             rows.append([name, f"{trend.mean:.3f} ± {1.96 * trend.error:.2g}", *means * roots])
-            style, fill = (f"C{i // 2}o--", "white") if pulled else (f"C{i // 2}o-", None)
-            axis.plot(self.horizons, means, style, mfc=fill, label=name)
+            style, fill = ("o--", "white") if pulled else ("o-", None)
+            axis.plot(self.horizons, means, f"C{rule}{style}", mfc=fill, label=name)
         axis.plot(self.horizons, rows[0][2] / roots, color="grey", ls=":", label="slope -1/2")
         axis.set(xscale="log", yscale="log", xlabel="horizon T")
         axis.set_ylabel("excess loss of the returned model")
         axis.legend(fontsize=7, handlelength=4)
         columns = ["loss·√T at T =", "slope, 95 %", *map(str, self.horizons)]
-        notes = [
-            "The paper promises a slope of -1/2 or steeper, up to a factor of the averaging rule.",
-        ]
+        note = (
+            "The paper promises a slope of -1/2 or steeper, up to a factor of the averaging rule."
+        )
         table = Rows("Excess loss on Σ 2^-i·|xᵢ - 1/i|", columns, rows)
-        return Finding([table], notes, figure)
+        return Finding([table], [note], figure)

@@ -24,6 +24,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -34,23 +35,13 @@ StepFunction: TypeAlias = Callable[[int], ArrayLike]  # takes the step k = 1, 2,
 Numbers: TypeAlias = Any  # a dataclass takes an ArrayLike and keeps a float64 array
 
 
-def in_range(
-    name: str,
-    values: ArrayLike,
-    low: float,
-    high: float,
-    *,
-    open_: str = "",
-    whole: bool = False,
-) -> Array:
+def in_range(name: str, values: ArrayLike, range_: str, *, whole: bool = False) -> Array:
     """Check that all values are in a range.
 
     Args:
         name: the argument, for the message.
         values: any shape.
-        low: least value.
-        high: largest value.
-        open_: the ends that are outside the range: "low", "high" or "both".
+        range_: such as "[0, inf)"; an end in a round bracket is outside.
         whole: accept whole numbers only.
 
     Returns:
@@ -60,19 +51,17 @@ def in_range(
         ValueError: a value is not finite, outside the range, or not whole.
     """
     array = np.asarray(values, dtype=np.float64)
-    range_ = f"in {'(' if open_ in ('low', 'both') else '['}{low:g}, {high:g}"
-    range_ += ")" if open_ in ("high", "both") or high == math.inf else "]"
-    if not np.isfinite(array).all():
-        raise ValueError(
-            f"{name} must be finite numbers {range_}, got {array[~np.isfinite(array)][0]}"
-        )
-    below = array <= low if open_ in ("low", "both") else array < low
-    above = array >= high if open_ in ("high", "both") else array > high
+    low, high = map(float, range_[1:-1].split(","))
+    odd = array[~np.isfinite(array)]
+    if odd.size:
+        raise ValueError(f"{name} must be finite numbers in {range_}, got {odd[0]}")
+    below = array <= low if range_[0] == "(" else array < low
+    above = array >= high if range_[-1] == ")" else array > high
     for outside, end, side in ((below, low, "below"), (above, high, "above")):
         if outside.any():
             worst = array[outside].min() if side == "below" else array[outside].max()
             by = f"{abs(worst - end):g} {side}" if worst != end else "which is the end itself"
-            raise ValueError(f"{name} must be {range_}, got {worst:g}, {by}")
+            raise ValueError(f"{name} must be in {range_}, got {worst:g}, {by}")
     if whole and (array != np.floor(array)).any():
         raise ValueError(f"{name} must be whole, got {array[array != np.floor(array)][0]:g}")
     return array
@@ -115,11 +104,8 @@ def semidefinite(name: str, matrix: ArrayLike, d: int) -> Array:
 
 
 def _coordinate(a: ArrayLike, beta: ArrayLike, gain: ArrayLike) -> tuple[Array, Array, Array]:
-    return (
-        in_range("a", a, 0, math.inf, open_="low"),
-        in_range("beta", beta, 0, 1, open_="low"),
-        in_range("gain", gain, 0, math.inf),
-    )
+    a, beta = in_range("a", a, "(0, inf)"), in_range("beta", beta, "(0, 1]")
+    return a, beta, in_range("gain", gain, "[0, inf)")
 
 
 def largest_gain(a: ArrayLike, beta: ArrayLike) -> Array:
@@ -137,7 +123,7 @@ def largest_gain(a: ArrayLike, beta: ArrayLike) -> Array:
     Raises:
         ValueError: an argument is out of its range.
     """
-    a, beta = in_range("a", a, 0, 2, open_="both"), in_range("beta", beta, 0, 1, open_="low")
+    a, beta = in_range("a", a, "(0, 2)"), in_range("beta", beta, "(0, 1]")
     with np.errstate(divide="ignore"):
         return np.asarray((2 - a) * (2 - beta) / (2 * (1 - beta)))
 
@@ -152,15 +138,9 @@ def better_gain(a: ArrayLike, beta: ArrayLike) -> Array:
     A = 1-a and B = 1-β, (1+w)·B·(λ*-1) = A·(1 + B - B² + AB²).) For larger a it can be negative;
     then no pull lowers the error.
 
-    Args:
-        a: learning rate times curvature, in (0, 2); any shape.
-        beta: averaging weight, in (0, 1); broadcasts.
-
-    Raises:
-        ValueError: an argument is out of its range.
+    Arguments and errors are those of `largest_gain`, with beta below 1.
     """
-    a = in_range("a", a, 0, 2, open_="both")
-    beta = in_range("beta", beta, 0, 1, open_="both")
+    a, beta = in_range("a", a, "(0, 2)"), in_range("beta", beta, "(0, 1)")
     w = (1 - a) * (1 - beta)
     return np.asarray(((2 - a) * (2 - beta) / (1 + w) - (1 - w)) / (1 - beta))
 
@@ -173,13 +153,7 @@ def spectral_radius(a: ArrayLike, beta: ArrayLike, gain: ArrayLike) -> Array:
 
         φ1 = 2 - a - β - λ·(1-β),      φ2 = -(1-β)·(1-a-λ)
 
-    Args:
-        a: learning rate times curvature, > 0; any shape.
-        beta: averaging weight, in (0, 1]; broadcasts.
-        gain: λ >= 0; broadcasts.
-
-    Raises:
-        ValueError: an argument is out of its range. Unstable arguments have a radius >= 1.
+    Arguments and errors are those of `limiting_error`, but any a > 0 and gain >= 0 may be.
     """
     a, beta, gain = _coordinate(a, beta, gain)
     # In u = 1 - z the roots are real, with the sum a + β + s and the product aβ. The slow root
@@ -198,7 +172,7 @@ def half_life(radius: ArrayLike) -> Array:
     Raises:
         ValueError: the radius is out of its range.
     """
-    radius = in_range("radius", radius, 0, 1, open_="high")
+    radius = in_range("radius", radius, "[0, 1)")
     with np.errstate(divide="ignore"):
         return np.asarray(math.log(0.5) / np.log(radius))
 
@@ -223,7 +197,7 @@ def limiting_error(
         ValueError: an argument is out of its range, or the recursion is not stable.
     """
     a, beta, gain = _coordinate(a, beta, gain)
-    noise, drift = in_range("noise", noise, 0, math.inf), in_range("drift", drift, 0, math.inf)
+    noise, drift = in_range("noise", noise, "[0, inf)"), in_range("drift", drift, "[0, inf)")
     if (a >= 2).any():
         raise ValueError(f"not stable: a must be below 2, got {a.max():g}, {a.max() - 2:g} above")
     bound = largest_gain(a, beta)
@@ -245,11 +219,7 @@ def limiting_error(
 
 
 def lookahead_error(
-    a: ArrayLike,
-    every: ArrayLike,
-    alpha: ArrayLike,
-    noise: ArrayLike = 1.0,
-    drift: ArrayLike = 0.0,
+    a: ArrayLike, every: ArrayLike, alpha: ArrayLike, noise: ArrayLike = 1.0, drift: ArrayLike = 0.0
 ) -> Array:
     """The limiting error of Lookahead's slow weights, just after a synchronisation.
 
@@ -269,10 +239,9 @@ def lookahead_error(
 
     Source: Zhang et al., Lookahead Optimizer, arXiv:1907.08610 (2019), for the method.
     """
-    a = in_range("a", a, 0, 2, open_="both")
-    every = in_range("every", every, 1, math.inf, whole=True)
-    alpha = in_range("alpha", alpha, 0, 1, open_="low")
-    noise, drift = in_range("noise", noise, 0, math.inf), in_range("drift", drift, 0, math.inf)
+    a, every = in_range("a", a, "(0, 2)"), in_range("every", every, "[1, inf)", whole=True)
+    alpha = in_range("alpha", alpha, "(0, 1]")
+    noise, drift = in_range("noise", noise, "[0, inf)"), in_range("drift", drift, "[0, inf)")
     stay, kept = 1 - a, 1 - alpha
     f = stay**every
     squares = (1 - f**2) / (a * (2 - a))  # Σ (1-a)^2j
@@ -308,16 +277,16 @@ class Quadratic:
 
     def __post_init__(self) -> None:
         curvature = np.atleast_1d(np.asarray(self.curvature, dtype=np.float64))
-        checked = {"curvature": curvature}
+        d, checked = len(curvature), {"curvature": curvature}
         if curvature.ndim == 1:
-            in_range("curvature", curvature, 0, math.inf, open_="low")
-            for name, low in (("noise", 0.0), ("drift", 0.0), ("start", -math.inf)):
-                checked[name] = in_range(name, getattr(self, name), low, math.inf)
+            in_range("curvature", curvature, "(0, inf)")
+            for name in ("noise", "drift", "start"):
+                range_ = "(-inf, inf)" if name == "start" else "[0, inf)"
+                checked[name] = in_range(name, getattr(self, name), range_)
                 last = checked[name].shape[-1:]
-                if last not in ((), (1,), curvature.shape):
+                if last not in ((), (1,), (d,)):
                     raise ValueError(
-                        f"{name} must be one number or {len(curvature)}, as many as curvature "
-                        f"has, got {last[0]}"
+                        f"{name} must be one number or {d}, as many as curvature has, got {last[0]}"
                     )
         else:
             least = eigenvalues("curvature", curvature)[0]
@@ -325,16 +294,14 @@ class Quadratic:
                 raise ValueError(
                     f"curvature must be positive definite; its least eigenvalue is {least:g}"
                 )
-            d = len(curvature)
             for name in ("noise", "drift"):
                 given = getattr(self, name)
                 if np.ndim(given) == 0:
-                    given = in_range(name, given, 0, math.inf) * np.eye(d)
+                    given = in_range(name, given, "[0, inf)") * np.eye(d)
                 checked[name] = semidefinite(name, given, d)
-            start = in_range("start", self.start, -math.inf, math.inf)
+            start = in_range("start", self.start, "(-inf, inf)")
             checked["start"] = np.broadcast_to(start, (d,))
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(checked)
 
     @property
     def general(self) -> bool:
@@ -377,12 +344,12 @@ class LinearMethod(ABC):
 
     def __post_init__(self) -> None:
         if not callable(self.lr):
-            in_range("lr", self.lr, 0, math.inf, open_="low")
+            in_range("lr", self.lr, "(0, inf)")
 
     @property
-    @abstractmethod
     def constant(self) -> bool:
-        """Whether every cycle of `period` steps is the same, so that a limit exists."""
+        """Whether no number depends on the step, so that a limit exists."""
+        return not any(map(callable, vars(self).values()))
 
     @property
     def period(self) -> int:
@@ -422,37 +389,25 @@ class Pull(LinearMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, high, open_ in (("beta", 1, "low"), ("gain", math.inf, "")):
+        for name, range_ in (("beta", "(0, 1]"), ("gain", "[0, inf)")):
             if not callable(getattr(self, name)):
-                in_range(name, getattr(self, name), 0, high, open_=open_)
-        in_range("momentum", self.momentum, 0, 1, open_="high")
+                in_range(name, getattr(self, name), range_)
+        in_range("momentum", self.momentum, "[0, 1)")
         if self.momentum and callable(self.lr):
             raise ValueError("momentum needs a constant lr, got a function; give lr as numbers")
-
-    @property
-    def constant(self) -> bool:
-        """Whether no number depends on the step."""
-        return not any(map(callable, (self.lr, self.beta, self.gain)))
 
     def blocks(self, k: int, a: Any, one: Any) -> Blocks:
         """One step."""
         beta, gain, mu = _shared("beta", self.beta, k, one), _at(self.gain, k), self.momentum
         pull = gain * one if np.ndim(one) == 0 or np.ndim(gain) == 0 else np.diag(gain)
         rest = 1 - mu
-        live = [one - rest * a - pull, pull]
-        average = [beta * live[0], (1 - beta) * one + beta * pull]
+        live, kept = one - rest * a - pull, (1 - beta) * one + beta * pull
         if not mu:
-            return Blocks([live, average], [1.0, beta], [1, 1])
+            return Blocks([[live, pull], [beta * live, kept]], [1.0, beta], [1, 1])
         # The momentum block holds -η·m, so that it adds to the weights.
-        return Blocks(
-            [
-                [live[0], mu * one, live[1]],
-                [-rest * a, mu * one, 0 * one],
-                [average[0], beta * mu * one, average[1]],
-            ],
-            [rest, rest, beta * rest],
-            [1, 0, 1],
-        )
+        m = mu * one
+        rows = [[live, m, pull], [-rest * a, m, 0 * one], [beta * live, beta * m, kept]]
+        return Blocks(rows, [rest, rest, beta * rest], [1, 0, 1])
 
 
 @dataclass(frozen=True)
@@ -476,7 +431,7 @@ class ScheduleFree(LinearMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        in_range("mu", self.mu, 0, 1, open_="high")
+        in_range("mu", self.mu, "[0, 1)")
 
     @property
     def constant(self) -> bool:
@@ -507,13 +462,8 @@ class Lookahead(LinearMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        in_range("every", self.every, 1, math.inf, whole=True)
-        in_range("alpha", self.alpha, 0, 1, open_="low")
-
-    @property
-    def constant(self) -> bool:
-        """Whether the learning rate is constant."""
-        return not callable(self.lr)
+        in_range("every", self.every, "[1, inf)", whole=True)
+        in_range("alpha", self.alpha, "(0, 1]")
 
     @property
     def period(self) -> int:
@@ -559,35 +509,30 @@ class Moments(NamedTuple):
 
     def second(self, problem: Quadratic, block: int = -1) -> Array:
         """E θθᵀ of a block: one value per coordinate, or (d, d) with a matrix H."""
-        d = problem.size if problem.general else 1
-        last = len(self.mean) // d + block if block < 0 else block
         if not problem.general:
-            return np.asarray(self.mean[last] ** 2 + self.cov[last, last])
-        part = slice(last * d, (last + 1) * d)
-        return np.asarray(np.outer(self.mean[part], self.mean[part]) + self.cov[part, part])
+            return np.asarray(self.mean[block] ** 2 + self.cov[block, block])
+        mean = self.mean.reshape(-1, problem.size)
+        cov = self.cov.reshape(*mean.shape, *mean.shape)
+        return np.asarray(np.outer(mean[block], mean[block]) + cov[block, :, block])
 
 
 def _step(method: LinearMethod, problem: Quadratic, k: int) -> tuple[Array, Array, list[float]]:
     """A_k, the covariance that the step adds, and `Blocks.place`; the matrix axes come first."""
     lr, curvature = _at(method.lr, k), problem.curvature
-    noise, drift = problem.noise, problem.drift
     if problem.general:
         one = np.eye(problem.size)
         rates = lr * one if lr.ndim == 0 else np.diag(lr)
         rows, enters, place = method.blocks(k, rates @ curvature, one)
         b = np.vstack([x * rates for x in enters])
         moved = np.vstack([x * one for x in place])
-        return np.block(rows), b @ noise @ b.T + moved @ drift @ moved.T, place
+        added = b @ problem.noise @ b.T + moved @ problem.drift @ moved.T
+        return np.block(rows), added, place
     rows, enters, place = method.blocks(k, lr * curvature, 1.0)
-    noise = lr**2 * noise
-    each = list(zip(enters, place, strict=True))
-    added = [[x * y * noise + p * r * drift for y, r in each] for x, p in each]
-    shape = np.broadcast_shapes(
-        *(np.shape(x) for row in (*rows, *added) for x in row), curvature.shape
-    )
-    a, q = (
-        np.array([[np.broadcast_to(x, shape) for x in row] for row in m]) for m in (rows, added)
-    )
+    noise, each = lr**2 * problem.noise, list(zip(enters, place, strict=True))
+    added = [[x * y * noise + p * r * problem.drift for y, r in each] for x, p in each]
+    # All of one shape: `curvature` is there for the shape alone.
+    *flat, _ = np.broadcast_arrays(*(x for row in (*rows, *added) for x in row), curvature)
+    a, q = np.reshape(flat, (2, len(rows), len(rows), *flat[0].shape))
     return a, q, place
 
 
@@ -604,15 +549,12 @@ def moments(method: LinearMethod, problem: Quadratic) -> Iterator[Moments]:
         method: its numbers broadcast against the problem's coordinates.
         problem: the quadratic.
     """
-    a, q, place = _step(method, problem, 1)
-    d = problem.size if problem.general else 1
-    mean = np.zeros(a.shape[1:])
-    for block, is_place in enumerate(place):
-        mean[block * d : (block + 1) * d] = is_place * problem.start
-    cov, k = np.zeros_like(a), 0
-    while True:
+    a, _, place = _step(method, problem, 1)
+    blocks = np.split(np.zeros(a.shape[1:]), len(place))
+    mean = np.concatenate([x + p * problem.start for x, p in zip(blocks, place, strict=True)])
+    cov = np.zeros_like(a)
+    for k in count(1):
         yield Moments(mean, cov)
-        k += 1
         a, q, _ = _step(method, problem, k)
         mean = np.einsum("ij...,j...->i...", a, mean)
         cov = _times(_times(a, cov), np.swapaxes(a, 0, 1)) + q

@@ -25,12 +25,7 @@ class Estimate(NamedTuple):
     """A mean over independent runs, and its standard error."""
 
     mean: Array
-    error: Array
-
-    @property
-    def interval(self) -> tuple[Array, Array]:
-        """The 95 % interval of the normal distribution: low and high end."""
-        return self.mean - 1.96 * self.error, self.mean + 1.96 * self.error
+    error: Array  # times 1.96: half of the normal distribution's 95 % interval
 
 
 class Estimates(NamedTuple):
@@ -71,18 +66,17 @@ def simulate(
     Raises:
         ValueError: steps or runs is out of its range or not whole.
     """
-    in_range("steps", steps, 0, math.inf, whole=True)
-    in_range("runs", runs, 2, math.inf, whole=True)
+    in_range("steps", steps, "[0, inf)", whole=True)
+    in_range("runs", runs, "[2, inf)", whole=True)
     generator = torch.Generator().manual_seed(seed)
     hessian = torch.from_numpy(problem.curvature)
     shape = (runs, problem.size)
 
-    def factor(variance: object) -> Tensor:
+    def factor(variance: Array) -> Tensor:
         """L, where L·Lᵀ is the covariance; for coordinates their standard deviations."""
-        given = np.asarray(variance, dtype=np.float64)
         if not problem.general:
-            return torch.from_numpy(np.sqrt(np.broadcast_to(given, shape[1:])))
-        values, vectors = np.linalg.eigh(given)
+            return torch.from_numpy(np.sqrt(np.broadcast_to(variance, shape[1:])))
+        values, vectors = np.linalg.eigh(variance)
         return torch.from_numpy(vectors * np.sqrt(values.clip(0)))
 
     noise, drift = factor(problem.noise), factor(problem.drift)
@@ -92,8 +86,7 @@ def simulate(
         return normal @ deviation.T if problem.general else normal * deviation
 
     minimum = torch.zeros(shape, dtype=torch.float64)
-    start = torch.from_numpy(np.array(np.broadcast_to(np.asarray(problem.start), shape[1:])))
-    weights = Parameter(start.repeat(runs, 1))
+    weights = Parameter(torch.from_numpy(np.broadcast_to(problem.start, shape).copy()))
     optimizer = make([weights])
     for _ in range(steps):
         distance = weights.detach() - minimum
@@ -146,23 +139,19 @@ def convex_errors(
     Raises:
         ValueError: an argument is out of its range, or a rule keeps further state.
     """
-    for name, value, low in (
-        ("steps", steps, 1),
-        ("runs", runs, 2),
-        ("coordinates", coordinates, 1),
-    ):
-        in_range(name, value, low, math.inf, whole=True)
-    in_range("lr", lr, 0, math.inf, open_="low")
+    in_range("steps", steps, "[1, inf)", whole=True)
+    in_range("runs", runs, "[2, inf)", whole=True)
+    in_range("coordinates", coordinates, "[1, inf)", whole=True)
+    in_range("lr", lr, "(0, inf)")
     for method in methods:
-        in_range("pullback", method.pullback, 0, math.inf)
+        in_range("pullback", method.pullback, "[0, inf)")
         if method.averaging.keeps:
             raise ValueError(
                 f"averaging must keep no state besides the average, got {method.averaging}"
             )
     generator = torch.Generator().manual_seed(seed)
-    slopes = 0.5 ** torch.arange(1, coordinates + 1, dtype=torch.float64)
-    places = 1 / torch.arange(1, coordinates + 1, dtype=torch.float64)
-    shape = (runs, coordinates)
+    index = torch.arange(1, coordinates + 1, dtype=torch.float64)
+    slopes, places, shape = 0.5**index, 1 / index, (runs, coordinates)
     weights = [Parameter(torch.zeros(shape, dtype=torch.float64)) for _ in methods]
     groups = [{"params": [p]} for p in weights]
     optimizer = Pullback(torch.optim.SGD(groups, lr=lr / math.sqrt(steps)), gain="scalar")

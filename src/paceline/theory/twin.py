@@ -21,8 +21,6 @@ This module needs NumPy, not SciPy.
 Source: derived here; the method is that of Au & Block, arXiv:2606.25086 (2026).
 """
 
-import math
-
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -43,7 +41,7 @@ def twin_rate(beta: ArrayLike, gain: ArrayLike, *, simple: bool = False) -> Arra
     Raises:
         ValueError: an argument is out of its range.
     """
-    beta, gain = in_range("beta", beta, 0, 1, open_="low"), in_range("gain", gain, 0, math.inf)
+    beta, gain = in_range("beta", beta, "(0, 1]"), in_range("gain", gain, "[0, inf)")
     return np.asarray(beta / (beta + gain * (1.0 if simple else 1 - beta)))
 
 
@@ -57,14 +55,7 @@ def twin_ratio(a: ArrayLike, beta: ArrayLike, gain: ArrayLike, *, simple: bool =
     with w = (1-a)(1-β), b = λ(1-β). Without drift it is above 1 for every λ > 0 and β < 1 in the
     stable range. To leading order the excess is aβ/2·(1/(1+w-b) - r/2), plus βλ/(a+β+λ) if simple.
 
-    Args:
-        a: learning rate times curvature, in (0, 2); any shape.
-        beta: averaging weight, in (0, 1]; broadcasts.
-        gain: λ, >= 0 and below `largest_gain(a, beta)`; broadcasts.
-        simple: use the twin's simple rate.
-
-    Raises:
-        ValueError: an argument is out of its range, or the recursion is not stable.
+    `simple` is that of `twin_rate`; other arguments and errors are those of `limiting_error`.
     """
     limiting_error(a, beta, gain)  # raises
     a, beta, gain = (np.asarray(x, dtype=np.float64) for x in (a, beta, gain))
@@ -83,13 +74,7 @@ def twin_modes(a: ArrayLike, beta: ArrayLike, gain: ArrayLike) -> tuple[Array, A
     it is slower than the twin's, by a factor of up to 2 (at ra = β). The factor is about
     1 + a/(β+b) if the twin's average is its faster mode.
 
-    Args:
-        a: learning rate times curvature, in (0, 2); any shape.
-        beta: averaging weight, in (0, 1]; broadcasts.
-        gain: λ, >= 0 and below `largest_gain(a, beta)`; broadcasts.
-
-    Raises:
-        ValueError: an argument is out of its range, or the recursion is not stable.
+    Arguments and errors are those of `limiting_error`.
     """
     limiting_error(a, beta, gain)  # raises
     twin_a = np.asarray(a) * twin_rate(beta, gain)
@@ -115,9 +100,6 @@ def twin_epsilon(lr: ArrayLike, pullback: ArrayLike, beta: ArrayLike, eps: float
     Raises:
         ValueError: an argument is out of its range.
     """
-    lr, beta = (
-        in_range("lr", lr, 0, math.inf, open_="low"),
-        in_range("beta", beta, 0, 1, open_="low"),
-    )
-    pullback = in_range("pullback", pullback, 0, math.inf)
-    return np.asarray(in_range("eps", eps, 0, math.inf) + (1 - beta) * lr * pullback)
+    lr, beta = in_range("lr", lr, "(0, inf)"), in_range("beta", beta, "(0, 1]")
+    pullback = in_range("pullback", pullback, "[0, inf)")
+    return np.asarray(in_range("eps", eps, "[0, inf)") + (1 - beta) * lr * pullback)
