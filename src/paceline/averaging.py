@@ -1,10 +1,9 @@
 """Averages of the weights: what each takes in, and when. One protocol for all of them.
 
 θ_t are the weights after step t = 1, 2, ... and θ_0 those before the first: θ_t here is θ_{t+1} of
-`paceline.update`. A rule says what the
-average becomes at each step; who keeps an average (`PACE`, `Pullback`, the comparison, the merging
-of checkpoints) holds the tensors and asks the rule. Every average is linear in the iterates, so
-that `coefficients` can tell how much of each is in it.
+`paceline.update`. A rule says what the average becomes at each step; `PACE`, `Pullback`, and what
+else keeps an average, hold the tensors and ask the rule. Every average is linear in the iterates,
+so that `coefficients` can tell how much of each is in it.
 
 Rules are also written as text, which is how parameter groups, checkpoints and the command line
 have them: the name, then options, as in `uniform:start=100`, `lawa:window=10:every=50`,
@@ -16,10 +15,13 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
+
+Tensors: TypeAlias = list[Tensor]
+Kept: TypeAlias = Sequence[dict[str, Tensor]]  # of each parameter, what its rule keeps
 
 MIN_WEIGHT = 1e-4  # of a power EMA
 RULES: dict[str, list[type["Averaging"]]] = {}  # by name; PowerEMA and EMA share one
@@ -112,13 +114,7 @@ class Averaging(ABC):
     def falloff(self, step: int | Tensor) -> float | Tensor:
         """What a pull toward this average falls with: the factor β_t in PACE's gain, in (0, 1]."""
 
-    def update_(
-        self,
-        step: int,
-        weights: list[Tensor],
-        averages: list[Tensor],
-        kept: Sequence[dict[str, Tensor]],
-    ) -> None:
+    def update_(self, step: int, weights: Tensors, averages: Tensors, kept: Kept) -> None:
         """Take in θ_t, in place.
 
         Args:
@@ -305,9 +301,7 @@ class Uniform(Averaging):
         """1/n, where n iterates are in."""
         return 1.0 / _at_least(1, step - self.start)
 
-    def weight(self, step: int | Tensor) -> float | Tensor:
-        """1/n, where the n-th iterate comes in."""
-        return self.falloff(step)
+    weight = falloff
 
 
 @dataclass(frozen=True)
@@ -346,13 +340,7 @@ class LAWA(Averaging):
         """1: the window's length is constant."""
         return 1.0
 
-    def update_(
-        self,
-        step: int,
-        weights: list[Tensor],
-        averages: list[Tensor],
-        kept: Sequence[dict[str, Tensor]],
-    ) -> None:
+    def update_(self, step: int, weights: Tensors, averages: Tensors, kept: Kept) -> None:
         """Take a snapshot if it is time, and the mean of all anew: a running one would drift."""
         if step < self.every:
             for average, x in zip(averages, weights, strict=True):
@@ -424,13 +412,7 @@ class BEMA(Averaging):
         weight: float | Tensor = (self.lag + self.rate * step) ** -self.kappa
         return weight
 
-    def update_(
-        self,
-        step: int,
-        weights: list[Tensor],
-        averages: list[Tensor],
-        kept: Sequence[dict[str, Tensor]],
-    ) -> None:
+    def update_(self, step: int, weights: Tensors, averages: Tensors, kept: Kept) -> None:
         """One step of both equations."""
         since = step - self.start
         if since > 0 and since % self.every:
@@ -510,7 +492,7 @@ def as_rule(value: Averaging | str) -> Averaging:
     return value
 
 
-def lerp_(averages: list[Tensor], weights: list[Tensor], weight: float | Tensor) -> None:
+def lerp_(averages: Tensors, weights: Tensors, weight: float | Tensor) -> None:
     """Move averages by the weight toward the weights, in place; all of the averages' dtype."""
     if isinstance(weight, Tensor):
         for average, x in zip(averages, weights, strict=True):

@@ -36,8 +36,7 @@ class AveragedOptimizer(Optimizer):
             self._state_is_provisional = bool(state.get("_state_is_provisional"))
 
     def __getstate__(self) -> dict[str, Any]:
-        provisional = {"_state_is_provisional": self._state_is_provisional}
-        return {**super().__getstate__(), **provisional}
+        return super().__getstate__() | {"_state_is_provisional": self._state_is_provisional}
 
     def _forget(self) -> None:
         self._stats: dict[str, Any] | None = None
@@ -61,12 +60,8 @@ class AveragedOptimizer(Optimizer):
     @property
     def returns(self) -> tuple[str, ...]:
         """Names of the averages: what `eval()` puts in, the others, and "average", the pull's."""
-        names = {
-            name: None
-            for group in self.param_groups
-            for name in parse_returns(returns_text(group["returns"]))
-        }
-        return (*names, AVERAGE)
+        texts = [returns_text(group["returns"]) for group in self.param_groups]
+        return (*dict.fromkeys(name for text in texts for name in parse_returns(text)), AVERAGE)
 
     def _average_keys(self, name: str | None) -> dict[Tensor, str]:
         """The key of the average of this name in the state of each parameter that has stepped.
@@ -76,13 +71,10 @@ class AveragedOptimizer(Optimizer):
         if name is not None and name not in self.returns:
             raise ValueError(f"name must be one of {', '.join(self.returns)}, got {name!r}")
         found: dict[Tensor, str] = {}
-        if self._state_is_provisional:
-            return found
-        for group in self.param_groups:
+        for group in () if self._state_is_provisional else self.param_groups:
             wanted = averages_of(group).returned if name is None else RETURN + name
             for p in group["params"]:
-                state = self.state.get(p, {})
-                there = [key for key in (wanted, AVERAGE, OFFSET) if key in state]
+                there = [key for key in (wanted, AVERAGE, OFFSET) if key in self.state.get(p, {})]
                 if there:  # it has stepped
                     found[p] = there[0]
         return found
@@ -123,13 +115,10 @@ class AveragedOptimizer(Optimizer):
                 )
         shards.drop_gathered_copies(averages)
         swap.swap_in(self._pairs(averages))
+        names = {p: key.partition(RETURN)[2] for p, key in averages.items()}
+        records = {p: swap.Swapped(str(p.dtype), name) for p, name in names.items()}
         for group in self.param_groups:
-            group[swap.SWAPPED] = swap.write_record(
-                swap.Swapped(str(p.dtype), averages[p].partition(RETURN)[2])
-                if p in averages
-                else None
-                for p in group["params"]
-            )
+            group[swap.SWAPPED] = swap.write_record(map(records.get, group["params"]))
 
     def _pairs(self, averages: dict[Tensor, str]) -> Iterator[tuple[Tensor, Tensor]]:
         return ((shards.local(p), shards.local(self.state[p][k])) for p, k in averages.items())
@@ -305,7 +294,7 @@ class AveragedOptimizer(Optimizer):
             skip: whether the step was skipped.
         """
         tensors = [x for x in (*guarded, skip) if isinstance(x, Tensor)]
-        if not tensors and not any(guarded) and not skip:
+        if not tensors and not any((*guarded, skip)):
             return
         if self._counts is None:
             self._counts = torch.zeros(3, dtype=torch.int64)

@@ -75,9 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"  {name:16} {command.summary}")
         print("\npaceline COMMAND --help explains the options of each.")
         return 0
-    errors = (
-        sys.stderr if os.environ.get("RANK", "0") == "0" else io.StringIO()
-    )  # one process prints
+    prints = os.environ.get("RANK", "0") == "0"  # one process does
+    errors = sys.stderr if prints else io.StringIO()
     try:
         from rich.console import Console
 
@@ -92,8 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = COMMANDS[name]
         module = import_module(f"paceline.{command.module}")
         options = _parse(name, getattr(module, command.options), rest)
-        console = Console(quiet=errors is not sys.stderr)
-        status = getattr(module, command.function)(options, console)
+        status = getattr(module, command.function)(options, Console(quiet=not prints))
         return status if isinstance(status, int) else 0
     except ModuleNotFoundError as error:
         return _missing(error, COMMANDS[name].extra)

@@ -1,7 +1,7 @@
 """Exchange of live weights and average, in place: nothing is lost, and no third copy is kept.
 
-Also the record of it: what each parameter of a group holds, as the plain text that goes into
-checkpoints with the group.
+Also the record of it: what each parameter of a group holds. It is text, because
+checkpoint engines refuse other values.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -27,8 +27,8 @@ class Swapped(NamedTuple):
 def write_record(records: Iterable[Swapped | None]) -> str:
     """A group's record, in the order of its parameters; None: it holds its live weights.
 
-    Text, for checkpoint engines refuse other values: a word a parameter, runs of one word in short,
-    as in `torch.float32@slow*3,*1`. Never empty, for that is a group's record while it is live.
+    A word a parameter, runs of one word in short, as in `torch.float32@slow*3,*1`. Never empty,
+    for that is a group's record while it is live.
     """
     words = ["" if x is None else f"{x.dtype}@{x.average}".removesuffix("@") for x in records]
     return ",".join(f"{word}*{len(list(run))}" for word, run in groupby(words)) or "*0"
@@ -54,14 +54,13 @@ def swap_in(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     Of equal dtypes the two trade contents. A second tensor narrower than the parameter holds the
     average's offset from the live weights, which is added and stays where it is.
 
-    A 16-bit parameter and its float32 average are 48 bits that must go on holding two models of 16
-    and 32 bits: the parameter takes the average rounded to 16 bits, and the average's place takes
-    the live weights in its upper 16 bits and, in its lower 16, what the rounding left out, in
-    float32 units in the last place. `swap_back` undoes it.
+    Of a 16-bit parameter and its float32 average, the parameter takes the average rounded to 16
+    bits. The average's place takes the live weights in its upper 16 bits and, in its lower 16, what
+    the rounding left out, in float32 units in the last place.
 
-    Live weights always come back bit for bit, and so do averages, except for NaNs, which come back
-    as NaNs, and for averages of float16 parameters below 2^-16, which come back to within 2^-25,
-    for float16 has too few bits there. An exception on the way undoes what was done before it.
+    `swap_back` brings both back bit for bit, except that an average's NaN comes back as some NaN,
+    and a float16 parameter's average below 2^-16 to within 2^-25. An exception on the way undoes
+    what was done before it.
 
     Args:
         pairs: parameter and average, of equal shapes and dtypes, or 16-bit and float32; or

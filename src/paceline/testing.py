@@ -698,7 +698,7 @@ class _RankChecks(_Training):
         for each in both:
             each.steps(5)
         live = [{"live weights": each.weights()} for each in both]
-        _must_be_close(*live, "differ from one process's")
+        _must_be_close(live[0], live[1], "differ from one process's")
         x = torch.ones(4, 6)
         for swap in ("eval", "train") if self.swaps else ():
             outputs: list[Models] = []
@@ -707,11 +707,11 @@ class _RankChecks(_Training):
                     each.model(x)  # what that gathers must not be taken for what is swapped in
                     getattr(each.optimizer, swap)()
                     outputs.append({f"after {swap}() the model": [each.model(x)]})
-            _must_be_close(*outputs, "computes otherwise")
+            _must_be_close(outputs[0], outputs[1], "computes otherwise")
         for each in both:
             each.steps(1)
-        models = [each.models() for each in both]
-        _must_be_close(*models, "differ from one process's after a swap and a step")
+        after = "differ from one process's after a swap and a step"
+        _must_be_close(both[0].models(), self.models(), after)
 
     def data_parallel(self, folder: Path) -> None:
         """Under DistributedDataParallel it goes where one process goes."""

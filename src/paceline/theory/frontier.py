@@ -77,7 +77,7 @@ def _pace_gain(x: Parameters, problem: Quadratic) -> Array | Callable[[int], Arr
     strength = x["lr"] * deviation.max() * x["pullback"] / deviation
     if callable(beta):
         return lambda k: np.minimum(1, strength * beta(k))
-    return np.minimum(1, strength)
+    return np.asarray(np.minimum(1, strength))
 
 
 LR: Box = {"lr": (1e-4, 1e3)}
