@@ -34,6 +34,12 @@ def whole(path: Path, *, shared: bool = False) -> Iterator[Path]:
         raise
 
 
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Write a text to a file, whole or not at all; see `whole`."""
+    with whole(path, shared=shared) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def put(source: Path, target: Path) -> None:
     """Rename a file or folder once it is on the disk; replaces what has that name.
 

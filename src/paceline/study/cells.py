@@ -51,9 +51,8 @@ class Task:
         """The folder of the model to start from, which `make_start` makes."""
         if self.start is None:
             return None
-        return (
-            cache_folder() / f"start-{content_key(json.dumps(_dump(self.start), sort_keys=True))}"
-        )
+        key = content_key(json.dumps(_dump(self.start), sort_keys=True))
+        return cache_folder() / f"start-{key}"
 
     def make_start(self, console: Console) -> None:
         """Train the model to start from, unless it is in the cache."""
@@ -108,14 +107,9 @@ class Cell:
 
     def train(self, watch: Watch) -> Result | None:
         """Train it; None if `watch` stopped it."""
-        method = self.trajectory
-        changes = {
-            "method": method.written,
-            "schedule": method.schedule,
-            "lr": method.lr,
-            "seed": self.run.seed,
-            "report_to": ("none",),
-        }
+        own = self.trajectory
+        changes: dict[str, Any] = {"method": own.written, "schedule": own.schedule, "lr": own.lr}
+        changes |= {"seed": self.run.seed, "report_to": ("none",)}
         if self.task.start_folder is not None:
             changes["model"] = str(self.task.start_folder)
         recipe = Recipe(**{**self.task.recipe.model_dump(), **changes})
@@ -133,9 +127,8 @@ class Cell:
         state = trainer.state
         if state.global_step < steps:
             return None
-        rows = self.run.rows(
-            trainer.curves, time.perf_counter() - began, recipe.batch * recipe.context
-        )
+        seconds = time.perf_counter() - began
+        rows = self.run.rows(trainer.curves, seconds, recipe.batch * recipe.context)
         facts = {"setting": self.task.name, "cell": self.key, "steps": steps}
         kept = ("step", "loss", "gain_mean", "clipped")
         log = [
@@ -167,10 +160,8 @@ def _assemble(recipe: Recipe, folder: Path, methods: tuple[Method, ...]) -> _Cel
         raise InputError(
             f"eval_examples: {len(data)} is too few to choose settings on one half; give at least 2"
         )
-    trainer.eval_dataset = {
-        "selection": data.select(range(half)),
-        "test": data.select(range(half, len(data))),
-    }
+    rest = range(half, len(data))
+    trainer.eval_dataset = {"selection": data.select(range(half)), "test": data.select(rest)}
     trainer.args.save_strategy = SaveStrategy.NO
     return trainer
 

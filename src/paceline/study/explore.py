@@ -23,24 +23,14 @@ from rich.text import Text
 
 from ..auto import AUTO
 from ..train import InputError, Options
-from ..train.folder import (
-    MANIFEST,
-    METRICS,
-    RECIPE,
-    REPORT,
-    TRAINING,
-    JsonLines,
-    is_begun,
-    manifest_of,
-    read_lines,
-    recipe_of,
-)
+from ..train import folder as folders
+from ..train.folder import METRICS, JsonLines
 from ..train.methods import all_options
 from ..train.page import COLOURS, render
 from ..train.recipe import MEASURING, METHOD, RESUMABLE, Recipe, keys_with
 from .statistics import interval
 
-LINKED_FILES = (METRICS, MANIFEST, RECIPE, TRAINING, REPORT)
+LINKED_FILES = (METRICS, folders.MANIFEST, folders.RECIPE, folders.TRAINING, folders.REPORT)
 WORDS = ("name", "schedule", "base", "gain", "state")
 AXES = tuple(name for name in all_options() if name not in WORDS)  # numeric options
 # Keys that may differ within a setting: they belong to a method or a seed, or change no loss.
@@ -152,12 +142,12 @@ def read(folder: Path) -> Source:
     Raises:
         InputError: a file of it is missing or broken.
     """
-    manifest = manifest_of(folder)
-    trained = "recipe" in manifest and is_begun(folder)
+    manifest = folders.manifest_of(folder)
+    trained = "recipe" in manifest and folders.is_begun(folder)
     configuration = _dotted(_object(manifest.get("recipe" if trained else "configuration")))
     if "steps" in manifest:  # the steps taken, for runs by epochs or minutes
         configuration["steps"] = manifest["steps"]
-    lines, torn = read_lines(folder / METRICS)
+    lines, torn = folders.read_lines(folder / METRICS)
     rows = []
     for number, values in _trained(folder, lines) if trained else lines:
         try:
@@ -200,20 +190,19 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _trained(folder: Path, lines: JsonLines) -> JsonLines:
     """A training run's evaluations, in the format of the others."""
     try:
-        recipe = Recipe(**recipe_of(folder, option="runs"))
+        recipe = Recipe(**folders.recipe_of(folder, option="runs"))
     except InputError as error:
-        raise InputError(f"{folder / RECIPE} cannot be used: {error}") from error
+        raise InputError(f"{folder / folders.RECIPE} cannot be used: {error}") from error
     method, name = recipe.parsed, folder.resolve().name
     facts = {"run": name, "trained_with": name, "label": method.label, **method.row}
+    names = {"eval_live_loss": "live_loss", "eval_loss": "returned_loss"}
+    names |= {"step": "step", "eval_num_tokens": "tokens"}
     rows: JsonLines = []
-    pull: dict[str, Any] = {}
-    for number, entry in lines:
-        pull |= {key: entry[key] for key in ("gain_mean", "clipped") if key in entry}
+    for number, entry in lines:  # an evaluation has the pull that was logged last
+        facts |= {key: entry[key] for key in ("gain_mean", "clipped") if key in entry}
         if "eval_loss" in entry:
-            names = {"live_loss": "eval_live_loss", "returned_loss": "eval_loss"}
-            names |= {"step": "step", "tokens": "eval_num_tokens"}
-            numbers = {to: entry[key] for to, key in names.items() if key in entry}
-            rows.append((number, {**facts, "seed": recipe.seed, **pull, **numbers}))
+            numbers = {to: entry[key] for key, to in names.items() if key in entry}
+            rows.append((number, {**facts, "seed": recipe.seed, **numbers}))
     return rows
 
 
@@ -320,9 +309,8 @@ def gather(sources: Iterable[Source]) -> list[MethodRuns]:
         budget = source.configuration.get("steps")
         budget = budget if isinstance(budget, int) else longest
         unfinished, twice = [], []
-        for (setting, label, lr, seed), found in _grouped(
-            source.rows, lambda row: (row.setting, row.label, row.lr, row.seed)
-        ).items():
+        groups = _grouped(source.rows, lambda row: (row.setting, row.label, row.lr, row.seed))
+        for (setting, label, lr, seed), found in groups.items():
             by_step = {row.step: row for row in found}  # the last row, if a step was run twice
             rows = [by_step[step] for step in sorted(by_step)]
             last = rows[-1]
@@ -412,24 +400,13 @@ class Table:
 def tables(cells: Iterable[MethodRuns]) -> list[Table]:
     """Tables of methods at their best options, at their best rates, and at equal rates."""
     done = [cell for cell in cells if cell.finished]
+    kinds = "Each kind of method at its best options and learning rate", "at its best"
+    labels = "Each method at its best learning rate", "at its best rate"
+    equal = "All methods at equal learning rate", "at the same rate"
     found = [
-        _at_the_best(
-            "Each kind of method at its best options and learning rate",
-            "at its best",
-            done,
-            lambda cell: cell.first.family,
-        ),
-        _at_the_best(
-            "Each method at its best learning rate",
-            "at its best rate",
-            done,
-            lambda cell: cell.label,
-        ),
-        Table(
-            "All methods at equal learning rate",
-            "at the same rate",
-            _entries([(cell, cell.label, (cell.setting, cell.lr)) for cell in done]),
-        ),
+        _at_the_best(*kinds, done, lambda cell: cell.first.family),
+        _at_the_best(*labels, done, lambda cell: cell.label),
+        Table(*equal, _entries([(cell, cell.label, (cell.setting, cell.lr)) for cell in done])),
     ]
     # Tables that would have the same lines again are left out.
     families, methods, everything = (len(table.entries) for table in found)
@@ -444,11 +421,9 @@ def _at_the_best(
     """The best runs of each name in each setting, and a note on how they were chosen."""
     groups = _grouped(cells, lambda cell: (cell.setting, name(cell)))
     entries = _entries([(best(group), key[1], key[:1]) for key, group in groups.items()])
-    chosen = _grouped(
-        (group for group in groups.values() if len(group) > 1), lambda group: _selected(group)
-    )
+    several = [group for group in groups.values() if len(group) > 1]
     notes = []
-    for by, choices in chosen.items():
+    for by, choices in _grouped(several, _selected).items():
         settings = "; ".join(dict.fromkeys(group[0].setting for group in choices))
         how = (
             "by the returned model's loss on another split than the losses shown"
@@ -484,12 +459,11 @@ def _selected(cells: Iterable[MethodRuns]) -> bool:
 # ---- curves and maps ----------------------------------------------------------------------------
 
 
-def curve_series(cells: Iterable[MethodRuns]) -> list[dict[str, Any]]:
+def curve_series(cells: Sequence[MethodRuns]) -> list[dict[str, Any]]:
     """One series for each method and rate: means over seeds at each step, and the loss's range.
 
     A value is None after divergence, or if there is no such number.
     """
-    cells = list(cells)
     done = [cell for cell in cells if cell.finished]
     groups = _grouped(done, lambda cell: (cell.setting, cell.label))
     rates = {key: best(group).lr for key, group in groups.items()}
@@ -538,19 +512,14 @@ def map_points(cells: Iterable[MethodRuns]) -> list[dict[str, Any]]:
     """The points of kinds of methods with two varied options or more, most points first."""
     done = [cell for cell in cells if cell.finished]
     found = []
-    for (setting, family), group in _grouped(
-        done, lambda cell: (cell.setting, cell.first.family)
-    ).items():
+    groups = _grouped(done, lambda cell: (cell.setting, cell.first.family))
+    for (setting, family), group in groups.items():
         axes = [axis for axis in AXES if len({cell.first.options[axis] for cell in group}) > 1]
         if len(axes) > 1:
-            points = [
-                {
-                    "at": [cell.first.options[axis] for axis in axes],
-                    "loss": _rounded(cell.mean()),
-                    "seeds": cell.count,
-                }
-                for cell in group
-            ]
+            points = []
+            for cell in group:
+                at = [cell.first.options[axis] for axis in axes]
+                points.append({"at": at, "loss": _rounded(cell.mean()), "seeds": cell.count})
             found.append({"setting": setting, "family": family, "axes": axes, "points": points})
     return sorted(found, key=lambda one: -len(one["points"]))
 

@@ -17,11 +17,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from functools import wraps
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import optuna
 import torch
@@ -40,12 +41,12 @@ from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ..auto import AUTO
-from ..files import whole
+from ..files import write_text
 from ..train import InputError, Options, Positive
 from ..train import folder as folders
 from ..train.manifest import cores, environment, write_json
 from .cells import Cell, Result
-from .runs import Job, Queue, Row, run_all
+from .runs import Job, Queue, loss_of, run_all
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,6 +55,7 @@ HEARTBEAT = 5  # seconds
 GRACE = 30  # seconds
 PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0)  # seconds before the storage is asked again
 POLL = 3.0  # seconds between reads of the storage while other machines have the remaining cells
+STORAGE_ERRORS = (StorageInternalError, SQLAlchemyError)
 CELL_ATTRIBUTES = ("cell", "name", "methods", "seed", "configuration")  # of a new trial
 # Options that a trial shows as parameters. Ranges are wide: all trials of a study need the same.
 SHOWN_OPTIONS: dict[str, BaseDistribution] = {
@@ -100,22 +102,20 @@ def _patiently(call: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(call)
     def tried(*args: P.args, **kwargs: P.kwargs) -> T:
-        for pause in PAUSES:
+        pauses = list(PAUSES)
+        while True:
             try:
                 return call(*args, **kwargs)
-            except (StorageInternalError, SQLAlchemyError):
-                time.sleep(pause)
-        try:
-            return call(*args, **kwargs)
-        except (StorageInternalError, SQLAlchemyError) as error:
-            raise InputError(
-                f"storage: no answer: {_reason(error)}; run the same command to resume"
-            ) from error
+            except STORAGE_ERRORS as error:
+                if not pauses:
+                    why = f"{_reason(error)}; run the same command to resume"
+                    raise InputError(f"storage: no answer: {why}") from error
+                time.sleep(pauses.pop(0))
 
     return tried
 
 
-class Ledger(Queue):
+class Ledger(Queue, AbstractContextManager["Ledger"]):
     """The cells of a plan as jobs, in a storage that other workers share.
 
     Args:
@@ -129,21 +129,16 @@ class Ledger(Queue):
     def __init__(self, url: str, plan: CellPlan) -> None:
         self.plan = plan
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.simplefilter("ignore", ExperimentalWarning)  # of heartbeats
         try:
             self.storage = _open(url)
-        except (
-            SQLAlchemyError,
-            ImportError,
-            ValueError,
-            RuntimeError,
-            StorageInternalError,
-        ) as error:
+        except (*STORAGE_ERRORS, ImportError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"storage: {url}: {_reason(error)}; give a database such as sqlite:///sweep.db or "
                 "postgresql://USER@HOST/NAME"
             ) from error
         self.studies: dict[str, Study] = {}
-        self.mine: dict[str, tuple[Study, int]] = {}  # name of a job -> its trial
+        self.mine: dict[str, int] = {}  # name of a job -> its trial's ID
         self.results: dict[str, Result] = {}
         self.outcomes = Outcomes({}, {})
         self.taken: set[str] = set()  # keys of cells that a worker has claimed
@@ -154,9 +149,6 @@ class Ledger(Queue):
         self.ended = threading.Event()
         self.heart = threading.Thread(target=self._keep_beating, daemon=True)
         self.heart.start()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Stop the heartbeat; cells that are still claimed expire."""
@@ -187,7 +179,8 @@ class Ledger(Queue):
         attributes: dict[str, Any] = {"log": result.log, **environment()}
         for row in result.rows:  # an attribute a method: databases limit the length of a text
             attributes.setdefault(f"rows of {row['label']}", []).append(row)
-        self._end(job, attributes, TrialState.COMPLETE, [min(map(selection, last))])
+        loss = min(loss_of(row, "selection") for row in last)
+        self._end(job, attributes, TrialState.COMPLETE, loss)
 
     def fail(self, job: Job, reason: str) -> None:
         """Record why a cell failed; it is not tried again."""
@@ -213,14 +206,7 @@ class Ledger(Queue):
             for trial in _current_trials(study):
                 if trial.state == TrialState.FAIL:
                     attributes = {k: trial.user_attrs[k] for k in CELL_ATTRIBUTES}
-                    study.add_trial(
-                        create_trial(
-                            state=TrialState.WAITING,
-                            params=trial.params,
-                            distributions=trial.distributions,
-                            user_attrs=attributes,
-                        )
-                    )
+                    study.add_trial(_waiting(trial.params, attributes))
         self.look()
 
     def left(self) -> list[Cell]:
@@ -239,10 +225,9 @@ class Ledger(Queue):
         while changed or not self.wanted:
             self.wanted = self.plan.wanted(self.outcomes)
             for name in (unknown := {_study_name(c) for c in self.wanted} - self.studies.keys()):
+                title = f"{self.plan.name}: {name}"
                 self.studies[name] = optuna.create_study(
-                    study_name=f"{self.plan.name}: {name}",
-                    storage=self.storage,
-                    load_if_exists=True,
+                    storage=self.storage, study_name=title, load_if_exists=True
                 )
             if not unknown:
                 break
@@ -257,36 +242,27 @@ class Ledger(Queue):
         for study in self.studies.values():
             self._expire_stale(study)
             for trial in _current_trials(study):
-                self._note(study, trial)
+                facts, key = trial.user_attrs, trial.user_attrs["cell"]
+                if trial.state == TrialState.COMPLETE:
+                    if key not in self.results:
+                        rows = [v for k, v in facts.items() if k.startswith("rows of ")]
+                        self.results[key] = Result(list(chain(*rows)), facts["log"])
+                    self.outcomes.finished[key] = self.results[key]
+                elif trial.state == TrialState.FAIL:
+                    self.outcomes.failed[key] = facts["reason"]
+                elif trial.state == TrialState.RUNNING:
+                    self.taken.add(key)
         return (self.outcomes.finished.keys(), self.outcomes.failed.keys()) != before
-
-    def _note(self, study: Study, trial: FrozenTrial) -> None:
-        key = trial.user_attrs["cell"]
-        if trial.state == TrialState.COMPLETE:
-            if key not in self.results:
-                attributes = trial.user_attrs
-                rows = [
-                    x for name in attributes if name[:8] == "rows of " for x in attributes[name]
-                ]
-                self.results[key] = Result(rows, attributes["log"])
-            self.outcomes.finished[key] = self.results[key]
-        elif trial.state == TrialState.FAIL:
-            self.outcomes.failed[key] = trial.user_attrs["reason"]
-        elif trial.state == TrialState.RUNNING:
-            self.taken.add(key)
 
     def _expire_stale(self, study: Study) -> None:
         """Expire the claims of workers without a heartbeat."""
-        with _quietly():
-            fail_stale_trials(study)
+        fail_stale_trials(study)
         # A worker may have died between its claim and its first heartbeat.
         for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            if (
-                "worker" not in trial.user_attrs
-            ):  # we time it: clocks of other machines may be wrong
+            if "worker" not in trial.user_attrs:  # timed here: other machines' clocks may be wrong
                 seen = self.unsigned.setdefault((study.study_name, trial.number), time.monotonic())
                 if time.monotonic() - seen > GRACE:
-                    self._set(study, trial.number, TrialState.FAIL)
+                    self._set(self._id(study, trial), TrialState.FAIL)
 
     def _claim(self, cell: Cell) -> Job | None:
         study = self.studies[_study_name(cell)]
@@ -299,57 +275,47 @@ class Ledger(Queue):
         first, *more = sorted(trials(), key=lambda trial: trial.number)
         for trial in more:  # two workers added one at once
             if trial.state == TrialState.WAITING:
-                self._set(study, trial.number, TrialState.PRUNED)
-        if not (
-            first.state == TrialState.WAITING and self._set(study, first.number, TrialState.RUNNING)
-        ):
-            self.taken.add(cell.key)
+                self._set(self._id(study, trial), TrialState.PRUNED)
+        trial_id = self._id(study, first)
+        claimed = first.state == TrialState.WAITING and self._set(trial_id, TrialState.RUNNING)
+        self.taken.add(cell.key)
+        if not claimed:
             return None
-        trial_id = self._id(study, first.number)
         self.storage.record_heartbeat(trial_id)
         self.storage.set_trial_user_attr(trial_id, "worker", f"{platform.node()}:{os.getpid()}")
-        self.mine[cell.name] = study, first.number
-        self.taken.add(cell.key)
+        self.mine[cell.name] = trial_id
         return Job(cell.name, 1000, cell.train)
 
     @_patiently
-    def _end(
-        self,
-        job: Job,
-        attributes: dict[str, Any],
-        state: TrialState,
-        values: list[float] | None = None,
-    ) -> None:
-        study, number = self.mine[job.name]
+    def _end(self, job: Job, attributes: dict[str, Any], state: TrialState, *loss: float) -> None:
+        trial_id = self.mine[job.name]
         # If our claim has expired, another worker has the cell now.
         with suppress(UpdateFinishedTrialError):
             for name, value in attributes.items():
-                self.storage.set_trial_user_attr(self._id(study, number), name, value)
-            self._set(study, number, state, values)
+                self.storage.set_trial_user_attr(trial_id, name, value)
+            self._set(trial_id, state, *loss)
         del self.mine[job.name]
         self.looked = -math.inf
 
-    def _set(
-        self, study: Study, number: int, state: TrialState, values: list[float] | None = None
-    ) -> bool:
+    def _set(self, trial_id: int, state: TrialState, *loss: float) -> bool:
         """Set a trial's state; returns False if another worker was faster."""
         try:
-            return self.storage.set_trial_state_values(self._id(study, number), state, values)
+            return self.storage.set_trial_state_values(trial_id, state, loss or None)
         except UpdateFinishedTrialError:
             return False
 
-    def _id(self, study: Study, number: int) -> int:
+    def _id(self, study: Study, trial: FrozenTrial) -> int:
         study_id = self.storage.get_study_id_from_name(study.study_name)
-        return self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        return self.storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
 
     def _keep_beating(self) -> None:
         while not self.ended.wait(HEARTBEAT):
-            with suppress(StorageInternalError, SQLAlchemyError):  # the next beat may succeed
+            with suppress(*STORAGE_ERRORS):  # the next beat may succeed
                 self._beat()
 
     def _beat(self) -> None:
-        for study, number in list(self.mine.values()):
-            self.storage.record_heartbeat(self._id(study, number))
+        for trial_id in list(self.mine.values()):
+            self.storage.record_heartbeat(trial_id)
 
 
 def _open(url: str) -> RDBStorage:
@@ -358,10 +324,9 @@ def _open(url: str) -> RDBStorage:
     options = {"connect_args": {"timeout": 60}} if sqlite else {}
     for tries in range(5):
         try:
-            with _quietly():
-                storage = RDBStorage(
-                    url, engine_kwargs=options, heartbeat_interval=HEARTBEAT, grace_period=GRACE
-                )
+            storage = RDBStorage(
+                url, engine_kwargs=options, heartbeat_interval=HEARTBEAT, grace_period=GRACE
+            )
             break
         except DBAPIError:
             if tries == 4:
@@ -370,22 +335,12 @@ def _open(url: str) -> RDBStorage:
     if sqlite:  # without SELECT ... FOR UPDATE, two workers could claim one trial
         storage.engine.dispose()
         event.listen(storage.engine, "connect", _by_hand)
-        event.listen(storage.engine, "begin", _immediately)
+        event.listen(storage.engine, "begin", lambda x: x.exec_driver_sql("BEGIN IMMEDIATE"))
     return storage
 
 
 def _by_hand(connection: Any, _: Any) -> None:
     connection.isolation_level = None
-
-
-def _immediately(connection: Any) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def selection(row: Row) -> float:
-    """The returned model's loss on the half that settings are chosen by; inf if it diverged."""
-    loss = row["selection_loss"]
-    return math.inf if loss is None else float(loss)
 
 
 def _current_trials(study: Study) -> list[FrozenTrial]:
@@ -410,27 +365,21 @@ def _study_name(cell: Cell) -> str:
 
 def _new_trial(cell: Cell) -> FrozenTrial:
     options = cell.trajectory.row.items()
-    values = {k: x for k, x in options if k in SHOWN_OPTIONS and x not in (None, AUTO)}
-    return create_trial(
-        state=TrialState.WAITING,
-        params=values,
-        distributions={name: SHOWN_OPTIONS[name] for name in values},
-        user_attrs={
-            "cell": cell.key,
-            "name": cell.name,
-            "methods": [method.written for method in cell.run.methods],
-            "seed": cell.run.seed,
-            "configuration": cell.task.fixed,
-        },
+    methods = [method.written for method in cell.run.methods]
+    facts = (cell.key, cell.name, methods, cell.run.seed, cell.task.fixed)
+    return _waiting(
+        {k: x for k, x in options if k in SHOWN_OPTIONS and x not in (None, AUTO)},
+        dict(zip(CELL_ATTRIBUTES, facts, strict=True)),
     )
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without Optuna's warning that heartbeats are experimental."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        yield
+def _waiting(options: dict[str, Any], attributes: dict[str, Any]) -> FrozenTrial:
+    return create_trial(
+        state=TrialState.WAITING,
+        params=options,
+        distributions={name: SHOWN_OPTIONS[name] for name in options},
+        user_attrs=attributes,
+    )
 
 
 # ---- commands over a ledger ---------------------------------------------------------------------
@@ -480,16 +429,14 @@ def write_rows(ledger: Ledger, folder: Path, configuration: dict[str, Any]) -> N
     finished = ledger.outcomes.finished
     ended = [cell for cell in ledger.wanted if cell.key in finished]
 
-    def write(name: str, rows: Iterable[Row]) -> None:
-        with whole(folder / name, shared=True) as partial, partial.open("w", encoding="utf-8") as f:
-            f.writelines(map(folders.json_line, rows))
-
-    def logged(cell: Cell) -> Iterator[Row]:
+    metrics: list[str] = []
+    training: list[str] = []
+    for cell in ended:
         facts = {"setting": cell.task.name, "trained_with": cell.run.name}
-        return ({**facts, **line} for line in finished[cell.key].log)
-
-    write(folders.METRICS, (row for cell in ended for row in finished[cell.key].rows))
-    write(folders.TRAINING, (line for cell in ended for line in logged(cell)))
+        metrics += map(folders.json_line, finished[cell.key].rows)
+        training += [folders.json_line({**facts, **line}) for line in finished[cell.key].log]
+    write_text(folder / folders.METRICS, "".join(metrics), shared=True)
+    write_text(folder / folders.TRAINING, "".join(training), shared=True)
     manifest = {
         **environment(),
         "configuration": configuration,

@@ -15,6 +15,7 @@ from rich.table import Table
 from ..auto import AUTO
 from ..train.folder import REPORT
 from ..train.page import COLOURS, render, svg
+from .runs import loss_of
 
 LINE_STYLES = ("-", "--", ":")
 
@@ -38,12 +39,12 @@ class Results:
         for row in last.values():
             cell = cells.setdefault(row["label"], {}).setdefault(row["lr"], FinalLosses({}))
             cell.rows[row["seed"]] = row
-        every = [set(cell.rows) for by_rate in cells.values() for cell in by_rate.values()]
-        common = set.intersection(*every) if every else set()
+        every = [cell for by_rate in cells.values() for cell in by_rate.values()]
+        common = set.intersection(*(set(cell.rows) for cell in every)) if every else set()
         if common:
-            for by_rate in cells.values():
-                for lr, cell in by_rate.items():
-                    by_rate[lr] = FinalLosses({seed: cell.rows[seed] for seed in sorted(common)})
+            for cell in every:
+                for seed in cell.rows.keys() - common:
+                    del cell.rows[seed]
         return cells
 
 
@@ -52,17 +53,17 @@ class FinalLosses(NamedTuple):
 
     rows: dict[int, dict[str, Any]]
 
-    def losses(self, which: str) -> list[float]:
-        """Losses of the `live` or `returned` weights, nats a token; infinite after divergence."""
-        return [_loss(row[f"{which}_loss"]) for row in self.rows.values()]
+    def losses(self, which: str = "returned") -> dict[int, float]:
+        """The `live` or `returned` loss of each seed, nats a token; infinite after divergence."""
+        return {seed: loss_of(row, which) for seed, row in self.rows.items()}
 
     def mean(self, which: str = "returned") -> float:
         """Mean loss over the seeds, nats a token."""
-        return fmean(self.losses(which))
+        return fmean(self.losses(which).values())
 
     def show(self, which: str = "returned") -> str:
         """The mean, with half the range over several seeds; or `diverged`."""
-        losses = self.losses(which)
+        losses = self.losses(which).values()
         if not math.isfinite(self.mean(which)):
             return "diverged"
         spread = f" ±{(max(losses) - min(losses)) / 2:.3f}" if len(losses) > 1 else ""
@@ -70,10 +71,6 @@ class FinalLosses(NamedTuple):
 
 
 FinalTable = dict[str, dict[float, FinalLosses]]
-
-
-def _loss(value: float | None) -> float:
-    return math.inf if value is None else value  # a diverged run counts as the worst
 
 
 def write_report(
@@ -128,17 +125,12 @@ def _loss_table(cells: FinalTable) -> Table:
     for lr in rates(cells):
         table.add_column(f"lr {lr:g}", justify="right")
     for label, by_rate in cells.items():
-        row = []
-        for lr in rates(cells):
-            if lr not in by_rate:
-                row.append("")
-                continue
-            cell = by_rate[lr]
-            returned = cell.show()
-            if cell.mean() == best_at(cells, lr):
-                returned = f"[bold]{returned}[/]"
-            row.append(f"{cell.show('live').split(' ')[0]} → {returned}")
-        table.add_row(label, *row)
+        row = dict.fromkeys(rates(cells), "")
+        for lr, cell in by_rate.items():
+            best = cell.mean() == best_at(cells, lr)
+            returned = f"[bold]{cell.show()}[/]" if best else cell.show()
+            row[lr] = f"{cell.show('live').split(' ')[0]} → {returned}"
+        table.add_row(label, *row.values())
     return table
 
 
@@ -206,26 +198,20 @@ def _about_the_pull(
         facts = next(iter(its.rows.values()))
         if facts["name"] != "ema" or facts["kappa"] != mine["kappa"]:
             continue
-        alike = facts["schedule"] == mine["schedule"] and facts["twin_gain"] == mine["twin_gain"]
+        alike = all(facts[key] == mine[key] for key in ("schedule", "twin_gain"))
         # The ε that the pull amounts to where it is not clipped; see docs/theory.md.
         c = math.nan if mine["pullback"] == AUTO else mine["pullback"]
         amounts_to = (mine["eps"] or 1e-8) + lr * c
-        if alike and facts["eps"] != mine["eps"]:
-            if math.isclose(facts["eps"] or 1e-8, amounts_to, rel_tol=0.01):
-                sentences.append(
-                    f"Against the ε that its pull amounts to, the loss of {label} is "
-                    f"{_difference(cell, its, other)}."
-                )
-        elif alike:
-            sentences.append(
-                f"Against the same average without the pull, the loss of {label} is "
-                f"{_difference(cell, its, other)}."
-            )
-        elif facts["schedule"] == "twin" and mine["schedule"] == "constant":
-            sentences.append(
-                f"Against the schedule of a gain of {facts['twin_gain']:g}, the loss of {label} is "
-                f"{_difference(cell, its, other)}."
-            )
+        if alike and facts["eps"] == mine["eps"]:
+            against = "the same average without the pull"
+        elif alike and math.isclose(facts["eps"] or 1e-8, amounts_to, rel_tol=0.01):
+            against = "the ε that its pull amounts to"
+        elif not alike and facts["schedule"] == "twin" and mine["schedule"] == "constant":
+            against = f"the schedule of a gain of {facts['twin_gain']:g}"
+        else:
+            continue
+        difference = _difference(cell, its, other)
+        sentences.append(f"Against {against}, the loss of {label} is {difference}.")
     gains = [row["gain_mean"] for row in cell.rows.values() if row["gain_mean"] is not None]
     if sentences and gains:
         clipped = fmean(row["clipped"] for row in cell.rows.values())
@@ -238,11 +224,8 @@ def _about_the_pull(
 
 def _difference(a: FinalLosses, b: FinalLosses, name: str) -> str:
     """The loss of `a` relative to `b`, which has this name, paired by seed."""
-    pairs = [
-        _loss(row["returned_loss"]) - _loss(b.rows[seed]["returned_loss"])
-        for seed, row in a.rows.items()
-        if seed in b.rows
-    ]
+    mine, its = a.losses(), b.losses()
+    pairs = [mine[seed] - its[seed] for seed in mine if seed in its]
     if not pairs:
         return f"not comparable with {name}, which has no seed in common"
     if not all(map(math.isfinite, pairs)):
@@ -284,24 +267,16 @@ def draw_curves(results: Results) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("validation loss, nats a token")
-    late = [
-        _loss(r[key])
-        for r in results.rows
-        for key in ("live_loss", "returned_loss")
-        if r["step"] * 4 >= max(row["step"] for row in results.rows)
-    ]
-    late = [x for x in late if math.isfinite(x)]
+    quarter = max(row["step"] for row in results.rows) / 4
+    ends = [row for row in results.rows if row["step"] >= quarter]
+    late = [loss_of(row, which) for row in ends for which in ("live", "returned")]
+    late = [loss for loss in late if math.isfinite(loss)]
     if late and max(late) > min(late):
         margin = 0.05 * (max(late) - min(late))
         axes[0].set_ylim(min(late) - margin, max(late) + margin)
     handles = {h.get_label(): h for axis in axes for h in axis.lines if h.get_label()[0] != "_"}
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside right center",
-        frameon=False,
-        title="returned",
-    )
+    place: Any = {"loc": "outside right center", "title": "returned"}
+    figure.legend(handles.values(), handles.keys(), frameon=False, **place)
     return figure
 
 
@@ -310,10 +285,10 @@ def _draw_method(
 ) -> None:
     steps = sorted({row["step"] for row in rows})
 
-    def values(key: str) -> list[list[float]]:
-        return [[_loss(r[key]) for r in rows if r["step"] == step] for step in steps]
+    def losses(which: str) -> list[list[float]]:
+        return [[loss_of(r, which) for r in rows if r["step"] == step] for step in steps]
 
-    returned, live = values("returned_loss"), values("live_loss")
+    returned, live = losses("returned"), losses("live")
     axis.plot(steps, list(map(fmean, returned)), dash, color=colour, label=label, lw=1.8)
     if with_live and live != returned:
         axis.plot(steps, list(map(fmean, live)), ":", color=colour, lw=0.9, label="_live")

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import Empty
 from typing import Any, NamedTuple
 
@@ -45,12 +45,9 @@ class Run(NamedTuple):
     def rows(
         self, curves: Iterable[list[dict[str, float]]], seconds: float, tokens: float
     ) -> list[Row]:
-        """A row for each point of each method's curve.
+        """A row for each point of each method's curve in `MethodTrainer.curves`.
 
-        Args:
-            curves: `MethodTrainer.curves`, a list of evaluations for each method.
-            seconds: duration of the training, which all its methods share.
-            tokens: tokens a step.
+        The training took these seconds for all its methods, and reads so many tokens a step.
         """
         rows = []
         for name, method, curve in zip(self.names, self.methods, curves, strict=True):
@@ -64,6 +61,12 @@ class Run(NamedTuple):
 def finite_values(values: Mapping[str, float]) -> dict[str, float | None]:
     """The values with None for those that are not finite, as JSON takes them."""
     return {k: v if math.isfinite(v) else None for k, v in values.items()}
+
+
+def loss_of(row: Row, which: str) -> float:
+    """The `live`, `returned` or `selection` loss of a row, nats a token; inf if it diverged."""
+    loss = row[f"{which}_loss"]
+    return math.inf if loss is None else float(loss)
 
 
 def share_runs(methods: Iterable[Method], seeds: Iterable[int]) -> list[Run]:
@@ -125,12 +128,8 @@ def run_all(queue: Queue, workers: int, threads: int, console: Console) -> None:
 
     def new_pool() -> tuple[ProcessPoolExecutor, Any, Any]:
         # A process that died may have left the old queue and event locked.
-        news, stop = context.Queue(), context.Event()
-        return (
-            ProcessPoolExecutor(workers, context, _init_worker, (threads, news, stop)),
-            news,
-            stop,
-        )
+        told = context.Queue(), context.Event()
+        return ProcessPoolExecutor(workers, context, _init_worker, (threads, *told)), *told
 
     pool, news, stop = new_pool()
     pending: dict[Future[Any], Job] = {}
@@ -223,29 +222,24 @@ class _Bars:
         self.progress, self.queue = progress, queue
         done, total = queue.progress()
         self.whole = progress.add_task("all runs", total=total, completed=done, losses="")
-        self.tasks: dict[str, Any] = {}
-        self.steps: dict[str, int] = {}  # of the running jobs
+        self.tasks: dict[str, Any] = {}  # of the running jobs
 
     def show(self, news: Any) -> None:
-        while True:
-            try:
+        with suppress(Empty):
+            while True:
                 name, step, losses = news.get_nowait()
-            except Empty:
-                break
-            if name not in self.tasks:  # the job has ended
-                continue
-            self.progress.update(self.tasks[name], completed=step, losses=show_losses(losses))
-            self.steps[name] = step
+                if name in self.tasks:  # or the job has ended
+                    shown = show_losses(losses)
+                    self.progress.update(self.tasks[name], completed=step, losses=shown)
         done, total = self.queue.progress()
-        self.progress.update(self.whole, completed=done + sum(self.steps.values()), total=total)
+        here = sum(task.completed for task in self.progress.tasks if task.id != self.whole)
+        self.progress.update(self.whole, completed=done + here, total=total)
 
     def begin(self, job: Job) -> None:
         self.tasks[job.name] = self.progress.add_task(job.name, total=job.steps, losses="")
-        self.steps[job.name] = 0
 
     def end(self, job: Job) -> None:
         self.progress.remove_task(self.tasks.pop(job.name))
-        self.steps.pop(job.name)
 
 
 # ---- in the workers -----------------------------------------------------------------------------

@@ -101,9 +101,7 @@ INTERVAL = "difference [95 %]"  # these three in one column
 def paired(losses: Mapping[int, float], baseline: Mapping[int, float]) -> list[float | None]:
     """Mean and interval of the differences of two methods' losses, paired by seed.
 
-    Args:
-        losses: seed -> nats a token.
-        baseline: likewise; it is subtracted.
+    Both map seeds to nats a token; the baseline is subtracted.
 
     Returns:
         Mean, lower end and upper end; None without a common seed, or if a run diverged.

@@ -17,16 +17,17 @@ from optuna.samplers import RandomSampler, TPESampler
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from ..files import whole
+from ..files import write_text
 from ..train import InputError, Options, Positive, unknown
 from ..train.methods import Method, parse_method
 from ..train.recipe import Recipe, parse_yaml, read_recipe
 from ..train.terminal import quiet
 from .cells import Cell, Task
-from .ledger import Ledger, Outcomes, SharedOptions, open_ledger, selection, work_off, write_rows
-from .runs import Row, Run, share_runs
+from .ledger import Ledger, Outcomes, SharedOptions, open_ledger, work_off, write_rows
+from .runs import Row, Run, loss_of, share_runs
 from .statistics import DIFFERENCE, Listing, paired
 
+FAILED = ["all diverged or failed", None]  # instead of a setting and a learning rate
 TRIALS_AT_A_TIME = 4  # that TPE draws before it gets their losses
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -76,18 +77,13 @@ class Study(Options):
         """The recipe and the recipe that it starts from."""
         recipe = Recipe(**{**read_recipe(self.recipe), **self.change})
         start = None if self.start is None else Recipe(**read_recipe(self.start))
-        name = Path(self.recipe).stem
-        return Task(
-            name if start is None else f"{name} on {Path(self.start or '').stem}", recipe, start
-        )
+        names = (name for name in (self.recipe, self.start) if name is not None)
+        return Task(" on ".join(Path(name).stem for name in names), recipe, start)
 
     @cached_property
     def families(self) -> dict[str, "MethodGrid"]:
         """The methods, each with its grid."""
-        return {
-            name: MethodGrid(name, self.task, options, self.sampler, self.trials)
-            for name, options in self.methods.items()
-        }
+        return {name: MethodGrid(name, self, options) for name, options in self.methods.items()}
 
 
 Training = tuple[Method, ...]  # the methods that are read out of it
@@ -102,17 +98,16 @@ class MethodGrid:
         InputError: the method has no such option, or a value is out of its range.
     """
 
-    def __init__(
-        self, name: str, task: Task, options: dict[str, Any], sampler: str, trials: int | None
-    ) -> None:
-        self.name, self.task, self.sampler, self.trials = name, task, sampler, trials
-        options = dict(options)
+    def __init__(self, name: str, study: Study, options: dict[str, Any]) -> None:
+        self.name, self.study, options = name, study, dict(options)
         self.written = str(options.pop("method", name))
         self.lists: dict[str, list[Any]] = {}
         self.ranges: dict[str, FloatDistribution] = {}
         for option, value in options.items():
+            if value == []:
+                raise InputError(f"{name}: {option}: the list is empty; give at least one value")
             if isinstance(value, dict):
-                if sampler == "grid":
+                if study.sampler == "grid":
                     raise InputError(
                         f"{name}: {option}: sampler grid needs a list of values, got {value}"
                     )
@@ -122,9 +117,6 @@ class MethodGrid:
                     raise InputError(f"{name}: {option}: {error}, got {value}") from error
             else:
                 self.lists[option] = value if isinstance(value, list) else [value]
-        for option, values in self.lists.items():
-            if not values:
-                raise InputError(f"{name}: {option}: the list is empty; give at least one value")
         self.grid()  # raises InputError for a wrong option or value
         self.grid({option: d.high for option, d in self.ranges.items()})
 
@@ -135,18 +127,17 @@ class MethodGrid:
         parts = [self.written, *([str(schedule)] if schedule not in (None, "constant") else [])]
         text = ":".join([*parts, *(f"{k}={x}" for k, x in values.items())])
         try:
-            return parse_method(text, **self.task.recipe.method_defaults)
+            return parse_method(text, **self.study.task.recipe.method_defaults)
         except InputError as error:
             raise InputError(f"{self.name}: {error}") from error
 
     def grid(self, drawn: dict[str, Any] | None = None) -> list[Training]:
         """Its trainings with these drawn options; other ranges are at their low ends."""
-        lists = {name: values for name, values in self.lists.items() if name not in (drawn or {})}
-        lows = {name: [d.low] for name, d in self.ranges.items() if name not in (drawn or {})}
+        single = {**{name: d.low for name, d in self.ranges.items()}, **(drawn or {})}
+        choices = {**self.lists, **{name: [value] for name, value in single.items()}}
         found: dict[Method, list[Method]] = {}
-        choices = {**lists, **lows}
         for values in itertools.product(*choices.values()):
-            method = self.method({**dict(zip(choices, values, strict=True)), **(drawn or {})})
+            method = self.method(dict(zip(choices, values, strict=True)))
             found.setdefault(method.trajectory, []).append(method)
         return [tuple(dict.fromkeys(methods)) for methods in found.values()]
 
@@ -167,30 +158,29 @@ class MethodGrid:
         Args:
             told: returns the loss of a training, or None while it is unknown.
         """
-        if self.sampler == "grid" or (self.sampler == "random" and not self.ranges):
+        sampler, trials = self.study.sampler, self.study.trials
+        if sampler == "grid" or (sampler == "random" and not self.ranges):
             every = self.grid()
-            if self.trials is None or self.trials >= len(every):
+            if trials is None or trials >= len(every):
                 return every
-            kept = sorted(random.Random(0).sample(range(len(every)), self.trials))
+            kept = sorted(random.Random(0).sample(range(len(every)), trials))
             return [every[i] for i in kept]
-        assert self.trials is not None
-        tpe = self.sampler == "tpe"
-        study = optuna.create_study(
+        assert trials is not None
+        tpe = sampler == "tpe"
+        drawing = optuna.create_study(
             sampler=TPESampler(seed=0, constant_liar=True) if tpe else RandomSampler(seed=0)
         )
         found: list[Training] = []
-        while len(found) < self.trials:
-            asked = [
-                study.ask(self.space)
-                for _ in range(min(TRIALS_AT_A_TIME, self.trials - len(found)))
-            ]
+        while len(found) < trials:
+            count = min(TRIALS_AT_A_TIME, trials - len(found))
+            asked = [drawing.ask(self.space) for _ in range(count)]
             new = [self.grid(each.params)[0] for each in asked]
             found += new
             values = [told(each) for each in new] if tpe else [0.0] * len(new)
             if None in values:
                 break
             for each, value in zip(asked, values, strict=True):
-                study.tell(each, value)
+                drawing.tell(each, value)
         return found
 
 
@@ -231,9 +221,8 @@ class Tuning:
         for cell in self.wanted(outcomes):
             if cell.key in outcomes.finished:
                 for method in cell.run.methods:
-                    loss = last_row(outcomes, cell, method)["returned_loss"]
-                    own = found.setdefault(method, {})
-                    own.setdefault(cell.run.seed, math.inf if loss is None else loss)
+                    loss = loss_of(last_row(outcomes, cell, method), "returned")
+                    found.setdefault(method, {}).setdefault(cell.run.seed, loss)
         return found
 
     @property
@@ -271,14 +260,11 @@ class Tuning:
         found: dict[Method, float] = {}
         for methods in trainings:
             same = self._cells([methods], self.tuned_on)
+            done = [cell for cell in same if cell.key in outcomes.finished]
             for method in methods:
-                losses = [
-                    selection(last_row(outcomes, cell, method))
-                    if cell.key in outcomes.finished
-                    else math.inf
-                    for cell in same
-                ]
-                found[method] = min(fmean(losses), found.get(method, math.inf))
+                losses = [loss_of(last_row(outcomes, cell, method), "selection") for cell in done]
+                loss = fmean(losses) if len(done) == len(same) else math.inf
+                found[method] = min(loss, found.get(method, math.inf))
         return found
 
     def chosen(self, outcomes: Outcomes) -> list[Chosen]:
@@ -362,10 +348,8 @@ def report_sweep(plan: Tuning, ledger: Ledger, folder: Path, console: Console) -
     """Print the protocol and the tables; write them as CSV and report.md."""
     outcomes = ledger.outcomes
     if ledger.interrupted or ledger.left():
-        left = len(ledger.left())
-        console.print(
-            f"{left} of {len(ledger.wanted)} trainings are left; the same command resumes."
-        )
+        left = f"{len(ledger.left())} of {len(ledger.wanted)} trainings are left"
+        console.print(f"{left}; the same command resumes.")
         return
     for name, reason in ledger.failures().items():
         console.print(f"Failed: {name}: {reason}", style="red", markup=False, highlight=False)
@@ -379,8 +363,7 @@ def report_sweep(plan: Tuning, ledger: Ledger, folder: Path, console: Console) -
             console.print(table.shown())
             table.write(folder / f"{name}.csv")
             text += f"\n{table.title}\n\n{table.markdown()}"
-    with whole(folder / "report.md", shared=True) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(folder / "report.md", text, shared=True)
     console.print(f"Tables and curves: {folder}", highlight=False, markup=False)
 
 
@@ -409,27 +392,18 @@ def best_table(plan: Tuning, outcomes: Outcomes) -> Listing:
     of = plan.losses(outcomes)
     losses = {each.name: of[each.method] for each in chosen if each.method}
     baseline = plan.study.baseline or next(iter(plan.study.families))
-    rows = [
-        [
-            *(each.name, each.method.label, f"{each.method.lr:g}", each.trainings),
-            each.selection,
-            *(len(losses[each.name]), fmean(losses[each.name].values())),
-            *paired(losses[each.name], losses.get(baseline, {})),
-        ]
-        for each in chosen
-        if each.method
-    ]
-    rows += [
-        [
-            *(each.name, "all diverged or failed", None, each.trainings, math.inf),
-            *(0, math.inf, None, None, None),
-        ]
-        for each in chosen
-        if not each.method
-    ]
+    rows: list[list[Any]] = []
+    for each in chosen:
+        own = losses.get(each.name, {})
+        setting = [each.method.label, f"{each.method.lr:g}"] if each.method else FAILED
+        ends = [len(own), fmean(own.values()) if own else math.inf]
+        compared = paired(own, losses.get(baseline, {}))
+        rows.append([each.name, *setting, each.trainings, each.selection, *ends, *compared])
     columns = ["method", "setting", "lr", "trainings", "selection loss", "seeds", "loss"]
     title = f"Each method at its best setting; difference to {baseline}"
-    return Listing(title, [*columns, *DIFFERENCE], sorted(rows, key=lambda row: row[6]))
+    # Failed methods come after methods with a diverged seed.
+    ranked = sorted(rows, key=lambda row: (row[6], not row[5]))
+    return Listing(title, [*columns, *DIFFERENCE], ranked)
 
 
 def equal_table(losses: dict[Method, dict[int, float]]) -> Listing:
@@ -447,6 +421,5 @@ def equal_table(losses: dict[Method, dict[int, float]]) -> Listing:
                 first = [method.label, other.label, f"{method.lr:g}", len(both), *means]
                 rows.append([*first, *paired(losses[method], losses[other])])
     columns = ["method", "without the pull", "lr", "seeds", "loss", "without", *DIFFERENCE]
-    return Listing(
-        "Each pull against the same average without it, at equal κ and learning rate", columns, rows
-    )
+    title = "Each pull against the same average without it, at equal κ and learning rate"
+    return Listing(title, columns, rows)
