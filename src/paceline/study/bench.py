@@ -1,6 +1,5 @@
 """`paceline bench`: time, bytes and compile time of a step of each optimizer, side by side."""
 
-import contextlib
 import os
 import tempfile
 import time
@@ -30,6 +29,16 @@ from ..train.manifest import environment, write_json
 Model = Literal["gpt2", "small", "training"]
 Device = Literal["cpu", "cuda"]
 FUSED_ADAMW = "AdamW fused"
+COLUMNS = {  # of the printed table, each with the format of a row's value
+    "ms": "{milliseconds:.1f}",
+    "× AdamW fused": "{ratio:.2f}",
+    "quartiles": "{ratio_quartiles[0]:.2f}-{ratio_quartiles[1]:.2f}",
+    "× byte floor": "{times_byte_floor:.2f}",
+    "state B": "{state_bytes_per_parameter:.2f}",
+    "scratch MB": "{scratch_megabytes:.1f}",
+    "first step s": "{first_step_seconds:.2f}",
+    "share": "{share_of_training_step:.1%}",  # of the model training
+}
 
 
 class Bench(Options):
@@ -118,9 +127,8 @@ def bench(options: Bench, console: Console) -> dict[str, Any]:
 def _maker(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[..., Stepper]:
     def make(params: list[Parameter]) -> Stepper:
         opt = kind(params, **options)
-        return Stepper(
-            opt.step, lambda: _tensor_bytes(x for s in opt.state.values() for x in s.values())
-        )
+        kept = opt.state.values
+        return Stepper(opt.step, lambda: _tensor_bytes(x for s in kept() for x in s.values()))
 
     return make
 
@@ -137,27 +145,18 @@ def _with_ema(params: list[Parameter]) -> Stepper:
     return Stepper(step, lambda: adamw.state() + _tensor_bytes(average.parameters()))
 
 
-def _schedule_free(params: list[Parameter]) -> Stepper:
+def _schedule_free(params: list[Parameter]) -> torch.optim.Optimizer:
     opt = schedulefree.AdamWScheduleFree(params, warmup_steps=10)
     opt.train()
-    return Stepper(
-        opt.step, lambda: _tensor_bytes(x for s in opt.state.values() for x in s.values())
-    )
+    return opt
 
 
-def _patched(make: Callable[..., Stepper], *patches: Any) -> Callable[..., Stepper]:
-    """The same optimizer, with parts of the package replaced while it steps."""
+def _patched(make: Callable[..., Stepper], replaced: Any) -> Callable[..., Stepper]:
+    """The same optimizer, with a part of the package replaced while it steps."""
 
     def made(params: list[Parameter]) -> Stepper:
         inner = make(params)
-
-        def step() -> None:
-            with contextlib.ExitStack() as stack:
-                for each in patches:
-                    stack.enter_context(each)
-                inner.step()
-
-        return Stepper(step, inner.state)
+        return Stepper(replaced(inner.step), inner.state)
 
     return made
 
@@ -166,11 +165,8 @@ def _pace(**options: Any) -> Callable[..., Stepper]:
     return _maker(PACE, **{"pullback": 0.1, **options})
 
 
-def _around_adamw(pullback: float) -> Callable[..., Stepper]:
-    def wrapped(params: list[Parameter]) -> torch.optim.Optimizer:
-        return Pullback(torch.optim.AdamW(params, fused=True), pullback=pullback)
-
-    return _maker(wrapped)
+def _around_adamw(params: list[Parameter], pullback: float) -> torch.optim.Optimizer:
+    return Pullback(torch.optim.AdamW(params, fused=True), pullback=pullback)
 
 
 def _contenders() -> list[Contender]:
@@ -187,12 +183,12 @@ def _contenders() -> list[Contender]:
         Contender("AdamW foreach", _maker(AdamW, foreach=True), 28),
         Contender("AdamW for-loop", _maker(AdamW, foreach=False, fused=False), 28),
         Contender("AdamW fused + EMA", _with_ema, 40),
-        Contender("schedulefree AdamW", _schedule_free, 28),
+        Contender("schedulefree AdamW", _maker(_schedule_free), 28),
         Contender("PACE eager unsliced", _patched(_pace(fused=False), whole), 36),
         Contender("PACE eager", _pace(fused=False), 36),
         Contender("PACE compiled", _patched(_pace(fused=True), compiled), 36),
-        Contender("Pullback(AdamW fused), c = 0", _around_adamw(0.0), 40, True),
-        Contender("Pullback(AdamW fused)", _around_adamw(0.1), 60, True),
+        Contender("Pullback(AdamW fused), c = 0", _maker(_around_adamw, pullback=0.0), 40, True),
+        Contender("Pullback(AdamW fused)", _maker(_around_adamw, pullback=0.1), 60, True),
         Contender("PACE fused", _pace(fused=True), 36),
         Contender("PACE fused, auto", _pace(fused=True, pullback="auto", kappa=0.3), 36, True),
         Contender("PACE fused, returned apart", _pace(fused=True, return_kappa=0.7), 44, True),
@@ -218,16 +214,8 @@ def _small_gpt2(device: str) -> tuple[list[Parameter], Callable[[], None]]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=8192,
-        n_positions=256,
-        n_embd=256,
-        n_layer=4,
-        n_head=4,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = GPT2LMHeadModel(config)
+    shape: dict[str, Any] = {"n_positions": 256, "n_embd": 256, "n_layer": 4, "n_head": 4}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8192, **shape, bos_token_id=0, eos_token_id=0))
     cast(torch.nn.Module, model).to(device)
     tokens = torch.randint(8192, (8, 128), device=device)
 
@@ -257,7 +245,10 @@ def _measure(model: Model, device: str, options: Bench) -> dict[str, Any]:
     every = [c for c in _contenders() if not c.by_name or c.name in wanted]
     contenders = [c for c in every if c.name in wanted or not options.only]
     steppers, first = {}, {}
-    with tempfile.TemporaryDirectory() as cold, _environment(TORCHINDUCTOR_CACHE_DIR=cold):
+    with (
+        tempfile.TemporaryDirectory() as cold,
+        patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cold),
+    ):
         for contender in contenders:
             steppers[contender.name] = contender.make(params)
             first[contender.name] = _time(steppers[contender.name].step, device)
@@ -268,7 +259,7 @@ def _measure(model: Model, device: str, options: Bench) -> dict[str, Any]:
     stream = torch.ones(elements, device=device)
     passes: list[float] = []
     streams: list[float] = []
-    for _ in track(range(options.rounds), description=f"{model}", transient=True):
+    for _ in track(range(options.rounds), description=model, transient=True):
         for name, stepper in steppers.items():
             if backward:
                 passes.append(_time(backward, device))
@@ -281,19 +272,17 @@ def _measure(model: Model, device: str, options: Bench) -> dict[str, Any]:
     bandwidth = 8 * elements / median(streams)
     rows = {}
     for contender in contenders:
-        name, own = contender.name, times[contender.name]
+        name, own = contender.name, median(times[contender.name])
         low, _, high = quantiles(ratios[name], n=4)
         rows[name] = {
-            "milliseconds": 1e3 * median(own),
+            "milliseconds": 1e3 * own,
             "ratio": median(ratios[name]),
             "ratio_quartiles": [low, high],
             "state_bytes_per_parameter": steppers[name].state() / elements,
             "scratch_megabytes": scratch[name] / 1e6,
             "first_step_seconds": first[name],
-            "times_byte_floor": median(own) * bandwidth / (contender.bytes * elements),
-            "share_of_training_step": median(own) / (median(own) + median(passes))
-            if passes
-            else None,
+            "times_byte_floor": own * bandwidth / (contender.bytes * elements),
+            "share_of_training_step": own / (own + median(passes)) if passes else None,
         }
     return {
         "parameters": elements,
@@ -306,10 +295,7 @@ def _measure(model: Model, device: str, options: Bench) -> dict[str, Any]:
 
 
 def _time(work: Callable[[], Any], device: str) -> float:
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
     work()
@@ -341,19 +327,11 @@ def _scratch(work: Callable[[], Any], device: str) -> int:
 
 def _build_seconds() -> float:
     """Time to build the CPU's kernel with an empty cache."""
-    with tempfile.TemporaryDirectory() as cold, _environment(PACELINE_CACHE=cold):
-        start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as cold, patch.dict(os.environ, PACELINE_CACHE=cold):
         try:
-            kernels.cpu.build.__wrapped__()
+            return _time(kernels.cpu.build.__wrapped__, "cpu")
         except kernels.BuildError as error:
             raise InputError(f"the benchmark needs the one-pass kernel: {error}") from error
-        return time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Any:
-    with patch.dict(os.environ, values):
-        yield
 
 
 def _bench_table(model: Model, result: dict[str, Any]) -> Table:
@@ -365,22 +343,9 @@ def _bench_table(model: Model, result: dict[str, Any]) -> Table:
         title += f", forward and backward {result['forward_and_backward_milliseconds']:.0f} ms"
     table = Table(title=title, title_justify="left", box=MARKDOWN)
     table.add_column("optimizer", no_wrap=True)
-    columns = ["ms", "× AdamW fused", "quartiles", "× byte floor", "state B", "scratch MB"]
-    for column in [*columns, "first step s", *(["share"] if model == "training" else [])]:
+    columns = [column for column in COLUMNS if column != "share" or model == "training"]
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for name, row in result["optimizers"].items():
-        low, high = row["ratio_quartiles"]
-        cells = [
-            name,
-            f"{row['milliseconds']:.1f}",
-            f"{row['ratio']:.2f}",
-            f"{low:.2f}-{high:.2f}",
-            f"{row['times_byte_floor']:.2f}",
-            f"{row['state_bytes_per_parameter']:.2f}",
-            f"{row['scratch_megabytes']:.1f}",
-            f"{row['first_step_seconds']:.2f}",
-        ]
-        if model == "training":
-            cells.append(f"{row['share_of_training_step']:.1%}")
-        table.add_row(*cells)
+        table.add_row(name, *(COLUMNS[column].format(**row) for column in columns))
     return table

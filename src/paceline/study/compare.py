@@ -19,17 +19,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..cache import cache_folder
+from ..files import put
 from ..train import Gain, InputError, NonNegative, Number, Options, Positive, Power
+from ..train import data as texts
 from ..train import folder as folders
-from ..train.data import (
-    content_key,
-    files_below,
-    make_tokenizer,
-    read_corpus,
-    standard_library_files,
-    tokenize,
-    torch_files,
-)
 from ..train.manifest import cores, environment, write_json
 from ..train.methods import WSD_DECAY_SHARE, Method, ScheduleName, methods_help, parse_method
 from ..train.model import make_gpt2
@@ -149,8 +142,7 @@ class Comparison(Options):
     def compared(self) -> list[Method]:
         """Every method at each of its rates."""
         compared: list[Method] = []
-        names = ("pullback", "kappa", "twin_gain", "schedule")
-        defaults = {name: getattr(self, name) for name in names}
+        defaults = self.model_dump(include={"pullback", "kappa", "twin_gain", "schedule"})
         for text in self.methods:
             found = [parse_method(text, lr=lr, **defaults) for lr in self.lr]
             compared += dict.fromkeys(found)  # one, not one a rate, where the text has its own
@@ -169,8 +161,8 @@ class Comparison(Options):
     @property
     def recipe(self) -> dict[str, Any]:
         """The arguments of `train_blocks`."""
-        names = ("batch", "context", "warmup", "weight_decay", "max_grad_norm", "eval_tokens")
-        return {name: getattr(self, name) for name in names}
+        names = {"batch", "context", "warmup", "weight_decay", "max_grad_norm", "eval_tokens"}
+        return self.model_dump(include=names)
 
 
 Comparison.__doc__ = f"{Comparison.__doc__}\n{methods_help()}"
@@ -202,18 +194,18 @@ def compare(options: Comparison, console: Console) -> Results:
     began = time.time()
     quiet()
     size = int(options.text_mb * 1e6)
-    corpus = read_corpus(torch_files() if options.text is None else files_below(options.text), size)
-    earlier = None
+    files = texts.files_below(options.text) if options.text else texts.torch_files()
+    corpus = texts.read_corpus(files, size)
+    earlier = earlier_tokens = None
     if not options.from_scratch:
         given = options.pretrain_text
-        files = standard_library_files() if given is None else files_below(given)
-        earlier = read_corpus(files, size, held_out=corpus.validation)
-    tokenizer = make_tokenizer((earlier or corpus).train, options.vocabulary)
-    tokens = _enough(tokenize(corpus, tokenizer), options.context)
-    earlier_tokens = _enough(tokenize(earlier, tokenizer), options.positions) if earlier else None
-    folder = folders.make_empty(
-        options.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H%M%S")
-    )
+        files = texts.files_below(given) if given else texts.standard_library_files()
+        earlier = texts.read_corpus(files, size, held_out=corpus.validation)
+    tokenizer = texts.make_tokenizer((earlier or corpus).train, options.vocabulary)
+    tokens = _enough(texts.tokenize(corpus, tokenizer), options.context)
+    if earlier:
+        earlier_tokens = _enough(texts.tokenize(earlier, tokenizer), options.positions)
+    folder = folders.make_empty(options.out or Path(f"runs/{datetime.now():%Y-%m-%d_%H%M%S}"))
 
     manifest: dict[str, Any] = {
         **environment(),
@@ -226,27 +218,17 @@ def compare(options: Comparison, console: Console) -> Results:
     write_json(folder / folders.MANIFEST, manifest)
     results = Results(total_runs=len(options.compared) * len(options.seeds))
     try:
-        start = None
-        if earlier_tokens:
-            start = _pretrained(options, earlier_tokens, tokenizer, console)
+        start = earlier_tokens and _pretrained(options, earlier_tokens, tokenizer, console)
         workers = options.workers or (1 if torch.cuda.is_available() else cores())
         workers = min(workers, len(options.runs))
         threads = max(1, cores() // workers)
-        setting = Setting(
-            start=start,
-            tokens=tokens,
-            tokenizer=tokenizer,
-            shape=options.shape,
-            recipe=options.recipe,
-            steps=options.steps,
-            evaluations=options.evaluations,
-        )
+        budget = options.steps, options.evaluations
+        setting = Setting(start, tokens, tokenizer, options.shape, options.recipe, *budget)
         if options.minutes is not None:
             steps = _affordable_steps(setting, options.runs, options.minutes, workers, threads)
             if steps < options.steps:
-                console.print(
-                    f"{options.minutes:g} minutes are enough for {steps} of {options.steps} steps."
-                )
+                enough = f"{steps} of {options.steps} steps"
+                console.print(f"{options.minutes:g} minutes are enough for {enough}.")
                 _check_warmup(options.warmup, steps)
                 setting = dataclasses.replace(setting, steps=steps)
         manifest |= {"steps": setting.steps, "workers": workers, "threads_per_worker": threads}
@@ -258,11 +240,8 @@ def compare(options: Comparison, console: Console) -> Results:
         results.interrupted = True
     order = [(method.label, method.lr) for method in options.compared]
     results.rows.sort(key=lambda row: (row["seed"], order.index((row["label"], row["lr"]))))
-    manifest |= {
-        "seconds": round(time.time() - began, 1),
-        "interrupted": results.interrupted,
-        "failed": results.failed,
-    }
+    manifest["seconds"] = round(time.time() - began, 1)
+    manifest |= {"interrupted": results.interrupted, "failed": results.failed}
     write_json(folder / folders.MANIFEST, manifest)
     write_report(results, manifest, folder, console)
     return results
@@ -287,16 +266,10 @@ class Setting:
             model = make_gpt2(self.tokenizer, **self.shape, seed=run.seed)
         else:
             model = AutoModelForCausalLM.from_pretrained(self.start)
+        own: dict[str, Any] = {"steps": self.steps, "evaluations": self.evaluations}
+        own |= {"seed": run.seed, "watch": watch}
         return train_blocks(
-            model,
-            load_file(self.tokens),
-            run.methods,
-            folder,
-            steps=self.steps,
-            evaluations=self.evaluations,
-            seed=run.seed,
-            watch=watch,
-            **self.recipe,
+            model, load_file(self.tokens), run.methods, folder, **own, **self.recipe
         )
 
     def rows(self, run: Run, folder: Path, watch: Watch) -> list[Row] | None:
@@ -322,15 +295,12 @@ class _Comparing(Queue):
     ) -> None:
         self.setting, self.folder, self.metrics, self.results = setting, folder, metrics, results
         self.runs = {run.name: run for run in runs}
-        self.waiting, self.ended = list(self.runs), 0
+        self.waiting, self.ended = iter(runs), 0
 
     def claim(self) -> Job | None:
-        if not self.waiting:
+        if (run := next(self.waiting, None)) is None:
             return None
-        name = self.waiting.pop(0)
-        return Job(
-            name, self.setting.steps, partial(self.setting.rows, self.runs[name], self.folder)
-        )
+        return Job(run.name, self.setting.steps, partial(self.setting.rows, run, self.folder))
 
     def finish(self, job: Job, result: list[Row]) -> None:
         self.ended += 1
@@ -374,7 +344,7 @@ def _pretrained(
         "max_grad_norm": options.max_grad_norm,
         "seed": 0,
     }
-    key = content_key(
+    key = texts.content_key(
         *(options.shape, method, recipe, steps, WSD_DECAY_SHARE, tokens.name),
         *(torch.__version__, transformers.__version__),
     )
@@ -391,23 +361,12 @@ def _pretrained(
             progress.update(task, completed=step, losses=show_losses(losses))
             return False
 
-        train_blocks(
-            model,
-            load_file(tokens),
-            (method,),
-            Path(scratch) / "log",
-            steps=steps,
-            evaluations=4,
-            eval_tokens=options.eval_tokens,
-            watch=watch,
-            **recipe,
-        )
+        recipe |= {"steps": steps, "evaluations": 4, "eval_tokens": options.eval_tokens}
+        log = Path(scratch) / "log"
+        train_blocks(model, load_file(tokens), (method,), log, watch=watch, **recipe)
         model.save_pretrained(Path(scratch) / "model")
-        try:
-            (Path(scratch) / "model").rename(folder)
-        except OSError:
-            if not folder.exists():  # another process was not faster
-                raise
+        if not folder.exists():  # or another process was faster
+            put(Path(scratch) / "model", folder)
     return folder
 
 
@@ -420,10 +379,10 @@ def _affordable_steps(
     probes: dict[tuple[str, str | None], tuple[float, float]] = {}
     per_step = evaluating = 0.0
     for run in sorted(runs, key=lambda run: -len(run.methods)):
-        kind = run.methods[0].trajectory
-        if (kind.name, kind.get("base")) not in probes:
-            probes[kind.name, kind.get("base")] = _probe(setting, run)
-        step, evaluation = probes[kind.name, kind.get("base")]
+        kind = run.methods[0].trajectory.name, run.methods[0].trajectory.get("base")
+        if kind not in probes:
+            probes[kind] = _probe(setting, run)
+        step, evaluation = probes[kind]
         per_step += step
         evaluating += evaluation * _evaluated(run) * (setting.evaluations + 1)
     torch.set_num_threads(before)
