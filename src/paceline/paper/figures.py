@@ -9,13 +9,13 @@ import tyro
 from pydantic import model_validator
 from rich.console import Console
 
-from ..files import whole
+from ..files import whole, write_text
 from ..study.cells import Cell
 from ..study.ledger import Outcomes, SharedOptions, open_ledger, work_off, write_rows
 from ..train import InputError, unknown
 from ..train.page import save
 from ..train.recipe import Names
-from ..train.terminal import quiet
+from ..train.terminal import quiet, say
 from . import drawing, plans
 from .drawing import Drawn
 from .plans import Scale, ScaleRuns, Stages, scale_of
@@ -30,89 +30,79 @@ class PaperFigure(NamedTuple):
 
 
 def _scratch_maps(runs: ScaleRuns) -> Drawn:
-    return drawing.draw_maps(runs, [(runs.scale.from_scratch, runs.scale.scratch)])
+    return drawing.maps(runs, [(runs.scale.from_scratch, runs.scale.scratch)])
 
 
 FIGURES = {
     "1": PaperFigure(
-        "fine-tuning three models, each method at its best",
-        plans.plan_headline,
-        drawing.draw_headline,
+        "fine-tuning three models, each method at its best", plans.headline, drawing.headline
     ),
-    "2": PaperFigure("pretraining, the pull alone", plans.plan_pull_alone, drawing.draw_pull_alone),
+    "2": PaperFigure("pretraining, the pull alone", plans.pull_alone, drawing.pull_alone),
     "3": PaperFigure(
         "update frequency × c × learning rate at κ = 0.3",
-        lambda runs: plans.plan_rarer(runs, (0.3,)),
-        lambda runs: drawing.draw_rarer(runs, (0.3,)),
+        lambda runs: plans.rarer(runs, (0.3,)),
+        lambda runs: drawing.rarer(runs, (0.3,)),
     ),
     "4": PaperFigure(
         "clipped coordinates over training",
-        plans.plan_maps,
-        lambda runs: drawing.draw_clipping(runs, runs.scale.grids[:1]),
+        plans.maps,
+        lambda runs: drawing.clipping(runs, runs.scale.grids[:1]),
     ),
     "5": PaperFigure(
         "against Schedule-Free, and decays at three budgets",
-        plans.plan_schedule_free,
-        drawing.draw_schedule_free,
+        plans.schedule_free,
+        drawing.schedule_free,
     ),
     "6": PaperFigure(
         "κ × c × learning rate, three models",
-        plans.plan_maps,
-        lambda runs: drawing.draw_maps(runs, runs.scale.grids),
+        plans.maps,
+        lambda runs: drawing.maps(runs, runs.scale.grids),
     ),
-    "7": PaperFigure(
-        "training loss, each method at its best", plans.plan_headline, drawing.draw_training
-    ),
+    "7": PaperFigure("training loss, each method at its best", plans.headline, drawing.training),
     "8": PaperFigure(
         "update frequency × c × learning rate at two κ",
-        lambda runs: plans.plan_rarer(runs, (0.3, 0.5)),
-        lambda runs: drawing.draw_rarer(runs, (0.3, 0.5)),
+        lambda runs: plans.rarer(runs, (0.3, 0.5)),
+        lambda runs: drawing.rarer(runs, (0.3, 0.5)),
     ),
-    "9": PaperFigure("κ × c × learning rate, pretraining", plans.plan_pretraining, _scratch_maps),
-    "10": PaperFigure(
-        "other data: κ × learning rate", plans.plan_other_data, drawing.draw_other_data
-    ),
+    "9": PaperFigure("κ × c × learning rate, pretraining", plans.pretraining, _scratch_maps),
+    "10": PaperFigure("other data: κ × learning rate", plans.other_data, drawing.other_data),
     "11": PaperFigure(
         "the last quarter of figure 1",
-        plans.plan_headline,
-        lambda runs: drawing.draw_headline(runs, since=0.75),
+        plans.headline,
+        lambda runs: drawing.headline(runs, since=0.75),
     ),
     "12": PaperFigure(
         "clipped coordinates over training, further models",
-        plans.plan_maps,
-        lambda runs: drawing.draw_clipping(runs, runs.scale.grids[1:] or runs.scale.grids),
+        plans.maps,
+        lambda runs: drawing.clipping(runs, runs.scale.grids[1:] or runs.scale.grids),
     ),
     "13": PaperFigure(
-        "clipped coordinates at the end against c and rate",
-        plans.plan_maps,
-        drawing.draw_clipped_at_end,
+        "clipped coordinates at the end against c and rate", plans.maps, drawing.clipped_at_end
     ),
     "14": PaperFigure(
         "across learning rates, baselines under their best schedule",
-        plans.plan_rates,
-        drawing.draw_across_rates,
+        plans.across_rates,
+        drawing.across_rates,
     ),
     "15": PaperFigure(
-        "across learning rates: curves", plans.plan_rates, drawing.draw_curves_across_rates
+        "across learning rates: curves", plans.across_rates, drawing.curves_across_rates
     ),
-    "16": PaperFigure("under every schedule", plans.plan_by_schedule, drawing.draw_by_schedule),
-    "17": PaperFigure("over seeds, constant and WSD", plans.plan_seeds, drawing.draw_seeds),
+    "16": PaperFigure("under every schedule", plans.by_schedule, drawing.by_schedule),
+    "17": PaperFigure("over seeds, constant and WSD", plans.over_seeds, drawing.over_seeds),
     "18": PaperFigure(
         "c under every schedule, over seeds, pretraining",
-        lambda runs: plans.plan_under_schedules(runs, by_kappa=False),
-        lambda runs: drawing.draw_under_schedules(runs, by_kappa=False),
+        lambda runs: plans.under_schedules(runs, by_kappa=False),
+        lambda runs: drawing.under_schedules(runs, by_kappa=False),
     ),
     "19": PaperFigure(
         "figure 18 by κ",
-        lambda runs: plans.plan_under_schedules(runs, by_kappa=True),
-        lambda runs: drawing.draw_under_schedules(runs, by_kappa=True),
+        lambda runs: plans.under_schedules(runs, by_kappa=True),
+        lambda runs: drawing.under_schedules(runs, by_kappa=True),
     ),
     "20": PaperFigure(
-        "decays at three budgets beside one constant run",
-        plans.plan_branches,
-        drawing.draw_branches,
+        "decays at three budgets beside one constant run", plans.branches, drawing.branches
     ),
-    "twin": PaperFigure("PACE against its own twin", plans.plan_twins, drawing.draw_twins),
+    "twin": PaperFigure("PACE against its own twin", plans.twins, drawing.twins),
 }
 
 
@@ -126,9 +116,7 @@ class FigurePlan:
     def wanted(self, outcomes: Outcomes) -> list[Cell]:
         """All cells; those of a figure's next stage once the stages before it have ended."""
         runs = ScaleRuns(self.scale, outcomes)
-        found: dict[str, Cell] = {}
-        for figure in self.figures:
-            found |= {cell.key: cell for cell in cells_of(figure, runs)}
+        found = {cell.key: cell for figure in self.figures for cell in cells_of(figure, runs)}
         return list(found.values())
 
 
@@ -139,7 +127,7 @@ def cells_of(figure: str, runs: ScaleRuns) -> list[Cell]:
     for stage in FIGURES[figure].plan(runs):
         found += stage
         runs.asked.update(cell.key for cell in stage)
-        if any(cell.key not in runs.outcomes.ended for cell in stage):
+        if not runs.asked <= runs.outcomes.ended:
             break
     return found
 
@@ -214,11 +202,9 @@ def show_figure(
         if reason := runs.outcomes.failed.get(cell.key):
             console.print(f"Failed: {cell.name}: {reason}", style="red", markup=False)
     if missing:
-        console.print(
-            f"Figure {figure}: {len(missing)} of {len(needed)} trainings are missing"
-            f"{'.' if options.run else '; --run runs them.'}",
-            highlight=False,
-        )
+        count = f"{len(missing)} of {len(needed)} trainings are missing"
+        end = "." if options.run else "; --run runs them."
+        console.print(f"Figure {figure}: {count}{end}", highlight=False)
         if options.scale == "paper" and not options.run:
             script = write_script(figure, missing, folder)
             console.print(f"Their commands: {script}", highlight=False, markup=False)
@@ -235,20 +221,14 @@ def show_figure(
     command = f"paceline figure {figure} --scale {options.scale} --run"
     command += f" --recipe {options.recipe}" if options.recipe else ""
     title = f"Figure {figure}: {FIGURES[figure].title}"
-    with whole(folder / f"{name}.md", shared=True) as partial:
-        partial.write_text(
-            f"# {title}\n\n![{title}]({name}.svg)\n\n    {command}\n\n{drawn.ends.title}, nats a "
-            f"token:\n\n{drawn.ends.markdown()}\nNumbers in the figure: [{name}.csv]({name}.csv)\n",
-            encoding="utf-8",
-        )
+    text = (
+        f"# {title}\n\n![{title}]({name}.svg)\n\n    {command}\n\n{drawn.ends.title}, nats a token:"
+    )
+    text += f"\n\n{drawn.ends.markdown()}\nNumbers in the figure: [{name}.csv]({name}.csv)\n"
+    write_text(folder / f"{name}.md", text, shared=True)
     if len(options.figures) == 1:
         console.print(drawn.ends.shown())
-    console.print(
-        f"{title}: {folder / name}.svg, .png, .csv, .md",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    say(console, f"{title}: {folder / name}.svg, .png, .csv, .md")
 
 
 def write_script(figure: str, missing: list[Cell], folder: Path) -> Path:
@@ -270,14 +250,12 @@ def write_script(figure: str, missing: list[Cell], folder: Path) -> Path:
     for cell in missing:
         name = "".join(x if x.isalnum() else "-" for x in cell.task.name).replace("--", "-")
         recipe = recipes / f"{name}.yaml"
-        with whole(recipe, shared=True) as partial:
-            partial.write_text(cell.task.recipe.to_yaml(), encoding="utf-8")
+        write_text(recipe, cell.task.recipe.to_yaml(), shared=True)
         for run, method in zip(cell.run.names, cell.run.methods, strict=True):
             if method.get("return_kappa") is None:
                 words = ["paceline", "train", str(recipe), "--method", method.written]
                 words += ["--lr", f"{method.lr:g}", "--seed", str(cell.run.seed)]
                 lines.append(shlex.join([*words, "--out", str(folder / "runs" / name / run)]))
     path = folder / f"figure-{figure}.sh"
-    with whole(path, shared=True) as partial:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n", shared=True)
     return path

@@ -16,8 +16,9 @@ from ..train.recipe import Recipe, read_recipe
 
 RETURN_KAPPA = 0.7  # κ of the slower average that is read out of every PACE run besides its own
 EMA_KAPPAS = (0.2, 0.3, 0.5, 0.7, 0.9)  # of the averages that are read out of every AdamW run
-DECAYING = ("cosine", "wsd")
-SCHEDULES = ("constant", *DECAYING)
+SCHEDULES = ("constant", "cosine", "wsd")
+NAMES = {"AdamW": "adamw", "EMA": "ema", "PACE": "pace"}  # by their labels in figures
+TULU: dict[str, Any] = {"data": ("allenai/tulu-3-sft-mixture",), "eval_split": None}
 TUNING = (0,)  # the seed that settings are chosen with
 
 # ---- scales -------------------------------------------------------------------------------------
@@ -102,17 +103,15 @@ def _tiny() -> Scale:
 def _small() -> Scale:
     """The paper's smallest models on a part of its tokens, for one GPU."""
     tuned = Grid((1e-3, 3e-3, 1e-2), (0.003, 0.03, 0.3, 3.0), (0.3, 0.5, 0.7))
-    main = _task("smollm2-135m", name="smollm2-135m, 300 steps", steps=300, epochs=None)
+    budget: dict[str, Any] = {"steps": 300, "epochs": None}
     return Scale(
         name="small",
-        models=(main,),
+        models=(_task("smollm2-135m", name="smollm2-135m, 300 steps", **budget),),
         tuned=tuned,
         others=tuned,
         high=3e-2,
-        other_data=replace(
-            main,
-            name="smollm2-135m on Tulu 3, 300 steps",
-            recipe=_changed(main.recipe, data=("allenai/tulu-3-sft-mixture",), eval_split=None),
+        other_data=_task(
+            "smollm2-135m", name="smollm2-135m on Tulu 3, 300 steps", **budget, **TULU
         ),
         from_scratch=_task(
             "gpt2-124m", name="gpt2-124m, 0.1B tokens", tokens=1e8, batch=96, micro_batch=32
@@ -125,39 +124,35 @@ def _small() -> Scale:
 def _paper() -> Scale:
     """The paper's own models, data and budgets."""
     kappas = (0.2, 0.3, 0.5)
-    main = _task("smollm2-135m")
     return Scale(
         name="paper",
-        models=(main, _task("smollm2-1.7b"), _task("qwen3-1.7b"), _task("gemma3-1b")),
+        models=tuple(map(_task, ("smollm2-135m", "smollm2-1.7b", "qwen3-1.7b", "gemma3-1b"))),
         tuned=Grid((1e-3, 3e-3, 5e-3), (0.003, 0.01, 0.03, 0.1), kappas),
         others=Grid((3e-4, 1e-3, 3e-3), (0.015, 0.05, 0.15, 0.5), kappas),
         high=1e-2,
-        other_data=_task(
-            "qwen3-1.7b",
-            name="qwen3-1.7b on Tulu 3",
-            data=["allenai/tulu-3-sft-mixture"],
-            eval_split=None,
-        ),
+        other_data=_task("qwen3-1.7b", name="qwen3-1.7b on Tulu 3", **TULU),
         from_scratch=_task("gpt2-124m"),
         scratch=Grid((3e-4, 6e-4, 1.2e-3), (3e-4, 1e-3, 3e-3, 1e-2), kappas),
         every=(5, 20),
     )
 
 
-def _changed(recipe: Recipe, **changes: Any) -> Recipe:
-    return Recipe(**{**recipe.model_dump(), **changes})
-
-
 def shortened(task: Task, share: float) -> Task:
     """The same task with a share, in (0, 1], of its steps, tokens or epochs."""
-    recipe = task.recipe
-    unit = next(x for x in ("steps", "tokens", "epochs") if getattr(recipe, x) is not None)
-    part = share * getattr(recipe, unit)
-    changed = _changed(recipe, **{unit: round(part) if unit == "steps" else part})
-    return replace(task, name=f"{task.name}, {share:.0%} of the steps", recipe=changed)
+    values = task.recipe.model_dump()
+    unit = next(x for x in ("steps", "tokens", "epochs") if values[x] is not None)
+    part = share * values[unit]
+    recipe = Recipe(**{**values, unit: round(part) if unit == "steps" else part})
+    return replace(task, name=f"{task.name}, {share:.0%} of the steps", recipe=recipe)
 
 
 # ---- results ------------------------------------------------------------------------------------
+
+
+def _sorted(rows: list[dict[str, Any]], *keys: str) -> pd.DataFrame:
+    """A table of rows in an order that no worker decides."""
+    table = pd.DataFrame(rows)
+    return table.sort_values(list(keys), ignore_index=True) if rows else table
 
 
 class ScaleRuns:
@@ -169,23 +164,20 @@ class ScaleRuns:
 
     @cached_property
     def points(self) -> pd.DataFrame:
-        """A row for each evaluation of each method, in an order that no worker decides."""
-        rows = pd.DataFrame([row for x in self.outcomes.finished.values() for row in x.rows])
-        keys = ["setting", "label", "lr", "seed", "cell", "step"]
-        return rows.sort_values(keys, ignore_index=True) if len(rows) else rows
+        """A row for each evaluation of each method."""
+        rows = [row for x in self.outcomes.finished.values() for row in x.rows]
+        return _sorted(rows, "setting", "label", "lr", "seed", "cell", "step")
 
     @cached_property
     def training(self) -> pd.DataFrame:
-        """A row for each line of each training's log, in an order that no worker decides."""
-        rows = pd.DataFrame(
-            [
-                {"setting": x.rows[0]["setting"], "trained_with": x.rows[0]["trained_with"], **line}
-                for x in self.outcomes.finished.values()
-                for line in x.log
-            ]
-        )
-        keys = ["setting", "trained_with", "step"]
-        return rows.sort_values(keys, ignore_index=True, kind="stable") if len(rows) else rows
+        """A row for each line of each training's log."""
+        keys = ("setting", "trained_with")
+        rows = [
+            {**{key: x.rows[0][key] for key in keys}, **line}
+            for x in self.outcomes.finished.values()
+            for line in x.log
+        ]
+        return _sorted(rows, *keys, "step")
 
     @cached_property
     def ends(self) -> pd.DataFrame:
@@ -195,62 +187,56 @@ class ScaleRuns:
         ends[losses] = ends[losses].astype(float).fillna(float("inf"))
         return ends
 
-    def select(self, table: pd.DataFrame, task: Task, **fixed: Any) -> pd.DataFrame:
-        """The rows of a task with such values; a list allows each of its items, None no value."""
-        rows = table[table.setting == task.name]
+    def select(self, task: Task, table: pd.DataFrame | None = None, **fixed: Any) -> pd.DataFrame:
+        """The ends of a task, or another table's rows, with such values.
+
+        A list of values allows each of its items, and None no value.
+        """
+        rows = self.ends if table is None else table
+        rows = rows[rows.setting == task.name]
         for column, value in fixed.items():
             values = value if isinstance(value, list | tuple) else [value]
-            here = rows[column].isna() if value is None else rows[column].isin(values)
-            rows = rows[here]
+            rows = rows[rows[column].isna() if value is None else rows[column].isin(values)]
         return rows
 
     def best(
-        self,
-        task: Task,
-        names: str | Sequence[str],
-        schedules: str | Sequence[str] = "constant",
-        **fixed: Any,
+        self, task: Task, names: Sequence[str], schedules: Sequence[str] = "constant", **fixed: Any
     ) -> Method:
         """The setting with the lowest selection loss at the end, with the tuning seed.
 
+        It has one of the methods' names, one of the schedules, and these options; None: not set.
         Only runs that the figure asks for count, so that it does not depend on other figures.
-
-        Args:
-            task: the task that settings were tried on.
-            names: of methods.
-            schedules: that may be chosen.
-            fixed: values of options; None: the option is not set.
 
         Raises:
             InputError: no such run is finished.
         """
-        names = [names] if isinstance(names, str) else list(names)
-        schedules = [schedules] if isinstance(schedules, str) else list(schedules)
-        rows = self.select(
-            self.ends, task, name=names, schedule=schedules, seed=list(TUNING), **fixed
-        )
+        fixed = {"name": names, "schedule": schedules, "seed": TUNING, **fixed}
+        rows = self.select(task, **fixed)
         rows = rows if self.asked is None else rows[rows.cell.isin(self.asked)]
         if rows.empty:
-            raise InputError(
-                f"{task.name}: no run of {', '.join(names)} was finished to choose from"
-            )
+            wanted = names if isinstance(names, str) else ", ".join(names)
+            raise InputError(f"{task.name}: no run of {wanted} was finished to choose from")
         return method_of_row(rows.loc[rows.selection_loss.idxmin()])
 
     def best_pace(self, task: Task, schedule: str = "constant", **fixed: Any) -> Method:
         """PACE with its own average, which is updated at every step, at its best setting."""
         return self.best(task, "pace", schedule, **{"return_kappa": None, "every": None, **fixed})
 
-    def best_of_each(self, task: Task) -> dict[str, Method]:
-        """The methods of the headline, each at its best setting."""
+    def best_of_each(self, task: Task, **fixed: Any) -> dict[str, Method]:
+        """The methods of the headline, each at its best setting.
+
+        With values of options that are fixed, the average at a constant rate is left out.
+        """
         averages = ("ema", "uniform", "lawa", "bema")
+        slower = {"return_kappa": RETURN_KAPPA, **fixed}
         return {
-            "AdamW": self.best(task, "adamw", SCHEDULES),
-            "EMA": self.best(task, "ema", SCHEDULES),
-            "an average at a constant rate": self.best(task, averages),
-            "EMA, power or twin schedule": self.best(task, "ema", ["power", "twin"]),
-            "Schedule-Free": self.best(task, "schedule-free"),
-            "PACE, constant": self.best_pace(task),
-            "PACE, constant, slower average": self.best_pace(task, return_kappa=RETURN_KAPPA),
+            "AdamW": self.best(task, "adamw", SCHEDULES, **fixed),
+            "EMA": self.best(task, "ema", SCHEDULES, **fixed),
+            **({} if fixed else {"an average at a constant rate": self.best(task, averages)}),
+            "EMA, power or twin schedule": self.best(task, "ema", ["power", "twin"], **fixed),
+            "Schedule-Free": self.best(task, "schedule-free", **fixed),
+            "PACE, constant": self.best_pace(task, **fixed),
+            "PACE, constant, slower average": self.best_pace(task, **slower),
         }
 
     def with_own_twin(self, task: Task) -> dict[str, Method]:
@@ -260,18 +246,20 @@ class ScaleRuns:
 
     def twin_of(self, task: Task, method: Method) -> Method:
         """The EMA at the learning rate that the measured mean gain of a PACE run amounts to."""
-        own = self.select(self.ends, task, label=method.label, lr=method.lr)
-        gains = self.select(self.points, task, run=list(own.run))
+        own = self.select(task, label=method.label, lr=method.lr)
+        gains = self.select(task, self.points, run=list(own.run))
         gain = min(1.0, max(round(float(gains.gain_mean.mean()), 3), 0.001))
         return parse_method(f"ema:twin:kappa={method.kappa}:twin_gain={gain}:lr={method.lr}")
 
-    def constant_and_decaying(self, task: Task) -> dict[str, Method]:
+    def constant_and_decaying(
+        self, task: Task, labels: Iterable[str] = NAMES, **fixed: Any
+    ) -> dict[str, Method]:
         """The best AdamW, EMA and PACE at a constant rate, and with WSD."""
-        own = {"return_kappa": None, "every": None}
+        own = {"return_kappa": None, "every": None, **fixed}
         return {
-            f"{label}, {schedule}": self.best(task, name, schedule, **own)
+            f"{label}, {schedule}": self.best(task, NAMES[label], schedule, **own)
             for schedule in ("constant", "wsd")
-            for label, name in (("AdamW", "adamw"), ("EMA", "ema"), ("PACE", "pace"))
+            for label in labels
         }
 
     def middle_rate(self) -> float:
@@ -284,13 +272,9 @@ class ScaleRuns:
 
 def methods_on(task: Task, text: str, **lists: Iterable[Any]) -> list[Method]:
     """The methods of a text with every combination of option values."""
-    return [
-        parse_method(
-            ":".join([text, *(f"{k}={x}" for k, x in zip(lists, values, strict=True))]),
-            **task.recipe.method_defaults,
-        )
-        for values in itertools.product(*lists.values())
-    ]
+    defaults = task.recipe.method_defaults
+    options = [[f"{name}={value}" for value in values] for name, values in lists.items()]
+    return [parse_method(":".join([text, *x]), **defaults) for x in itertools.product(*options)]
 
 
 def _with_slower(task: Task, text: str = "pace", **lists: Iterable[Any]) -> list[Method]:
@@ -350,28 +334,27 @@ def _trained_with(task: Task, method: Method) -> list[Method]:
 Stages = Iterator[list[Cell]]  # each is asked for when those before it have ended
 
 
-def plan_maps(runs: ScaleRuns) -> Stages:
+def maps(runs: ScaleRuns) -> Stages:
     """4, 6, 12, 13: κ × c × learning rate, all models."""
     yield [x for task, grid in runs.scale.grids for x in cells(task, _tried(task, grid), TUNING)]
 
 
-def plan_by_schedule(runs: ScaleRuns) -> Stages:
+def by_schedule(runs: ScaleRuns) -> Stages:
     """16: the baselines with every schedule."""
-    yield from plan_maps(runs)
-    yield [
-        x for task, grid in runs.scale.grids for x in cells(task, _scheduled(task, grid), TUNING)
-    ]
+    yield from maps(runs)
+    grids = runs.scale.grids
+    yield [x for task, grid in grids for x in cells(task, _scheduled(task, grid), TUNING)]
 
 
-def plan_headline(runs: ScaleRuns) -> Stages:
+def headline(runs: ScaleRuns) -> Stages:
     """1, 7, 11: each method at its best setting, over seeds, with PACE's own twin."""
-    yield from plan_by_schedule(runs)
+    yield from by_schedule(runs)
     for task in runs.scale.models:
         methods = runs.with_own_twin(task).values()
         yield cells_over_seeds(task, methods, runs.scale.seeds_of(task))
 
 
-def plan_rarer(runs: ScaleRuns, kappas: Sequence[float]) -> Stages:
+def rarer(runs: ScaleRuns, kappas: Sequence[float]) -> Stages:
     """3, 8: the average is updated every step as in 6, and every so many steps."""
     task, grid = runs.scale.main, runs.scale.tuned
     own: dict[str, Any] = {"lr": grid.rates, "kappa": kappas, "pullback": grid.pullbacks}
@@ -395,28 +378,28 @@ def _budgets(runs: ScaleRuns, task: Task) -> Stages:
         yield cells_over_seeds(each, [runs.best(each, "adamw", "wsd")], scale.seeds)
 
 
-def plan_schedule_free(runs: ScaleRuns) -> Stages:
+def schedule_free(runs: ScaleRuns) -> Stages:
     """5: against Schedule-Free on two models; one constant run against decays at three budgets."""
-    yield from plan_headline(runs)
+    yield from headline(runs)
     yield from _budgets(runs, runs.scale.main)
 
 
-def plan_other_data(runs: ScaleRuns) -> Stages:
+def other_data(runs: ScaleRuns) -> Stages:
     """10: other data."""
     task = runs.scale.other_data
     yield cells(task, _tried(task, runs.scale.others), TUNING)
 
 
-def plan_rates(runs: ScaleRuns) -> Stages:
+def across_rates(runs: ScaleRuns) -> Stages:
     """14, 15: across rates up to one that is too high, baselines with every schedule."""
-    yield from plan_by_schedule(runs)
+    yield from by_schedule(runs)
     task, high = runs.scale.main, runs.scale.tuned._replace(rates=(runs.scale.high,))
     yield cells(task, [*_tried(task, high), *_scheduled(task, high)], TUNING)
 
 
-def plan_seeds(runs: ScaleRuns) -> Stages:
+def over_seeds(runs: ScaleRuns) -> Stages:
     """17: constant and WSD, over seeds."""
-    yield from plan_by_schedule(runs)
+    yield from by_schedule(runs)
     for task, grid in runs.scale.grids:
         best = runs.best_pace(task)
         own = {"pullback": [best.get("pullback")], "kappa": [best.kappa], "lr": grid.rates}
@@ -425,25 +408,25 @@ def plan_seeds(runs: ScaleRuns) -> Stages:
         yield cells_over_seeds(task, runs.constant_and_decaying(task).values(), runs.scale.seeds)
 
 
-def plan_pretraining(runs: ScaleRuns) -> Stages:
+def pretraining(runs: ScaleRuns) -> Stages:
     """9: κ × c × learning rate from scratch, and the baselines with every schedule."""
     task, grid = runs.scale.from_scratch, runs.scale.scratch
     yield cells(task, _tried(task, grid), TUNING)
     yield cells(task, _scheduled(task, grid), TUNING)
 
 
-def plan_pull_alone(runs: ScaleRuns) -> Stages:
+def pull_alone(runs: ScaleRuns) -> Stages:
     """2: the pull alone at κ = 0.5, constant and WSD."""
-    yield from plan_pretraining(runs)
+    yield from pretraining(runs)
     task = runs.scale.from_scratch
     own = {"kappa": (0.5,), "lr": (runs.middle_rate(),)}
     pulled = _with_slower(task, "pace:wsd", pullback=runs.scale.scratch.pullbacks, **own)
     yield cells(task, pulled, TUNING)
 
 
-def plan_under_schedules(runs: ScaleRuns, *, by_kappa: bool) -> Stages:
+def under_schedules(runs: ScaleRuns, *, by_kappa: bool) -> Stages:
     """18, 19: c with each schedule, at κ = 0.5 over seeds or at each κ with one seed."""
-    yield from plan_pretraining(runs)
+    yield from pretraining(runs)
     task, grid, rates = runs.scale.from_scratch, runs.scale.scratch, (runs.middle_rate(),)
     kappas, seeds = (grid.kappas, TUNING) if by_kappa else ((0.5,), runs.scale.seeds)
     for schedule in SCHEDULES:
@@ -452,16 +435,16 @@ def plan_under_schedules(runs: ScaleRuns, *, by_kappa: bool) -> Stages:
         yield cells(task, [*tried, *_averages(task, schedule, rates)], seeds)
 
 
-def plan_branches(runs: ScaleRuns) -> Stages:
+def branches(runs: ScaleRuns) -> Stages:
     """20: decays at three budgets, from scratch."""
-    yield from plan_pretraining(runs)
+    yield from pretraining(runs)
     yield from _budgets(runs, runs.scale.from_scratch)
 
 
-def plan_twins(runs: ScaleRuns) -> Stages:
+def twins(runs: ScaleRuns) -> Stages:
     """PACE against its own twin, at each rate, fine-tuning and from scratch, over seeds."""
-    yield from plan_maps(runs)
-    yield from plan_pretraining(runs)
+    yield from maps(runs)
+    yield from pretraining(runs)
     for task, grid in runs.scale.twinned:
         for rate in grid.rates:
             best = runs.best_pace(task, lr=rate)
