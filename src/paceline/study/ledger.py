@@ -429,11 +429,10 @@ def write_rows(ledger: Ledger, folder: Path, configuration: dict[str, Any]) -> N
     finished = ledger.outcomes.finished
     ended = [cell for cell in ledger.wanted if cell.key in finished]
 
-    metrics: list[str] = []
+    metrics = [folders.json_line(row) for cell in ended for row in finished[cell.key].rows]
     training: list[str] = []
     for cell in ended:
         facts = {"setting": cell.task.name, "trained_with": cell.run.name}
-        metrics += map(folders.json_line, finished[cell.key].rows)
         training += [folders.json_line({**facts, **line}) for line in finished[cell.key].log]
     write_text(folder / folders.METRICS, "".join(metrics), shared=True)
     write_text(folder / folders.TRAINING, "".join(training), shared=True)
