@@ -8,6 +8,7 @@ from pathlib import Path
 import trl
 
 from paceline.train.chat import CHATML
+from paceline.train.recipe import Recipe
 from paceline.train.sources import load_sources
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -31,19 +32,7 @@ def talk(n, word="a"):
 
 
 def load(*names, **changes):
-    values = {
-        "kind": "messages",
-        "config": None,
-        "split": "train",
-        "eval_names": None,
-        "eval_split": None,
-        "eval_examples": 512,
-        "examples": None,
-        "text_column": "text",
-        "streaming": False,
-        "seed": 0,
-    }
-    return load_sources(names, **values | changes)
+    return load_sources(Recipe(model="any", data=names, steps=1, **changes))
 
 
 def numbers(rows):

@@ -137,7 +137,8 @@ def test_the_two_halves_share_nothing(data, tmp_path):
     from paceline.study.cells import _assemble
 
     cell = cell_of(BASE, **data)
-    trainer = _assemble(cell.task.recipe, tmp_path, cell.run.methods)
+    recipe = Recipe(**cell.task.recipe.model_dump() | {"method": cell.trajectory.written})
+    trainer = _assemble(recipe, tmp_path, cell.run.methods)
     halves = {name: data["input_ids"] for name, data in trainer.eval_dataset.items()}
     assert list(halves) == ["selection", "test"]
     chosen_by, reported = ({tuple(ids) for ids in halves[name]} for name in halves)

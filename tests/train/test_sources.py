@@ -145,8 +145,8 @@ def test_what_has_no_splits_is_not_evaluated_on_what_it_trains_on(name, few):
     if name in FORMS:
         FORMS[name](name)
     write_texts("texts", 20)
-    kind = "text" if name == "texts" else "messages"
-    data = load(name, eval_split="test", kind=kind)
+    task = "pretrain" if name == "texts" else "sft"
+    data = load(name, eval_split="test", task=task)
     assert sorted(numbers(data.train) + numbers(data.evaluation)) == list(range(20))
 
 
@@ -224,10 +224,10 @@ def test_the_held_out_part_is_the_same_for_every_seed_and_disjoint():
         ({"examples": 7}, 7, 10),
         ({"examples": 1, "eval_examples": 1}, 1, 1),
         ({"examples": 1000}, 90, 10),
-        ({"eval_names": ["pairs.jsonl"]}, 100, 20),
-        ({"eval_names": ["pairs.jsonl"], "eval_examples": 3}, 100, 3),
-        ({"eval_names": ["pairs.jsonl"], "examples": 5}, 5, 20),
-        ({"eval_names": ["pairs.jsonl", "pairs.jsonl"]}, 100, 40),
+        ({"eval_data": ["pairs.jsonl"]}, 100, 20),
+        ({"eval_data": ["pairs.jsonl"], "eval_examples": 3}, 100, 3),
+        ({"eval_data": ["pairs.jsonl"], "examples": 5}, 5, 20),
+        ({"eval_data": ["pairs.jsonl", "pairs.jsonl"]}, 100, 40),
     ],
 )
 def test_numbers_of_examples(changes, train, evaluation):
@@ -235,7 +235,7 @@ def test_numbers_of_examples(changes, train, evaluation):
     write_lines("pairs.jsonl", PAIRS)
     data = load("x.jsonl", **changes)
     assert (len(data.train), len(data.evaluation)) == (train, evaluation)
-    if "eval_names" in changes:
+    if "eval_data" in changes:
         assert numbers(data.train) == list(range(train))
     else:
         assert not set(numbers(data.train)) & set(numbers(data.evaluation))
@@ -253,7 +253,7 @@ def test_several_sources_are_put_together(few):
         FORMS[name](name)
     data = load("messages.jsonl", "sharegpt.jsonl", "rows.csv", "saved", "rows.parquet")
     assert sorted(numbers([*data.train, *data.evaluation])) == sorted([*range(20)] * 5)
-    with_built_in = load("messages.jsonl", "chitchat", eval_names=["messages.jsonl"])
+    with_built_in = load("messages.jsonl", "chitchat", eval_data=["messages.jsonl"])
     assert numbers(with_built_in.train) == [*range(20), *range(20)]
 
 
@@ -380,7 +380,7 @@ def test_bad_names(name, message, capfd, logged):
     assert not logged
     write_lines("good.jsonl", MESSAGES)
     with pytest.raises(InputError) as again:
-        load("good.jsonl", eval_names=[name])
+        load("good.jsonl", eval_data=[name])
     assert str(again.value) == str(error.value)
 
 
@@ -390,9 +390,9 @@ def test_nothing_to_evaluate_on_names_that():
     with pytest.raises(
         InputError, match=r"^data: silent.jsonl has no usable examples to evaluate on"
     ):
-        load("x.jsonl", eval_names=["silent.jsonl"])
+        load("x.jsonl", eval_data=["silent.jsonl"])
     with pytest.raises(InputError, match=r"^data: silent.jsonl has no usable examples to train on"):
-        load("silent.jsonl", eval_names=["x.jsonl"])
+        load("silent.jsonl", eval_data=["x.jsonl"])
 
 
 def test_what_may_not_be_read(monkeypatch):
@@ -408,4 +408,4 @@ def test_what_may_not_be_read(monkeypatch):
             load("x.jsonl")
     monkeypatch.setattr(Path, "read_bytes", forbidden)
     with pytest.raises(InputError, match=r"^cannot read texts/.\.txt: Permission denied"):
-        load("texts", kind="text")
+        load("texts", task="pretrain")

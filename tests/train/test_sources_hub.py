@@ -45,16 +45,16 @@ USABLE = [n for n in range(300) if n % 3 < 2]
 
 
 def test_a_dataset_of_the_hub(hub):
-    data = load("a/b", config="c", split="train", eval_split="test", eval_examples=8)
+    data = load("a/b", data_config="c", split="train", eval_split="test", eval_examples=8)
     assert hub == [("a/b", "c", "train", False), ("a/b", "c", "test", False)]
     assert numbers(data.train) == USABLE
     assert numbers(data.evaluation) == [n + 1000 for n in USABLE[:8]]
 
 
 def test_another_dataset_to_evaluate_on(hub):
-    load("a/b", split="s", eval_names=["c/d"], streaming=True)
+    load("a/b", split="s", eval_data=["c/d"], streaming=True)
     assert hub == [("a/b", None, "s", True), ("c/d", None, "s", False)]
-    load("a/b", split="s", eval_names=["c/d"], eval_split="t")
+    load("a/b", split="s", eval_data=["c/d"], eval_split="t")
     assert hub[2:] == [("a/b", None, "s", False), ("c/d", None, "t", False)]
 
 
@@ -102,11 +102,11 @@ def test_a_stream_of_text(monkeypatch):
 
     monkeypatch.setattr(sources, "hub_is_there", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data = load("a/b", kind="text", text_column="body", streaming=True, eval_examples=5)
+    data = load("a/b", task="pretrain", text_column="body", streaming=True, eval_examples=5)
     assert numbers(data.evaluation) == [0, 1, 2, 3, 4]
     assert sorted(numbers(data.train)) == list(range(5, 50))
     with pytest.raises(InputError, match="a/b has no column 'x', only body, text"):
-        load("a/b", kind="text", text_column="x", streaming=True)
+        load("a/b", task="pretrain", text_column="x", streaming=True)
 
 
 def test_a_bad_row_of_a_stream_is_named(monkeypatch):

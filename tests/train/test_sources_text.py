@@ -30,7 +30,7 @@ TEXT_FORMS = {
 def test_text_from_every_form(name, folder):
     TEXT_FORMS[name](name)
     before = files_of(folder)
-    data = load(name, kind="text")
+    data = load(name, task="pretrain")
     assert (len(data.train), len(data.evaluation)) == (18, 2)
     rows = [*data.train, *data.evaluation]
     assert sorted(row["text"] for row in rows) == sorted(row["text"] for row in TEXTS)
@@ -41,10 +41,10 @@ def test_text_from_every_form(name, folder):
 def test_a_column_of_another_name():
     rows = [{"text": "not this", "body": f"text {n}"} for n in range(20)]
     write_lines("x.jsonl", rows)
-    data = load("x.jsonl", kind="text", text_column="body")
+    data = load("x.jsonl", task="pretrain", text_column="body")
     assert sorted(numbers([*data.train, *data.evaluation])) == list(range(20))
     with pytest.raises(InputError, match="x.jsonl has no column 'boby', only text, body; .*--text"):
-        load("x.jsonl", kind="text", text_column="boby")
+        load("x.jsonl", task="pretrain", text_column="boby")
 
 
 @pytest.mark.parametrize("count", [1, 3, 9])
@@ -53,7 +53,7 @@ def test_of_few_documents_the_ends_are_held_out(count):
     whole = [f"document {n}\n" + f"line of {n}\n" * 100 for n in range(count)]
     for n, document in enumerate(whole):
         Path("texts", f"{n}.md").write_text(document)
-    data = load("texts", kind="text")
+    data = load("texts", task="pretrain")
     assert len(data.train) == len(data.evaluation) == count
     pairs = zip(data.train, data.evaluation, strict=True)
     assert {a["text"] + b["text"] for a, b in pairs} == {document.strip() for document in whole}
@@ -69,25 +69,25 @@ def test_a_folder_of_documents():
     Path("texts", "empty.txt").write_text(" \n")
     Path("texts", ".hidden").write_text("secret")
     Path("texts", "rows.json").write_text('{"not": "rows", "text 20": 1}')  # a document, too
-    data = load("texts", kind="text")
+    data = load("texts", task="pretrain")
     rows = [*data.train, *data.evaluation]
     assert len(rows) == 21
     assert not any("secret" in row["text"] for row in rows)
-    assert list(load("texts", kind="text").train) == list(data.train)
+    assert list(load("texts", task="pretrain").train) == list(data.train)
 
 
 def test_texts_of_several_sources():
     for name in TEXT_FORMS:
         TEXT_FORMS[name](name)
-    data = load(*TEXT_FORMS, kind="text", eval_names=["folder"], eval_examples=5)
+    data = load(*TEXT_FORMS, task="pretrain", eval_data=["folder"], eval_examples=5)
     assert sorted(numbers(data.train)) == sorted([*range(20)] * len(TEXT_FORMS))
     assert len(data.evaluation) == 5
 
 
 def test_text_that_comes_with_python_and_torch():
-    assert load("python", kind="text", examples=3).train.num_rows == 3
+    assert load("python", task="pretrain", examples=3).train.num_rows == 3
     with pytest.raises(InputError, match="chitchat is conversations .*; this task takes python, t"):
-        load("chitchat", kind="text")
+        load("chitchat", task="pretrain")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_text_that_comes_with_python_and_torch():
 def test_bad_texts(write, message):
     write("x.jsonl")
     with pytest.raises(InputError, match=f"^data: {message}"):
-        load("x.jsonl", kind="text")
+        load("x.jsonl", task="pretrain")
 
 
 def test_no_text_at_all():
@@ -114,4 +114,4 @@ def test_no_text_at_all():
     Path("binary.txt").write_bytes(b"\xff\x00")
     for name in ("empty", "binary.txt"):
         with pytest.raises(InputError, match=f"^data: {name} has no files of UTF-8 text"):
-            load(name, kind="text")
+            load(name, task="pretrain")

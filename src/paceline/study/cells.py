@@ -15,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..cache import cache_folder
 from ..files import put
 from ..train import InputError
-from ..train.build import PerToken, Prepared, assemble
+from ..train.build import PerToken, Prepared, build_trainer
 from ..train.data import content_key
 from ..train.methods import Method
 from ..train.recipe import DATA, METHOD, RESUMABLE_CHANGES, Recipe, keys_with
@@ -151,7 +151,7 @@ def _assemble(recipe: Recipe, folder: Path, methods: tuple[Method, ...]) -> _Cel
     key = recipe.model_dump_json(include=set(keys_with(DATA)))
     prepared = _last_prepared[1] if _last_prepared and _last_prepared[0] == key else None
     kind = partial(_CellTrainer, methods=methods)
-    trainer = assemble(recipe, folder, kind, prepared=prepared)
+    trainer: _CellTrainer = build_trainer(recipe, folder, kind, prepared=prepared)
     data: Any = trainer.eval_dataset
     if not recipe.streaming:  # the order of a stream depends on the seed
         _last_prepared = key, Prepared(trainer.train_dataset, data, trainer.processing_class)

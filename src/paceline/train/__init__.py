@@ -1,6 +1,7 @@
 """Training language models with the optimizers of this package; needs the extra `[train]`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Annotated, Any
 
@@ -16,6 +17,16 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 class InputError(Exception):
     """The user's input cannot be used; the message is one line that says why and what to do."""
+
+
+@contextmanager
+def reporting(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Raise these errors as an InputError: `what`, a colon, and the reason in one line."""
+    try:
+        yield
+    except errors as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise InputError(f"{what}: {reason}") from error
 
 
 class Options(BaseModel):

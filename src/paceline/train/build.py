@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import peft
 import pyarrow.compute as pc
@@ -24,7 +24,7 @@ from transformers import (
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from . import InputError, sources, unknown
+from . import InputError, reporting, sources, unknown
 from .chat import conversation_encoder, use_chatml
 from .data import make_tokenizer
 from .model import make_gpt2
@@ -37,23 +37,15 @@ from .trainer import OneMethodTrainer
 class PerToken(SFTTrainer):
     """TRL's trainer with evaluation losses that are means over tokens instead of batches."""
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, with the loss as a mean over all learned tokens of all processes."""
         self._sum, self._learned = 0.0, 0
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        output = super().evaluation_loop(*args, **kwargs)
         ours = torch.tensor([self._sum, self._learned], device=self.args.device)
         total, learned = self.accelerator.reduce(ours, "sum").tolist()
-        loss = {f"{metric_key_prefix}_loss": total / learned}
-        return output._replace(metrics={**(output.metrics or {}), **loss})
+        metrics = output.metrics or {}
+        losses = {name: total / learned for name in metrics if name.endswith("_loss")}
+        return output._replace(metrics={**metrics, **losses})
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The Trainer's loader, whose last batches are filled with sequences without labels.
@@ -152,7 +144,6 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 EVALUATED_TOKENS = 8192  # at a time, at least
-AnyTrainer = TypeVar("AnyTrainer", bound=OneMethodTrainer)
 
 # ---- building -----------------------------------------------------------------------------------
 
@@ -170,36 +161,21 @@ class Prepared(NamedTuple):
     tokenizer: Any
 
 
-def build_trainer(recipe: Recipe, folder: Path, *, only_data: bool = False) -> RunTrainer:
+def build_trainer(
+    recipe: Recipe,
+    folder: Path,
+    kind: Callable[..., Any] = RunTrainer,
+    *,
+    only_data: bool = False,
+    prepared: Prepared | None = None,
+) -> Any:
     """Load data, tokenizer and model, and make the trainer of a run.
 
     Args:
         recipe: what is trained on what, and how.
         folder: for the checkpoints.
+        kind: makes the trainer, an `OneMethodTrainer`.
         only_data: replace the model by a tiny stand-in; the data are as for the real one.
-
-    Raises:
-        InputError: something in the recipe cannot be loaded or used, or does not fit together.
-    """
-    kind = partial(RunTrainer, method=recipe.parsed)
-    return assemble(recipe, folder, kind, only_data=only_data)
-
-
-def assemble(
-    recipe: Recipe,
-    folder: Path,
-    kind: Callable[..., AnyTrainer],
-    *,
-    only_data: bool = False,
-    prepared: Prepared | None = None,
-) -> AnyTrainer:
-    """As `build_trainer`, with a trainer of another kind.
-
-    Args:
-        recipe: what is trained on what, and how.
-        folder: for the checkpoints.
-        kind: makes the trainer; it knows its method.
-        only_data: replace the model by a tiny stand-in.
         prepared: the data of an earlier trainer, which are used again to save time; all keys with
             the role DATA were the same for it.
 
@@ -210,16 +186,15 @@ def assemble(
     micro, accumulation = _split_batch(recipe, state.num_processes)
     check_fsdp(recipe, state)
     conversations = recipe.task == "sft"
-    if prepared is None:
-        with state.main_process_first():  # the others then read the cache
-            prepared = _prepare(recipe)
-        skipped = {}
-    else:
-        skipped = {"skip_prepare_dataset": True}
+    skipped = {"skip_prepare_dataset": True} if prepared else {}
+    with state.main_process_first():  # the others then read the cache
+        prepared = prepared or _prepare(recipe)
     tokenizer = prepared.tokenizer
     set_seed(recipe.seed)
-    model = _stand_in(tokenizer) if only_data else _model(recipe, tokenizer)
-    pure = recipe.precision == "pure-bf16"
+    if only_data:
+        model: Any = make_gpt2(tokenizer, width=8, layers=1, heads=1, positions=8, seed=0)
+    else:
+        model = _model(recipe, tokenizer)
     arguments = SFTConfig(
         output_dir=str(folder),
         max_length=recipe.context,
@@ -253,14 +228,14 @@ def assemble(
         dataloader_num_workers=recipe.loaders,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    steps = _given_steps(recipe)
     trainer = kind(
         model,
         arguments,
+        method=recipe.parsed,
         warmup=0,
         weight_decay=recipe.weight_decay,
         betas=recipe.betas,
-        stochastic_round=pure,
+        stochastic_round=recipe.precision == "pure-bf16",
         train_dataset=prepared.train,
         eval_dataset=prepared.evaluation,
         processing_class=tokenizer,
@@ -274,16 +249,19 @@ def assemble(
         else None,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.data_collator = _WithoutFirstLabels(trainer.data_collator)
-    evaluation: Any = trainer.eval_dataset
+    trainer.data_collator = partial(_without_first_labels, trainer.data_collator)
+    evaluation = trainer.eval_dataset
     if not len(evaluation):
-        given = ", ".join(recipe.eval_data or recipe.data or ("the default",))
+        given = ", ".join(recipe.eval_data or recipe.data_names)
         raise InputError(
             f"data: no token of {given} counts in the evaluation loss within a --context of "
             f"{recipe.context} tokens; give a larger one"
         )
     kept = min(recipe.eval_examples, len(evaluation))  # a document is many sequences
     trainer.eval_dataset = evaluation.select([i * len(evaluation) // kept for i in range(kept)])
+    steps = recipe.steps
+    if recipe.tokens is not None and (recipe.streaming or not conversations):
+        steps = math.ceil(recipe.tokens / (recipe.batch * recipe.context))
     if isinstance(trainer.train_dataset, Dataset):
         count = len(trainer.train_dataset)
         if count < recipe.batch:
@@ -309,61 +287,34 @@ def assemble(
 
 def _prepare(recipe: Recipe) -> Prepared:
     """Load the data and the tokenizer; conversations are tokenized, text is not yet."""
-    conversations = recipe.task == "sft"
-    data = sources.load_sources(
-        recipe.data or (("chitchat",) if conversations else ("python",)),
-        kind="messages" if conversations else "text",
-        config=recipe.data_config,
-        split=recipe.split,
-        eval_names=recipe.eval_data,
-        eval_split=recipe.eval_split,
-        eval_examples=recipe.eval_examples,
-        examples=recipe.examples,
-        text_column=recipe.text_column,
-        streaming=recipe.streaming,
-        seed=recipe.seed,
-    )
+    data = sources.load_sources(recipe)
     tokenizer = _tokenizer(recipe, data.train)
-    if conversations:
-        encode = conversation_encoder(tokenizer)
-        data = sources.Sources(
-            *(
-                part.map(lambda row: encode(row["messages"]), remove_columns=["messages"])
-                for part in data
-            )
-        )
-    return Prepared(data.train, data.evaluation, tokenizer)
+    if recipe.task == "pretrain":
+        return Prepared(*data, tokenizer)
+    encode = conversation_encoder(tokenizer)
+    train, evaluation = (
+        part.map(lambda row: encode(row["messages"]), remove_columns=["messages"]) for part in data
+    )
+    return Prepared(train, evaluation, tokenizer)
 
 
-class _WithoutFirstLabels:
-    """A collator's batches without labels for first tokens, which nothing predicts.
+def _without_first_labels(collator: Callable[[Any], Any], examples: Any) -> Any:
+    """A collator's batch without labels for first tokens, which nothing predicts.
 
     The Trainer divides the loss by the number of labels, so these must not count.
     """
-
-    def __init__(self, collator: Callable[[Any], dict[str, Any]]) -> None:
-        self.collator = collator
-
-    def __call__(self, examples: Any) -> dict[str, Any]:
-        batch = self.collator(examples)
-        batch["labels"][:, 0] = -100
-        return batch
+    batch = collator(examples)
+    batch["labels"][:, 0] = -100
+    return batch
 
 
 def evaluated_together(recipe: Recipe, micro: int) -> int:
-    """Sequences that an evaluation computes at a time.
-
-    It keeps no activations, so it takes more short sequences than a micro-batch.
-    """
+    """Sequences that an evaluation, which keeps no activations, computes at a time."""
     return max(micro, EVALUATED_TOKENS // recipe.context)
 
 
 def check_fsdp(recipe: Recipe, state: Any) -> None:
-    """Refuse FSDP where accelerate would silently train without it.
-
-    Raises:
-        InputError: there is only one process, or no accelerator.
-    """
+    """Refuse FSDP on one process or without accelerators, which accelerate would ignore."""
     if recipe.fsdp and (state.num_processes == 1 or state.device.type == "cpu"):
         raise InputError(
             "fsdp: it needs several processes with an accelerator each, got "
@@ -382,13 +333,6 @@ def _split_batch(recipe: Recipe, processes: int) -> tuple[int, int]:
     return micro, recipe.batch // (micro * processes)
 
 
-def _given_steps(recipe: Recipe) -> int | None:
-    """The steps that the recipe alone decides; None if they follow from the data."""
-    if recipe.tokens is not None and (recipe.streaming or recipe.task == "pretrain"):
-        return math.ceil(recipe.tokens / (recipe.batch * recipe.context))
-    return recipe.steps
-
-
 def _steps_of_data(recipe: Recipe, data: Dataset) -> int:
     """Steps of the recipe's epochs or tokens; sequences may be shorter than the context."""
     if recipe.tokens is None:
@@ -403,21 +347,20 @@ def _loading(what: str, name: str) -> Iterator[None]:
     local = sources.is_here(name)
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise InputError(f"{what}: no such folder: {name}")
-    there = local or sources.hub_is_there()
-    try:
+    with sources.from_hub(what, name, name, local=local):
         yield
-    except (OSError, ValueError, KeyError) as error:
-        if not there:
-            raise sources.unreachable(what, name, f"--{what}") from error
-        raise InputError(f"{what}: {name}: {' '.join(str(error).split())}") from error
 
 
-def _tokenizer(recipe: Recipe, data: sources.Data) -> PreTrainedTokenizerBase:
+def _tokenizer(recipe: Recipe, data: Any) -> PreTrainedTokenizerBase:
     tokenizer: Any
     if recipe.tokenizer == "bpe":
         if isinstance(data, IterableDataset):
             raise InputError("tokenizer: bpe cannot be trained on a stream; name another tokenizer")
-        tokenizer = make_tokenizer(list(_iter_texts(data)), recipe.vocabulary)
+        if recipe.task == "pretrain":
+            texts = list(data["text"])
+        else:
+            texts = [message["content"] for row in data for message in row["messages"]]
+        tokenizer = make_tokenizer(texts, recipe.vocabulary)
     else:
         name = recipe.tokenizer or recipe.model
         assert name is not None
@@ -426,31 +369,15 @@ def _tokenizer(recipe: Recipe, data: sources.Data) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token is None:
         raise InputError("tokenizer: it has no token for the end of text; name another tokenizer")
     chosen = recipe.chat_template
-    if chosen == "chatml" or (
-        chosen is None and recipe.task == "sft" and tokenizer.chat_template is None
-    ):
+    if chosen is None and recipe.task == "sft" and tokenizer.chat_template is None:
+        chosen = "chatml"
+    if chosen == "chatml":
         use_chatml(tokenizer)
     elif chosen is not None:
-        try:
+        failed = f"chat_template: {chosen!r} is neither chatml nor a text file"
+        with reporting(failed, OSError, UnicodeDecodeError):
             tokenizer.chat_template = Path(chosen).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise InputError(
-                f"chat_template: {chosen!r} is neither chatml nor a text file: {reason}"
-            ) from error
     return tokenizer
-
-
-def _iter_texts(data: Dataset) -> Iterator[str]:
-    for row in data:
-        if "text" in row:
-            yield row["text"]
-        else:
-            yield from (message["content"] for message in row["messages"])
-
-
-def _stand_in(tokenizer: PreTrainedTokenizerBase) -> Any:
-    return make_gpt2(tokenizer, width=8, layers=1, heads=1, positions=8, seed=0)
 
 
 def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -459,7 +386,7 @@ def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     }
     if recipe.attention:
         options["attn_implementation"] = recipe.attention
-    changes = dict(recipe.config or {})
+    changes = recipe.config or {}
     if recipe.model is None:
         special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **changes})
@@ -473,21 +400,17 @@ def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     room = getattr(config.get_text_config(), "max_position_embeddings", recipe.context)
     if recipe.context > room:
         raise InputError(f"context: {recipe.context} tokens are more than the model's {room}")
-    try:
+    with reporting("model", ImportError, ValueError, TypeError, KeyError):
         if recipe.model is None or recipe.from_scratch:
             model = AutoModelForCausalLM.from_config(config, **options)
         else:
             with _loading("model", recipe.model):
                 model = AutoModelForCausalLM.from_pretrained(recipe.model, config=config, **options)
-    except (ImportError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"model: {' '.join(str(error).split())}") from error
     # A model may have fewer embeddings than the tokenizer has entries; more are no problem.
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    for settings in (model.config.get_text_config(), model.generation_config):
-        ends = settings.eos_token_id if settings is not None else None
-        if settings is not None and tokenizer.eos_token_id not in (
-            ends if isinstance(ends, list) else [ends]
-        ):
+    for settings in filter(None, (model.config.get_text_config(), model.generation_config)):
+        ends = settings.eos_token_id
+        if tokenizer.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
             settings.eos_token_id = tokenizer.eos_token_id
     return model

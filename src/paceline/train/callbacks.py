@@ -18,13 +18,11 @@ class EvalAndSaveAtEnd(TrainerCallback):
     It also has the optimizer measure its pull only at steps that are logged or evaluated.
     """
 
-    def on_step_begin(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         step = state.global_step + 1
         intervals = [args.logging_steps, args.eval_steps or args.logging_steps]
         measured = step == args.max_steps or any(step % interval == 0 for interval in intervals)
-        for group in optimizer.param_groups:
+        for group in given["optimizer"].param_groups:
             if "track_stats" in group:
                 group["track_stats"] = measured
 

@@ -1,7 +1,8 @@
 """Conversations as tokens, with a mask of the assistant's turns, which count in the loss."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -10,7 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from . import InputError
+from . import InputError, reporting
 
 START, END = "<|im_start|>", "<|im_end|>"
 # ChatML. The generation marks enclose the assistant's text and its end of turn.
@@ -26,12 +27,8 @@ CHATML = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
-PROBE = [
-    {"role": "user", "content": "Q1"},
-    {"role": "assistant", "content": "A1"},
-    {"role": "user", "content": "Q2"},
-    {"role": "assistant", "content": "A2"},
-]
+TURNS = {"Q1": "user", "A1": "assistant", "Q2": "user", "A2": "assistant"}
+PROBE = [{"role": role, "content": text} for text, role in TURNS.items()]
 
 Encoded = dict[str, list[int]]
 
@@ -66,11 +63,12 @@ def conversation_encoder(
     template: Any = tokenizer.chat_template
     marked = has_generation_markers(template)
     if not marked:
-        with _rendering(), suppress(ValueError):  # TRL has no such template
+        # A ValueError: TRL has no such template.
+        with reporting("chat_template", TemplateError), suppress(ValueError):
             template, marked = get_training_chat_template(tokenizer), True
 
     def encode(messages: list[dict[str, str]]) -> Encoded:
-        with _rendering():
+        with reporting("chat_template", TemplateError):
             if not marked:
                 return _by_turns(tokenizer, messages)
             encoded: Any = tokenizer.apply_chat_template(
@@ -88,35 +86,9 @@ def conversation_encoder(
     return encode
 
 
-@contextmanager
-def _rendering() -> Iterator[None]:
-    """Report in one line what a template raises, or what is wrong with it."""
-    try:
-        yield
-    except TemplateError as error:
-        raise InputError(f"chat_template: {' '.join(str(error).split())}") from error
-
-
 def _by_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Encoded:
-    text, spans = _spans(tokenizer, messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    masks = [
-        int(any(start < b and a < end for start, end in spans))  # also tokens across the border
-        for a, b in encoded["offset_mapping"]
-    ]
-    return {"input_ids": encoded["input_ids"], "assistant_masks": masks}
-
-
-def _spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
-) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation, and start and end of each assistant's turn in it."""
-
-    def render(part: list[dict[str, str]], **options: Any) -> str:
-        text: Any = tokenizer.apply_chat_template(part, tokenize=False, **options)
-        return str(text)
-
-    text, spans = render(messages), []
+    render: Any = partial(tokenizer.apply_chat_template, tokenize=False)
+    text, spans = render(messages), []  # start and end of each assistant's turn in the text
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and i:  # the turns before it cannot be empty
             before = render(messages[:i], add_generation_prompt=True)
@@ -128,7 +100,12 @@ def _spans(
                     "with {% generation %} marks, or --chat-template chatml"
                 )
             spans.append((len(before), len(until)))
-    return text, spans
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    masks = [
+        int(any(start < b and a < end for start, end in spans))  # also tokens across the border
+        for a, b in encoded["offset_mapping"]
+    ]
+    return {"input_ids": encoded["input_ids"], "assistant_masks": masks}
 
 
 def show_example(

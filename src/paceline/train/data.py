@@ -1,8 +1,6 @@
 """From text to blocks of tokens: documents, splits and a tokenizer, cached by content."""
 
 import hashlib
-import importlib.util
-import os
 import random
 import sysconfig
 from collections.abc import Iterable
@@ -17,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ..cache import cache_folder
-from . import InputError
+from ..files import whole
+from . import InputError, reporting
 
 END_OF_TEXT = "<|endoftext|>"
 VALIDATION_SHARE = 0.1  # of the characters, in whole documents
@@ -34,8 +33,7 @@ class Corpus(NamedTuple):
         sha = hashlib.sha256()
         for part in self:
             for document in part:
-                sha.update(document.encode())
-                sha.update(b"\0")
+                sha.update(document.encode() + b"\0")
             sha.update(b"\1")
         return sha.hexdigest()
 
@@ -49,10 +47,7 @@ def standard_library_files() -> list[Path]:
 
 def torch_files() -> list[Path]:
     """The Python sources of the installed torch package: about 46 MB."""
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    return sorted(Path(spec.submodule_search_locations[0]).rglob("*.py"))
+    return sorted(Path(torch.__file__).parent.rglob("*.py"))
 
 
 def files_below(paths: Iterable[Path]) -> list[Path]:
@@ -63,10 +58,8 @@ def files_below(paths: Iterable[Path]) -> list[Path]:
     """
     files: list[Path] = []
     for path in paths:
-        try:
+        with reporting(f"no such file or folder: {path}", OSError):
             path.stat()
-        except OSError as error:
-            raise InputError(f"no such file or folder: {path} ({error.strerror})") from error
         if path.is_dir():
             files += [
                 p
@@ -107,30 +100,27 @@ def read_corpus(files: Iterable[Path], max_characters: int, held_out: Iterable[s
             size = max_characters
     if not size:
         raise InputError("the text is empty: no file holds any UTF-8 text that is not held out")
-    validation: list[str] = []
+    validation: dict[str, None] = {}
     room = VALIDATION_SHARE * size
     if len(kept) >= 10:
         for document in kept:
-            if len(document) <= 1.5 * room:
-                validation.append(document)
+            if room > 0 and len(document) <= 1.5 * room:
+                validation[document] = None
                 room -= len(document)
-            if room <= 0:
-                break
     if validation:
-        chosen = set(validation)
-        return Corpus([d for d in kept if d not in chosen], validation)
-    cuts = [last_tenth(document) for document in kept]
-    return Corpus(
-        [d[:cut] for d, cut in zip(kept, cuts, strict=True) if cut],
-        [d[cut:] for d, cut in zip(kept, cuts, strict=True)],
-    )
+        return Corpus([d for d in kept if d not in validation], list(validation))
+    return without_ends(kept)
 
 
-def last_tenth(document: str) -> int:
-    """The index where the last tenth begins, at the start of a line if one is near."""
-    cut = int((1 - VALIDATION_SHARE) * len(document))
-    line = document.rfind("\n", cut - len(document) // 20, cut) + 1
-    return line or cut
+def without_ends(documents: Iterable[str]) -> Corpus:
+    """Documents without their last tenths, and these, from the start of a line if one is near."""
+    parts = Corpus([], [])
+    for document in documents:
+        cut = int((1 - VALIDATION_SHARE) * len(document))
+        cut = document.rfind("\n", cut - len(document) // 20, cut) + 1 or cut
+        parts.train.append(document[:cut])
+        parts.validation.append(document[cut:])
+    return Corpus(*(list(filter(None, part)) for part in parts))
 
 
 def read_text(file: Path) -> str:
@@ -140,11 +130,10 @@ def read_text(file: Path) -> str:
         InputError: it cannot be read.
     """
     try:
-        text = file.read_bytes().decode()
+        with reporting(f"cannot read {file}", OSError):
+            text = file.read_bytes().decode()
     except UnicodeDecodeError:
         return ""
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
     return "" if "\0" in text else text.strip()
 
 
@@ -168,9 +157,8 @@ def make_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenizer
             show_progress=False,
         )
         bpe.train_from_iterator(documents, trainer)
-        partial = path.with_suffix(f".{os.getpid()}")
-        bpe.save(str(partial))
-        partial.replace(path)
+        with whole(path, shared=True) as partial:
+            bpe.save(str(partial))
     return PreTrainedTokenizerFast(
         tokenizer_file=str(path), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
     )
@@ -193,9 +181,8 @@ def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Path:
             )
             for name, part in corpus._asdict().items()
         }
-        partial = path.with_suffix(f".{os.getpid()}")
-        save_file(tokens, partial)
-        partial.replace(path)
+        with whole(path, shared=True) as partial:
+            save_file(tokens, partial)
     return path
 
 

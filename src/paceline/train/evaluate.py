@@ -18,24 +18,18 @@ import torch
 from pydantic import Field
 from rich.box import MARKDOWN
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from tyro.conf import Positional, arg
 
-from . import InputError, Options, Positive, folder
+from . import InputError, Options, Positive, folder, reporting
 from .manifest import environment, write_json
 from .recipe import Names
 from .sources import hub_is_there
+from .terminal import progress_bars, say
 
 COMPARED = {"live": folder.LIVE, "returned": folder.MODEL}
 SEED = 1234  # lm-eval's own, for the same few-shot examples as its command shows
@@ -78,10 +72,6 @@ class Evaluation(Options):
 
 def evaluate(options: Evaluation, console: Console) -> dict[str, Any]:
     """Evaluate, print a table, and write the JSON file.
-
-    Args:
-        options: what to evaluate, on which tasks.
-        console: for a progress bar and the table.
 
     Returns:
         The content of the file. `results` has task -> metric -> "live", "returned" and "difference"
@@ -129,11 +119,9 @@ def evaluate(options: Evaluation, console: Console) -> dict[str, Any]:
         "results": results,
     }
     if out:
-        try:
+        with reporting(f"out: {out}", OSError):
             write_json(out, facts)
-        except OSError as error:
-            raise InputError(f"out: {out}: {error.strerror or error}") from error
-        console.print(Text(f"Written: {out}"), soft_wrap=True)
+        say(console, f"Written: {out}")
     return facts
 
 
@@ -170,11 +158,7 @@ def _device(given: str | None) -> str:
 
 
 def _tasks(options: Evaluation) -> Any:
-    """The named tasks and groups with their data, as a `TaskDict` of lm-eval.
-
-    Raises:
-        InputError: a task is unknown or cannot be loaded.
-    """
+    """The named tasks and groups with their data, as a `TaskDict` of lm-eval."""
     from lm_eval.tasks import TaskManager
 
     names, include = [*options.tasks], options.include
@@ -214,15 +198,10 @@ def _first_line(error: BaseException) -> str:
 @contextmanager
 def _quiet(console: Console) -> Iterator[Progress]:
     """Show progress bars, and silence what the libraries log and print."""
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+    progress = progress_bars(
+        Console(file=console.file),  # not the redirected stdout
         MofNCompleteColumn(),
         TextColumn("requests"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(file=console.file),  # not the redirected stdout
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,
@@ -245,20 +224,7 @@ def _score(
     device: str,
     progress: Progress,
 ) -> dict[str, Any]:
-    """lm-eval's results for one model, with the scores of each example.
-
-    Args:
-        name: shown beside the progress bar.
-        path: the model, a folder or a name on the Hub.
-        tokenizer: a folder or a name on the Hub.
-        tasks: as `_tasks` returns them; not changed.
-        options: the command's.
-        device: where to compute.
-        progress: gets a bar of the answered requests.
-
-    Raises:
-        InputError: the model cannot be loaded, or lm-eval refuses a task.
-    """
+    """lm-eval's results for one model, with the scores of each example."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 

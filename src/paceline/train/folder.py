@@ -29,35 +29,26 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import InputError
+from . import InputError, reporting
 from .manifest import read_json
 
-RECIPE, MANIFEST, METRICS, TRAINING = (
-    *("recipe.yaml", "manifest.json", "metrics.jsonl", "training.jsonl"),
-)
+RECIPE, MANIFEST, METRICS = "recipe.yaml", "manifest.json", "metrics.jsonl"
 CHECKPOINTS, LIVE, MODEL, MODELS = "checkpoints", "live", "model", "models"
-AVERAGE_FACTS, TENSORBOARD, REPORT, EVALUATION, CERTIFICATE = (
-    *("paceline.json", "tensorboard", "report.html", "eval.json", "certificate.json"),
-)
+AVERAGE_FACTS, TENSORBOARD, REPORT = "paceline.json", "tensorboard", "report.html"
+TRAINING, EVALUATION, CERTIFICATE = "training.jsonl", "eval.json", "certificate.json"
 
 JsonLines = list[tuple[int, dict[str, Any]]]
 
 
 def require_empty(folder: Path, instead: str = "") -> None:
-    """Refuse a folder for results that holds something already.
-
-    Args:
-        folder: may be missing.
-        instead: ends the message; another way out than naming another folder.
+    """Refuse a folder for results that holds something; `instead` ends the message.
 
     Raises:
         InputError: it is a file, or not empty, or cannot be looked into.
     """
-    try:
+    with reporting(f"out: cannot use {folder}", OSError):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"out: {folder} is not an empty folder; name another{instead}")
-    except OSError as error:
-        raise InputError(f"out: cannot use {folder}: {error.strerror}") from error
 
 
 def make_empty(folder: Path) -> Path:
@@ -76,10 +67,8 @@ def make(folder: Path) -> Path:
     Raises:
         InputError: it cannot be made.
     """
-    try:
+    with reporting(f"out: cannot make the folder {folder}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out: cannot make the folder {folder}: {error.strerror}") from error
     return folder
 
 
@@ -94,11 +83,7 @@ def is_finished(run: Path) -> bool:
 
 
 def recipe_of(run: Path, *, option: str = "resume") -> dict[str, Any]:
-    """The keys and values of a run's own recipe.
-
-    Args:
-        run: the run's folder.
-        option: that named the folder, for the message.
+    """The keys and values of a run's own recipe; `option` named the folder.
 
     Raises:
         InputError: it is no folder of a run.
@@ -154,10 +139,8 @@ def read_lines(path: Path) -> tuple[JsonLines, bool]:
     Raises:
         InputError: the file cannot be read, or another line is not a JSON object.
     """
-    try:
+    with reporting(f"cannot read {path}", OSError):
         *complete, rest = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
     lines: JsonLines = []
     for number, line in enumerate([*complete, rest], 1):
         if not line.strip():

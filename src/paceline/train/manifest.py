@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..files import whole
-from . import InputError
+from . import InputError, reporting
 
 PACKAGES = (
     *("paceline", "torch", "transformers", "accelerate", "tokenizers"),
@@ -62,9 +62,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     advice = f"mend it or leave out {path.parent}"
     try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        with reporting(f"cannot read {path}", OSError):
+            value = json.loads(path.read_bytes())
     except ValueError as error:  # not UTF-8 among them
         raise InputError(f"{path} is not JSON ({error}); {advice}") from error
     if not isinstance(value, dict):

@@ -26,7 +26,7 @@ from tyro.conf import Positional, arg
 
 from ..averaging import parse
 from ..files import whole
-from . import InputError, Options, folder
+from . import InputError, Options, folder, reporting
 from .manifest import read_json, write_json
 
 MODEL_FILE = "model.safetensors"
@@ -46,6 +46,7 @@ SAFETENSORS_DTYPES = {
     **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
     "BOOL": torch.bool,
 }
+DTYPE_KEYS = {"dtype", "torch_dtype"}  # of config.json
 CHECKPOINTS = arg(metavar="CHECKPOINT…", help_behavior_hint="(required)")
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -103,29 +104,20 @@ class Checkpoint(NamedTuple):
 
 
 def merge(options: Merge, console: Console) -> None:
-    """Write the average of the checkpoints, whole or not at all.
-
-    Args:
-        options: what to merge, how, and where to.
-        console: gets the checkpoints in their order, with the weight of each.
+    """Print the checkpoints with their weights, and write their average, whole or not at all.
 
     Raises:
         InputError: something given cannot be used, or the result cannot be written; nothing is
             written then.
     """
-    try:
+    with reporting("rule", ValueError):
         rule = parse(options.rule)
-    except ValueError as error:
-        raise InputError(f"rule: {error}") from error
     try:
         paths, order = _in_order(options.checkpoints)
         checkpoints = [_read_headers(path) for path in paths]
         _check_mergeable(checkpoints, options.out)
-        coefficients = rule.coefficients(len(checkpoints))
-        coefficients[1] += coefficients[
-            0
-        ]  # the first checkpoint also stands for the initial weights
-        weights: list[float] = coefficients[1:].tolist()
+        initial, first, *later = rule.coefficients(len(checkpoints)).tolist()
+        weights = [initial + first, *later]  # the first also stands for the initial weights
 
         table = Table(box=MARKDOWN)
         table.add_column(f"checkpoint, {order}", overflow="fold")
@@ -165,11 +157,7 @@ def _in_order(paths: Sequence[Path]) -> tuple[Sequence[Path], str]:
 
 
 def _read_headers(path: Path) -> Checkpoint:
-    """A checkpoint's headers.
-
-    Raises:
-        InputError: the checkpoint is missing, incomplete, or not in the safetensors format.
-    """
+    """A checkpoint by its headers, which must be complete and in the safetensors format."""
     index = None
     if path.is_file():
         kind, files = "a file", [path]
@@ -196,14 +184,11 @@ def _read_headers(path: Path) -> Checkpoint:
         with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no dict
                 part = opened.get_slice(name)
-                if part.get_dtype() not in SAFETENSORS_DTYPES:
-                    raise InputError(
-                        f"{file}: tensor {name!r} is of dtype {part.get_dtype()}, "
-                        "which cannot be averaged"
-                    )
-                tensors[name] = TensorHeader(
-                    file, SAFETENSORS_DTYPES[part.get_dtype()], tuple(part.get_shape())
-                )
+                dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                if dtype not in SAFETENSORS_DTYPES:
+                    what = f"{file}: tensor {name!r} is of dtype {dtype}"
+                    raise InputError(f"{what}, which cannot be averaged")
+                tensors[name] = TensorHeader(file, SAFETENSORS_DTYPES[dtype], shape)
     if missing := (index or {}).keys() - tensors.keys():
         raise InputError(f"{path / INDEX} lists {min(missing)!r}, which none of its files has")
     return Checkpoint(path, kind, tensors)
@@ -211,11 +196,9 @@ def _read_headers(path: Path) -> Checkpoint:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} cannot be read as safetensors: {error}") from error
+    failed = reporting(f"{file} cannot be read as safetensors", SafetensorError, OSError)
+    with failed, safe_open(file, framework="pt") as opened:
+        yield opened
 
 
 def _check_mergeable(checkpoints: Sequence[Checkpoint], out: Path) -> None:
@@ -229,12 +212,9 @@ def _check_mergeable(checkpoints: Sequence[Checkpoint], out: Path) -> None:
         if other.kind != first.kind:
             raise InputError(f"{first.path} is {first.kind}, and {other.path} is {other.kind}")
         for name in sorted(first.tensors.keys() | other.tensors.keys()):
-            theirs = [_described(checkpoint, name) for checkpoint in (first, other)]
-            if theirs[0] != theirs[1]:
-                raise InputError(
-                    f"tensor {name!r} is {theirs[0]} in {first.path} and {theirs[1]} in "
-                    f"{other.path}"
-                )
+            a, b = (_described(checkpoint, name) for checkpoint in (first, other))
+            if a != b:
+                raise InputError(f"tensor {name!r} is {a} in {first.path} and {b} in {other.path}")
     config = last.path / "config.json"
     if config.is_file() and "quantization_config" in read_json(config):
         raise InputError(f"{last.path} is a quantized model, which cannot be averaged")
@@ -259,11 +239,7 @@ def _described(checkpoint: Checkpoint, name: str) -> str:
 def _average(
     name: str, checkpoints: Sequence[Checkpoint], weights: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
-    """The merged tensor of that name, in that dtype.
-
-    Raises:
-        InputError: the result or one of the tensors has an element that is not finite.
-    """
+    """The merged tensor of that name, in that dtype, which must be finite."""
     last = checkpoints[-1]
     if not dtype.is_floating_point:  # a mean of masks or counters makes no sense
         return _load_tensor(last, name)
@@ -309,12 +285,11 @@ def _write(
 ) -> None:
     """Write the merged folder or file under another name, and rename it when it is complete."""
     last, out = checkpoints[-1], options.out
-    entries = {
-        name: entry._replace(dtype=getattr(torch, options.dtype))
-        if options.dtype and entry.dtype.is_floating_point
-        else entry
-        for name, entry in last.tensors.items()
-    }
+    entries = dict(last.tensors)
+    if options.dtype:
+        wanted = getattr(torch, options.dtype)
+        floats = {name: entry for name, entry in entries.items() if entry.dtype.is_floating_point}
+        entries |= {name: entry._replace(dtype=wanted) for name, entry in floats.items()}
     progress = Progress(console=console, transient=True)
     bar = progress.add_task("merging", total=len(entries))
 
@@ -348,17 +323,10 @@ def _write_safetensors(
     tensor: Callable[[str], Tensor],
     metadata: dict[str, str],
 ) -> None:
-    """Write a safetensors file with only one tensor at a time in memory.
+    """Write a safetensors file with only one tensor at a time in memory; adds `like`'s metadata.
 
     The format: the header's length in 8 bytes, little-endian; the header, JSON, with shape, dtype
     and place of each tensor; then the bytes of the tensors.
-
-    Args:
-        path: the file.
-        like: another such file, whose metadata are kept.
-        entries: headers of the tensors, by name.
-        tensor: makes a tensor from its name.
-        metadata: more metadata.
     """
     with _opened(like) as opened:
         metadata = (opened.metadata() or {}) | {"format": "pt"} | metadata
@@ -392,8 +360,8 @@ def _copy_the_rest(source: Path, target: Path, dtype: str | None) -> None:
             shutil.copyfile(path, target / path.name)
     config = target / "config.json"
     if dtype and config.is_file():  # it would be loaded in the old dtype
-
-        def renamed(part: dict[str, Any]) -> dict[str, Any]:
-            return part | {key: dtype for key in ("dtype", "torch_dtype") if key in part}
-
-        write_json(config, json.loads(config.read_text("utf-8"), object_hook=renamed))
+        values = json.loads(
+            config.read_text("utf-8"),
+            object_hook=lambda part: part | dict.fromkeys(part.keys() & DTYPE_KEYS, dtype),
+        )
+        write_json(config, values)

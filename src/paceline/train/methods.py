@@ -13,6 +13,7 @@ Methods are written as text, `name[:schedule][:option=value]...`, as in `ema:twi
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from inspect import get_annotations
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -20,8 +21,7 @@ import pytorch_optimizer
 import schedulefree
 import torch
 import tyro
-from pydantic import AfterValidator, field_validator, model_validator
-from torch.nn import Parameter
+from pydantic import AfterValidator, model_validator
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
@@ -47,20 +47,11 @@ class LRSchedule(NamedTuple):
     options: tuple[str, ...] = ()  # that a method with this schedule has, besides its own
 
 
-def _library(name: str) -> Callable[[Optimizer, "Method", int, int], LambdaLR]:
+def _library(name: str, optimizer: Optimizer, _: "Method", warmup: int, steps: int) -> LambdaLR:
     """A schedule of transformers."""
-
-    def make(optimizer: Optimizer, method: "Method", warmup: int, steps: int) -> LambdaLR:
-        decay = {"num_decay_steps": round(WSD_DECAY_SHARE * steps), "decay_type": "linear"}
-        return get_scheduler(
-            name,
-            optimizer,
-            num_warmup_steps=warmup,
-            num_training_steps=steps,
-            scheduler_specific_kwargs=decay if name == "warmup_stable_decay" else None,
-        )
-
-    return make
+    decay = {"num_decay_steps": round(WSD_DECAY_SHARE * steps), "decay_type": "linear"}
+    own = decay if name == "warmup_stable_decay" else None
+    return get_scheduler(name, optimizer, warmup, steps, own)
 
 
 def _falling(optimizer: Optimizer, method: "Method", warmup: int, steps: int) -> LambdaLR:
@@ -77,10 +68,10 @@ def _falling(optimizer: Optimizer, method: "Method", warmup: int, steps: int) ->
 
 
 LR_SCHEDULES = {
-    "constant": LRSchedule("constant", _library("constant_with_warmup")),
-    "cosine": LRSchedule("to 0 along a cosine", _library("cosine")),
+    "constant": LRSchedule("constant", partial(_library, "constant_with_warmup")),
+    "cosine": LRSchedule("to 0 along a cosine", partial(_library, "cosine")),
     "wsd": LRSchedule(
-        "constant, then linear to 0 over the last fifth", _library("warmup_stable_decay")
+        "constant, then linear to 0 over the last fifth", partial(_library, "warmup_stable_decay")
     ),
     "power": LRSchedule("lr·β with β = (1+t)^-kappa", _falling, ("kappa",)),
     "twin": LRSchedule(
@@ -130,13 +121,11 @@ class Setup(NamedTuple):
     @property
     def groups(self) -> list[dict[str, Any]]:
         """The trained parameters, those that decay and the others."""
-        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        decay = [p for name, p in named.items() if name in self.decayed]
-        others = [p for name, p in named.items() if name not in self.decayed]
-        return [
-            {"params": decay, "weight_decay": self.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        decayed = [p for name, p in named if name in self.decayed]
+        others = [p for name, p in named if name not in self.decayed]
+        decays = {"params": decayed, "weight_decay": self.weight_decay}
+        return [decays, {"params": others, "weight_decay": 0.0}]
 
 
 METHODS: dict[str, type["Method"]] = {}
@@ -171,11 +160,7 @@ class Method(Options):
 
     @classmethod
     def from_command(cls, given: dict[str, Any]) -> set[str]:
-        """The options that the command gives: those without a default, and the schedule's.
-
-        Args:
-            given: the options that the text gives.
-        """
+        """The options that the command gives: those without a default, and the schedule's."""
         schedule = LR_SCHEDULES[_known_schedule(given.get("schedule", "constant"))]
         required = {name for name, field in cls.model_fields.items() if field.is_required()}
         return required | set(schedule.options)
@@ -206,7 +191,8 @@ class Method(Options):
         """
 
     def make_scheduler(self, optimizer: Optimizer, warmup: int, steps: int) -> LambdaLR:
-        """The learning-rate schedule, with a linear warm-up."""
+        """The learning-rate schedule, with a linear warm-up unless the optimizer has its own."""
+        warmup = warmup if self.takes_schedule else 0
         return LR_SCHEDULES[self.schedule].make(optimizer, self, warmup, steps)
 
     @classmethod
@@ -244,6 +230,19 @@ class Method(Options):
         values = [(name, self.get(name)) for name in options]
         return [x for x in head if x] + [f"{k}={text(x)}" for k, x in values if x is not None]
 
+    def build_pace(self, setup: Setup, averaging: Averaging, **options: Any) -> PACE:
+        """PACE with the options that its methods share, and these."""
+        return PACE(
+            setup.groups,
+            lr=self.lr,
+            betas=setup.betas,
+            eps=self.get("eps") or 1e-8,
+            averaging=averaging,
+            state_dtype=torch.bfloat16 if self.get("state") else None,
+            stochastic_round=setup.stochastic_round,
+            **options,
+        )
+
 
 class AveragedMethod(Method):
     """AdamW whose average is returned; all such methods of one trajectory share one training."""
@@ -256,21 +255,9 @@ class AveragedMethod(Method):
         return AdamWMethod(lr=self.lr, schedule=self.schedule, eps=self.eps, **of_schedule)
 
     def build(self, setup: Setup) -> Optimizer:
-        average = self.averaging(setup.steps)
-        if average is None:
-            return torch.optim.AdamW(
-                setup.groups, lr=self.lr, betas=setup.betas, eps=self.eps or 1e-8
-            )
-        return PACE(
-            setup.groups,
-            lr=self.lr,
-            betas=setup.betas,
-            eps=self.eps or 1e-8,
-            pullback=0.0,
-            averaging=average,
-            state_dtype=torch.bfloat16 if self.get("state") == "bf16" else None,
-            stochastic_round=setup.stochastic_round,
-        )
+        if average := self.averaging(setup.steps):
+            return self.build_pace(setup, average, pullback=0.0)
+        return torch.optim.AdamW(setup.groups, lr=self.lr, betas=setup.betas, eps=self.eps or 1e-8)
 
 
 class AdamWMethod(AveragedMethod):
@@ -300,7 +287,7 @@ class EMAMethod(AveragedMethod):
 
     @property
     def trajectory(self) -> Method:
-        return self if self.state == "bf16" else super().trajectory
+        return self if self.state else super().trajectory
 
     def averaging(self, steps: int) -> Averaging:
         if self.half_life is not None:
@@ -394,13 +381,9 @@ class ScheduleFreeMethod(Method):
     takes_schedule = False
 
     def build(self, setup: Setup) -> Optimizer:
-        optimizer: Optimizer = schedulefree.AdamWScheduleFree(
+        return schedulefree.AdamWScheduleFree(
             setup.groups, lr=self.lr, betas=setup.betas, warmup_steps=setup.warmup
         )
-        return optimizer
-
-    def make_scheduler(self, optimizer: Optimizer, warmup: int, steps: int) -> LambdaLR:
-        return get_scheduler("constant", optimizer)
 
 
 class PulledMethod(Method):
@@ -440,17 +423,12 @@ class PACEMethod(PulledMethod):
         return ({"kappa": AUTO_KAPPA, "return_kappa": AUTO_RETURN_KAPPA} if auto else {}) | values
 
     def build(self, setup: Setup) -> Optimizer:
-        return PACE(
-            setup.groups,
-            lr=self.lr,
-            betas=setup.betas,
-            eps=self.eps or 1e-8,
+        return self.build_pace(
+            setup,
+            PowerEMA(self.kappa, every=self.every or 1),
             pullback=self.pullback,
             gain=self.gain or "adam",
-            averaging=PowerEMA(self.kappa, every=self.every or 1),
             return_kappa=self.return_kappa,
-            state_dtype=torch.bfloat16 if self.state == "bf16" else None,
-            stochastic_round=setup.stochastic_round,
         )
 
 
@@ -462,19 +440,14 @@ class PullbackMethod(PulledMethod):
     base: str
     gain: Literal["adam", "own", "scalar"] | None = None
 
-    @field_validator("base")
-    @classmethod
-    def _known(cls, base: str) -> str:
-        if base not in BASES:
-            raise InputError(f"unknown optimizer {base!r}; pullback:NAME knows {', '.join(BASES)}")
-        return base
-
-    @field_validator("pullback")
-    @classmethod
-    def _number(cls, pullback: Any) -> Any:
-        if pullback == AUTO:
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.base not in BASES:
+            known = ", ".join(BASES)
+            raise InputError(f"unknown optimizer {self.base!r}; pullback:NAME knows {known}")
+        if self.pullback == AUTO:
             raise InputError("pullback=auto is only for pace; give a number >= 0")
-        return pullback
+        return self
 
     def build(self, setup: Setup) -> Optimizer:
         groups = setup.groups if self.base != "muon" else _split_for_muon(setup)
@@ -512,18 +485,17 @@ BASES: dict[str, Callable[[list[dict[str, Any]], float], Optimizer]] = {
 
 def _split_for_muon(setup: Setup) -> list[dict[str, Any]]:
     """The groups with the hidden matrices apart from the rest, which Muon's AdamW steps."""
-    embeddings = [m.weight for m in setup.model.modules() if isinstance(m, torch.nn.Embedding)]
     head = setup.model.get_output_embeddings()
-    outer = {id(p) for p in [*embeddings, *([] if head is None else [head.weight])]}
-
-    def hidden(p: Parameter) -> bool:
-        return p.ndim == 2 and id(p) not in outer
-
+    outer = {
+        id(module.weight)
+        for module in setup.model.modules()
+        if module is head or isinstance(module, torch.nn.Embedding)
+    }
     return [
-        {**group, "params": params, "use_muon": matrices}
+        {**group, "params": params, "use_muon": use}
         for group in setup.groups
-        for matrices in (True, False)
-        if (params := [p for p in group["params"] if hidden(p) == matrices])
+        for use in (True, False)
+        if (params := [p for p in group["params"] if use == (p.ndim == 2 and id(p) not in outer)])
     ]
 
 
@@ -539,12 +511,10 @@ def methods_help() -> str:
     """A paragraph a method: its name, its summary, and its options with their defaults."""
     lines = []
     for name, kind in METHODS.items():
-        defaults = {option: kind.model_fields[option].default for option in kind.options()}
-        shown = [
-            f"{option}={default:g}" if isinstance(default, int | float) else option
-            for option, default in defaults.items()
-            if option != "lr"
-        ]
+        shown = []
+        for option in kind.options()[:-1]:  # without lr
+            default = kind.model_fields[option].default
+            shown += [f"{option}={default:g}" if isinstance(default, int | float) else option]
         about = " ".join((kind.__doc__ or "").split())
         lines.append(f"{name}: {about}" + f" Options: {', '.join(shown)}." * bool(shown))
     return "\n\n".join([*lines, f"NAME of pullback: {', '.join(BASES)}."])
@@ -573,11 +543,11 @@ def parse_method(text: str, *, schedule: str = "constant", **defaults: Any) -> M
     name, *parts = text.strip().split(":")
     if name not in METHODS:
         raise InputError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
-    kind, own = METHODS[name], dict[str, Any]()
+    kind = METHODS[name]
+    schedules = LR_SCHEDULES if kind.takes_schedule else {}
+    own = {"schedule": schedule if schedules else "constant"}
     if "base" in kind.model_fields:
         own["base"] = parts.pop(0) if parts else ""
-    schedules = LR_SCHEDULES if kind.takes_schedule else {}
-    own["schedule"] = schedule if schedules else "constant"
     for part in parts:
         option, equals, value = part.partition("=")
         if equals:

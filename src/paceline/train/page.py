@@ -1,7 +1,6 @@
 """HTML pages that need no network: the report of a run, and the tools of other reports."""
 
 import io
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ def write_page(
         run / REPORT,
         "paceline.train",
         "run.html.j2",
-        recipe=json.loads(recipe.model_dump_json()),
+        recipe=recipe.model_dump(mode="json"),
         label=recipe.parsed.label,
         first=evaluations[0],
         last=evaluations[-1],
@@ -71,34 +70,28 @@ def write_page(
 
 
 def _curves(history: list[dict[str, Any]]) -> Figure:
-    pulled = any("gain_mean" in entry for entry in history)
-    figure = Figure(figsize=(9, 6.4 if pulled else 4), layout="constrained", dpi=150)
-    panels = figure.subplots(2 if pulled else 1, 1, sharex=True, squeeze=False)[:, 0]
-    lines = {
+    losses = {
         "training batches, live": ("loss", "#999999", 0.8),
         "live": ("eval_live_loss", COLOURS[1], 1.2),
         "returned": ("eval_loss", COLOURS[0], 2.0),
     }
-    _plot(panels[0], history, lines)
-    panels[0].set_ylabel("loss, nats a token")
-    if pulled:
-        gains = {
-            "mean gain": ("gain_mean", COLOURS[2], 1.2),
-            "share of clipped coordinates": ("clipped", COLOURS[3], 1.2),
-        }
-        _plot(panels[1], history, gains)
-        panels[1].set_ylim(0, 1)
-    panels[-1].set_xlabel("step")
+    gains = {
+        "mean gain": ("gain_mean", COLOURS[2], 1.2),
+        "share of clipped coordinates": ("clipped", COLOURS[3], 1.2),
+    }
+    panels = [losses, gains] if any("gain_mean" in entry for entry in history) else [losses]
+    figure = Figure(figsize=(9, 1.6 + 2.4 * len(panels)), layout="constrained", dpi=150)
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, lines in zip(axes, panels, strict=True):
+        for label, (key, colour, width) in lines.items():
+            points = [(e["step"], e[key]) for e in history if key in e and math.isfinite(e[key])]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colour, lw=width, label=label)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False)
+    axes[0].set_ylabel("loss, nats a token")
+    if len(axes) > 1:
+        axes[1].set_ylim(0, 1)
+    axes[-1].set_xlabel("step")
     return figure
-
-
-def _plot(
-    axis: Any, history: list[dict[str, Any]], lines: dict[str, tuple[str, str, float]]
-) -> None:
-    for label, (key, colour, width) in lines.items():
-        points = [(e["step"], e[key]) for e in history if key in e and math.isfinite(e[key])]
-        if points:
-            axis.plot(*zip(*points, strict=True), color=colour, lw=width, label=label)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False)

@@ -196,14 +196,13 @@ class Recipe(Options):
             raise InputError(
                 "steps, epochs, tokens: give only one of them; None takes back a recipe's value"
             )
-        if self.steps is not None and self.warmup >= max(1, self.steps):
+        if self.steps is not None and self.warmup >= self.steps:
             raise InputError(
                 f"warmup: {self.warmup:g} steps must be fewer than the {self.steps} steps of the run"
             )
-        if self.streaming and self.epochs is not None:
-            raise InputError("epochs: a stream has no known length; give steps or tokens")
         if self.streaming and self.steps is None and self.tokens is None:
-            raise InputError("streaming: a stream has no known length; give steps or tokens")
+            name = "streaming" if self.epochs is None else "epochs"
+            raise InputError(f"{name}: a stream has no known length; give steps or tokens")
         if self.model is None and (self.config is None or "model_type" not in self.config):
             raise InputError("model: give one, or give a config with the model_type of a new one")
         if self.from_scratch and self.model is None:
@@ -235,6 +234,11 @@ class Recipe(Options):
         return self
 
     @property
+    def data_names(self) -> tuple[str, ...]:
+        """What it trains on, also if that is the default."""
+        return self.data or (("chitchat",) if self.task == "sft" else ("python",))
+
+    @property
     def method_defaults(self) -> dict[str, Any]:
         """The options that methods get where their text leaves them open."""
         return {name: getattr(self, name) for name in keys_with(METHOD) - {"method", "seed"}}
@@ -260,13 +264,7 @@ RESUMABLE_CHANGES = keys_with(RESUMABLE)
 
 
 def _check_config(config: dict[str, Any]) -> None:
-    """Refuse a configuration with keys that its model_type does not have.
-
-    transformers would keep such keys without a word.
-
-    Raises:
-        InputError: an unknown model_type or key, or a value that the key cannot have.
-    """
+    """Refuse keys that a configuration's model_type lacks; transformers would keep them silently."""
     kind = config["model_type"]
     try:
         default = AutoConfig.for_model(str(kind))

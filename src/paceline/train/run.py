@@ -1,7 +1,7 @@
 """`paceline train`: a run by a recipe, which writes a folder with the model it returns."""
 
+import argparse
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -66,8 +66,10 @@ class Train(RecipeCommand):
     @classmethod
     def starting(cls, arguments: list[str]) -> Self | None:
         """The options of the recipe that the arguments name, or of the run to resume."""
-        if run := _value(arguments, "--resume"):
-            return cls(resume=Path(run), **folder.recipe_of(Path(run)))
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--resume", nargs="?", type=Path)
+        if run := parser.parse_known_args(arguments)[0].resume:
+            return cls(resume=run, **folder.recipe_of(run))
         return super().starting(arguments)
 
 
@@ -78,29 +80,15 @@ class Show(RecipeCommand):
     """Examples to show, >= 1."""
 
 
-def _value(arguments: list[str], option: str) -> str | None:
-    for argument, following in itertools.pairwise([*arguments, None]):
-        if argument == option:
-            return following
-        if argument and argument.startswith(f"{option}="):
-            return argument.partition("=")[2]
-    return None
-
-
 # ---- running ------------------------------------------------------------------------------------
 
 
 def train(
     options: Train, console: Console, callbacks: Sequence[TrainerCallback] = ()
 ) -> Path | None:
-    """Train by a recipe.
+    """Train by a recipe, with the same options in all processes.
 
     Ctrl-C and SIGTERM end a run of one process at the next step, with a checkpoint.
-
-    Args:
-        options: what to train and where to; the same in all processes.
-        console: for progress and result.
-        callbacks: more callbacks of transformers.
 
     Returns:
         The run's folder; None if the recipe was only printed or the run was interrupted.
@@ -114,8 +102,8 @@ def train(
         say(console, recipe.to_yaml(), end="")
         return None
     quiet()
-    state = processes()
-    run = _run_folder(options, state)
+    processes()
+    run = _run_folder(options)
     if folder.is_finished(run):
         say(console, f"{run} is finished.")
         return run
@@ -162,34 +150,28 @@ def train_command(options: Train, console: Console) -> int:
 
 
 def show_command(options: Show, console: Console) -> None:
-    """Print some of the examples that a recipe trains on, as the model gets them.
-
-    Raises:
-        InputError: something in the recipe cannot be loaded or used.
-    """
+    """Print some of the examples that a recipe trains on, as the model gets them."""
     quiet()
     recipe = options.plain
     with TemporaryDirectory() as scratch:
         trainer = build_trainer(recipe, Path(scratch), only_data=True)
-    data: Any = trainer.train_dataset
-    evaluation: Any = trainer.eval_dataset
+    data = trainer.train_dataset
     for number, example in enumerate(itertools.islice(data, options.show), 1):
         batch = trainer.data_collator([example])
         ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
         learned = sum(label != -100 for label in labels)
         console.rule(f"example {number}: {len(ids)} tokens, {learned} of them learned")
-        tokenizer: Any = trainer.processing_class
-        show_example(tokenizer, ids, labels, console)
+        show_example(trainer.processing_class, ids, labels, console)
     if isinstance(data, Dataset):
         console.rule()
         say(
             console,
-            f"{len(data)} sequences to train on, {len(evaluation)} to evaluate on; "
+            f"{len(data)} sequences to train on, {len(trainer.eval_dataset)} to evaluate on; "
             f"{trainer.args.max_steps} steps of {recipe.batch}",
         )
 
 
-def _run_folder(options: Train, state: Any) -> Path:
+def _run_folder(options: Train) -> Path:
     """The folder of the run to resume, or of a new one, after it has been checked."""
     if options.resume is not None:
         if options.out is not None or options.recipe is not None:
@@ -214,8 +196,10 @@ def _run_folder(options: Train, state: Any) -> Path:
 
 def _start(trainer: RunTrainer, recipe: Recipe, run: Path, console: Console) -> dict[str, Any]:
     """Write recipe and manifest, and of a resumed run check its data; returns the manifest."""
-    main = trainer.is_world_process_zero()
-    digest = _digest(trainer.train_dataset)
+    model: Any = trainer.model
+    data: Any = trainer.train_dataset
+    evaluation: Any = trainer.eval_dataset
+    digest = _digest(data)
     facts: dict[str, Any] = {}
     if resumed := (run / folder.MANIFEST).is_file():
         facts = folder.manifest_of(run)
@@ -225,16 +209,13 @@ def _start(trainer: RunTrainer, recipe: Recipe, run: Path, console: Console) -> 
                 f"start a new run from one of {run / folder.CHECKPOINTS} as its --model"
             )
     checkpoint = folder.last_checkpoint(run)
-    model: Any = trainer.model
-    data: Any = trainer.train_dataset
-    evaluation: Any = trainer.eval_dataset
-    parameters = sum(p.numel() for p in model.parameters())
-    if main:
+    if trainer.is_world_process_zero():
+        parameters = sum(p.numel() for p in model.parameters())
         this = environment()
         this |= {"processes": trainer.args.world_size, "from": checkpoint and checkpoint.name}
         facts = facts or {
             **this,
-            "recipe": json.loads(recipe.model_dump_json()),
+            "recipe": recipe.model_dump(mode="json"),
             "parameters": parameters,
             "steps": trainer.args.max_steps,
             "data": {
@@ -274,19 +255,16 @@ def _fit(
     main, checkpoint = trainer.is_world_process_zero(), folder.last_checkpoint(run)
     done = folder.step_of(checkpoint) if checkpoint else None
     trainer.args.eval_on_start = checkpoint is None
-    trainer.add_callback(EvalAndSaveAtEnd())
-    if "tensorboard" in recipe.report_to and main:
-        purge = done + 1 if done else None
-        writer = SummaryWriter(str(run / folder.TENSORBOARD), purge_step=purge)
-        trainer.add_callback(TensorBoardCallback(writer))
     stop = Stop()
     bars = progress_bars(console) if main else nullcontext()
     with bars as progress, stop.on_signals(trainer.args.world_size):
-        trainer.add_callback(stop)
+        own: list[TrainerCallback] = [EvalAndSaveAtEnd(), stop]
         if main:
-            trainer.add_callback(ProgressBar(progress))
-            trainer.add_callback(JsonlMetrics(run / folder.METRICS))
-        for callback in callbacks:
+            own += [ProgressBar(progress), JsonlMetrics(run / folder.METRICS)]
+        if main and "tensorboard" in recipe.report_to:
+            events = SummaryWriter(str(run / folder.TENSORBOARD), purge_step=done and done + 1)
+            own.append(TensorBoardCallback(events))
+        for callback in (*own, *callbacks):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if main:
@@ -299,9 +277,8 @@ def _fit(
             f"with paceline train --resume {run}",
         )
         return None
-    _finish(trainer, recipe, run, facts)
+    last = _finish(trainer, recipe, run, facts)
     if main:
-        last = _last_evaluation(trainer.state.log_history)
         say(
             console,
             f"Evaluation loss: live {last['eval_live_loss']:.4f}, returned "
@@ -319,22 +296,20 @@ def _digest(data: Any) -> str | None:
     return content_key(len(data), data.select(sorted(ends)).to_dict())
 
 
-def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, Any]:
-    return [entry for entry in history if "eval_loss" in entry][-1]
-
-
 # ---- the end ------------------------------------------------------------------------------------
 
 
-def _finish(trainer: RunTrainer, recipe: Recipe, run: Path, facts: dict[str, Any]) -> None:
-    """Write the report and both models; the returned one last, which marks the run as finished."""
-    main = trainer.is_world_process_zero()
+def _finish(
+    trainer: RunTrainer, recipe: Recipe, run: Path, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the report and both models, the returned one last; returns the last evaluation."""
+    main, history = trainer.is_world_process_zero(), trainer.state.log_history
     average = average_facts(trainer)
-    last = _last_evaluation(trainer.state.log_history)
+    *_, last = (entry for entry in history if "eval_loss" in entry)
     if main:
         meaning = {"weights": WEIGHTS_IN, "metrics": METRICS_MEAN}
         write_json(run / folder.AVERAGE_FACTS, {**average, **meaning})
-        write_page(recipe, trainer.state.log_history, average, facts, run)
+        write_page(recipe, history, average, facts, run)
     for name, save in ((folder.LIVE, trainer.save_live_model), (folder.MODEL, trainer.save_model)):
         with whole(run / name) if main else nullcontext(run / name) as partial:
             save(str(partial))
@@ -345,20 +320,19 @@ def _finish(trainer: RunTrainer, recipe: Recipe, run: Path, facts: dict[str, Any
                 card = _card(name, recipe, average, last, facts)
                 (partial / "README.md").write_text(card, encoding="utf-8")
         trainer.accelerator.wait_for_everyone()
+    return last
 
 
 def average_facts(trainer: RunTrainer) -> dict[str, Any]:
     """The optimizer's average: its rule, how far back it reaches, and how often it was updated."""
-    optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer = trainer.bare_optimizer
     facts: dict[str, Any] = {"method": trainer.method.label, "steps": trainer.state.global_step}
     group = optimizer.param_groups[0]
     if "averaging" not in group:
         return {**facts, "rule": None, "optimizer": type(optimizer).__name__}
     own, *others = averages_of(group).rules.items()
     key, rule = others[0] if others else own
-    kept = [
-        state for state in optimizer.state.values() if "step" in state or "average_step" in state
-    ]
+    kept = [s for s in optimizer.state.values() if "step" in s or "average_step" in s]
     updates = max((int(s.get("average_step", s.get("step", 0))) for s in kept), default=0)
     newest = float(rule.weight(updates)) if updates else 1.0
     held = next((s.get(key, s.get("offset")) for s in kept), None)
@@ -387,7 +361,7 @@ def _card(
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["paceline"]}
     if recipe.model:
         head["base_model"] = recipe.model
-    data = recipe.data or (("chitchat",) if recipe.task == "sft" else ("python",))
+    data = recipe.data_names
     if on_hub := [d for d in data if d.count("/") == 1 and not Path(d).exists()]:
         head["datasets"] = on_hub
     rows = {

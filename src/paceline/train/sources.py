@@ -17,15 +17,16 @@ import huggingface_hub
 from datasets import Dataset, Features, IterableDataset, Value
 from trl.data_utils import maybe_convert_to_chatml
 
-from . import InputError
+from . import InputError, reporting
 from .data import (
     content_key,
     files_below,
-    last_tenth,
     read_text,
     standard_library_files,
     torch_files,
+    without_ends,
 )
+from .recipe import Recipe
 
 Data: TypeAlias = Dataset | IterableDataset
 
@@ -56,131 +57,89 @@ class Sources(NamedTuple):
     evaluation: Dataset
 
 
-def load_sources(
-    names: Iterable[str],
-    *,
-    kind: str,
-    config: str | None,
-    split: str,
-    eval_names: Iterable[str] | None,
-    eval_split: str | None,
-    eval_examples: int,
-    examples: int | None,
-    text_column: str,
-    streaming: bool,
-    seed: int,
-) -> Sources:
-    """Load conversations (`kind` "messages") or documents ("text").
+def load_sources(recipe: Recipe) -> Sources:
+    """Load the conversations or documents of a recipe.
 
     Without data for evaluation, a part of the training data is held out: the first examples of a
     stream, the last tenths of fewer than ten documents, and otherwise a random part, which is the
     same for every seed.
 
-    Args:
-        names: built-in names, files, folders, or names of Hub datasets.
-        kind: the column of the result.
-        config: configuration of Hub datasets.
-        split: split of Hub datasets to train on.
-        eval_names: data for evaluation; from `split`, unless `eval_split` is given.
-        eval_split: split to evaluate on, of Hub datasets and of folders with splits.
-        eval_examples: examples to evaluate on at most.
-        examples: examples to train on at most; None: all.
-        text_column: column of the text.
-        streaming: read Hub datasets while training.
-        seed: of the order of a stream.
-
     Raises:
         InputError: data are missing, empty or of another kind.
     """
-    read = functools.partial(_read_all, kind=kind, config=config, text_column=text_column)
-    names = tuple(names)
-    data = read(names, split=split, streaming=streaming)
+    names, most, split = recipe.data_names, recipe.eval_examples, recipe.eval_split
+    data = _read_all(names, recipe, recipe.split, recipe.streaming)
     held_out: Data | None = None
-    if eval_names is not None:
-        held_out = read(tuple(eval_names), split=eval_split or split, streaming=False)
-    elif eval_split is not None and (having := [n for n in names if _has_splits(n, config)]):
-        held_out = read(tuple(having), split=eval_split, streaming=streaming)
+    if recipe.eval_data is not None:
+        held_out = _read_all(recipe.eval_data, recipe, split or recipe.split, streaming=False)
+    elif split is not None and (
+        having := [name for name in names if _has_splits(name, recipe.data_config)]
+    ):
+        held_out = _read_all(having, recipe, split, recipe.streaming)
     if isinstance(data, IterableDataset):
         if held_out is None:
-            held_out = Dataset.from_list(list(data.take(eval_examples)))
-            if len(held_out) < eval_examples:
+            held_out = Dataset.from_list(list(data.take(most)))
+            if len(held_out) < most:
                 raise InputError(
                     f"data: {', '.join(names)} has {len(held_out)} usable examples, and a stream "
-                    f"holds out the first {eval_examples}; give fewer --eval-examples"
+                    f"holds out the first {most}; give fewer --eval-examples"
                 )
-            data = data.skip(eval_examples)
-        data = data.shuffle(seed=seed, buffer_size=SHUFFLED_AT_A_TIME)
-        data = data if examples is None else data.take(examples)
+            data = data.skip(most)
+        data = data.shuffle(seed=recipe.seed, buffer_size=SHUFFLED_AT_A_TIME)
+        data = data if recipe.examples is None else data.take(recipe.examples)
     elif held_out is None:
-        if kind == "text" and len(data) < FEW:
-            data, held_out = _without_ends(data)
+        if recipe.task == "pretrain" and len(data) < FEW:
+            data, held_out = (Dataset.from_dict({"text": x}) for x in without_ends(data["text"]))
         elif len(data) < 2:
             raise InputError(
                 f"data: {', '.join(names)} has {len(data)} usable examples, and at least 2 are "
                 "needed"
             )
         else:
-            parts = data.train_test_split(min(eval_examples, max(1, len(data) // 10)), seed=0)
+            parts = data.train_test_split(min(most, max(1, len(data) // 10)), seed=0)
             data, held_out = parts["train"], parts["test"]
-    if isinstance(data, Dataset) and examples is not None:
-        data = data.select(range(min(examples, len(data))))
+    if isinstance(data, Dataset) and recipe.examples is not None:
+        data = data.select(range(min(recipe.examples, len(data))))
     if isinstance(held_out, IterableDataset):
-        held_out = Dataset.from_list(list(held_out.take(eval_examples)))
-    evaluation = held_out.select(range(min(eval_examples, len(held_out))))
-    for what, given, part in (
-        ("train", names, data),
-        ("evaluate", eval_names or names, evaluation),
-    ):
+        held_out = Dataset.from_list(list(held_out.take(most)))
+    evaluation = held_out.select(range(min(most, len(held_out))))
+    parts_of = {"train": (names, data), "evaluate": (recipe.eval_data or names, evaluation)}
+    for what, (given, part) in parts_of.items():
         if isinstance(part, Dataset) and not len(part):
             raise InputError(f"data: {', '.join(given)} has no usable examples to {what} on")
     return Sources(data, evaluation)
 
 
-def _without_ends(data: Dataset) -> tuple[Dataset, Dataset]:
-    """Documents without their last tenths, and the last tenths."""
-    texts = list(data["text"])
-    cuts = list(map(last_tenth, texts))
-    parts = (
-        [text[:cut] for text, cut in zip(texts, cuts, strict=True)],
-        [text[cut:] for text, cut in zip(texts, cuts, strict=True)],
-    )
-    first, second = (Dataset.from_dict({"text": [t for t in part if t]}) for part in parts)
-    return first, second
-
-
-def _read_all(names: tuple[str, ...], *, streaming: bool, **options: Any) -> Data:
-    parts = [_read_source(name, streaming=streaming, **options) for name in names]
+def _read_all(names: Iterable[str], recipe: Recipe, split: str, streaming: bool) -> Data:
+    parts = [_read_source(name, recipe, split, streaming) for name in names]
     if len(parts) == 1:
         return parts[0]
     if any(isinstance(part, IterableDataset) for part in parts):
         parts = [p.to_iterable_dataset() if isinstance(p, Dataset) else p for p in parts]
-    joined: Data = datasets.concatenate_datasets(parts)
-    return joined
+    return datasets.concatenate_datasets(parts)
 
 
-def _read_source(
-    name: str, *, kind: str, config: str | None, split: str, text_column: str, streaming: bool
-) -> Data:
+def _read_source(name: str, recipe: Recipe, split: str, streaming: bool) -> Data:
     if name in BUILT_IN:
-        return _built_in(name, kind)
+        return _built_in(name, recipe.task)
+    rows: Any
     if is_here(name):
-        found = _here(name, config, split, kind)
-        if isinstance(found, list):
-            return _documents(name, found)
-        rows: Data = found
+        rows = _here(name, recipe, split)
+        if isinstance(rows, list):
+            return _documents(name, rows)
     elif name.startswith((".", "/", "~")) or Path(name).suffix.lower() in (*READERS, ".txt"):
         raise InputError(f"data: no such file or folder: {name}")
     else:
-        rows = _from_hub(name, config, split, streaming)
-    columns = rows.column_names
-    if columns is None:  # a stream may not know them
-        columns = list(next(iter(rows)))
-    try:
-        if kind == "text":
-            return _text_rows(rows, columns, name, text_column)
+        failed = f"{name!r} is not a file here, and the Hub has no such dataset"
+        with from_hub("data", name, failed):
+            rows = datasets.load_dataset(name, recipe.data_config, split=split, streaming=streaming)
+    with reporting(f"data: {name} is not UTF-8", UnicodeDecodeError):
+        # A stream may not know them.
+        columns = rows.column_names
+        columns = list(next(iter(rows))) if columns is None else columns
+        if recipe.task == "pretrain":
+            return _text_rows(rows, columns, name, recipe.text_column)
         return _conversations(rows, columns, name)
-    except UnicodeDecodeError as error:
-        raise InputError(f"data: {name} is not UTF-8: {error}") from error
 
 
 def _text_rows(rows: Data, columns: list[str], name: str, column: str) -> Data:
@@ -212,8 +171,8 @@ def _conversations(rows: Data, columns: list[str], name: str) -> Data:
             f"completion, only {', '.join(columns)}"
         )
     wrapped = functools.partial(_messages, given=given, name=name, made_by=MADE_BY)
-    as_messages = rows.map(wrapped, with_indices=True, remove_columns=columns, features=TALKS)
-    return as_messages.filter(lambda row: bool(row["messages"]))
+    rows = rows.map(wrapped, with_indices=True, remove_columns=columns, features=TALKS)
+    return rows.filter(lambda row: bool(row["messages"]))
 
 
 def _messages(
@@ -275,10 +234,10 @@ def _has_splits(name: str, config: str | None) -> bool:
     path = Path(name)
     if name in BUILT_IN or not is_here(name):
         return name not in BUILT_IN
-    if (path / "dataset_dict.json").is_file():
-        return True
-    rows = path.is_dir() and not _saved(path) and _rows_in(path)
-    return bool(rows) and len(_splits_of(path, config)) > 1
+    if not path.is_dir() or _saved(path):
+        return False
+    several = (path / "dataset_dict.json").is_file()
+    return several or (bool(_rows_in(path)) and len(_splits_of(path, config)) > 1)
 
 
 def _splits_of(path: Path, config: str | None) -> dict[str, list[Path]]:
@@ -288,7 +247,7 @@ def _splits_of(path: Path, config: str | None) -> dict[str, list[Path]]:
     return {str(split): list(map(Path, part)) for split, part in found.items()}
 
 
-def _here(name: str, config: str | None, split: str, kind: str) -> Dataset | list[Path]:
+def _here(name: str, recipe: Recipe, split: str) -> Dataset | list[Path]:
     """The rows of a file or folder, or the files that are one document each."""
     path = Path(name)
     if (path / "dataset_dict.json").is_file():
@@ -298,15 +257,13 @@ def _here(name: str, config: str | None, split: str, kind: str) -> Dataset | lis
     if _saved(path):
         # load_from_disk would let datasets write into the folder.
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return _load_files(
-            name, "arrow", [path / part["filename"] for part in state["_data_files"]]
-        )
+        files = [path / part["filename"] for part in state["_data_files"]]
+        return _load_files(name, "arrow", files)
     if files := _rows_in(path):
-        reader = READERS[files[0].suffix.lower()]
         if path.is_file():
-            return _load_files(name, reader, files)
-        return _split_of_folder(path, config, split, files)
-    if kind == "messages":
+            return _load_files(name, READERS[path.suffix.lower()], files)
+        return _split_of_folder(path, recipe.data_config, split, files)
+    if recipe.task == "sft":
         raise InputError(
             f"data: {name} has other files than one kind of {', '.join(READERS)}, from which "
             "conversations are read"
@@ -327,20 +284,16 @@ def _split_of_folder(path: Path, config: str | None, split: str, files: list[Pat
         raise InputError(f"data: {path} has no split {split!r}, only {', '.join(found)}")
     try:
         with _reading(str(path)):
-            rows: Dataset = datasets.load_dataset(str(path.resolve()), config, split=split)
+            return datasets.load_dataset(str(path.resolve()), config, split=split)
     except InputError:
         for file in found[split]:  # the message then names the broken file
             _load_files(str(file), READERS[file.suffix.lower()], [file])
         raise
-    return rows
 
 
 def _load_files(name: str, reader: str, files: list[Path]) -> Dataset:
     with _reading(name):
-        rows: Dataset = datasets.load_dataset(
-            reader, data_files=list(map(str, files)), split="train"
-        )
-    return rows
+        return datasets.load_dataset(reader, data_files=list(map(str, files)), split="train")
 
 
 @contextmanager
@@ -367,10 +320,10 @@ def _documents(name: str, files: list[Path]) -> Dataset:
 # ---- without a network ------------------------------------------------------------------------
 
 
-def _built_in(name: str, kind: str) -> Dataset:
-    if (name == "chitchat") != (kind == "messages"):
-        right = ", ".join(known for known in BUILT_IN if (known == "chitchat") == (kind != "text"))
-        raise InputError(f"data: {name} is {BUILT_IN[name]}; this task takes {right}")
+def _built_in(name: str, task: str) -> Dataset:
+    right = [known for known in BUILT_IN if (known == "chitchat") == (task == "sft")]
+    if name not in right:
+        raise InputError(f"data: {name} is {BUILT_IN[name]}; this task takes {', '.join(right)}")
     if name == "chitchat":
         return Dataset.from_list([{"messages": messages} for messages in chitchat()])
     return _documents(name, standard_library_files() if name == "python" else torch_files())
@@ -387,9 +340,8 @@ def chitchat() -> Iterator[list[dict[str, str]]]:
     spec = importlib.util.find_spec("chitchat_dataset")
     if spec is None or not spec.submodule_search_locations:
         raise InputError("data: chitchat needs its package; pip install chitchat-dataset")
-    path = (
-        Path(spec.submodule_search_locations[0]) / "dataset.json"
-    )  # importing it loads a framework
+    # Importing it loads a framework.
+    path = Path(spec.submodule_search_locations[0], "dataset.json")
     for chat in json.loads(path.read_text(encoding="utf-8")).values():
         senders = [{part["sender"] for part in turn} for turn in chat["messages"]]
         texts = ["\n".join(part["text"].strip() for part in turn) for turn in chat["messages"]]
@@ -419,25 +371,21 @@ def hub_is_there() -> bool:
     return not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
-def unreachable(what: str, name: str, option: str) -> InputError:
-    """The error for what only the Hub has."""
-    hub, kind = huggingface_hub.constants.ENDPOINT, "--repo-type dataset " * (what == "data")
-    return InputError(
-        f"{what}: cannot reach {hub} for {name!r}, which is not in the local cache; on a machine "
-        f"with a network run hf download {kind}{name} --local-dir FOLDER, copy the folder here, "
-        f"and give {option} FOLDER"
-    )
+@contextmanager
+def from_hub(what: str, name: str, failed: str, *, local: bool = False) -> Iterator[None]:
+    """Report in one line why what is on the Hub, or `local`, cannot be loaded.
 
-
-def _from_hub(name: str, config: str | None, split: str, streaming: bool) -> Data:
-    there = hub_is_there()
+    The recipe's key `what` has its name. `failed` begins the message where a network does not help.
+    """
+    there = local or hub_is_there()
     try:
-        data: Data = datasets.load_dataset(name, config, split=split, streaming=streaming)
-    except (ConnectionError, OSError, ValueError) as error:
-        if not there:
-            raise unreachable("data", name, "--data") from error
-        reason = " ".join(str(error).split())
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        if there:
+            raise InputError(f"{what}: {failed}: {' '.join(str(error).split())}") from error
+        hub, kind = huggingface_hub.constants.ENDPOINT, "--repo-type dataset " * (what == "data")
         raise InputError(
-            f"data: {name!r} is not a file here, and the Hub has no such dataset: {reason}"
+            f"{what}: cannot reach {hub} for {name!r}, which is not in the local cache; on a "
+            f"machine with a network run hf download {kind}{name} --local-dir FOLDER, copy the "
+            f"folder here, and give --{what} FOLDER"
         ) from error
-    return data

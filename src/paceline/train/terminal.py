@@ -1,6 +1,7 @@
 """What long commands show in the terminal."""
 
 import warnings
+from typing import Any
 
 import datasets
 import transformers
@@ -23,17 +24,21 @@ def say(console: Console, text: str, end: str = "\n") -> None:
     console.print(Text(text), end=end, soft_wrap=True)
 
 
-def progress_bars(console: Console) -> Progress:
-    """Progress bars; their tasks have a field `losses`, made by `show_losses`."""
+def progress_bars(console: Console, *columns: Any, **options: Any) -> Progress:
+    """Progress bars with these columns in the middle, and options of rich's `Progress`.
+
+    By default they show a field `losses` of their tasks, made by `show_losses`.
+    """
+    losses = (TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[losses]}"))
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[losses]}"),
+        *(columns or losses),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        **options,
     )
 
 

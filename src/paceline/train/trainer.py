@@ -28,10 +28,6 @@ class ReadOuts:
     """Several averages of one run's weights, which do not change the run.
 
     They are updated after every step of the optimizer, and start from its weights at construction.
-
-    Args:
-        optimizer: whose parameters are averaged.
-        rules: one for each average.
     """
 
     def __init__(self, optimizer: Optimizer, rules: Sequence[Averaging]) -> None:
@@ -51,13 +47,13 @@ class ReadOuts:
     @contextmanager
     def swapped(self, index: int) -> Iterator[bool]:
         """Put one of the averages into the parameters for the time of the context."""
-        with torch.no_grad():
-            swap_in(zip(self.params, self.averages[index], strict=True))
+        averages = self.averages[index]
+        pairs = [(p.detach(), average) for p, average in zip(self.params, averages, strict=True)]
+        swap_in(pairs)
         try:
             yield True
         finally:
-            with torch.no_grad():
-                swap_back(zip(self.params, self.averages[index], strict=True))
+            swap_back(pairs)
 
 
 class OneMethodTrainer(PaceTrainer):
@@ -74,22 +70,17 @@ class OneMethodTrainer(PaceTrainer):
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self.method, self.warmup, self.weight_decay = method, warmup, weight_decay
-        self.betas, self.stochastic_round = betas, stochastic_round
+        self.method, self.warmup = method, warmup
+        self.setup = partial(
+            Setup, weight_decay=weight_decay, betas=betas, stochastic_round=stochastic_round
+        )
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """The method's optimizer."""
         model = self.model if model is None else model
         if self.optimizer is None:
-            setup = Setup(
-                model,
-                decayed=set(self.get_decay_parameter_names(model)),
-                weight_decay=self.weight_decay,
-                warmup=self.warmup,
-                steps=self.args.max_steps,
-                betas=self.betas,
-                stochastic_round=self.stochastic_round,
-            )
+            decayed = set(self.get_decay_parameter_names(model))
+            setup = self.setup(model, decayed, warmup=self.warmup, steps=self.args.max_steps)
             self.optimizer = self.method.build(setup)
         return self.optimizer
 
@@ -97,12 +88,9 @@ class OneMethodTrainer(PaceTrainer):
         self, num_training_steps: int, optimizer: Optimizer | None = None
     ) -> LambdaLR:
         """The method's schedule."""
-        optimizer = optimizer or self.optimizer
-        assert optimizer is not None
         if self.lr_scheduler is None:
-            self.lr_scheduler = self.method.make_scheduler(
-                optimizer, self.warmup, num_training_steps
-            )
+            made: Any = optimizer or self.optimizer
+            self.lr_scheduler = self.method.make_scheduler(made, self.warmup, num_training_steps)
         return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -125,7 +113,7 @@ class MethodTrainer(OneMethodTrainer):
     """
 
     def __init__(self, *args: Any, methods: Sequence[Method], **options: Any) -> None:
-        super().__init__(*args, method=methods[0].trajectory, **options)
+        super().__init__(*args, **options)
         self.methods = methods
         assert all(method.trajectory == self.method for method in methods)
         self.read_outs: dict[Method, Callable[[], AbstractContextManager[bool]]] = {}
@@ -160,21 +148,14 @@ class MethodTrainer(OneMethodTrainer):
         """Evaluate the live weights and each returned model; adds a point to each curve."""
         # Loaders draw random numbers: dropout must not depend on how many models are evaluated.
         with torch.random.fork_rng(devices=[]):
-            metrics: dict[str, float] = super().evaluate(
-                eval_dataset, ignore_keys, metric_key_prefix
-            )
-        if metric_key_prefix == "eval":  # not one of two sets
-            self._add_points(metrics)
-        return metrics
-
-    def _add_points(self, metrics: dict[str, float]) -> None:
-        """Append a point to each curve."""
+            metrics: Any = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if metric_key_prefix != "eval":  # one of two sets
+            return metrics
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         two = isinstance(self.eval_dataset, dict)
         prefix = "eval_test" if two else "eval"
-        for suffix, method, curve in zip(
-            self.returned_models(), self.methods, self.curves, strict=True
-        ):
+        models = zip(self.returned_models(), self.methods, self.curves, strict=True)
+        for suffix, method, curve in models:
             point = {
                 "step": self.state.global_step,
                 "train_loss": losses[-1] if losses else math.nan,  # mean since the last line
@@ -185,8 +166,9 @@ class MethodTrainer(OneMethodTrainer):
                 point["selection_loss"] = metrics[f"eval_selection{suffix}_loss"]
             if method.pulls and self.state.global_step:
                 stats = self.bare_optimizer.stats()
-                point |= {"gain_mean": stats["gain_mean"], "clipped": stats["clipped"]}
+                point |= {name: stats[name] for name in ("gain_mean", "clipped")}
             curve.append(point)
+        return metrics
 
     def save_returned(self, method: Method, folder: str) -> None:
         """Write what a method returns to a folder that `transformers` loads, at any step."""
@@ -263,6 +245,7 @@ def train_blocks(
     trainer = MethodTrainer(
         model,
         arguments,
+        method=methods[0].trajectory,
         methods=methods,
         warmup=warmup,
         weight_decay=weight_decay,

@@ -50,8 +50,7 @@ def verify(options: Verify, console: Console) -> int:
     """Train both, print the certificate, and write it to certificate.json.
 
     Returns:
-        0 if all is equal bit for bit, or with other processes at least the order of the data; else
-        1.
+        0 if all is equal bit for bit, or on other processes the order of the data; otherwise 1.
 
     Raises:
         InputError: the recipe cannot be trained, or a run failed for another reason than a kill.
@@ -63,68 +62,61 @@ def verify(options: Verify, console: Console) -> int:
     whole, killed = out / "whole", out / "killed"
     resumed_on = options.resume_processes or options.processes
 
-    def run(title: str, log: str, moment: dict[str, Any], to: Path, processes: int) -> int:
-        begun = folder.is_begun(to)
-        where = ["--resume", str(to)] if begun else [str(out / folder.RECIPE), "--out", str(to)]
+    def run(title: str, log: Path, moment: dict[str, Any], to: Path, processes: int) -> int:
+        place = {"resume" if folder.is_begun(to) else "out": str(to)}
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         several = [*launcher, str(processes)] if processes > 1 else []
-        command = [sys.executable, *several, "-m", __name__, json.dumps(moment), *where]
-        with console.status(title), (out / f"{log}.log").open("w") as file:
+        given = [json.dumps(moment), json.dumps(place)]
+        command = [sys.executable, *several, "-m", __name__, *given]
+        with console.status(title), log.open("w") as file:
             status = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
         if not moment and status:
-            *_, last = (out / f"{log}.log").read_text().strip().splitlines() or ["no word"]
+            *_, last = log.read_text().strip().splitlines() or ["no word"]
             raise InputError(f"the run in {to} failed: {last.removeprefix('paceline: ')}")
         return status
 
-    run("training without a kill", "whole", {}, whole, options.processes)
+    run("training without a kill", out / "whole.log", {}, whole, options.processes)
     facts = folder.manifest_of(whole)
     together = evaluated_together(recipe, recipe.micro_batch or recipe.batch)
     batches = -(-facts["data"]["evaluation_sequences"] // together)
     rng = random.Random(0)
-    kills = []
-    for number in range(options.kills):
+    kills: list[dict[str, Any]] = []
+    for number in range(1, options.kills + 1):
         # The next evaluation and the next save come after this step.
-        after = facts["steps"] * (number + rng.random()) / options.kills
+        after = facts["steps"] * (number - 1 + rng.random()) / options.kills
         moment = {
-            "at": KILL_MOMENTS[number % len(KILL_MOMENTS)],
+            "at": KILL_MOMENTS[(number - 1) % len(KILL_MOMENTS)],
             "step": min(int(after), facts["steps"] - 1),
             "count": 1 + rng.randrange(2 * batches),
         }
-        title = f"training until kill {number + 1}, in the middle of {moment['at']}"
-        on = resumed_on if number else options.processes
-        status = run(title, f"kill-{number + 1}", moment, killed, on)
-        if status == 0 or not folder.is_begun(killed):
-            raise InputError(
-                f"kill {number + 1} did not happen; see {out / f'kill-{number + 1}.log'}"
-            )
+        title = f"training until kill {number}, in the middle of {moment['at']}"
+        on, log = resumed_on if kills else options.processes, out / f"kill-{number}.log"
+        if not run(title, log, moment, killed, on) or not folder.is_begun(killed):
+            raise InputError(f"kill {number} did not happen; see {log}")
         last = folder.last_checkpoint(killed)
         kills.append({**moment, "resumed from": last.name if last else "start"})
-    run("training to the end", "end", {}, killed, resumed_on)
+    run("training to the end", out / "end.log", {}, killed, resumed_on)
     rows = list(compare_runs(whole, killed))
-    exact = all(row["equal"] for row in rows)
-    same_size = resumed_on == options.processes
     order = next(row["equal"] for row in rows if row["what"] == "data order")
-    passed = exact or (order and not same_size)
-    write_json(
-        out / folder.CERTIFICATE,
-        {
-            "passed": passed,
-            "rows": rows,
-            "kills": kills,
-            "processes": [options.processes, resumed_on],
-            "manifest": facts,
-        },
-    )
+    certificate = {
+        "passed": all(row["equal"] for row in rows) or (order and resumed_on != options.processes),
+        "rows": rows,
+        "kills": kills,
+        "processes": [options.processes, resumed_on],
+        "manifest": facts,
+    }
+    write_json(out / folder.CERTIFICATE, certificate)
     table = Table("", "", title=f"Killed {len(kills)} times and resumed, beside never killed")
     for row in rows:
         drift = "bit for bit equal" if row["equal"] else row["drift"]
-        table.add_row(row["what"], drift, style="" if row["equal"] or passed else "red")
+        fine = row["equal"] or certificate["passed"]
+        table.add_row(row["what"], drift, style="" if fine else "red")
     console.print(table)
     for kill in kills:
         place = f"in the middle of {kill['at']} after step {kill['step']}"
         say(console, f"• killed {place}, resumed from {kill['resumed from']}")
     say(console, f"Certificate: {out / folder.CERTIFICATE}")
-    return 0 if passed else 1
+    return 0 if certificate["passed"] else 1
 
 
 def compare_runs(whole: Path, killed: Path) -> Iterator[dict[str, Any]]:
@@ -138,11 +130,8 @@ def compare_runs(whole: Path, killed: Path) -> Iterator[dict[str, Any]]:
         yield _tensor_row("optimizer", a, b)
     states = [json.loads((end / "trainer_state.json").read_text("utf-8")) for end in ends]
     orders = [state["stateful_callbacks"]["paceline"]["order"] for state in states]
-    yield {
-        "what": "data order",
-        "equal": orders[0] == orders[1],
-        "drift": "other sequences or another order",
-    }
+    drift = "other sequences or another order"
+    yield {"what": "data order", "equal": orders[0] == orders[1], "drift": drift}
     losses = [
         {
             f"{key} {entry['step']}": torch.tensor(entry[key], dtype=torch.float64)
@@ -172,20 +161,20 @@ def _optimizer(checkpoint: Path) -> dict[str, Tensor]:
 
 def _tensor_row(what: str, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Any]:
     """Whether all tensors are equal bit for bit, and otherwise how far apart they are."""
-    equal = a.keys() == b.keys() and all(
-        a[k].dtype == b[k].dtype and torch.equal(_bits(a[k]), _bits(b[k])) for k in a
-    )
     if a.keys() != b.keys():
         return {"what": what, "equal": False, "drift": "different names of tensors"}
+    pairs = [(a[k], b[k]) for k in a]
+    if all(x.dtype == y.dtype and torch.equal(_bits(x), _bits(y)) for x, y in pairs):
+        return {"what": what, "equal": True, "drift": ""}
     norm = sum(x.double().square().sum() for x in a.values()) ** 0.5
-    far = sum((a[k].double() - b[k].double()).square().sum() for k in a) ** 0.5
-    largest = max((float((a[k].double() - b[k].double()).abs().max()) for k in a), default=0.0)
+    far = sum((x.double() - y.double()).square().sum() for x, y in pairs) ** 0.5
+    largest = max(float((x.double() - y.double()).abs().max()) for x, y in pairs)
     drift = f"{float(far / norm):.1e} of the norm apart, {largest:.1e} at most"
-    return {"what": what, "equal": equal, "drift": "" if equal else drift}
+    return {"what": what, "equal": False, "drift": drift}
 
 
 def _bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(-1).view(torch.uint8) if x.ndim else x[None].view(torch.uint8)
+    return x.reshape(-1).view(torch.uint8)
 
 
 # ---- in the runs -------------------------------------------------------------------------------
@@ -217,14 +206,11 @@ def _die(*_: Any, **__: Any) -> None:
 
 
 def _main() -> int:
-    moment, where, *rest = sys.argv[1:]
-    callbacks = [_Kill(**json.loads(moment))] if json.loads(moment) else []
-    if where == "--resume":
-        options = Train(resume=Path(rest[0]), **folder.recipe_of(Path(rest[0])))
-    else:
-        options = Train(out=Path(rest[1]), recipe=where, **folder.recipe_of(Path(where).parent))
+    moment, place = map(json.loads, sys.argv[1:])
+    run = Path(place["resume"]) if "resume" in place else Path(place["out"]).parent
+    options = Train(**place, **folder.recipe_of(run))
     try:
-        return 0 if train(options, Console(), callbacks) else 130
+        return 0 if train(options, Console(), [_Kill(**moment)] if moment else []) else 130
     except InputError as error:
         print(f"paceline: {error}", file=sys.stderr)
         return 2
