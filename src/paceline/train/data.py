@@ -32,9 +32,7 @@ class Corpus(NamedTuple):
         """SHA-256 of both parts, in hexadecimal."""
         sha = hashlib.sha256()
         for part in self:
-            for document in part:
-                sha.update(document.encode() + b"\0")
-            sha.update(b"\1")
+            sha.update("".join(f"{document}\0" for document in part).encode() + b"\1")
         return sha.hexdigest()
 
 
