@@ -253,8 +253,8 @@ def test_the_same_in_less_memory(values, recorded, changes, tmp_path):
     run, _ = recorded
     assert go(tmp_path / "run", values, **changes)
     assert order(tmp_path / "run") == order(run)
-    for name in ("live", "model"):
-        assert apart(weights(tmp_path / "run" / name), weights(run / name)) < 5e-6
+    for name in ("live", "model"):  # sums in another order, which processors round differently
+        assert apart(weights(tmp_path / "run" / name), weights(run / name)) < 2e-5
     for mine, usual in zip(lines(tmp_path / "run"), lines(run), strict=True):
         for key in usual.keys() & {"loss", "eval_loss", "eval_live_loss", "grad_norm"}:
             assert mine[key] == pytest.approx(usual[key], rel=2e-5)
