@@ -27,7 +27,7 @@ class Reference:
         self.ema = self.theta.copy()
         self.m = np.zeros_like(self.theta)
         self.v = np.zeros_like(self.theta)
-        self.t = 0
+        self.t = self.idle = 0
         self.betas, self.eps, self.wd, self.c = betas, eps, weight_decay, pullback
         self.kappa, self.beta = ema_power, ema_beta
         self.gamma, self.rho, self.uf, self.clip = ema_rate, ema_start, ema_every, clip
@@ -44,12 +44,8 @@ class Reference:
         v_hat = self.v / (1 - b2**t)
         root = np.sqrt(v_hat) + self.eps
 
-        if self.beta is None:
-            averaging = max((1 + self.gamma * max(0, t - self.rho)) ** (-self.kappa), 1e-4)
-            gain = lr * self.c * averaging / root
-        else:
-            averaging = self.beta
-            gain = lr * self.c / root
+        averaging = self.weight()
+        gain = lr * self.c / root * (averaging if self.beta is None else 1)
         if self.scalar:
             gain = np.full_like(root, self.c)
         if self.clip:
@@ -57,9 +53,24 @@ class Reference:
 
         adamw = (1 - lr * self.wd) * self.theta - lr * m_hat / root
         self.theta = self.store(adamw + gain * (self.ema - self.theta))
-        if t % self.uf == 0:
-            self.ema = (1 - averaging) * self.ema + averaging * self.theta
+        self.take_in()
         return gain
+
+    def weight(self):
+        """β at the step that is the t-th of the average's, whether with a gradient or without."""
+        if self.beta is not None:
+            return self.beta
+        since = max(0, self.t + self.idle - self.rho)
+        return max((1 + self.gamma * since) ** (-self.kappa), 1e-4)
+
+    def take_in(self):
+        if (self.t + self.idle) % self.uf == 0:
+            self.ema = (1 - self.weight()) * self.ema + self.weight() * self.theta
+
+    def rest(self):
+        """A step without a gradient: the weights stand still, and the average takes them in."""
+        self.idle += 1
+        self.take_in()
 
 
 class Followed:

@@ -1,13 +1,14 @@
 """What PACE and Pullback share: averages in and out, export, faults, reports, checkpoints."""
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from . import shards, swap
 from .averaging import Averaging
@@ -42,6 +43,8 @@ class AveragedOptimizer(Optimizer):
         self._stats: dict[str, Any] | None = None
         self._counts: Tensor | None = None  # guarded coordinates, guarded steps, skipped steps
         self._state_is_provisional = False  # made by a step that only asked for state
+        self._frozen: list[Tensor] = []  # at the last step
+        self._projections: OrderedDict[int, Callable[[], object]] = OrderedDict()
 
     # ---- the model to return ------------------------------------------------------------------
 
@@ -50,10 +53,10 @@ class AveragedOptimizer(Optimizer):
         """Whether the average is in the parameters now, and the live weights are put aside."""
         return any(group.get(swap.SWAPPED) for group in self.param_groups)
 
-    def _refuse_while_swapped(self) -> None:
+    def _refuse_while_swapped(self, method: str = "step") -> None:
         if self.swapped:
             raise RuntimeError(
-                "step() was called while the averaged weights are in the model; call train() "
+                f"{method}() was called while the averaged weights are in the model; call train() "
                 "first. Nothing was changed"
             )
 
@@ -63,18 +66,32 @@ class AveragedOptimizer(Optimizer):
         texts = [returns_text(group["returns"]) for group in self.param_groups]
         return (*dict.fromkeys(name for text in texts for name in parse_returns(text)), AVERAGE)
 
-    def _average_keys(self, name: str | None) -> dict[Tensor, str]:
-        """The key of the average of this name in the state of each parameter that has stepped.
+    def _note_frozen(self) -> None:
+        """Remember, at a step, which parameters do not train."""
+        self._frozen = [
+            p for group in self.param_groups for p in group["params"] if not p.requires_grad
+        ]
 
-        None: what its group returns. A parameter without that average returns its `average`.
+    def _average_keys(self, name: str | None) -> dict[Tensor, str]:
+        """The key of the average of this name in the state of each parameter that has one.
+
+        None: what its group returns. A parameter without that average returns its `average`. One
+        that does not train is left out, for it is returned as it is.
         """
         if name is not None and name not in self.returns:
             raise ValueError(f"name must be one of {', '.join(self.returns)}, got {name!r}")
         found: dict[Tensor, str] = {}
-        for group in () if self._state_is_provisional else self.param_groups:
+        if self._state_is_provisional:
+            return found
+        # Where all are frozen it is for evaluation, and those count that were at the last step.
+        params = [p for group in self.param_groups for p in group["params"]]
+        frozen = {p for p in params if not p.requires_grad}
+        frozen = frozen if len(frozen) < len(params) else set(self._frozen)
+        for group in self.param_groups:
             wanted = averages_of(group).returned if name is None else RETURN + name
             for p in group["params"]:
-                there = [key for key in (wanted, AVERAGE, OFFSET) if key in self.state.get(p, {})]
+                state = self.state.get(p, {}) if p not in frozen else {}
+                there = [key for key in (wanted, AVERAGE, OFFSET) if key in state]
                 if there:  # it has stepped
                     found[p] = there[0]
         return found
@@ -236,15 +253,68 @@ class AveragedOptimizer(Optimizer):
                 )
         return {} if None in snapshots.values() else returned  # on another rank than 0
 
+    # ---- weights that are changed after a step ---------------------------------------------------
+
+    @torch.no_grad()
+    def register_projection(self, projection: Callable[[], object]) -> RemovableHandle:
+        """Have every step end with a change of the weights that averages are to take in.
+
+            opt.register_projection(lambda: model.weight.mul_(mask))          # pruning
+            opt.register_projection(lambda: critic.weight.clamp_(-0.01, 0.01))
+
+        A change after `step()` comes too late: the average has taken in the weights before it. This
+        one is made in the step, before averages take in, without gradients. It is made once now,
+        too, to the live weights and to each average, so that averages of convex sets stay in them;
+        register it anew when what it does changes, a mask for example. What LAWA and BEMA keep
+        besides the average is not projected, and BEMA's average may leave a set.
+
+        A step with a projection takes a second pass over memory, in which averages take in guarded
+        coordinates, too. Checkpoints do not have it: register it before going on from one.
+
+        Args:
+            projection: changes parameters of this optimizer in place; twice is as once.
+
+        Returns:
+            A handle whose `remove()` ends it.
+
+        Raises:
+            RuntimeError: the averaged weights are swapped in.
+        """
+        self._refuse_while_swapped("register_projection")
+        projection()
+        for name in self.returns:
+            keys = self._average_keys(name)
+            live = {p: shards.local(p).clone() for p in keys}
+            averages = {p: shards.local(self.state[p][key]) for p, key in keys.items()}
+            for p, x in averages.items():
+                shards.local(p).copy_(live[p] + x if x.itemsize < p.itemsize else x)
+            unprojected = {p: shards.local(p).clone() for p in keys}
+            projection()
+            for p, x in averages.items():
+                now, was = shards.local(p), live[p]
+                if x.itemsize < p.itemsize:
+                    offset = (now - was).to(x.dtype)
+                    now = torch.where((was + offset) - offset == was, offset, 0.0)
+                x.copy_(torch.where(shards.local(p) == unprojected[p], x, now.to(x.dtype)))
+                shards.local(p).copy_(was)
+        handle = RemovableHandle(self._projections)
+        self._projections[handle.id] = projection
+        return handle
+
+    def _project(self) -> None:
+        for projection in self._projections.values():
+            projection()
+
     # ---- faults, and what a step did ----------------------------------------------------------
 
     def _check_gradients(self, group: int) -> None:
-        """Raises: RuntimeError: a gradient in this group is sparse or complex."""
+        """Raises: RuntimeError: a gradient in this group is sparse, or not of real floats."""
         for i, p in enumerate(self.param_groups[group]["params"]):
             grad = p.grad
-            if grad is None or (grad.layout is torch.strided and not grad.is_complex()):
+            if grad is None or (grad.layout is torch.strided and grad.is_floating_point()):
                 continue
-            kind = "complex" if grad.is_complex() else "sparse"
+            kind = str(grad.dtype) if grad.layout is torch.strided else "sparse"
+            kind = "complex" if grad.is_complex() else kind
             raise RuntimeError(
                 f"{type(self).__name__} does not support {kind} gradients, got one in "
                 f"{describe(self.param_groups, group, i)}; nothing was changed"

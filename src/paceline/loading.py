@@ -105,7 +105,7 @@ def check_tensor(key: str, value: Any, param: Tensor) -> None:
         )
 
 
-def check_count(key: str, value: Any) -> None:
+def check_count(key: str, value: Any, _: Tensor) -> None:
     """Raises: ValueError: a saved count of steps is not one number."""
     if torch.as_tensor(value).numel() != 1:
         raise ValueError(f"its {key!r} must be one number, got shape {tuple(value.shape)}")

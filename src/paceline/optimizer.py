@@ -3,9 +3,10 @@
 import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, overload
+from itertools import pairwise
+from typing import Any, Literal, NoReturn, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -15,11 +16,13 @@ from . import auto, kernels, rounding, shards
 from .averaging import Averaging
 from .base import AveragedOptimizer, describe, summarize
 from .loading import StateCheck, check_count, check_tensor, validated_checkpoint
-from .options import Group, check_pace, expand_short
+from .options import Group, check_numbers, check_pace, expand_short
 from .state import (
     AVERAGE,
+    COUNTS,
     EXP_AVG,
     EXP_AVG_SQ,
+    IDLE,
     OFFSET,
     PACE_KEYS,
     PLAIN,
@@ -29,14 +32,15 @@ from .state import (
     averages_of,
     counts_on_device,
     ensure,
-    ensure_counter,
+    ensure_counters,
     extra_keys_in,
     restore,
+    shaped_keys,
     state_dtype,
     take_in,
 )
 from .swap import SWAPPED, Swapped, write_record
-from .update import Scalars, Slot, scalars
+from .update import Scalars, Slot, rest_, scalars
 
 # What torch's AdamW has besides: how it steps, which says nothing about how we do.
 ADAMW_ONLY = {
@@ -202,6 +206,7 @@ class PACE(AveragedOptimizer):
         super()._forget()
         self._plans: dict[int, Plan] = {}  # by the group's index
         self._states: list[State] = []  # of all parameters, when the plans were made
+        self._spans: list[tuple[Any, ...]] = []  # of memory that does not overlap
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters with options of its own.
@@ -231,7 +236,16 @@ class PACE(AveragedOptimizer):
         options = self.param_groups[group]
         if len(set(options["params"])) < len(options["params"]):
             raise ValueError(f"params must be given once each, got one twice in group {group}")
-        for index, p in enumerate(options["params"]):
+        trained = [(i, p) for i, p in enumerate(options["params"]) if p.requires_grad]
+        self._check_dtypes(group, trained, ValueError)
+
+    @torch.no_grad()
+    def _check_dtypes(
+        self, group: int, members: list[tuple[int, Tensor]], error: type[Exception]
+    ) -> None:
+        """Raises: `error`: one of these parameters of a group cannot be stepped by its options."""
+        options = self.param_groups[group]
+        for index, p in members:
             says = None
             if p.dtype not in WIDE and not p.is_complex():
                 says = "params must be 16-, 32- or 64-bit floating-point tensors"
@@ -241,15 +255,7 @@ class PACE(AveragedOptimizer):
                 says = "stochastic_round is for bfloat16 parameters"
             if says:
                 where = describe(self.param_groups, group, index)
-                raise ValueError(f"{says}, got {p.dtype} in {where}")
-        self._check_fused(group, enumerate(options["params"]), ValueError)
-
-    @torch.no_grad()
-    def _check_fused(
-        self, group: int, members: Iterable[tuple[int, Tensor]], error: type[Exception]
-    ) -> None:
-        """Raises: `error`: `fused=True`, and no kernel can step one of these parameters."""
-        options, members = self.param_groups[group], list(members)
+                raise error(f"{says}, got {p.dtype} in {where}")
         if not options["fused"]:
             return
         for index, p in members:
@@ -297,24 +303,36 @@ class PACE(AveragedOptimizer):
         for index, (group, plan) in enumerate(zip(self.param_groups, held, strict=True)):
             if plan is None:
                 stepped = [x for x in enumerate(group["params"]) if x[1].grad is not None]
-                self._check_fused(index, stepped, RuntimeError)
+                self._check_dtypes(index, stepped, RuntimeError)
                 self._check_gradients(index)
         skip = self._skips_step()
         if self._state_is_provisional:  # averages begin from what is in the parameters now
             self.state.clear()
             self._state_is_provisional = False
+        if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            return loss
+        for group in self.param_groups:
+            names = ("lr", "eps", "weight_decay", "pullback")
+            check_numbers(group, names if group["pullback"] != auto.AUTO else names[:-1])
 
         change = auto.expected_loss_change(self.param_groups, self.state)
         plans = self._completed(held, skip)
         # Complete before the first change.
         work = [list(plan.work(_skips(plan.group, skip), change)) for plan in plans]
 
+        self._note_frozen()
+        projected = self._to_project(work) if self._projections else []
         measured: list[list[dict[str, Any]]] = []
         for plan, items in zip(plans, work, strict=True):
             measured.append([])
-            plan.count_step(_skips(plan.group, skip))
-            for kernel, grads, keys, numbers in items:
-                measured[-1] += kernel.step(grads, keys, numbers, measure=plan.group["track_stats"])
+            for kernel, _, grads, keys, numbers in items:
+                s = numbers.without_averages() if self._projections else numbers
+                measured[-1] += kernel.step(grads, keys, s, measure=plan.group["track_stats"])
+            plan.count_step()
+        if projected:
+            self._project()
+            for slot, s, before in projected:
+                rest_([slot], s, before)
         skipped = [x.pop("skipped") for group in measured for x in group if "skipped" in x]
         for plan in plans:
             # A skip that a device decides is asked for only where it is needed.
@@ -323,6 +341,23 @@ class PACE(AveragedOptimizer):
         self._count_faults(skipped, skip)
         self._stats = summarize(measured)
         return loss
+
+    def _to_project(
+        self, work: list[list["Work"]]
+    ) -> list[tuple[Slot, Scalars, tuple[Tensor, Tensor] | None]]:
+        """What `rest_` takes once the weights of the coming step have been projected."""
+        return [
+            (
+                x._replace(key=keys[i] ^ ANOTHER if keys else None),
+                s,
+                (x.param.clone(), x.average.clone())
+                if x.average.itemsize < x.param.itemsize
+                else None,
+            )
+            for items in work
+            for _, slots, _, keys, s in items
+            for i, x in enumerate(slots)
+        ]
 
     def _plans_that_hold(self) -> list["Plan | None"]:
         """Of each group the plan of the step before, if the coming step goes by it, too."""
@@ -340,17 +375,39 @@ class PACE(AveragedOptimizer):
         first, plans = 0, []
         for index, (group, plan) in enumerate(zip(self.param_groups, held, strict=True)):
             if _skips(group, skip) is True:
-                plan = Plan(group, first, self.state, [])
+                plan = Plan(self.param_groups, index, first, self.state, [])
             elif plan is None:
                 self._plans.pop(index, None)
-                plan = Plan(group, first, self.state, group["params"])
+                plan = Plan(self.param_groups, index, first, self.state, group["params"])
                 if plan.may_be_kept:
                     self._plans[index] = plan
             plans.append(plan)
             first += len(group["params"])
         if plans != held:
+            self._check_memory(plans)
             self._states = list(self.state.values()) if self._plans else []
         return plans
+
+    def _check_memory(self, plans: list["Plan"]) -> None:
+        """Raises: RuntimeError: two of the tensors that a step writes share memory."""
+        written = [
+            (x, g, place)
+            for g, plan in enumerate(plans)
+            for place, x in plan.written
+            if _in_memory(x)
+        ]
+        spans = [
+            (x.data_ptr(), x.numel() and x.data_ptr() + x.nbytes, x.is_contiguous(), g, place)
+            for x, g, place in written
+        ]
+        if spans == self._spans:  # those of the step before
+            return
+        self._spans = []
+        for (at, end, whole, *one), (then, _, dense, *other) in pairwise(sorted(spans)):
+            if then == at < end or (then < end and whole and dense):
+                names = " and ".join(plans[g].name_of(place) for g, place in (one, other))
+                raise RuntimeError(f"{names} share memory; nothing was changed")
+        self._spans = spans
 
     # ---- checkpoints --------------------------------------------------------------------------
 
@@ -395,7 +452,7 @@ class PACE(AveragedOptimizer):
                     source, own = loaded["state"].get(key, {}), state_dtype(p, group)
                     if source:
                         restore(self.state[p], source, keys, p, averages, own)
-                        ensure_counter(self.state[p], p, group)
+                        ensure_counters(self.state[p], p, group)
 
         # The first sees what the user's own hooks made of the state, the second runs before theirs.
         hooks = [
@@ -421,71 +478,108 @@ class PACE(AveragedOptimizer):
 
 # ---- the plan of a step -------------------------------------------------------------------------
 
-Work: TypeAlias = tuple[kernels.Kernel, list[Tensor], list[Any] | None, Scalars]
+# Of some tensors: how they step, themselves, their gradients, keys of rounding, and numbers.
+Work: TypeAlias = tuple[kernels.Kernel, list[Slot], list[Tensor], list[Any] | None, Scalars]
+ANOTHER = 0x2545F491  # turns a key of rounding into that of other noise
 
 
 @dataclass
 class Batch:
-    """Tensors that step together: of one device, one set of dtypes and one step count."""
+    """Tensors that step together: of one device, one set of dtypes and one pair of counts."""
 
+    slots: list[Slot]  # without gradients and keys
     params: list[Tensor]
     places: list[int]  # of each parameter its place in the optimizer
     states: list[State]
     grads: list[Tensor]  # this rank's, of a plan for one step; a plan that is kept holds none
-    steps: list[Tensor]  # the count in each state
-    count: int | None  # steps taken; None if the host must not read them
+    idle: bool  # whether they have no gradients: their averages alone go on
+    counts: tuple[int, int] | None  # steps, and idle ones; None if the host must not read them
     kernels: list[kernels.Kernel]  # one for all; or one each where the host must not read counts
+
+    def now(self, key: str) -> Tensor:
+        """The counts of one kind, as a vector on their device."""
+        return torch.stack([state[key] for state in self.states])
+
+    def agrees(self) -> bool:
+        """Whether the counts in the states are those that it was made for."""
+        return self.counts is None or all(
+            {state[key].item() for state in self.states} == {count}
+            for key, count in zip((STEP, IDLE), self.counts, strict=True)
+        )
 
 
 class Plan:
     """How the tensors of a group step: kept between steps, for as long as it holds.
 
+    Parameters without a gradient that have stepped before are in it, too: their averages go on.
+
     Args:
-        group: the parameter group, whose parameters have the gradients of the coming step.
+        groups: the optimizer's groups, whose parameters have the gradients of the coming step.
+        index: of the group.
         first: the place of its first parameter in the optimizer.
         states: the optimizer's `state`; what the options ask for is made there.
         params: the group's parameters, or none where it does not step.
+
+    Raises:
+        RuntimeError: a parameter, its gradient and its state do not go together in memory.
     """
 
-    def __init__(self, group: Group, first: int, states: Any, params: list[Tensor]) -> None:
-        self.group, self.averages = group, averages_of(group)
+    def __init__(
+        self, groups: list[Group], index: int, first: int, states: Any, params: list[Tensor]
+    ) -> None:
+        self.groups, self.index, self.first = groups, index, first
+        self.group = group = groups[index]
+        self.averages = averages_of(group)
         self.shaped_by = _shaping(group, first)
         self.params = list(params)
         self.rounds = group["state_dtype"] is not None or group["stochastic_round"]
         self.stepped = [p for p in self.params if p.grad is not None]
+        members = [
+            (place, p)
+            for place, p in enumerate(self.params, first)
+            if p.grad is not None or states.get(p)
+        ]
         # Only where the kernel's table saves time, for a plan keeps the state's tensors alive.
         self.may_be_kept = all(
             type(p) in PLAIN and p.device.type == "cpu" and p.layout is torch.strided
-            for p in self.stepped
+            for _, p in members
         )
+        self.written: list[tuple[int, Tensor]] = []  # what a step writes, by the parameter's place
         alike: dict[tuple[Any, ...], list[tuple[Slot, Tensor, int]]] = defaultdict(list)
-        for place, p in enumerate(self.params, first):
-            if p.grad is None:
-                continue
+        for place, p in members:
             state = states[p]
+            self._check_shapes(place, state)
             ensure(state, p, group, self.averages)
             slot = self._slot(p, state)
-            count = None if counts_on_device(p, group) else int(state[STEP].item())
-            assert slot.grad is not None
+            self._check_storage(place, slot)
+            written = slot.param, *slot[2:5], *slot.extra, state[STEP], state[IDLE]
+            self.written += [(place, x) for x in written]
+            idle = slot.grad is None
+            counts = None
+            if not counts_on_device(p, group):
+                counts = int(state[STEP].item()), int(state[IDLE].item())
             fits = kernels.reason_against(slot.param, slot.exp_avg.dtype, slot.grad) is None
             alone = None if type(slot.param) in PLAIN else place
-            dtypes = (slot.param.dtype, slot.grad.dtype)
-            alike[slot.param.device, dtypes, fits, alone, count].append((slot, p, place))
+            dtypes = (slot.param.dtype, None if slot.grad is None else slot.grad.dtype)
+            alike[slot.param.device, dtypes, fits, alone, idle, counts].append((slot, p, place))
         self.batches = []
-        for (*_, fits, _, count), members in alike.items():
-            slots, params, places = map(list, zip(*members, strict=True))
-            parts = [[slot] for slot in slots] if count is None else [slots]
-            chosen = [kernels.choose(part, group, fits) for part in parts]
-            own = [states[p] for p in params]
-            grads = [] if self.may_be_kept else [slot.grad for slot in slots]
-            steps = [state[STEP] for state in own]
-            self.batches.append(Batch(params, places, own, grads, steps, count, chosen))
-        self._remember([slot for members in alike.values() for slot, *_ in members], states)
+        for (*_, fits, _, idle, counts), found in alike.items():
+            slots, own, places = map(list, zip(*found, strict=True))
+            count = [states[p][IDLE if idle else STEP] for p in own]
+            parts = (
+                [slice(i, i + 1) for i in range(len(slots))] if counts is None else [slice(None)]
+            )
+            chosen = [kernels.choose(slots[x], count[x], group, fits) for x in parts]
+            grads = [] if self.may_be_kept or idle else [slot.grad for slot in slots]
+            theirs = [states[p] for p in own]
+            slots = [x._replace(grad=None) for x in slots]
+            self.batches.append(Batch(slots, own, places, theirs, grads, idle, counts, chosen))
+        self._remember()
 
     def _slot(self, param: Tensor, state: State) -> Slot:
         return Slot(
             shards.local(param),
-            shards.local_grad(param),
+            None if param.grad is None else shards.local_grad(param),
             shards.local(state[EXP_AVG]),
             shards.local(state[EXP_AVG_SQ]),
             shards.local(state[AVERAGE] if AVERAGE in state else state[OFFSET]),
@@ -493,14 +587,37 @@ class Plan:
             extra=tuple(shards.local(state[key]) for key in self.averages.extra),
         )
 
+    # ---- whether it can be taken
+
+    def name_of(self, place: int) -> str:
+        """The parameter at this place in the optimizer, for messages."""
+        return describe(self.groups, self.index, place - self.first)
+
+    def _refuse(self, place: int, why: str) -> NoReturn:
+        raise RuntimeError(f"{self.name_of(place)} cannot step: {why}; nothing was changed")
+
+    def _check_shapes(self, place: int, state: State) -> None:
+        p = self.params[place - self.first]
+        tensors = {key: state[key] for key in sorted(shaped_keys(state, self.averages))}
+        if p.grad is not None:
+            tensors["gradient"] = p.grad
+        for name, x in tensors.items():
+            if x.shape != p.shape:
+                self._refuse(place, f"its {name} has shape {tuple(x.shape)}")
+
+    def _check_storage(self, place: int, slot: Slot) -> None:
+        names = ("memory", "gradient", EXP_AVG, EXP_AVG_SQ, "average", *self.averages.extra)
+        for name, x in zip(names, (*slot[:5], *slot.extra), strict=True):
+            if x is not None and _lacks_memory(x):
+                self._refuse(place, f"its {name} has been freed")
+
     # ---- whether it holds
 
-    def _remember(self, slots: list[Slot], states: Any) -> None:
+    def _remember(self) -> None:
         """Keep what `holds` compares with."""
-        self.states = [states[p] for p in self.stepped]
+        self.states = [x for batch in self.batches for x in batch.states]
         self.values = [x for state in self.states for x in state.values()]
-        tensors = ((slot.param, *slot[2:5], *slot.extra) for slot in slots)
-        self.tensors = [x for group in tensors for x in group if x is not None]
+        self.tensors = [x for _, x in self.written]
         if self.may_be_kept:
             self.layout = _layout(self.tensors), [p.dtype for p in self.stepped]
             self.gradients = _kinds([p.grad for p in self.stepped])
@@ -509,7 +626,7 @@ class Plan:
         """Whether the coming step goes as this plan has it.
 
         Not if a parameter, option, gradient or state has come, gone or become another, or if a
-        tensor's memory, size, strides or dtype, or a count of steps, has changed.
+        tensor's memory, shape, strides or dtype, or a count of steps, has changed.
         """
         params = group["params"]
         return (
@@ -520,9 +637,7 @@ class Plan:
             and _identical([x for state in self.states for x in state.values()], self.values)
             and (_layout(self.tensors), [p.dtype for p in self.stepped]) == self.layout
             and _kinds([p.grad for p in self.stepped]) == self.gradients
-            and all(
-                x.count is None or set(map(Tensor.item, x.steps)) == {x.count} for x in self.batches
-            )
+            and all(batch.agrees() for batch in self.batches)
         )
 
     # ---- the step
@@ -533,43 +648,48 @@ class Plan:
         Args:
             skip: a tensor that says on the device whether the step is skipped, or False.
             change: the expected loss change (`paceline.auto`).
+
+        Raises:
+            RuntimeError: the memory of a gradient has been freed.
         """
         for batch in self.batches:
             grads = batch.grads or [p.grad for p in batch.params if p.grad is not None]
-            device = grads[0].device
-            # Counts that the host may not read: a vector, and vectors of scalars from it.
-            now = torch.stack(batch.steps) + 1.0 if batch.count is None else batch.count + 1
+            if lacking := [i for i, g in enumerate(grads) if _lacks_memory(g)]:
+                self._refuse(batch.places[lacking[0]], "its gradient has been freed")
+            device = batch.params[0].device
+            # Counts that the host may not read: vectors, and vectors of scalars from them.
+            step, idle = batch.counts or (batch.now(STEP), batch.now(IDLE))
+            step, idle = step + (not batch.idle), idle + batch.idle
             expected = change.to(device) if isinstance(change, Tensor) else change
-            numbers = scalars(now, self.group, self.averages, expected)
+            numbers = scalars(step, self.group, self.averages, expected, idle=idle)
             if isinstance(skip, Tensor):
                 numbers = numbers._replace(skip_nonfinite=skip.to(device))
-            keys = _keys(self.group["seed"], batch.places, now, device) if self.rounds else None
-            if batch.count is not None:
-                yield batch.kernels[0], grads, keys, numbers
+            keys = None
+            if self.rounds:
+                keys = _keys(self.group["seed"], batch.places, step + idle, device)
+            if batch.counts is not None:
+                yield batch.kernels[0], batch.slots, grads, keys, numbers
                 continue
             for i, kernel in enumerate(batch.kernels):
                 own = Scalars._make(_for_slot(x, i) for x in numbers)
                 own = own._replace(
                     extra_weights=tuple(_for_slot(x, i) for x in numbers.extra_weights)
                 )
-                yield kernel, grads[i : i + 1], keys[i : i + 1] if keys else None, own
+                slots, key = batch.slots[i : i + 1], keys[i : i + 1] if keys else None
+                yield kernel, slots, grads[i : i + 1], key, own
 
-    def count_step(self, skip: bool | Tensor) -> None:
-        """Add 1 to each count, but where a device says that the step is skipped."""
+    def count_step(self) -> None:
+        """Have the batches know of the step that their kernels have counted."""
         for batch in self.batches:
-            if isinstance(skip, Tensor):
-                for step in batch.steps:
-                    step.add_(~skip.to(step.device))
-            else:
-                torch._foreach_add_(batch.steps, 1.0)
-            if batch.count is not None:
-                batch.count += 1
+            if batch.counts is not None:
+                step, idle = batch.counts
+                batch.counts = step + (not batch.idle), idle + batch.idle
 
     def take_in(self) -> None:
         """Have averages whose rules keep more tensors take in the weights of the step."""
         for batch in self.batches:
             for p, state in zip(batch.params, batch.states, strict=True):
-                take_in(self.averages, int(state[STEP]), [(p, state)])
+                take_in(self.averages, int(state[STEP] + state[IDLE]), [(p, state)])
 
 
 def _skips(group: Group, skip: bool | Tensor) -> bool | Tensor:
@@ -590,14 +710,29 @@ def _layout(tensors: list[Tensor]) -> tuple[list[Any], ...]:
     """Where tensors are in memory, and how."""
     return (
         list(map(Tensor.data_ptr, tensors)),
-        list(map(Tensor.numel, tensors)),
+        [x.shape for x in tensors],
         list(map(Tensor.is_contiguous, tensors)),
     )
 
 
 def _kinds(grads: list[Any]) -> tuple[list[Any], ...]:
     """What decides whether gradients can be stepped, and by which kernel."""
-    return [x.dtype for x in grads], [x.layout for x in grads], list(map(Tensor.numel, grads))
+    return [x.dtype for x in grads], [x.layout for x in grads], [x.shape for x in grads]
+
+
+def _in_memory(x: Tensor) -> bool:
+    """Whether a tensor is just a place in memory."""
+    return type(x) in PLAIN and x.layout is torch.strided and x.device.type != "meta"
+
+
+def _lacks_memory(x: Tensor) -> bool:
+    """Whether a tensor's storage is smaller than what it says to be in it."""
+    if not _in_memory(x) or x.numel() == 0:
+        return False
+    needed = x.numel()
+    if not x.is_contiguous():
+        needed = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return x.untyped_storage().nbytes() < (x.storage_offset() + needed) * x.itemsize
 
 
 def _for_slot(x: Any, i: int) -> Any:
@@ -668,8 +803,7 @@ def _checker(group: Group, members: list[tuple[Tensor, State]]) -> StateCheck:
             raise ValueError(f"its state has {extra}, which its averages are not made of")
         if len(averages) == 2 or ((averaged or record) and not averages):
             raise ValueError(f"its state must have 'average' or 'offset', got {sorted(averages)}")
-        for key in sorted(state.keys() & (PACE_KEYS | needed) - {STEP}):
-            check_tensor(key, state[key], param)
-        check_count(STEP, state[STEP])
+        for key in sorted(state.keys() & (PACE_KEYS | needed)):
+            (check_count if key in COUNTS else check_tensor)(key, state[key], param)
 
     return check

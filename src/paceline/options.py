@@ -6,7 +6,7 @@ Checked options are plain numbers, booleans and text, so that checkpoints load w
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from numbers import Real
 from typing import Any, TypeAlias
@@ -38,6 +38,19 @@ def number(value: object, *, tensors: bool = False) -> float:
         with suppress(OverflowError):
             return float(value)
     return math.nan
+
+
+def check_numbers(options: Group, names: Iterable[str]) -> None:
+    """Check numbers that may have been set between steps, where that waits for no device.
+
+    Raises:
+        ValueError: one is not a finite number >= 0; the message names it.
+    """
+    for name in names:
+        value = options[name]
+        if not (isinstance(value, Tensor) and value.device.type != "cpu"):
+            fine = 0 <= number(value, tensors=True) < math.inf
+            require(options, name, fine, "a finite number >= 0")
 
 
 def expand_short(options: Group) -> None:

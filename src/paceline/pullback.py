@@ -3,21 +3,36 @@
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import (
+    Optimizer,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
 from . import shards
 from .averaging import Averaging
 from .base import AveragedOptimizer, describe, summarize
 from .loading import StateCheck, check_count, check_tensor, validated_checkpoint
-from .options import SHORT, Group, check_average_and_pull, expand_short, number, require
+from .options import (
+    SHORT,
+    Group,
+    check_average_and_pull,
+    check_numbers,
+    expand_short,
+    number,
+    require,
+)
 from .state import (
     AVERAGE,
     AVERAGE_STEP,
+    COUNTS,
+    IDLE,
     OWN_EXP_AVG_SQ,
     PLAIN,
     PULLBACK_KEYS,
@@ -27,6 +42,7 @@ from .state import (
     averages_of,
     begin_extra,
     extra_keys_in,
+    new_count,
     restore,
     take_in,
     wide_dtype,
@@ -167,7 +183,7 @@ class Pullback(AveragedOptimizer):
         complete = self._ours | said | theirs
         _check_options(complete)
         for i, p in enumerate(complete["params"]):
-            if p.dtype not in WIDE:
+            if p.requires_grad and p.dtype not in WIDE:
                 raise ValueError(
                     f"params must be 16-, 32- or 64-bit floating-point tensors, got {p.dtype} in "
                     f"{describe(groups, index, i)}"
@@ -232,9 +248,11 @@ class Pullback(AveragedOptimizer):
         try:
             if closure is None:
                 plan = self._plan()
-                loss = self.base.step(**options)
+                with _without_global_hooks():
+                    loss = self.base.step(**options)
             else:
-                loss = self.base.step(evaluate, **options)
+                with _without_global_hooks():
+                    loss = self.base.step(evaluate, **options)
         except _Skipped:
             self._count_faults([], True)
             return loss
@@ -245,7 +263,8 @@ class Pullback(AveragedOptimizer):
         """Have the base make its state by a step, add ours, and undo the rest of that step."""
         plan = self._plan()
         groups = [dict(group) for group in self.param_groups]
-        self.base.step()
+        with _without_global_hooks():
+            self.base.step()
         for x in plan:
             assert x.before is not None
             shards.local(x.param).copy_(shards.local(x.before))
@@ -271,19 +290,24 @@ class Pullback(AveragedOptimizer):
         plan = []
         for group in self.param_groups:
             pulls, averages = group["pullback"] != 0, averages_of(group)
+            scaled = pulls and group["gain"] != "scalar"
+            check_numbers(group, ("pullback", "lr") if scaled else ("pullback",))
             for p in group["params"]:
-                if p.grad is None:
-                    continue
                 state = self.state.get(p, {})
+                idle = p.grad is None
+                if idle and AVERAGE not in state:
+                    continue
                 # A base's count for all the group is not that of one that joins it now.
                 base_count = state.get("step", group.get("step", 0) if state else 0)
                 done = state.get(AVERAGE_STEP, base_count)
                 begins = AVERAGE not in state or extra_keys_in(state) != averages.extra_keys
-                before = p.detach().clone() if pulls or begins else None
+                before = p.detach().clone() if begins or (pulls and not idle) else None
                 square = None
-                if pulls and not _has_second_moment(p, state, group):  # at a first step: yet
+                if (
+                    pulls and not idle and not _has_second_moment(p, state, group)
+                ):  # at a first step: yet
                     square = shards.local_grad(p).to(wide_dtype(p)).square()
-                plan.append(_Planned(p, group, averages, float(done), before, square))
+                plan.append(_Planned(p, group, averages, float(done), idle, before, square))
         return plan
 
     def _begin(self, x: "_Planned") -> None:
@@ -295,10 +319,13 @@ class Pullback(AveragedOptimizer):
         dtype = wide_dtype(x.param)
         if AVERAGE not in state:
             assert x.before is not None
-            state[AVERAGE_STEP] = torch.tensor(x.done, dtype=torch.float32)
-            state[AVERAGE] = x.before.to(dtype, copy=True)
+            state |= {AVERAGE_STEP: new_count(x.done), AVERAGE: x.before.to(dtype, copy=True)}
+        for key in (AVERAGE_STEP, IDLE):  # float32 in what was saved otherwise
+            state[key] = state.get(key, new_count()).double()
         if x.before is not None:
             begin_extra(state, x.averages, x.before)
+        if x.idle:
+            return
         if x.square is None or _has_second_moment(x.param, state, x.group):
             state.pop(OWN_EXP_AVG_SQ, None)  # or it would be out of date when it is needed again
             return
@@ -311,33 +338,52 @@ class Pullback(AveragedOptimizer):
     def _follow(self, plan: list["_Planned"]) -> None:
         """After the base's step: the pull, and the averages."""
         alike: dict[tuple[Any, ...], list[_Planned]] = defaultdict(list)
+        if all(x.idle for x in plan):  # nothing has stepped
+            return
         for x in plan:
             self._begin(x)
             state = self.state[x.param]
-            state[AVERAGE_STEP] += 1
+            state[IDLE if x.idle else AVERAGE_STEP] += 1
             if x.square is not None and OWN_EXP_AVG_SQ in state:
                 own = shards.local(state[OWN_EXP_AVG_SQ])
                 own.lerp_(x.square, 1.0 - x.group["gain_beta2"])
             param = shards.local(x.param)
             alone = None if type(param) in PLAIN else id(param)
-            place = (id(x.group), param.device, param.dtype, OWN_EXP_AVG_SQ in state)
-            alike[*place, int(state[AVERAGE_STEP]), alone].append(x)
+            place = (id(x.group), param.device, param.dtype, x.idle, OWN_EXP_AVG_SQ in state)
+            alike[*place, int(state[AVERAGE_STEP]), int(state[IDLE]), alone].append(x)
         measured: dict[int, list[Any]] = {id(group): [] for group in self.param_groups}
-        for (which, *_, own, step, _), members in alike.items():
+        self._note_frozen()
+        work = []
+        for key, members in alike.items():
+            *_, own, step, idle, _ = key
             group, averages = members[0].group, members[0].averages
-            numbers = _numbers(group, averages, step, own)
-            measured[which] += [
-                pull_(batch, **numbers, measure=group["track_stats"])
-                for batch in in_batches([self._slot(x) for x in members])
+            numbers = _numbers(group, averages, step, idle, own)
+            work.append((members, [self._slot(x) for x in members], step + idle, numbers))
+        for members, slots, _, numbers in work:
+            group = members[0].group
+            none = {"weight": 0.0, "extra_weights": [0.0] * len(numbers["extra_weights"])}
+            measured[id(group)] += [
+                pull_(
+                    batch,
+                    **numbers | (none if self._projections else {}),
+                    measure=group["track_stats"],
+                )
+                for batch in in_batches(slots)
             ]
-            take_in(averages, step, [(x.param, self.state[x.param]) for x in members])
+        if self._projections:
+            self._project()
+            for _, slots, _, numbers in work:
+                for batch in in_batches([x._replace(before=None) for x in slots]):
+                    pull_(batch, **numbers)
+        for members, _, step, _ in work:
+            take_in(members[0].averages, step, [(x.param, self.state[x.param]) for x in members])
         self._stats = summarize(list(measured.values()), own_step="base_norm")
 
     def _slot(self, x: "_Planned") -> MovedSlot:
         state = self.state[x.param]
         param, average = shards.local(x.param), shards.local(state[AVERAGE])
         extra = tuple(shards.local(state[key]) for key in x.averages.extra)
-        if not x.group["pullback"]:
+        if x.idle or not x.group["pullback"]:
             return MovedSlot(param, average, extra=extra)
         assert x.before is not None
         v = None
@@ -406,6 +452,22 @@ class Pullback(AveragedOptimizer):
         return group
 
 
+@contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    """Keep torch's hooks on the steps of all optimizers from the base's: they run on ours."""
+    hooks: list[dict[int, Any]] = [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
+    kept = [dict(x) for x in hooks]
+    for x in hooks:
+        x.clear()
+    try:
+        yield
+    finally:
+        for x, before in zip(hooks, kept, strict=True):
+            added = dict(x)
+            x.clear()
+            x.update(before | added)
+
+
 class _Skipped(Exception):
     """The step is not to be taken."""
 
@@ -417,6 +479,7 @@ class _Planned(NamedTuple):
     group: Group
     averages: Averages
     done: float  # steps that were taken of it
+    idle: bool  # it has no gradient: its averages alone go on
     before: Tensor | None  # θ_t, where it will be needed
     square: Tensor | None  # g², this rank's part, where a second moment of our own may need it
 
@@ -437,9 +500,8 @@ def _checker(group: Group, members: list[tuple[Tensor, State]]) -> StateCheck:
             needed.add(OWN_EXP_AVG_SQ)
         if missing := sorted(needed - state.keys()):
             raise ValueError(f"its state lacks {missing}")
-        for key in sorted(state.keys() & (averages | PULLBACK_KEYS) - {AVERAGE_STEP}):
-            check_tensor(key, state[key], param)
-        check_count(AVERAGE_STEP, state[AVERAGE_STEP])
+        for key in sorted(state.keys() & (averages | PULLBACK_KEYS)):
+            (check_count if key in COUNTS else check_tensor)(key, state[key], param)
 
     return check
 
@@ -518,13 +580,14 @@ def _second_moment(state: dict[str, Any], group: Group) -> Tensor:
     return v.dequantize() if quantized else v  # type: ignore[no-any-return]
 
 
-def _numbers(group: Group, averages: Averages, step: int, own: bool) -> dict[str, Any]:
+def _numbers(group: Group, averages: Averages, step: int, idle: int, own: bool) -> dict[str, Any]:
     """What `pull_` needs besides tensors, at a step under a group's options.
 
     Args:
         group: the options.
         averages: of the group.
-        step: t, from 1.
+        step: steps taken, with this one.
+        idle: steps without a gradient.
         own: whether the second moment is one that Pullback keeps.
     """
     rule = averages.own
@@ -533,7 +596,7 @@ def _numbers(group: Group, averages: Averages, step: int, own: bool) -> dict[str
     if gain and group["gain"] != "scalar":
         lr = group["lr"]
         lr = float(lr) if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr
-        gain = lr * gain * rule.falloff(step)
+        gain = lr * gain * rule.falloff(step + idle)
         if not own:
             beta2, eps = group["betas"][1], group["eps"]
     return {
@@ -541,6 +604,6 @@ def _numbers(group: Group, averages: Averages, step: int, own: bool) -> dict[str
         "root_bias2": math.sqrt(1.0 - beta2**step),
         "eps": eps,
         "clip": group["gain_clip"],
-        "weight": rule.weight(step),
-        "extra_weights": [averages.rules[key].weight(step) for key in averages.extra],
+        "weight": rule.weight(step + idle),
+        "extra_weights": [averages.rules[key].weight(step + idle) for key in averages.extra],
     }

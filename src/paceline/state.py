@@ -1,20 +1,22 @@
 """What the state of a parameter can hold, and all making, casting and taking in of it.
 
     key                  shape  dtype       made at            meaning
-    step                 ()     float32     PACE's first step  t, the steps taken
+    step                 ()     float64     PACE's first step  the steps taken
+    idle_steps           ()     float64     the first step     the steps since without a gradient
     exp_avg              p's    state's     PACE's first step  m
     exp_avg_sq           p's    state's     PACE's first step  v
     average              p's    state's     the first step     what the pull goes toward
     offset               p's    state's     the first step     average - p, in place of average
     return_<name>        p's    wide        the first step     an average of `returns`
     <average>_<tensor>   p's    the rule's  the first step     what a rule `keeps`, as average_ema
-    average_step         ()     float32     Pullback's first   t, beside the base's own count
+    average_step         ()     float64     Pullback's first   the steps taken, beside the base's
     pullback_exp_avg_sq  p's    wide        the first pull     v, where Pullback's base has none
 
 p is the parameter. Wide is float32, or float64 for a float64 parameter. The state's dtype is wide,
-or bfloat16 with `state_dtype=torch.bfloat16`; where it is narrower than p, offset is kept. `step`
-is on the CPU, or on p's device where the host must not read it (`counts_on_device`). An average
-that is asked for later begins at the next step. While an average is in the parameter
+or bfloat16 with `state_dtype=torch.bfloat16`; where it is narrower than p, offset is kept. Counts
+are on the CPU; PACE's on p's device where the host must not read them (`counts_on_device`). The t
+of averages is the steps taken plus `idle_steps`, for they take in weights that stand still, too.
+An average that is asked for later begins at the next step. While an average is in the parameter
 (`paceline.swap`), its place keeps the live weights. Other keys are those of Pullback's base, or of
 other tools.
 """
@@ -35,13 +37,14 @@ from .options import Group, parse_returns, returns_text
 
 State: TypeAlias = dict[str, Any]
 
-STEP, EXP_AVG, EXP_AVG_SQ = "step", "exp_avg", "exp_avg_sq"
+STEP, IDLE, EXP_AVG, EXP_AVG_SQ = "step", "idle_steps", "exp_avg", "exp_avg_sq"
 AVERAGE, OFFSET = "average", "offset"
 RETURN = "return_"  # and the name that `returns` gives
 AVERAGE_STEP, OWN_EXP_AVG_SQ = "average_step", "pullback_exp_avg_sq"
+COUNTS = frozenset({STEP, IDLE, AVERAGE_STEP})
 # The keys of each optimizer, besides those of its further averages (`Averages.extra_keys`).
-PACE_KEYS = frozenset({STEP, EXP_AVG, EXP_AVG_SQ, AVERAGE, OFFSET})
-PULLBACK_KEYS = frozenset({AVERAGE, AVERAGE_STEP, OWN_EXP_AVG_SQ})
+PACE_KEYS = frozenset({STEP, IDLE, EXP_AVG, EXP_AVG_SQ, AVERAGE, OFFSET})
+PULLBACK_KEYS = frozenset({AVERAGE, AVERAGE_STEP, IDLE, OWN_EXP_AVG_SQ})
 
 WIDE = {
     torch.float16: torch.float32,
@@ -162,6 +165,11 @@ def new(param: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
+def new_count(value: float = 0.0) -> Tensor:
+    """A count of steps; exact up to 2^53."""
+    return torch.tensor(value, dtype=torch.float64)
+
+
 @functools.cache
 def _madvise() -> Callable[[int, int, int], int] | None:
     if not sys.platform.startswith("linux"):
@@ -184,17 +192,18 @@ def ensure(state: State, param: Tensor, group: Group, averages: Averages) -> Non
     weights = param.detach()
     if not state:
         state |= {
-            STEP: torch.zeros((), dtype=torch.float32),
+            STEP: new_count(),
+            IDLE: new_count(),
             EXP_AVG: new(param, dtype).zero_(),
             EXP_AVG_SQ: new(param, dtype).zero_(),
         }
     elif state[EXP_AVG].dtype != dtype:
         state |= {key: state[key].to(dtype) for key in (EXP_AVG, EXP_AVG_SQ)}
-    ensure_counter(state, param, group)
-    if param.is_contiguous() and not state[EXP_AVG].is_contiguous():
-        # The kernels go by places in memory, and the parameter has another layout now.
-        for key in state.keys() & (PACE_KEYS - {STEP} | averages.extra_keys):
-            state[key] = new(param, state[key].dtype).copy_(state[key])
+    ensure_counters(state, param, group)
+    if param.is_contiguous():  # the kernels go by places in memory
+        for key in shaped_keys(state, averages):
+            if not state[key].is_contiguous():
+                state[key] = new(param, state[key].dtype).copy_(state[key])
     if dtype.itemsize < param.dtype.itemsize:
         if AVERAGE in state:
             state[OFFSET] = (state.pop(AVERAGE) - weights).to(dtype)
@@ -209,11 +218,18 @@ def ensure(state: State, param: Tensor, group: Group, averages: Averages) -> Non
         state[key] = state[key].to(dtype_of(key, state[key].dtype, param, averages, dtype))
 
 
-def ensure_counter(state: State, param: Tensor, group: Group) -> None:
-    """Have PACE's count of steps be where its group's options ask for it."""
+def shaped_keys(state: State, averages: Averages) -> set[str]:
+    """The keys of PACE's state, as it is now, of tensors that are shaped like the parameter."""
+    return state.keys() & (PACE_KEYS - COUNTS | averages.extra_keys)
+
+
+def ensure_counters(state: State, param: Tensor, group: Group) -> None:
+    """Have PACE's counts be where its group's options ask for them."""
     device = param.device if counts_on_device(param, group) else torch.device("cpu")
-    if state[STEP].device != device:
-        state[STEP] = state[STEP].to(device)
+    state.setdefault(IDLE, new_count())  # none in checkpoints of torch.optim.AdamW
+    for key in (STEP, IDLE):
+        if state[key].device != device or state[key].dtype != torch.float64:
+            state[key] = state[key].to(device, torch.float64)
 
 
 def begin_extra(state: State, averages: Averages, weights: Tensor) -> None:
@@ -264,9 +280,8 @@ def restore(
     """
     for key in saved.keys() & keys:
         value = saved[key]
-        if key in (STEP, AVERAGE_STEP):
-            count = torch.as_tensor(value).reshape(())
-            state[key] = count.to("cpu", torch.float32, copy=True)
+        if key in COUNTS:
+            state[key] = new_count(float(value))
         else:
             dtype = dtype_of(key, value.dtype, param, averages, own)
             state[key] = new(param, dtype).copy_(value)

@@ -39,6 +39,8 @@ from .state import PLAIN, Averages
 # Elements stepped together, which bounds the scratch; a CPU's share of them stays in its cache.
 TOGETHER = 2**24
 TOGETHER_ON_CPU = 2**18
+# Stands for ε = 0: no sum with a root changes by it, and without gradients it makes 0/ε = 0.
+TINY = torch.finfo(torch.float32).tiny
 
 
 # ---- what a step takes --------------------------------------------------------------------------
@@ -63,12 +65,18 @@ class Scalars(NamedTuple):
     skip_nonfinite: bool | Tensor = False
     extra_weights: tuple[float | Tensor, ...] = ()  # as `weight`, of each extra average
 
+    def without_averages(self) -> "Scalars":
+        """The same step, in which no average takes anything in."""
+        return self._replace(weight=0.0, extra_weights=(0.0,) * len(self.extra_weights))
+
 
 def scalars(
     step: int | Tensor,
     group: dict[str, Any],
     averages: Averages,
     expected_loss_change: float | Tensor = 0.0,
+    *,
+    idle: int | Tensor = 0,
 ) -> Scalars:
     """The scalars of step t = `step` (from 1) under a PACE parameter group's options.
 
@@ -80,10 +88,12 @@ def scalars(
         group: the options.
         averages: of the group.
         expected_loss_change: E_t of `paceline.auto`, for groups whose pull sets itself.
+        idle: steps without a gradient, which averages count besides; like `step`.
     """
     lr = group["lr"]
     if isinstance(step, Tensor):
         step = step.double()
+    taken_in = step + idle  # t of the averages
     if isinstance(lr, Tensor):
         lr = float(lr) if lr.device.type in ("cpu", "mps") else lr.double().reshape(())
     beta1, beta2 = map(float, group["betas"])
@@ -93,23 +103,23 @@ def scalars(
     elif group["gain"] == "scalar":
         gain = strength
     else:
-        gain = lr * strength * own.falloff(step) if strength else 0.0
+        gain = lr * strength * own.falloff(taken_in) if strength else 0.0
     return Scalars(
         beta1=beta1,
         beta2=beta2,
-        eps=group["eps"],
+        eps=group["eps"] or TINY,
         root_bias2=(1.0 - beta2**step) ** 0.5,
         step_size=lr / (1.0 - beta1**step),
         shrink=1.0 - lr * group["weight_decay"],
         gain=gain,
         uniform_gain=group["gain"] == "scalar" or strength == auto.AUTO,
         clip=group["clip"],
-        weight=own.weight(step),
+        weight=own.weight(taken_in),
         maximize=group["maximize"],
         stochastic=group["stochastic_round"],
         # One that is misspelt between steps guards, too.
         skip_nonfinite=group["nonfinite"] not in ("ignore", "raise", "skip"),
-        extra_weights=tuple(averages.rules[key].weight(step) for key in averages.extra),
+        extra_weights=tuple(averages.rules[key].weight(taken_in) for key in averages.extra),
     )
 
 
@@ -315,6 +325,48 @@ def pull_(
     if not before or not measure:
         return {}
     return measurements(before, moved, after, pull, gains, _minus(averages, after), clip)
+
+
+def rest_(slots: list[Slot], s: Scalars, before: tuple[Tensor, Tensor] | None = None) -> None:
+    """Have averages alone take in weights, that stood still or were moved by something else.
+
+        ema_t = (1 - β_t)·ema_{t-1} + β_t·θ,     d_t = (1 - β_t)·(d_{t-1} - (θ - θ_{t-1}))
+
+    Args:
+        slots: tensors of one device, one dtype and one dtype of state; averages change in place.
+        s: the step's scalars.
+        before: of one tensor that has an offset and was moved, θ_{t-1} and d_{t-1}.
+    """
+    params, stored = [x.param for x in slots], [x.average for x in slots]
+    noise = [rounding.noise(x.param, x.key, x.start) for x in slots if x.key is not None]
+    if isinstance(s.skip_nonfinite, Tensor):  # the step may be skipped
+        weights = [torch.where(s.skip_nonfinite, 0.0, x) for x in (s.weight, *s.extra_weights)]
+        s = s._replace(weight=weights[0], extra_weights=tuple(weights[1:]))
+    if _may_act(s.weight) or before:
+        dtype = torch.promote_types(params[0].dtype, torch.float32)
+        theta, averages = _wide(params, dtype), _wide(stored, dtype)
+        if stored[0].itemsize < params[0].itemsize:
+            old = [x.clone() for x in stored]
+            if before:
+                averages = [before[1].to(dtype) - (theta[0] - before[0])]
+            shrunk = list(torch._foreach_mul(averages, 1.0 - s.weight))
+            _store_(stored, shrunk, noise, rounding.AVERAGE)
+            for x, d, other in zip(theta, stored, old, strict=True):
+                for kept in (other, torch.zeros_like(d)):  # what an exchange can give back
+                    d.copy_(torch.where((x + d) - d == x, d, kept))
+        else:
+            lerp_(averages, theta, s.weight)
+            _store_(stored, averages, noise, rounding.AVERAGE)
+    _lerp_extra_(slots, s.extra_weights)
+
+
+def count_(counts: list[Tensor], s: Scalars) -> None:
+    """Add 1 to each count, except where a device says that the step is skipped."""
+    if isinstance(s.skip_nonfinite, Tensor):
+        for count in counts:
+            count.add_(~s.skip_nonfinite.to(count.device))
+    elif counts:
+        torch._foreach_add_(counts, 1.0)
 
 
 # ---- its helpers --------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def test_state_comes_with_the_first_gradient_of_each_parameter():
     assert frozen not in opt.state
     assert opt.state[late]["step"] == 2
     assert opt.state[model[0].weight]["step"] == 5
-    assert set(opt.state[late]) == {"step", "exp_avg", "exp_avg_sq", "average"}
+    assert set(opt.state[late]) == {"step", "idle_steps", "exp_avg", "exp_avg_sq", "average"}
 
 
 def test_parameters_without_gradients_are_left_alone():
@@ -130,7 +130,7 @@ def test_swap_is_an_idempotent_exchange_in_place(dtype):
             torch.testing.assert_close(
                 p.to(state["average"].dtype), state["average"], rtol=rounding, atol=2**-24
             )
-            assert len(opt.state[p]) == 4  # no third copy
+            assert len(opt.state[p]) == 5  # no third copy
         opt.train()
         opt.train()
         assert_same(snapshot(model, opt), before)
@@ -470,10 +470,14 @@ def test_contradictions():
             PACE(p, pullback=0.1, fused=True, **other)
 
 
-def test_integer_parameters_are_refused():
-    for dtype in (torch.int64, torch.bool, torch.float8_e5m2):
-        with pytest.raises(ValueError, match=rf"floating-point tensors, got {dtype}"):
-            PACE([torch.ones(3).to(dtype)], pullback=0.1)
+def test_parameters_to_train_must_be_of_16_bits_or_more():
+    narrow = Parameter(torch.ones(3).to(torch.float8_e5m2))
+    with pytest.raises(ValueError, match=r"floating-point tensors, got torch.float8_e5m2"):
+        PACE([narrow], pullback=0.1)
+    opt = PACE([narrow.requires_grad_(False)], pullback=0.1)
+    narrow.grad = torch.ones(3).to(torch.float8_e5m2)
+    with pytest.raises(RuntimeError, match=r"floating-point tensors, got torch.float8_e5m2"):
+        opt.step()
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")

@@ -175,10 +175,6 @@ BAD_BASES = {
         lambda: sgd([Parameter(torch.ones(2, dtype=torch.complex64))]),
         r"floating-point tensors, got torch.complex64 in parameter 0 of group 0 of shape \(2,\)",
     ),
-    "integer": (
-        lambda: sgd([("n", Parameter(torch.ones(2, dtype=torch.int32), requires_grad=False))]),
-        "got torch.int32 in parameter 'n' of shape",
-    ),
 }
 
 

@@ -117,7 +117,7 @@ def test_without_a_pull_it_is_adamw(maximize, fused, kernel):
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6 if fused else 1e-7)
     kept = {key for state in opt.state.values() for key in state}
-    assert kept == {"step", "exp_avg", "exp_avg_sq", "average"}
+    assert kept == {"step", "idle_steps", "exp_avg", "exp_avg_sq", "average"}
 
 
 def test_saturated_clip_is_adamw_with_a_decaying_rate():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..update import Scalars, Slot, in_batches, step_
+from ..update import Scalars, Slot, count_, in_batches, step_
 from .cpu import BuildError
 
 WORTH_A_LAUNCH = 2**16  # elements: smaller tensors are batched where each would be a launch
@@ -26,8 +26,8 @@ def prepare(device: torch.device) -> None:
 class Kernel:
     """The compiled step for some tensors: large ones one by one, small ones together."""
 
-    def __init__(self, slots: list[Slot]) -> None:
-        self.slots = slots
+    def __init__(self, slots: list[Slot], counts: list[Tensor]) -> None:
+        self.slots, self.counts = slots, counts
 
     def step(
         self, grads: list[Tensor], keys: list[Any] | None, s: Scalars, *, measure: bool
@@ -55,6 +55,7 @@ class Kernel:
                 extra = tuple(map(_flat, x.extra))
                 slot = Slot._make([*flat, key, x.start, extra])
                 found.append(_compiled()([slot], numbers))
+        count_(self.counts, s)
         return found
 
 

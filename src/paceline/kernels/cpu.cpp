@@ -19,7 +19,7 @@ struct bfloat16 { uint16_t bits; };
 
 // One row for each tensor and one for the step, as cpu.py lays them out. The extra averages follow
 // each, as many as there are: their addresses after a tensor's row, their weights after the step's.
-struct Row { int64_t param, grad, exp_avg, exp_avg_sq, average, size, key, start; };
+struct Row { int64_t param, grad, exp_avg, exp_avg_sq, average, size, key, start, count; };
 struct Step {
   double w1, beta2, w2, eps, unbias, step_size, shrink, gain, cap, weight, sign, guard;
 };
@@ -184,7 +184,8 @@ template <class P, class S> Piece choose(Average average, bool stochastic) {
 // OpenMP's GOMP_parallel, as its runtimes on Linux have it: run this, with that, on so many.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// Returns how many coordinates were skipped.
+// Returns how many coordinates were skipped. Each row's count of steps moves with its tensor, so that
+// no interrupt comes between the two.
 //
 // With torch's own threads where there is OpenMP: they spin for a while after torch's last
 // operation, and would hold up threads of ours.
@@ -205,7 +206,10 @@ extern "C" int64_t paceline_step(const void* table, int64_t count, const Step* s
   if (dtypes == 4) run = choose<double, double>(kind, stochastic);
 
   int64_t total = 0;
-  for (int64_t k = 0; k < count; k++) total += row(k).size;
+  for (int64_t k = 0; k < count; k++) {
+    total += row(k).size;
+    *reinterpret_cast<double*>(row(k).count) += 1;
+  }
   // Long pieces stream best; some eight for each thread balance; short ones do not pay a thread.
   int64_t length = total / (8 * threads);
   length = length < (1 << 15) ? 1 << 15 : length > (1 << 20) ? 1 << 20 : length;

@@ -36,7 +36,7 @@ DTYPES = {  # of parameters and state: how cpu.cpp numbers them
     (torch.float64, torch.float64): 4,
 }
 # Of a row of the table, as cpu.cpp's Row has them.
-GRAD, KEY, ROW = 1, 6, 8
+GRAD, KEY, ROW = 1, 6, 9
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -80,17 +80,18 @@ class Kernel:
     Args:
         slots: tensors of one pair of dtypes, none with a `reason_against`. Gradients and keys of
             stochastic rounding are given at each step.
+        counts: of each tensor its count of steps, 0-dim float64.
     """
 
-    def __init__(self, slots: list[Slot]) -> None:
+    def __init__(self, slots: list[Slot], counts: list[Tensor]) -> None:
         self.count, self.extra = len(slots), len(slots[0].extra)
         self.dtypes = DTYPES[slots[0].param.dtype, slots[0].exp_avg.dtype]
         self.table = array("q")
-        for x in slots:
-            tensors = (x.param, x.exp_avg, x.exp_avg_sq, x.average, *x.extra)
-            param, *others = (tensor.data_ptr() for tensor in tensors)
-            own = (*others[:3], x.param.numel(), 0, x.start)
-            self.table.extend((param, 0, *own, *others[3:]))
+        for x, count in zip(slots, counts, strict=True):
+            tensors = (x.param, x.exp_avg, x.exp_avg_sq, x.average, count, *x.extra)
+            param, m, v, average, steps, *extra = map(Tensor.data_ptr, tensors)
+            size = x.param.numel()
+            self.table.extend((param, 0, m, v, average, size, 0, x.start, steps, *extra))
 
     def step(
         self, grads: list[Tensor], keys: list[Any] | None, s: Scalars, *, measure: bool

@@ -1,0 +1,163 @@
+"""What is changed about tensors between steps is refused by name before a step writes to memory."""
+
+import copy
+
+import pytest
+import torch
+from problems import same
+from torch.nn import Parameter
+
+from paceline import PACE
+
+FUSED = [None, True, False]
+
+
+def made(fused, n=600):
+    params = [Parameter(torch.ones(n, n - 20)), Parameter(torch.ones(7))]
+    opt = PACE(params, lr=0.1, pullback=0.1, fused=fused, returns="uniform")
+    give(params)
+    opt.step()
+    give(params)
+    return params, opt
+
+
+def give(params):
+    for p in params:
+        p.grad = torch.ones_like(p)
+
+
+def grow(p, state):
+    p.data = torch.ones(700, 700)
+
+
+def shrink(p, state):
+    p.data = torch.ones(3, 3)
+
+
+def turn(p, state):
+    p.data = p.data.t().contiguous()
+
+
+def flatten(p, state):
+    p.data = p.data.view(-1)
+
+
+def free(p, state):
+    p.untyped_storage().resize_(0)
+
+
+def free_the_gradient(p, state):
+    p.grad.untyped_storage().resize_(0)
+
+
+def cut_the_gradient(p, state):
+    p.grad.untyped_storage().resize_(64)
+
+
+def shorten(key):
+    def change(p, state):
+        state[key] = torch.ones(3)
+
+    return change
+
+
+def free_state(key):
+    def change(p, state):
+        state[key].untyped_storage().resize_(16)
+
+    return change
+
+
+def turn_state(p, state):
+    state["exp_avg"].data = state["exp_avg"].data.t().contiguous()
+
+
+CHANGES = {
+    "grown": (grow, "shape"),
+    "shrunk": (shrink, "shape"),
+    "transposed": (turn, "shape"),
+    "flattened": (flatten, "shape"),
+    "freed": (free, "freed"),
+    "gradient freed": (free_the_gradient, "gradient has been freed"),
+    "gradient cut": (cut_the_gradient, "gradient has been freed"),
+    "m short": (shorten("exp_avg"), r"exp_avg has shape \(3,\)"),
+    "v short": (shorten("exp_avg_sq"), r"exp_avg_sq has shape \(3,\)"),
+    "average short": (shorten("average"), r"average has shape \(3,\)"),
+    "another average short": (shorten("return_returned"), r"return_returned has shape \(3,\)"),
+    "m freed": (free_state("exp_avg"), "exp_avg has been freed"),
+    "average freed": (free_state("average"), "average has been freed"),
+    "m transposed": (turn_state, "exp_avg has shape"),
+}
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("change", CHANGES)
+def test_tensors_that_do_not_go_together_are_refused(change, fused, kernel):
+    params, opt = made(fused)
+    do, message = CHANGES[change]
+    before = copy.deepcopy((params[1].detach(), dict(opt.state[params[1]])))
+    do(params[0], opt.state[params[0]])
+    with pytest.raises(RuntimeError, match=rf"^parameter 0 of group 0 .*cannot step.*{message}"):
+        opt.step()
+    assert same((params[1].detach(), dict(opt.state[params[1]])), before)
+
+
+def one_storage(params):
+    params[0].data = params[1].data = torch.ones(6, 4)
+
+
+def overlapping(params):
+    both = torch.ones(40)
+    params[0].data, params[1].data = both[:24].view(6, 4), both[16:].view(6, 4)
+
+
+def tied_by_data(params):
+    square = torch.ones(5, 5)
+    params[0].data, params[1].data = square, square.t()
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("tie", [one_storage, overlapping, tied_by_data])
+def test_parameters_that_share_memory_are_refused(tie, fused, kernel):
+    params = [Parameter(torch.ones(6, 4)) for _ in range(2)]
+    opt = PACE([{"params": params[:1]}, {"params": params[1:]}], pullback=0.1, fused=fused)
+    tie(params)
+    give(params)
+    if tie is tied_by_data and fused:  # which takes contiguous tensors
+        opt.param_groups[1]["fused"] = False
+    with pytest.raises(RuntimeError, match="parameter 0 of group . .* and .* share memory"):
+        opt.step()
+    assert all((p == 1).all() for p in params)
+
+
+def test_views_of_one_storage_that_do_not_overlap_step(kernel):
+    flat = torch.ones(30)
+    params = [Parameter(flat[:12].view(3, 4)), Parameter(flat[12:]), Parameter(flat[30:])]
+    opt = PACE(params, lr=0.1, pullback=0.1, fused=True)
+    give(params)
+    opt.step()
+    assert (flat < 1).all()
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "eps", "pullback"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, None, "auto?"])
+def test_an_option_set_out_of_its_range_between_steps_is_refused(name, value):
+    params, opt = made(None, n=30)
+    before = copy.deepcopy(dict(opt.state[params[0]]))
+    opt.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"{name} must be a finite number >= 0"):
+        opt.step()
+    assert same(dict(opt.state[params[0]]), before)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_no_epsilon_and_no_gradient_make_no_nan(dtype, fused, kernel):
+    p = Parameter(torch.linspace(-1, 1, 8).to(dtype))
+    opt = PACE([p], lr=0.1, eps=0.0, weight_decay=0.0, pullback=0.1, fused=fused)
+    for t in range(3):
+        p.grad = torch.where(torch.arange(8) < 4, 0.0, 1.0 + t).to(dtype)
+        opt.step()
+    assert torch.equal(p[:4], torch.linspace(-1, 1, 8).to(dtype)[:4])
+    assert p.isfinite().all()
+    assert (p[4:] < torch.linspace(-1, 1, 8).to(dtype)[4:]).all()
