@@ -501,11 +501,11 @@ class Batch:
         return torch.stack([state[key] for state in self.states])
 
     def agrees(self) -> bool:
-        """Whether the counts in the states are those that it was made for."""
-        return self.counts is None or all(
-            {state[key].item() for state in self.states} == {count}
-            for key, count in zip((STEP, IDLE), self.counts, strict=True)
-        )
+        """Whether the counts that move are those that it was made for."""
+        if self.counts is None:
+            return True
+        key = IDLE if self.idle else STEP
+        return {state[key].item() for state in self.states} == {self.counts[self.idle]}
 
 
 class Plan:
@@ -552,9 +552,9 @@ class Plan:
             ensure(state, p, group, self.averages)
             slot = self._slot(p, state)
             self._check_storage(place, slot)
-            written = slot.param, *slot[2:5], *slot.extra, state[STEP], state[IDLE]
-            self.written += [(place, x) for x in written]
             idle = slot.grad is None
+            written = slot.param, *slot[2:5], *slot.extra, state[IDLE if idle else STEP]
+            self.written += [(place, x) for x in written]
             counts = None
             if not counts_on_device(p, group):
                 counts = int(state[STEP].item()), int(state[IDLE].item())
@@ -619,8 +619,8 @@ class Plan:
         self.values = [x for state in self.states for x in state.values()]
         self.tensors = [x for _, x in self.written]
         if self.may_be_kept:
-            self.layout = _layout(self.tensors), [p.dtype for p in self.stepped]
-            self.gradients = _kinds([p.grad for p in self.stepped])
+            self.layout = _layout(self.tensors)
+            self.kinds = _kinds(self.stepped), _kinds([p.grad for p in self.stepped])
 
     def holds(self, group: Group, first: int) -> bool:
         """Whether the coming step goes as this plan has it.
@@ -635,8 +635,8 @@ class Plan:
             and _identical(params, self.params)
             and _identical([p for p in params if p.grad is not None], self.stepped)
             and _identical([x for state in self.states for x in state.values()], self.values)
-            and (_layout(self.tensors), [p.dtype for p in self.stepped]) == self.layout
-            and _kinds([p.grad for p in self.stepped]) == self.gradients
+            and _layout(self.tensors) == self.layout
+            and (_kinds(self.stepped), _kinds([p.grad for p in self.stepped])) == self.kinds
             and all(batch.agrees() for batch in self.batches)
         )
 
@@ -654,8 +654,10 @@ class Plan:
         """
         for batch in self.batches:
             grads = batch.grads or [p.grad for p in batch.params if p.grad is not None]
-            if lacking := [i for i, g in enumerate(grads) if _lacks_memory(g)]:
-                self._refuse(batch.places[lacking[0]], "its gradient has been freed")
+            for i, g in enumerate(grads):
+                # The bytes first, for that is quick, and few gradients are a view of more.
+                if g.nbytes != g.untyped_storage().nbytes() and _lacks_memory(g):
+                    self._refuse(batch.places[i], "its gradient has been freed")
             device = batch.params[0].device
             # Counts that the host may not read: vectors, and vectors of scalars from them.
             step, idle = batch.counts or (batch.now(STEP), batch.now(IDLE))
@@ -710,14 +712,14 @@ def _layout(tensors: list[Tensor]) -> tuple[list[Any], ...]:
     """Where tensors are in memory, and how."""
     return (
         list(map(Tensor.data_ptr, tensors)),
-        [x.shape for x in tensors],
+        list(map(Tensor.numel, tensors)),
         list(map(Tensor.is_contiguous, tensors)),
     )
 
 
-def _kinds(grads: list[Any]) -> tuple[list[Any], ...]:
-    """What decides whether gradients can be stepped, and by which kernel."""
-    return [x.dtype for x in grads], [x.layout for x in grads], [x.shape for x in grads]
+def _kinds(tensors: list[Any]) -> tuple[list[Any], ...]:
+    """What decides whether parameters and gradients can be stepped, and by which kernel."""
+    return [x.dtype for x in tensors], [x.layout for x in tensors], [x.shape for x in tensors]
 
 
 def _in_memory(x: Tensor) -> bool:
