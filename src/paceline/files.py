@@ -1,55 +1,106 @@
 """Files and folders that are there whole, or not at all."""
 
+import errno
+import glob
 import os
 import secrets
 import shutil
+import stat
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+DAY = 86_400  # seconds
 
 
 @contextmanager
-def whole(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """A path beside the final one, to write a file or folder to; it is renamed at the end.
+def whole(path: Path) -> Iterator[Path]:
+    """A path to write a file or folder to, which is renamed to the final one at the end.
 
-    What is written is on the disk before it gets its name, and replaces what had it. After an
-    exception nothing is left of it; after a kill, one `.NAME.partial`, which the next call removes.
+    What is written is on the disk before it gets its name, and replaces what had it, whose mode it
+    keeps. Others may write the same path now: the last one's stays. After an exception nothing is
+    left; after a kill, one `.NAME.*.partial`, which the next call removes.
 
     Args:
-        path: the final path; its parent exists.
-        shared: other processes may write the same now. The last one's stays.
+        path: the final path; of a link, what it leads to is replaced.
 
     Raises:
-        OSError: it could not be written; what was there before still is.
+        OSError: it could not be written, its folder is not there, or the path has something else
+            than a file or folder; what was there before still is.
     """
-    # One name, so that kills leave one thing.
-    mine = f".{secrets.token_hex(4)}" if shared else ""
-    partial = path.with_name(f".{path.name}{mine}.partial")
-    remove(partial)
+    path = Path(os.path.realpath(path))
+    with suppress(FileNotFoundError):
+        check_regular(path)
+    with scratch(path.parent, path.name) as own:
+        yield own / "whole"
+        put(own / "whole", path)
+
+
+@contextmanager
+def scratch(folder: Path, name: str) -> Iterator[Path]:
+    """A folder of one's own in a folder, gone at the end, when killed processes' go, too.
+
+    Args:
+        folder: where; it exists.
+        name: what it is for, for its own name.
+    """
+    start, end = f".{name[:50]}.", ".partial"
+    for left in folder.iterdir():
+        if left.name.startswith(start) and left.name.endswith(end):
+            _remove_if_left(left)
+    own = Path(tempfile.mkdtemp(end, start, folder))
     try:
-        yield partial
-        put(partial, path)
-    except BaseException:
-        remove(partial)
-        raise
+        with (own / "new").open("wb") as lock:
+            with suppress(OSError):
+                _lock(lock)
+                (own / "new").rename(own / "lock")  # held by then: nobody takes it for left
+            yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
-def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+def _remove_if_left(own: Path) -> None:
+    """Remove a `scratch` of a process that is no more, or of another day."""
+    with suppress(OSError):  # it is gone, in use, or another user's
+        if time.time() - own.stat().st_mtime < DAY:
+            with (own / "lock").open("r+b") as lock:
+                _lock(lock)
+        shutil.rmtree(own)
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Raises: OSError: another process has it, or the file system has no locks."""
+    if not fcntl:
+        raise OSError("no locks")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def write_text(path: Path, text: str) -> None:
     """Write a text to a file, whole or not at all; see `whole`."""
-    with whole(path, shared=shared) as partial:
+    with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def put(source: Path, target: Path) -> None:
     """Rename a file or folder once it is on the disk; replaces what has that name.
 
-    Both paths are in one file system.
+    Both paths are in one file system. A file keeps the mode of the one that it replaces; it does
+    not replace a folder, nor a folder a file.
     """
     for part in (*source.rglob("*"), source):
         sync(part)
-    replaced = target.with_name(f".{target.name}.replaced")
-    remove(replaced)
-    if folder := target.is_dir():  # which nothing can be renamed onto
+    if source.is_file() and target.is_file():
+        _copy_mode(target, source)
+    replaced = target.with_name(f".{target.name}.{secrets.token_hex(4)}.replaced")
+    if folder := source.is_dir() and target.is_dir():  # which nothing can be renamed onto
         target.replace(replaced)
     try:
         source.replace(target)
@@ -58,7 +109,25 @@ def put(source: Path, target: Path) -> None:
             replaced.replace(target)
         raise
     sync(target.parent)
-    remove(replaced)
+    if folder:
+        for old in target.parent.glob(f".{glob.escape(target.name)}.{'?' * 8}.replaced"):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy_mode(source: Path, target: Path) -> None:
+    """Give a file the mode of another, and its group where this user may."""
+    found = source.stat()
+    if os.name == "posix" and found.st_gid != target.stat().st_gid:
+        with suppress(PermissionError):
+            os.chown(target, -1, found.st_gid)
+    target.chmod(stat.S_IMODE(found.st_mode))
+
+
+def check_regular(path: Path) -> None:
+    """Raises: OSError: there is nothing, or something else than a file or folder, as a device."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
 def remove(path: Path) -> None:

@@ -409,7 +409,7 @@ def test_interrupted_it_leaves_nothing(tmp_path, files, monkeypatch, capsys):
     def interrupted(checkpoint, name):
         calls.append(name)
         assert not out.exists()  # all the while nothing is under the final name
-        assert (out.parent / f".{out.name}.partial").exists()
+        assert list(out.parent.glob(f".{out.name}.*.partial/whole"))
         if len(calls) == 4:
             raise KeyboardInterrupt
         return load(checkpoint, name)
@@ -454,7 +454,7 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr("paceline.files.sync", sync)
     average(tmp_path / "model-0", tmp_path / "model-1", "--out", out)
     names = [path.name for path in out.iterdir()]
-    assert {*names, ".out.partial", tmp_path.name} <= set(synced)
+    assert {*names, "whole", tmp_path.name} <= set(synced)
 
 
 def test_a_bar_on_a_terminal(tmp_path, files):
@@ -502,8 +502,6 @@ def test_a_kill_leaves_nothing_that_could_be_taken_for_a_model(point, tmp_path, 
         run = subprocess.run([sys.executable, "-c", KILLED, point, out, *given], check=False)
         assert run.returncode == -signal.SIGKILL
         assert not out.exists()
-        assert (tmp_path / f".{name}.partial").exists()
-        (tmp_path / f".{name}.partial" / "stale").write_text("") if name == "out" else None
-        average(*given, "--out", out)  # goes over what is left there
-        assert not (tmp_path / f".{name}.partial").exists()
-        assert name != "out" or not (out / "stale").exists()
+        assert list(tmp_path.glob(f".{name}.*.partial/whole"))
+        average(*given, "--out", out)
+        assert not list(tmp_path.glob(".*"))

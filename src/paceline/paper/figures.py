@@ -216,7 +216,7 @@ def show_figure(
         return
     name = f"figure-{int(figure):02}" if figure.isdigit() else f"figure-{figure}"
     save(drawn.figure, folder / name)
-    with whole(folder / f"{name}.csv", shared=True) as partial:
+    with whole(folder / f"{name}.csv") as partial:
         drawn.table.to_csv(partial, index=False, lineterminator="\n", float_format="%.6g")
     command = f"paceline figure {figure} --scale {options.scale} --run"
     command += f" --recipe {options.recipe}" if options.recipe else ""
@@ -225,7 +225,7 @@ def show_figure(
         f"# {title}\n\n![{title}]({name}.svg)\n\n    {command}\n\n{drawn.ends.title}, nats a token:"
     )
     text += f"\n\n{drawn.ends.markdown()}\nNumbers in the figure: [{name}.csv]({name}.csv)\n"
-    write_text(folder / f"{name}.md", text, shared=True)
+    write_text(folder / f"{name}.md", text)
     if len(options.figures) == 1:
         console.print(drawn.ends.shown())
     say(console, f"{title}: {folder / name}.svg, .png, .csv, .md")
@@ -250,12 +250,12 @@ def write_script(figure: str, missing: list[Cell], folder: Path) -> Path:
     for cell in missing:
         name = "".join(x if x.isalnum() else "-" for x in cell.task.name).replace("--", "-")
         recipe = recipes / f"{name}.yaml"
-        write_text(recipe, cell.task.recipe.to_yaml(), shared=True)
+        write_text(recipe, cell.task.recipe.to_yaml())
         for run, method in zip(cell.run.names, cell.run.methods, strict=True):
             if method.get("return_kappa") is None:
                 words = ["paceline", "train", str(recipe), "--method", method.written]
                 words += ["--lr", f"{method.lr:g}", "--seed", str(cell.run.seed)]
                 lines.append(shlex.join([*words, "--out", str(folder / "runs" / name / run)]))
     path = folder / f"figure-{figure}.sh"
-    write_text(path, "\n".join(lines) + "\n", shared=True)
+    write_text(path, "\n".join(lines) + "\n")
     return path

@@ -434,8 +434,8 @@ def write_rows(ledger: Ledger, folder: Path, configuration: dict[str, Any]) -> N
     for cell in ended:
         facts = {"setting": cell.task.name, "trained_with": cell.run.name}
         training += [folders.json_line({**facts, **line}) for line in finished[cell.key].log]
-    write_text(folder / folders.METRICS, "".join(metrics), shared=True)
-    write_text(folder / folders.TRAINING, "".join(training), shared=True)
+    write_text(folder / folders.METRICS, "".join(metrics))
+    write_text(folder / folders.TRAINING, "".join(training))
     manifest = {
         **environment(),
         "configuration": configuration,
@@ -444,4 +444,4 @@ def write_rows(ledger: Ledger, folder: Path, configuration: dict[str, Any]) -> N
         "finished": len(ended),
         "failed": ledger.failures(),
     }
-    write_json(folder / folders.MANIFEST, manifest, shared=True)
+    write_json(folder / folders.MANIFEST, manifest)

@@ -82,7 +82,7 @@ class Listing(NamedTuple):
     def write(self, path: Path) -> None:
         """Write a CSV file with all digits."""
         with (
-            whole(path, shared=True) as partial,
+            whole(path) as partial,
             partial.open("w", newline="", encoding="utf-8") as file,
         ):
             csv.writer(file, lineterminator="\n").writerows([self.columns, *self.rows])

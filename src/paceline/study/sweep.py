@@ -363,7 +363,7 @@ def report_sweep(plan: Tuning, ledger: Ledger, folder: Path, console: Console) -
             console.print(table.shown())
             table.write(folder / f"{name}.csv")
             text += f"\n{table.title}\n\n{table.markdown()}"
-    write_text(folder / "report.md", text, shared=True)
+    write_text(folder / "report.md", text)
     console.print(f"Tables and curves: {folder}", highlight=False, markup=False)
 
 

@@ -155,7 +155,7 @@ def make_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenizer
             show_progress=False,
         )
         bpe.train_from_iterator(documents, trainer)
-        with whole(path, shared=True) as partial:
+        with whole(path) as partial:
             bpe.save(str(partial))
     return PreTrainedTokenizerFast(
         tokenizer_file=str(path), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
@@ -179,7 +179,7 @@ def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Path:
             )
             for name, part in corpus._asdict().items()
         }
-        with whole(path, shared=True) as partial:
+        with whole(path) as partial:
             save_file(tokens, partial)
     return path
 

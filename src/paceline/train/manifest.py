@@ -47,10 +47,10 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def write_json(path: Path, value: Any, *, shared: bool = False) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write an object to a file, whole or not at all; see `paceline.files.whole`."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with whole(path, shared=shared) as partial:
+    with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -31,7 +31,7 @@ def save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     with mpl.rc_context({"svg.hashsalt": "paceline", "svg.fonttype": "none"}):
         for kind, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
-            with whole(path.with_suffix(f".{kind}"), shared=True) as partial:
+            with whole(path.with_suffix(f".{kind}")) as partial:
                 figure.savefig(partial, format=kind, **options)
 
 
