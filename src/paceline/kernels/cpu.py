@@ -1,7 +1,8 @@
 """The CPU's kernel: PACE in one pass over memory, built once for a machine by its C++ compiler.
 
-The library is kept in the cache folder. It takes tensors of any size and number and any scalars
-without being built again. `paceline.update` is the same rule without a compiler.
+The library is kept in the cache folder, if nobody else can write there. It takes tensors of any
+size and number and any scalars without being built again. `paceline.update` is the same rule
+without a compiler.
 """
 
 import contextlib
@@ -24,7 +25,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..cache import cache_folder
+from .. import files
+from ..cache import code_folder, is_ours
 from ..state import PLAIN
 from ..update import Scalars, Slot
 
@@ -146,10 +148,13 @@ def build() -> Callable[..., int]:
         BuildError: no C++ compiler, or it fails; the message is one line.
     """
     source = Path(__file__).with_name("cpu.cpp")
-    compiler = (
-        shlex.split(os.environ.get("CXX", ""))
-        or [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))][:1]
-    )
+    try:
+        compiler = (
+            shlex.split(os.environ.get("CXX", ""))
+            or [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))][:1]
+        )
+    except ValueError as error:
+        raise BuildError(f"CXX={os.environ['CXX']!r} is no command: {error}") from None
     if not compiler:
         raise BuildError("no C++ compiler was found; install g++ or clang++, or set CXX")
     # For the instructions that torch itself uses here, so that a cache folder can be shared.
@@ -157,36 +162,61 @@ def build() -> Callable[..., int]:
     capability = torch.backends.cpu.get_cpu_capability()
     command = [*compiler, *FLAGS, *tuned.get(capability, [])]
     key = hashlib.sha256(f"{command} {platform.platform()}".encode() + source.read_bytes())
-    name = f"kernel-{key.hexdigest()[:16]}.so"
-    with contextlib.ExitStack() as stack:
-        try:
-            folder = cache_folder()
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
-        except OSError:  # nowhere to keep it: build it for this process
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            scratch = str(folder)
-        library = folder / name
-        try:
-            if not library.exists():
-                made = Path(scratch) / "made.so"
-                subprocess.run(
-                    [*command, str(source), "-o", str(made)],
-                    check=True,
-                    capture_output=True,
-                    text=True,
-                    timeout=300,
-                )
-                made.replace(library)  # at once and whole, whoever else is building it
-            step = ctypes.CDLL(str(library)).paceline_step
-        except subprocess.CalledProcessError as error:
-            lines = [line for line in error.stderr.splitlines() if "error" in line]
-            raise BuildError(f"{compiler[0]} failed: {(lines or ['no message'])[0]}") from None
-        except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
-            raise BuildError(f"{compiler[0]}: {error}") from None
+    name = f"kernel-{key.hexdigest()[:16]}"
+    folder = code_folder()
+    try:
+        step = (folder and _kept(folder, name)) or _built(folder, name, [*command, str(source)])
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line]
+        raise BuildError(f"{compiler[0]} failed: {(lines or ['no message'])[0]}") from None
+    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{compiler[0]}: {error}") from None
     pointer, number = ctypes.c_void_p, ctypes.c_int
     step.argtypes = [pointer, ctypes.c_int64, pointer, *[number] * 5, pointer]
     step.restype = ctypes.c_int64
     return cast(Callable[..., int], step)
+
+
+def _kept(folder: Path, name: str) -> Any:
+    """The kernel of a library in the folder, or None; one that is damaged or not ours goes.
+
+    A library's name ends with the check sum of its contents.
+    """
+    for library in folder.glob(f"{name}-*.so"):
+        with contextlib.suppress(OSError, AttributeError):  # it cannot be read, or loaded here
+            if is_ours(library) and library.is_file() and library.name == _kept_name(name, library):
+                return ctypes.CDLL(str(library)).paceline_step
+        with contextlib.suppress(OSError):
+            files.remove(library)
+    return None
+
+
+def _built(folder: Path | None, name: str, command: list[str]) -> Any:
+    """The kernel of a library made now, which is kept in the folder, if there is one."""
+    with contextlib.ExitStack() as stack:
+        try:
+            own = folder and stack.enter_context(files.scratch(folder, "kernel"))
+        except OSError:  # nothing can be kept there: build it for this process
+            own = None
+        made = (own or Path(stack.enter_context(tempfile.TemporaryDirectory()))) / "made.so"
+        subprocess.run(
+            [*command, "-o", str(made)],
+            check=True,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=300,
+        )
+        step = ctypes.CDLL(str(made)).paceline_step
+        if folder and own:
+            with contextlib.suppress(OSError):  # the disk is full
+                made.chmod(0o700)
+                files.put(made, folder / _kept_name(name, made))
+        return step
+
+
+def _kept_name(name: str, library: Path) -> str:
+    return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()}.so"
 
 
 @functools.cache
