@@ -1,5 +1,6 @@
 """What an optimizer checkpoint must be to be loaded, said before anything is changed."""
 
+import reprlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from . import swap
 from .base import describe
-from .options import Group
-from .shards import is_sharded
-from .state import RETURN, State, extra_keys_in
+from .options import Group, number
+from .shards import is_sharded, local
+from .state import EXP_AVG_SQ, OWN_EXP_AVG_SQ, PLAIN, RETURN, State, extra_keys_in
 
+SECOND_MOMENTS = frozenset({EXP_AVG_SQ, "max_exp_avg_sq", OWN_EXP_AVG_SQ})
 StateCheck = Callable[[State, Tensor, swap.Swapped | None], None]
 
 
@@ -42,40 +44,60 @@ def validated_checkpoint(
     Raises:
         ValueError: it does not fit; the message names the first parameter or option that does not.
     """
+    _check_outline(saved)
     sizes = [[len(group["params"]) for group in side] for side in (saved["param_groups"], groups)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"the checkpoint's parameter groups have {sizes[0]} parameters, the optimizer's "
             f"{sizes[1]}: make the same groups, in the same order, and load again"
         )
+    params = [key for group in saved["param_groups"] for key in group["params"]]
+    if len(set(params)) < len(params):
+        raise ValueError("the checkpoint has a parameter twice in its groups; nothing was changed")
     states, completed, others = dict(saved["state"]), [], set()
     for g, (theirs, mine) in enumerate(zip(saved["param_groups"], groups, strict=True)):
-        group = complete(theirs, mine, g)
-        group[swap.SWAPPED] = theirs.get(swap.SWAPPED) or ""
-        completed.append(group)
         found = [states.get(key, {}) for key in theirs["params"]]
-        check = checker(group, list(zip(mine["params"], found, strict=True)))
-        records = swap.read_record(group[swap.SWAPPED], len(found))
+        names = theirs.get("param_names") or found
+        if not isinstance(names, list) or len(names) != len(found):
+            raise ValueError(
+                f"'param_names' of group {g} of the checkpoint must be a list of {len(found)} "
+                f"names, got {_shown(names)}; nothing was changed"
+            )
+        try:
+            group = complete(theirs, mine, g)
+            group[swap.SWAPPED] = theirs.get(swap.SWAPPED) or ""
+            check = checker(group, list(zip(mine["params"], found, strict=True)))
+            records = _records(group[swap.SWAPPED], len(found))
+        except ValueError:
+            raise
+        except Exception as error:  # of options of any kind
+            raise ValueError(
+                f"group {g} of the checkpoint cannot be loaded: {one_line(error)}; nothing was "
+                "changed"
+            ) from error
+        completed.append(group)
         for i, (key, record) in enumerate(zip(theirs["params"], records, strict=True)):
             state, param = found[i], mine["params"][i]
             try:
                 check(state, param, record)
+                if keys is None:
+                    _check_base(state)
                 if record and record.average and RETURN + record.average not in state:
                     raise ValueError(
                         f"the checkpoint had its average {record.average!r} swapped in, and lacks "
                         "that"
                     )
-            except ValueError as error:
+            except Exception as error:  # of state of any kind
                 raise ValueError(
-                    f"{describe(groups, g, i)} cannot be loaded: {error}; nothing was changed"
+                    f"{describe(groups, g, i)} cannot be loaded: {one_line(error)}; nothing was "
+                    "changed"
                 ) from None
             if keys is not None:
                 others |= state.keys() - keys - extra_keys_in(state)
             if state.get(count) == 0 and not record:
                 del states[key]  # saved before its first step, where its averages begin
-    known = {key for group in completed for key in group["params"]}
-    unknown = sorted(map(repr, states.keys() - known))
-    if any(not isinstance(key, str) for key in states.keys() - known):
+    unknown = sorted(map(repr, states.keys() - set(params)))
+    if any(not isinstance(key, str) for key in states.keys() - set(params)):
         raise ValueError(
             f"the checkpoint has state for {unknown[0]}, which is in none of its groups; nothing "
             "was changed"
@@ -87,6 +109,61 @@ def validated_checkpoint(
             stacklevel=4,
         )
     return {**saved, "state": states, "param_groups": completed}
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, in one line, with its type where that says more."""
+    lines = f"{type(error).__name__}: {error}".removeprefix("ValueError: ").splitlines()
+    return lines[0] if lines else "no reason given"
+
+
+def _shown(value: Any) -> str:
+    """Anything in a few words."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def _check_outline(saved: Any) -> None:
+    """Raises: ValueError: it does not have the parts of a `state_dict()`, whatever is in them."""
+
+    def check(ok: bool, what: str, must: str, value: Any) -> None:
+        if not ok:
+            raise ValueError(
+                f"{what} of the checkpoint must be {must}, got {_shown(value)}; nothing was changed"
+            )
+
+    check(isinstance(saved, dict), "all", "a dict", saved)
+    state, groups = saved.get("state"), saved.get("param_groups")
+    check(isinstance(state, dict), "'state'", "a dict", state)
+    check(isinstance(groups, list), "'param_groups'", "a list", groups)
+    for g, group in enumerate(groups):
+        check(isinstance(group, dict), f"group {g}", "a dict", group)
+        params = group.get("params")
+        keys = isinstance(params, list) and all(isinstance(key, int | str) for key in params)
+        check(keys, f"'params' of group {g}", "a list of numbers or names", params)
+        for key in params:
+            own = state.get(key, {})
+            named = isinstance(own, dict) and all(isinstance(name, str) for name in own)
+            check(named, f"the state of {key!r}", "a dict of names", own)
+
+
+def _records(text: Any, count: int) -> list[swap.Swapped | None]:
+    """Raises: ValueError: the text is no record of what so many parameters hold."""
+    try:
+        records = swap.read_record(text, count)
+        dtypes = [getattr(torch, x.dtype.removeprefix("torch."), None) for x in records if x]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"swapped={_shown(text)} cannot be loaded: {error}") from None
+    if not all(isinstance(dtype, torch.dtype) for dtype in dtypes):
+        raise ValueError(f"swapped={_shown(text)} cannot be loaded: it names no dtype")
+    return records
+
+
+def _check_base(state: State) -> None:
+    """Raises: ValueError: a base's step count or second moment can be none."""
+    if "step" in state:
+        check_count("step", state["step"])
+    for key in SECOND_MOMENTS & state.keys():
+        _check_not_negative(key, state[key])
 
 
 def check_tensor(key: str, value: Any, param: Tensor) -> None:
@@ -103,9 +180,23 @@ def check_tensor(key: str, value: Any, param: Tensor) -> None:
             f"{kinds[is_sharded(param)]}; load it by "
             "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
         )
+    if value.layout != param.layout or value.is_meta != param.is_meta:
+        raise ValueError(f"its {key!r} must be in memory as the parameter is, a dense tensor")
+    if key in SECOND_MOMENTS:
+        _check_not_negative(key, value)
+
+
+def _check_not_negative(key: str, value: Any) -> None:
+    plain = type(value) in PLAIN or is_sharded(value)  # others' classes may not know how
+    if plain and bool((local(value.detach()) < 0).any()):
+        raise ValueError(f"its {key!r} must not be negative")
 
 
 def check_count(key: str, value: Any, _: Tensor) -> None:
-    """Raises: ValueError: a saved count of steps is not one number."""
-    if torch.as_tensor(value).numel() != 1:
+    """Raises: ValueError: a saved count of steps is not one whole number that float64 can count."""
+    if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"its {key!r} must be one number, got shape {tuple(value.shape)}")
+    count = number(value, tensors=True)
+    if not 0 <= count <= 2**53 or not count.is_integer():
+        got = count if isinstance(value, Tensor | float) else _shown(value)
+        raise ValueError(f"its {key!r} must be a whole number >= 0, got {got}")

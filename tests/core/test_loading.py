@@ -329,6 +329,83 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_changes(kind):
     assert opt.state_dict()["param_groups"] == before[1]
 
 
+NAN, BELOW = float("nan"), torch.full((5,), -1e-9)
+RUBBISH = {
+    "no state": (("state",), "del", "'state' of the checkpoint must be a dict, got None"),
+    "state": (("state",), [1], r"'state' of the checkpoint must be a dict, got \[1\]"),
+    "groups": (("param_groups",), {}, "'param_groups' of the checkpoint must be a list, got {}"),
+    "group": (("param_groups", 0), "x", "group 0 of the checkpoint must be a dict, got 'x'"),
+    "no params": (("param_groups", 0, "params"), "del", "'params' of group 0 of .* got None"),
+    "params": (("param_groups", 0, "params"), "012345", "'params' of group 0 of .* got '012345'"),
+    "unhashable": (("param_groups", 0, "params", 0), [0], r"'params' of group 0 .* got \[\[0\]"),
+    "twice": (("param_groups", 0, "params", 0), 1, "a parameter twice in its groups"),
+    "names": (("param_groups", 0, "param_names"), ["a"], "'param_names' of group 0 .* 6 names"),
+    "record": (("param_groups", 0, "swapped"), [1], r"swapped=\[1\] cannot be loaded"),
+    "record's": (
+        ("param_groups", 0, "swapped"),
+        "what",
+        "swapped='what' cannot be loaded: invalid",
+    ),
+    "dtype": (("param_groups", 0, "swapped"), "a.b*6", r"swapped='a.b\*6' .* it names no dtype"),
+    "betas": (("param_groups", 0, "betas"), [[], 1], "betas must be two numbers"),
+    "lr": (("param_groups", 0, "lr"), torch.ones(2), "lr must be a finite number"),
+    "own": (("state", 2), None, "the state of 2 of the checkpoint must be a dict of names, got"),
+    "list": (("state", 2), [1], "the state of 2 of the checkpoint must be a dict of names, got"),
+    "keys": (("state", 2, 5), 1, "the state of 2 of the checkpoint must be a dict of names, got"),
+    **{
+        f"step {x!r:.20}": (("state", 2, "step"), x, rf"'1.weight' .* its 'step' must be .*{says}")
+        for x, says in (
+            *((-5, "got -5"), (NAN, "got nan"), (2.5, "got 2.5"), (None, "got None")),
+            *(("3", "got '3'"), ([3], r"got \[3\]"), ({}, "got {}"), (True, "got True")),
+            *((torch.tensor(NAN), "got nan"), (torch.tensor(-5.0), "got -5"), (10**400, "got 10")),
+            *(
+                (torch.tensor(0.5), "got 0.5"),
+                (torch.tensor(1j), "got "),
+                (float("inf"), "got inf"),
+            ),
+            (1e300, "got 1e.300"),
+        )
+    },
+    "no data": (("state", 2, "step"), torch.ones((), device="meta"), "'1.weight' .* cannot be"),
+    "negative": (("state", 2, "exp_avg_sq"), BELOW, "'1.weight' .* 'exp_avg_sq' must not be neg"),
+    "meta": (("state", 2, "average"), BELOW.to("meta"), "its 'average' must be in memory as"),
+    "sparse": (("state", 2, "exp_avg"), BELOW.to_sparse(), "its 'exp_avg' must be in memory as"),
+    "complex": (("state", 2, "exp_avg"), BELOW + 0j, "'exp_avg' must be a floating-point tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", RUBBISH)
+def test_rubbish_is_refused_by_name_and_nothing_changes(kind):
+    keys, value, message = RUBBISH[kind]
+    saved = place = broken("nothing")
+    for key in keys[:-1]:
+        place = place[key]
+    if isinstance(value, str) and value == "del":
+        del place[keys[-1]]
+    else:
+        place[keys[-1]] = value
+    model, generator = problem(seed=4)
+    opt = named(model, lr=0.07)
+    advance(model, opt, generator, 2)
+    before = snapshot(model, opt), copy.deepcopy(opt.state_dict()["param_groups"])
+    with pytest.raises(ValueError, match=message) as error:
+        opt.load_state_dict(saved)
+    assert len(str(error.value).splitlines()) == 1
+    assert_same(snapshot(model, opt), before[0])
+    assert opt.state_dict()["param_groups"] == before[1]
+
+
+@pytest.mark.parametrize("kind", [float, int, torch.float64, torch.int64, torch.float32])
+def test_a_count_is_read_by_its_value(kind):
+    saved = broken("nothing")
+    for state in saved["state"].values():
+        state["step"] = torch.tensor(3, dtype=kind) if isinstance(kind, torch.dtype) else kind(3)
+    model, _ = problem()
+    opt = named(model)
+    opt.load_state_dict(saved)
+    assert {int(opt.state[p]["step"]) for p in model.parameters()} == {3}
+
+
 def test_parameters_without_state_and_options_left_out_are_no_fault():
     saved = broken("nothing")
     del saved["state"][2], saved["param_groups"][0]["clip"]
