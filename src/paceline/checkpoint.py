@@ -1,21 +1,32 @@
 """Checkpoints for a plain training loop: one file, whole or not there, exact to resume from."""
 
+import copy
+import errno
+import io
 import os
 import random
 import sys
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from .base import AveragedOptimizer
-from .files import whole
+from .files import check_regular, whole
+from .loading import one_line
 from .shards import is_sharded
+from .state import PLAIN
+
+# What `weights_only=True` reads back by its value, or by torch's version.
+SOMETIMES = (int, bytes, bytearray, complex, set, torch.dtype, torch.device, torch.Size)
+PARTS = ("model", "optimizer", "random", "states", "values")
 
 
 def save_checkpoint(
@@ -32,31 +43,35 @@ def save_checkpoint(
         step = values["step"]
 
     Args:
-        path: the file; one that is there is replaced when the new one is on the disk.
-        model: on this process alone, or wrapped by DDP; then call this on one rank.
-        optimizer: PACE or another; one that swaps without saying so (`swapped`) has to hold its
-            live weights now.
+        path: the file; one that is there is replaced when the new one is on the disk, which gets
+            its mode. Of a link, what it leads to is replaced.
+        model: on this process alone, or wrapped by DDP; then call this on one rank, or on all.
+        optimizer: PACE or another, or a wrapper that has it as `optimizer`, as accelerate's; one
+            that swaps without saying so (`swapped`) has to hold its live weights now.
         parts: the rest of the run: objects with a `state_dict()` (schedulers, scalers, loaders),
             `torch.Generator`s, and plain values: numbers, strings, tensors, lists and dicts.
 
     Raises:
-        ValueError: the model is sharded, or a part holds what `load_checkpoint` could not read.
-        OSError: it could not be written; what was there before still is.
+        ValueError: the model is sharded, or a part holds what `load_checkpoint` could not read; the
+            message says where.
+        OSError: it could not be written, its folder is not there, or the path is a folder's or a
+            device's; what was there before still is.
     """
     if any(is_sharded(p) for p in model.parameters()):
         raise ValueError("model must not be sharded; save it by torch.distributed.checkpoint")
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     states = {name: _state(part) for name, part in parts.items() if _has_state(part)}
     with _live_weights(optimizer):
         run = {
-            "model": model.state_dict(),
+            "model": _plain(model.state_dict(), "model"),
             "optimizer": _plain(optimizer.state_dict(), "optimizer"),
             "random": _random_state(),
             "states": {name: _plain(state, name) for name, state in states.items()},
             "values": {name: _plain(parts[name], name) for name in parts.keys() - states.keys()},
         }
-        with whole(path) as partial:
-            torch.save(run, partial)
+        _write(run, path)
 
 
 def load_checkpoint(
@@ -64,7 +79,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Go on from a file of `save_checkpoint`, in objects made as those that were saved.
 
-    Read with `weights_only=True`: the file cannot run code.
+    Read with `weights_only=True`: the file cannot run code. Each byte is compared with the file's
+    check sums, which reads it once more.
 
     Args:
         path: the file.
@@ -76,39 +92,99 @@ def load_checkpoint(
         The plain values that were saved.
 
     Raises:
-        ValueError: it is no such file, has other parts, or is of another model; or PACE refuses
-            its state. Nothing has changed then.
-        OSError: the file cannot be opened.
+        ValueError: it is damaged, no such file, has other parts, or is of another model; or the
+            optimizer or a part refuses its state. Nothing has changed then.
+        OSError: the file cannot be opened, or is none.
     """
     name = repr(os.fspath(path))
-    with open(path, "rb") as file:  # noqa: PTH123 - a path of any kind
-        try:
-            run: Any = torch.load(file, map_location="cpu", weights_only=True)
-            ours = {"model", "optimizer", "random", "states", "values"} <= run.keys()
-        except Exception as error:  # torch raises all sorts for what is no file of torch
-            raise ValueError(f"{name} cannot be read: {type(error).__name__}") from error
-    if not ours:
+    run = _read(path, name)
+    if not isinstance(run, dict) or not all(isinstance(run.get(key), dict) for key in PARTS):
         raise ValueError(f"{name} was not written by save_checkpoint")
     if parts.keys() != run["states"].keys():
-        raise ValueError(f"{name} has the parts {sorted(run['states'])}, got {sorted(parts)}")
-    mine = {key: _shape(value) for key, value in model.state_dict().items()}
-    theirs = {key: _shape(value) for key, value in run["model"].items()}
-    if wrong := sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key)):
-        raise ValueError(
-            f"{name} is of another model: {wrong[0]!r} is {theirs.get(wrong[0], 'not')} in the "
-            f"file and {mine.get(wrong[0], 'not')} in the model"
-        )
-    optimizer.load_state_dict(run["optimizer"])
+        theirs = sorted(map(str, run["states"]))
+        raise ValueError(f"{name} has the parts {theirs}, got {sorted(parts)}")
+    mine = model.state_dict()
+    _check_model(run["model"], mine, name)
+    # What may refuse comes first, and is undone; the weights fit.
+    with ExitStack() as undo:
+        what = "random states"
+        try:
+            _check_random_state(run["random"])
+            for key, part in parts.items():
+                what, before = f"part {key!r}", copy.deepcopy(_state(part))
+                if isinstance(before, dict) and not isinstance(run["states"][key], dict):
+                    raise ValueError(f"its state is a {type(run['states'][key]).__name__}")
+                undo.callback(_set_state, part, before)
+                _set_state(part, run["states"][key])
+            what = "model"
+            if any(map(_is_extra, run["model"].items())):
+                undo.callback(model.load_state_dict, copy.deepcopy(_extra(mine)), strict=False)
+                model.load_state_dict(_extra(run["model"]), strict=False)
+            what = "optimizer"
+            if not isinstance(_averaging(optimizer), AveragedOptimizer):  # which changes nothing
+                undo.callback(optimizer.load_state_dict, optimizer.state_dict())
+            optimizer.load_state_dict(run["optimizer"])
+        except Exception as error:  # of any kind, for states of any kind
+            raise ValueError(f"{name}: {what} cannot be loaded: {one_line(error)}") from error
+        undo.pop_all()
     model.load_state_dict(run["model"])
-    for key, part in parts.items():
-        _set_state(part, run["states"][key])
     _set_random_state(run["random"])
     values: dict[str, Any] = run["values"]
     return values
 
 
+# ---- the file ----------------------------------------------------------------------------------
+
+
+def _write(run: dict[str, Any], path: Path) -> None:
+    sums = get_crc32_options()
+    set_crc32_options(True)
+    try:
+        with whole(path) as partial, partial.open("wb") as file:
+            torch.save(run, file)
+    except Exception as error:
+        # torch, which closes the file first, may raise another on its way out.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause.filename:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
+    finally:
+        set_crc32_options(sums)
+
+
+def _read(path: str | os.PathLike[str], name: str) -> Any:
+    check_regular(Path(path))
+    with open(path, "rb") as file:  # noqa: PTH123 - a path of any kind
+        try:
+            with zipfile.ZipFile(file) as archive:
+                if any(part.compress_type for part in archive.infolist()):
+                    raise zipfile.BadZipFile  # torch writes none, and they could be of any length
+                damaged = archive.testzip()
+            file.seek(0)
+            run = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # zipfile and torch raise all sorts
+            raise ValueError(
+                f"{name} cannot be read: {type(error).__name__}; it is damaged, or was not written "
+                "by save_checkpoint"
+            ) from error
+    if damaged:
+        raise ValueError(f"{name} is damaged: {damaged!r} in it does not have its check sum")
+    return run
+
+
+# ---- optimizer and model -----------------------------------------------------------------------
+
+
+def _averaging(optimizer: Any) -> Any:
+    """The optimizer that averages, in whatever wraps it, as accelerate does."""
+    while not hasattr(optimizer, "swapped") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 @contextmanager
 def _live_weights(optimizer: Any) -> Iterator[None]:
+    optimizer = _averaging(optimizer)
     if not getattr(optimizer, "swapped", False):
         yield
         return
@@ -124,26 +200,89 @@ def _live_weights(optimizer: Any) -> Iterator[None]:
         optimizer.eval()
 
 
+def _check_model(theirs: dict[str, Any], mine: dict[str, Any], name: str) -> None:
+    """Raises: ValueError: weights in a file are not as those of the model, which they go into."""
+    forms = [{item[0]: _form(item) for item in x.items()} for x in (theirs, mine)]
+    wrong = [key for key in forms[0] | forms[1] if forms[0].get(key) != forms[1].get(key)]
+    if wrong:
+        key = min(wrong, key=str)
+        raise ValueError(
+            f"{name} is of another model: {key!r} is {forms[0].get(key, 'not')} in the file and "
+            f"{forms[1].get(key, 'not')} in the model"
+        )
+    versions = getattr(theirs, "_metadata", {})
+    for x in versions.values() if isinstance(versions, dict) else [None]:
+        if not isinstance(x, dict) or not isinstance(x.get("version", 0), int | None):
+            raise ValueError(f"{name} has {x!r} where the version of a module should be")
+
+
+def _form(item: tuple[str, Any]) -> str:
+    """What has to be the same of an item of two models' states."""
+    _, value = item
+    if _is_extra(item):
+        return "extra state"
+    words = [f"{value.dtype} of shape {tuple(value.shape)}"]
+    words += [str(value.layout)] * (value.layout != torch.strided)
+    words += ["sharded"] * is_sharded(value) + ["without data"] * value.is_meta
+    return ", ".join(words)
+
+
+def _is_extra(item: tuple[str, Any]) -> bool:
+    """Whether an item of a model's state is for the module's own `set_extra_state`, or a hook."""
+    key, value = item
+    return not isinstance(value, Tensor) or str(key).endswith("_extra_state")
+
+
+def _extra(state: dict[str, Any]) -> dict[str, Any]:
+    return dict(filter(_is_extra, state.items()))
+
+
+# ---- parts -------------------------------------------------------------------------------------
+
+
 def _plain(x: Any, part: str) -> Any:
     """The same in what `weights_only=True` reads back: NumPy's numbers become Python's."""
-    if isinstance(x, dict):
-        kind = type(x) if type(x) in (OrderedDict, Counter) else dict
-        return kind({_plain(key, part): _plain(value, part) for key, value in x.items()})
-    if isinstance(x, (list, tuple)):
-        items = [_plain(value, part) for value in x]
-        return tuple(items) if isinstance(x, tuple) else items
+    try:
+        return _walk(x, part, part)
+    except RecursionError:
+        raise ValueError(f"part {part!r} holds itself, or is nested too deeply") from None
+
+
+def _walk(x: Any, part: str, where: str) -> Any:
     if not isinstance(x, Tensor) and getattr(x, "shape", None) == ():
-        return x.item()
-    if x is None or isinstance(x, (Tensor, bool, int, float, str, bytes, torch.dtype)):
+        x = x.item()
+    kind = type(x)
+    if kind in (dict, OrderedDict, Counter):
+        made: Any = kind()
+        for key, value in x.items():
+            at = f"{where}[{key!r}]"
+            made[_walk(key, part, f"the key of {at}")] = _walk(value, part, at)
+        if kind is OrderedDict:  # of a model: the versions of its modules
+            vars(made).update(_walk(vars(x), part, f"vars({where})"))
+        return made
+    if kind in (list, tuple):
+        return kind(_walk(value, part, f"{where}[{i}]") for i, value in enumerate(x))
+    if x is None or kind in (bool, float, str) or (kind is int and x.bit_length() < 64):
+        return x
+    if kind in PLAIN and not vars(x):
+        return x
+    if (isinstance(x, Tensor) or kind in SOMETIMES) and _reads_back(x):
         return x
     raise ValueError(
-        f"part {part!r} holds a {type(x).__name__}; a checkpoint takes tensors, numbers, strings, "
-        "and lists and dicts of them"
+        f"part {part!r} holds a {kind.__name__}; a checkpoint takes tensors, numbers, strings, and "
+        f"lists and dicts of them, of just these types: {where}"
     )
 
 
-def _shape(value: Any) -> str:
-    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
+def _reads_back(x: Any) -> bool:
+    """Whether `load_checkpoint` can read what is none of the usual."""
+    file = io.BytesIO()
+    try:
+        torch.save(x, file)
+        file.seek(0)
+        return type(torch.load(file, map_location="cpu", weights_only=True)) is type(x)
+    except Exception:  # pickle and torch raise all sorts
+        return False
 
 
 def _has_state(part: Any) -> bool:
@@ -171,10 +310,28 @@ def _random_state() -> dict[str, Any]:
     return state
 
 
+def _check_random_state(state: dict[str, Any]) -> None:
+    """Raises: all sorts, for what `_set_random_state` cannot set."""
+    torch.Generator().set_state(state["torch"])
+    random.Random().setstate(state["python"])
+    for i, own in enumerate(_cuda_states(state)):
+        torch.Generator(f"cuda:{i}").set_state(own)
+    if "numpy" in state and (numpy := sys.modules.get("numpy")):
+        numpy.random.RandomState().set_state(state["numpy"])
+        if not 0 <= state["numpy"][2] <= len(state["numpy"][1]):  # where NumPy reads next
+            raise ValueError(f"NumPy's position is {state['numpy'][2]}")
+
+
 def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for i, own in enumerate(_cuda_states(state)):
+        torch.cuda.set_rng_state(own, i)
     if "numpy" in state and (numpy := sys.modules.get("numpy")):
         numpy.random.set_state(state["numpy"])
+
+
+def _cuda_states(state: dict[str, Any]) -> list[Tensor]:
+    """Of the devices that are there now."""
+    states: list[Tensor] = state.get("cuda", [])
+    return states[: torch.cuda.device_count()]

@@ -1,11 +1,16 @@
 """Checkpoint files: exact, and whole or not there."""
 
+import copy
+import enum
 import io
 import os
 import random
+import re
 import subprocess
 import sys
 import time
+import zipfile
+from collections import Counter, OrderedDict, defaultdict, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +58,7 @@ def test_killed_at_twenty_moments_a_run_ends_as_if_it_had_not_been(run, tmp_path
 
     def check_the_end():
         assert same(*(torch.load(folder / "end.pt") for folder in (whole, killed)))
-        assert not (killed / ".run.pt.partial").exists()
+        assert not list(killed.glob(".*"))
 
     while kills:
         if run(killed, *kills[-1]) == 0:  # done before that moment came: once more from the start
@@ -61,7 +66,9 @@ def test_killed_at_twenty_moments_a_run_ends_as_if_it_had_not_been(run, tmp_path
             (killed / "run.pt").unlink()
             continue
         kills.pop()
-        partial += (killed / ".run.pt.partial").exists()
+        left = list(killed.glob(".run.pt.*.partial/whole"))
+        assert len(left) < 2  # each run removes what kills have left
+        partial += len(left)
         if (killed / "run.pt").exists():
             reached.add(torch.load(killed / "run.pt", weights_only=True)["values"]["step"])
     assert partial >= len(in_a_save)
@@ -103,11 +110,11 @@ def test_a_save_that_fails_leaves_the_file_before_it_and_the_mode(tmp_path, monk
     swapped = snapshot(model, opt)
 
     def full(run, file):
-        Path(file).write_bytes(b"half of it")
+        file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left on device: '.*run.pt'"):
         save_checkpoint(tmp_path / "run.pt", model, opt)
     assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
     assert (tmp_path / "run.pt").read_bytes() == before
@@ -210,3 +217,332 @@ def test_a_file_of_something_else_is_refused(tmp_path):
             load_checkpoint(tmp_path / "broken.pt", model, opt)
     with pytest.raises(FileNotFoundError):
         load_checkpoint(tmp_path / "none.pt", model, opt)
+
+
+# ---- the path ----------------------------------------------------------------------------------
+
+
+def one_step(tmp_path, **parts):
+    """A model and its optimizer after two steps, and their file."""
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3)
+    advance(model, opt, generator, 2)
+    save_checkpoint(tmp_path / "run.pt", model, opt, **parts)
+    return model, opt, tmp_path / "run.pt"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices of POSIX")
+def test_what_is_no_file_is_neither_replaced_nor_read(tmp_path):
+    model, opt, path = one_step(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    os.mkfifo(tmp_path / "fifo")
+    refused = {
+        tmp_path / "folder": "Is a directory: '.*folder'",
+        tmp_path / "link": "Is a directory: '.*link'",
+        tmp_path / "fifo": "Not a regular file: '.*fifo'",
+        tmp_path / "none" / "run.pt": "No such file or directory: '.*none",
+        path / "run.pt": "Not a directory: '.*run.pt/run.pt'",
+    }
+    for wrong, message in refused.items():
+        with pytest.raises(OSError, match=message):
+            save_checkpoint(wrong, model, opt)
+        with pytest.raises(OSError, match=message):
+            load_checkpoint(wrong, model, opt)
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to(path)
+    path.chmod(0o600)
+    save_checkpoint(tmp_path / "link", model, opt, step=3)
+    assert (tmp_path / "link").is_symlink()
+    assert load_checkpoint(path, model, opt) == {"step": 3}
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_full_disk_is_an_oserror_that_says_so(tmp_path):
+    model, opt, path = one_step(tmp_path)
+    before = path.read_bytes()
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (10, 1000, len(before) - 100):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(OSError, match="File too large: '.*run.pt'"):
+                save_checkpoint(path, model, opt)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
+        assert path.read_bytes() == before
+
+
+# ---- what is in the file -----------------------------------------------------------------------
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    torch.serialization.set_crc32_options(False)  # as a program may have it for other files
+    try:
+        model, opt, path = one_step(tmp_path, note="text" * 40)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    before, right = path.read_bytes(), snapshot(model, opt)
+    moments, found = random.Random(0), 0
+    for _ in range(300):
+        at = moments.randrange(len(before))
+        path.write_bytes(before[:at] + bytes([before[at] ^ 1 << at % 8]) + before[at + 1 :])
+        other, _ = problem(seed=1)
+        resumed = PACE(other.parameters(), pullback=0.0)
+        try:
+            load_checkpoint(path, other, resumed)
+        except ValueError as error:
+            assert re.match(r"'.*run.pt' .*damaged", str(error))  # noqa: PT017
+            assert not resumed.state
+            found += 1
+        else:  # where nothing is kept
+            assert_same(snapshot(other, resumed), right)
+    assert found > 100
+
+
+@pytest.mark.parametrize("kind", ["cut", "compressed", "legacy"])
+def test_a_file_in_another_form_is_refused(kind, tmp_path):
+    model, opt, path = one_step(tmp_path)
+    run = torch.load(path)
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif kind == "legacy":  # of torch before 1.6, without check sums
+        torch.save(run, path, _use_new_zipfile_serialization=False)
+    else:  # which might be of any length
+        with zipfile.ZipFile(path) as old:
+            content = {name: old.read(name) for name in old.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+            for name, data in content.items():
+                new.writestr(name, data)
+    with pytest.raises(ValueError, match=r"run.pt' cannot be read: .* damaged"):
+        load_checkpoint(path, model, opt)
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+def extended(base, value):
+    return type(f"My{base.__name__}", (base,), {})(value)
+
+
+UNREADABLE = {
+    "an enum": (Level.HIGH, "a Level; .*: sampler"),
+    "a key": ({"a": [{Level.HIGH: 1}]}, r"a Level; .*: the key of sampler\['a'\]\[0\]\["),
+    "str": ([1, {"x": extended(str, "text")}], r"a Mystr; .*: sampler\[1\]\['x'\]"),
+    "float": ((extended(float, 0.5),), r"a Myfloat; .*: sampler\[0\]"),
+    "int": (extended(int, 1), "a Myint"),
+    "dict": ({1: defaultdict(list)}, r"a defaultdict; .*: sampler\[1\]"),
+    "list": (extended(list, [1]), "a Mylist"),
+    "tuple": (namedtuple("Pair", "a b")(1, 2), "a Pair"),
+    "huge": ({"n": 1 << 3000}, r"a int; .*: sampler\['n'\]"),
+    "no bytes": ([b""], r"a bytes; .*: sampler\[0\]"),
+    "a function": (len, "a builtin_function_or_method"),
+    "a set of such": ({Level.HIGH}, "a set"),
+    "attributes": (torch.ones(1), r"a Tensor; .*: sampler"),
+    "long double": (np.longdouble(1), "a longdouble"),
+    "a date": (np.datetime64("2020-01-01"), "a date"),
+}
+UNREADABLE["attributes"][0].of = random.Random(0)
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_could_not_be_read_back_is_named_and_not_written(kind, tmp_path):
+    value, message = UNREADABLE[kind]
+    model, opt, path = one_step(tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"part 'sampler' holds {message}"):
+        save_checkpoint(path, model, opt, sampler=value)
+    assert path.read_bytes() == before
+
+
+def test_what_is_read_back_is_the_same(tmp_path):
+    values = {
+        "numbers": [True, -(2**63), 2**63, 2**2000, 0.1, float("inf"), 1j, np.float64(0.5)],
+        "texts": ["", "\ud800", b"\x00\xff"],
+        "kinds": [torch.float8_e4m3fn, torch.device("cpu"), torch.Size([2]), {1}, (), [], {}, None],
+        "dicts": [OrderedDict(b=1, a=2), Counter("aab"), {(1, "x"): 1, None: 2}],
+        "tensors": [torch.ones(2, dtype=torch.uint16), torch.eye(2).to_sparse(), torch.ones(0)],
+    }
+    model, opt, path = one_step(tmp_path, **values)
+    read = load_checkpoint(path, model, opt)
+    values["tensors"][1] = values["tensors"][1].to_dense()
+    read["tensors"][1] = read["tensors"][1].to_dense()
+    assert same(read, values)
+    assert [list(map(type, x)) for x in read.values()] == [
+        [float if type(x) is np.float64 else type(x) for x in values[key]] for key in read
+    ]
+
+
+def test_a_part_that_holds_itself_is_refused(tmp_path):
+    cyclic, deep = {}, []
+    cyclic["self"] = [cyclic]
+    for _ in range(5000):
+        deep = [deep]
+    for part in (cyclic, deep):
+        model, opt, path = one_step(tmp_path)
+        with pytest.raises(ValueError, match="part 'queue' holds itself, or is nested too deeply"):
+            save_checkpoint(path, model, opt, queue=part)
+        load_checkpoint(path, model, opt)
+
+
+class Extra(torch.nn.Linear):
+    """A module with an extra state."""
+
+    extra = ()
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        if state == "refused":
+            raise KeyError(state)
+        self.extra = state
+
+
+def test_an_extra_state_is_kept_with_the_versions_or_refused(tmp_path):
+    model = torch.nn.Sequential(Extra(2, 2), torch.nn.BatchNorm1d(2))
+    opt = PACE(model.parameters(), pullback=0.3)
+    model[0].extra = {"scale": np.float32(0.5)}
+    save_checkpoint(tmp_path / "run.pt", model, opt)
+    assert torch.load(tmp_path / "run.pt")["model"]._metadata["1"] == {"version": 2}
+    model[0].extra = None
+    load_checkpoint(tmp_path / "run.pt", model, opt)
+    assert model[0].extra == {"scale": 0.5}
+    model[0].extra = {"level": Level.HIGH}
+    says = r"part 'model' holds a Level; .*: model\['0._extra_state'\]\['level'\]"
+    with pytest.raises(ValueError, match=says):
+        save_checkpoint(tmp_path / "run.pt", model, opt)
+
+
+# ---- contents that are not what they should be -------------------------------------------------
+
+
+class Refusing:
+    """A part that changes before it refuses."""
+
+    def __init__(self):
+        self.state = {"position": 1}
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state["position"] = -1
+        self.state = {"position": state["position"] + 0}
+
+
+def wrong(path, *keys, value):
+    """Change one thing in a file, by its keys; `del` takes it away."""
+    run = torch.load(path)
+    place = run
+    for key in keys[:-1]:
+        place = place[key]
+    if value == "del":
+        del place[keys[-1]]
+    else:
+        place[keys[-1]] = value
+    torch.save(run, path)
+
+
+NOTHING = [None, [], "text", 3, torch.ones(2)]
+EXTRA = "4._extra_state"
+WRONG = {
+    **{f"{key}={x!r:.7}": ((key,), x, "was not written by save_checkpoint")
+       for key in ("model", "optimizer", "random", "states", "values") for x in NOTHING},
+    "no model": (("model",), "del", "was not written by save_checkpoint"),
+    "weights of ints": (("model", "0.bias"), torch.ones(5).long(), "'0.bias' is torch.int64"),
+    "wider weights": (("model", "0.bias"), torch.ones(5).double(), "'0.bias' is torch.float64"),
+    "a shape": (("model", "0.bias"), torch.ones(4), r"'0.bias' is torch.float32 of shape \(4,\)"),
+    "a list": (("model", "0.bias"), [1.0] * 5, "'0.bias' is extra state in the file"),
+    "no data": (("model", "0.bias"), torch.ones(5, device="meta"), "'0.bias' is .*without data"),
+    "sparse": (("model", "0.bias"), torch.ones(5).to_sparse(), "'0.bias' is .*torch.sparse_coo"),
+    "a key": (("model", 7), torch.ones(5), "7 is torch.float32"),
+    "no weight": (("model", "0.bias"), "del", "'0.bias' is not in the file"),
+    "extra state": (("model", EXTRA), "refused", "model cannot be loaded: KeyError: 'refused'"),
+    "no state": (("states", "reader"), {}, "part 'reader' cannot be loaded: KeyError: 'position'"),
+    "part": (("states", "reader"), [], "part 'reader' cannot be loaded: its state is a list"),
+    "part's": (("states", "reader", "position"), "x", "'reader' cannot be loaded: TypeError"),
+    "generator": (("states", "order"), torch.ones(3), "part 'order' cannot be loaded: TypeError"),
+    "fewer parts": (("states", "order"), "del", r"has the parts \['reader'\]"),
+    "more parts": (("states", 3), {}, r"has the parts \['3', 'order', 'reader'\]"),
+    "torch's": (("random", "torch"), torch.ones(3), "random states cannot be loaded: TypeError"),
+    "Python's": (("random", "python"), (3, (1,), None), "random states cannot be loaded: state"),
+    "NumPy's": (("random", "numpy"), ("MT19937", [0] * 624, 10**9, 0, 0.0), "random states"),
+    "no state of torch": (("random", "torch"), "del", "random states cannot be loaded: KeyError"),
+    "groups": (("optimizer", "param_groups"), None, "optimizer cannot be loaded: 'param_groups'"),
+    "a count": (("optimizer", "state", 0, "step"), torch.tensor(-5.0), "'step' must be .* got -5"),
+}  # fmt: skip
+
+
+def holder(seed):
+    model, generator = problem(seed=seed)
+    model.append(Extra(2, 2))
+    opt = PACE(model.parameters(), lr=0.05, pullback=0.3)
+    advance(model, opt, generator, 1 + seed)
+    return model, opt, {"reader": Refusing(), "order": generator}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("kind", WRONG)
+def test_malformed_contents_change_nothing(kind, swapped, tmp_path):
+    keys, value, message = WRONG[kind]
+    model, opt, parts = holder(0)
+    model[-1].extra = {"scale": 1.0}
+    save_checkpoint(tmp_path / "run.pt", model, opt, **parts)
+    wrong(tmp_path / "run.pt", *keys, value=value)
+    model, opt, parts = holder(1)
+    if swapped:
+        opt.eval()
+
+    def everything():
+        own = parts["reader"].state, parts["order"].get_state(), model[-1].extra
+        others = torch.get_rng_state(), random.getstate(), np.random.get_state()[2]
+        return copy.deepcopy((snapshot(model, opt), own, others, opt.param_groups[0]["swapped"]))
+
+    before = everything()
+    with pytest.raises(ValueError, match=rf"^'.*run.pt'.*{message}") as error:
+        load_checkpoint(tmp_path / "run.pt", model, opt, **parts)
+    assert len(str(error.value).splitlines()) == 1
+    assert same(everything(), before)
+
+
+def test_an_optimizer_of_torch_that_refuses_is_as_before(tmp_path):
+    model, generator = problem()
+    opt = torch.optim.AdamW(model.parameters(), lr=0.05)
+    advance(model, opt, generator, 2)
+    save_checkpoint(tmp_path / "run.pt", model, opt, order=generator)
+    wrong(tmp_path / "run.pt", "optimizer", "state", 0, "step", value="del")
+    advance(model, opt, generator, 1)
+    before, at = snapshot(model, opt), generator.get_state()
+    with pytest.raises(ValueError, match="optimizer cannot be loaded: KeyError: 'step'"):
+        load_checkpoint(tmp_path / "run.pt", model, opt, order=generator)
+    assert_same(snapshot(model, opt), before)
+    assert torch.equal(generator.get_state(), at)
+
+
+# ---- wrappers ----------------------------------------------------------------------------------
+
+
+def test_live_weights_through_any_wrappers(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+
+    def prepared(seed):
+        model, generator = problem(seed=seed)
+        opt = PACE(model.parameters(), lr=0.05, pullback=0.3)
+        model, opt = accelerator.prepare(model, opt)
+        return model, accelerate.optimizer.AcceleratedOptimizer(opt), generator
+
+    model, opt, generator = prepared(0)
+    advance(model, opt, generator, 3)
+    live = snapshot(model, opt)
+    opt.eval()
+    swapped = snapshot(model, opt)
+    save_checkpoint(tmp_path / "run.pt", model, opt)
+    assert_same(snapshot(model, opt), swapped)
+    other, resumed, _ = prepared(1)
+    load_checkpoint(tmp_path / "run.pt", other, resumed)
+    assert_same(snapshot(other, resumed), live)
+    assert not resumed.optimizer.optimizer.swapped

@@ -8,7 +8,7 @@ from problems import RETURNS
 from sharding import BASES, advance, assert_close, assert_equal, held, net, pullback, wrapped
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from paceline import PACE
+from paceline import PACE, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -226,3 +226,22 @@ def test_a_whole_tensor_is_not_loaded_into_a_shard(ranks):
     opt = PACE(model.parameters(), pullback=1.0)
     advance(model, opt, None, 1)
     ranks(load_a_whole_checkpoint, opt.state_dict())
+
+
+# ---- save_checkpoint ---------------------------------------------------------------------------
+
+
+def saves_on_one_path(path):
+    """Save at the same moment, some times: what is there is whole all the while."""
+    model = wrapped(net(), "ddp")
+    opt = PACE(model.parameters(), lr=0.05, pullback=2.0)
+    advance(model, opt, "ddp", 1)
+    for step in range(10):
+        dist.barrier()
+        save_checkpoint(path, model, opt, step=step)
+        assert load_checkpoint(path, model, opt)["step"] in (step, step + 1)
+
+
+def test_ranks_that_save_on_one_path_leave_one_file(ranks, tmp_path):
+    ranks(saves_on_one_path, tmp_path / "run.pt")
+    assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
