@@ -1,5 +1,6 @@
 """What an optimizer checkpoint must be to be loaded, said before anything is changed."""
 
+import math
 import reprlib
 import warnings
 from collections.abc import Callable
@@ -12,8 +13,19 @@ from . import swap
 from .base import describe
 from .options import Group, number
 from .shards import is_sharded, local
-from .state import EXP_AVG_SQ, OWN_EXP_AVG_SQ, PLAIN, RETURN, State, extra_keys_in
+from .state import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    OWN_EXP_AVG_SQ,
+    PLAIN,
+    PULLBACK_KEYS,
+    RETURN,
+    State,
+    extra_keys_in,
+)
 
+# By the options of a group: of torch's Adam and AdamW.
+ADAM = {"betas", "eps", "amsgrad", "capturable", "differentiable", "foreach"}
 SECOND_MOMENTS = frozenset({EXP_AVG_SQ, "max_exp_avg_sq", OWN_EXP_AVG_SQ})
 StateCheck = Callable[[State, Tensor, swap.Swapped | None], None]
 
@@ -64,7 +76,9 @@ def validated_checkpoint(
                 f"names, got {_shown(names)}; nothing was changed"
             )
         try:
-            group = complete(theirs, mine, g)
+            group = {**mine, **complete(theirs, mine, g)}
+            if keys is None:
+                _check_kinds(group, mine)
             group[swap.SWAPPED] = theirs.get(swap.SWAPPED) or ""
             check = checker(group, list(zip(mine["params"], found, strict=True)))
             records = _records(group[swap.SWAPPED], len(found))
@@ -81,7 +95,7 @@ def validated_checkpoint(
             try:
                 check(state, param, record)
                 if keys is None:
-                    _check_base(state)
+                    _check_base(state, param, group)
                 if record and record.average and RETURN + record.average not in state:
                     raise ValueError(
                         f"the checkpoint had its average {record.average!r} swapped in, and lacks "
@@ -158,12 +172,36 @@ def _records(text: Any, count: int) -> list[swap.Swapped | None]:
     return records
 
 
-def _check_base(state: State) -> None:
-    """Raises: ValueError: a base's step count or second moment can be none."""
-    if "step" in state:
-        check_count("step", state["step"])
+def _check_kinds(group: Group, mine: Group) -> None:
+    """Raises: ValueError: an option that nobody else checks is of another kind than before."""
+    for key in mine.keys() - {"params", "param_names", swap.SWAPPED}:
+        own, theirs = _kind(mine[key]), _kind(group[key])
+        if own not in (None, theirs) and (own != "flag" or group[key] is not None):
+            raise ValueError(f"{key} must be as {mine[key]!r}, got {_shown(group[key])}")
+
+
+def _kind(value: Any) -> Any:
+    """Number, flag, or the kinds in a sequence; None for what may be anything."""
+    if isinstance(value, bool):
+        return "flag"
+    if isinstance(value, tuple | list):
+        return tuple(map(_kind, value))
+    return None if math.isnan(number(value, tensors=True)) else "number"
+
+
+def _check_base(state: State, param: Tensor, group: Group) -> None:
+    """Raises: ValueError: a base's step count or moments can be none."""
+    needed: set[str] = set()
+    if group.keys() >= ADAM and state.keys() - PULLBACK_KEYS - extra_keys_in(state):
+        needed = {"step", EXP_AVG, EXP_AVG_SQ, *["max_exp_avg_sq"] * bool(group["amsgrad"])}
+    if missing := sorted(needed - state.keys()):
+        raise ValueError(f"its state lacks {missing}")
+    for key in sorted(needed - {"step"}):
+        check_tensor(key, state[key], param)
     for key in SECOND_MOMENTS & state.keys():
         _check_not_negative(key, state[key])
+    if "step" in state:
+        check_count("step", state["step"])
 
 
 def check_tensor(key: str, value: Any, param: Tensor) -> None:

@@ -196,6 +196,49 @@ def test_checkpoints_that_do_not_fit(name):
     assert_one(opt)
 
 
+OF_ADAM = {
+    "no count": (without("step"), r"'second' .* its state lacks \['step'\]"),
+    "no moment": (without("exp_avg"), r"'second' .* its state lacks \['exp_avg'\]"),
+    "a list": (put("exp_avg", [0.0] * 3), "'exp_avg' must be a floating-point tensor, got list"),
+    "a shape": (put("exp_avg", torch.ones(1)), r"its 'exp_avg' has shape \(1,\)"),
+    "a count": (put("step", torch.tensor(0.5)), "'step' must be a whole number >= 0, got 0.5"),
+    "lr": (lambda x: x["param_groups"][0].update(lr="x"), "lr must be as 0.1, got 'x'"),
+    "betas": (lambda x: x["param_groups"][0].update(betas=[0.9]), r"betas must be as \(0.9, 0"),
+    "amsgrad": (
+        lambda x: x["param_groups"][0].update(amsgrad=3),
+        "amsgrad must be as False, got 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_ADAM)
+def test_state_of_adam_that_could_not_step(name):
+    change, message = OF_ADAM[name]
+    params = params_of((4, 3), (3,))
+    opt = Pullback(adamw(zip(("first", "second"), params, strict=True), lr=0.1), pullback=0.1)
+    go(params, opt, 2)
+    state = copy.deepcopy(opt.state_dict())
+    change(state)
+    before = held(params, opt)
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(state)
+    assert same(held(params, opt), before)
+    assert_one(opt)
+
+
+def test_options_that_a_base_lacks_stay():
+    params = params_of((4, 3), (3,))
+    opt = Pullback(adamw(params, lr=0.1), pullback=0.1)
+    go(params, opt, 1)
+    state = copy.deepcopy(opt.state_dict())
+    del state["param_groups"][0]["eps"]
+    state["param_groups"][0]["foreach"] = False
+    opt.param_groups[0]["eps"] = 0.5
+    opt.load_state_dict(state)
+    assert [opt.param_groups[0][name] for name in ("eps", "foreach")] == [0.5, False]
+    go(params, opt, 1)
+
+
 @pytest.mark.parametrize("make", [adamw, functools.partial(sgd, momentum=0.9)])
 def test_a_checkpoint_of_the_base_alone_is_a_start(make):
     params, others = params_of((4, 3), (3,)), params_of((4, 3), (3,))
