@@ -10,10 +10,13 @@ def cache_folder() -> Path:
     """`$PACELINE_CACHE`, or else `paceline` in `$XDG_CACHE_HOME` (by default `~/.cache`).
 
     Raises:
-        OSError: it is not there and cannot be made.
+        OSError: it is not there and cannot be made, or this user has no home.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("PACELINE_CACHE") or Path(base) / "paceline")
+    given, base = os.environ.get("PACELINE_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(given or Path(base or Path.home() / ".cache") / "paceline")
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{error}; set PACELINE_CACHE") from None
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 

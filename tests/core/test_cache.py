@@ -139,6 +139,20 @@ def test_a_folder_that_others_can_write_to_is_not_used(mode, folder):
     assert builds(folder) == 3
 
 
+def test_a_user_without_a_home_has_a_kernel(folder, monkeypatch):
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    start()
+    assert len(list(folder.iterdir())) == 1
+    monkeypatch.delenv("PACELINE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    start()
+    with pytest.raises(OSError, match="home directory.; set PACELINE_CACHE"):
+        cache_folder()
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root")
 def test_what_belongs_to_another_is_not_used(folder):
     start()
