@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 try:
     import fcntl
@@ -56,31 +55,48 @@ def scratch(folder: Path, name: str) -> Iterator[Path]:
     for left in folder.iterdir():
         if left.name.startswith(start) and left.name.endswith(end):
             _remove_if_left(left)
-    own = Path(tempfile.mkdtemp(end, start, folder))
+    while True:
+        own, lock = Path(tempfile.mkdtemp(end, start, folder)), None
+        try:
+            lock = _lock(own)
+        except (BlockingIOError, FileNotFoundError):  # another has just taken it for left
+            continue
+        except OSError:  # no locks here
+            pass
+        break
     try:
-        with (own / "new").open("wb") as lock:
-            with suppress(OSError):
-                _lock(lock)
-                (own / "new").rename(own / "lock")  # held by then: nobody takes it for left
-            yield own
+        yield own
     finally:
         shutil.rmtree(own, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def _remove_if_left(own: Path) -> None:
     """Remove a `scratch` of a process that is no more, or of another day."""
     with suppress(OSError):  # it is gone, in use, or another user's
-        if time.time() - own.stat().st_mtime < DAY:
-            with (own / "lock").open("r+b") as lock:
-                _lock(lock)
-        shutil.rmtree(own)
+        lock = _lock(own) if time.time() - own.stat().st_mtime < DAY else None
+        shutil.rmtree(own, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
-def _lock(file: IO[bytes]) -> None:
-    """Raises: OSError: another process has it, or the file system has no locks."""
+def _lock(own: Path) -> int:
+    """A descriptor that holds a folder, as long as it is open.
+
+    Raises:
+        OSError: another holds it, it is gone, or the file system has no locks.
+    """
     if not fcntl:
         raise OSError("no locks")
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    descriptor = os.open(own, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        own.stat()
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,9 +3,11 @@
 import os
 import stat
 import time
+from pathlib import Path
 
 import pytest
 
+from paceline import files
 from paceline.files import put, scratch, whole
 
 
@@ -44,6 +46,7 @@ def test_what_a_killed_process_leaves_goes_with_the_next_call(tmp_path):
     os.waitpid(child, 0)
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".file.")
+    (tmp_path / ".file.empty.partial").mkdir()  # killed while it was made or removed
     with scratch(tmp_path, "another"):
         assert left.exists()
     with whole(tmp_path / "file") as partial:
@@ -52,7 +55,8 @@ def test_what_a_killed_process_leaves_goes_with_the_next_call(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-def test_what_is_left_without_a_lock_goes_after_a_day(tmp_path):
+def test_without_locks_what_is_left_goes_after_a_day(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
     days = {0: ".file.a.partial", 2: ".file.b.partial"}
     for age, name in days.items():
         (tmp_path / name).mkdir()
@@ -60,6 +64,27 @@ def test_what_is_left_without_a_lock_goes_after_a_day(tmp_path):
     with whole(tmp_path / "file") as partial:
         partial.write_text("text")
     assert names(tmp_path) == [days[0], "file"]
+
+
+@pytest.mark.parametrize("moment", ["in use", "gone"])
+def test_a_partial_that_was_taken_for_left_is_made_again(moment, tmp_path, monkeypatch):
+    make, made = files.tempfile.mkdtemp, []
+
+    def taken(*args):
+        made.append(make(*args))
+        if len(made) > 1:
+            return made[-1]
+        if moment == "gone":
+            Path(made[0]).rmdir()
+        else:
+            files._lock(tmp_path / made[0])
+        return made[0]
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", taken)
+    with whole(tmp_path / "file") as partial:
+        partial.write_text("text")
+    assert len(made) == 2
+    assert (tmp_path / "file").read_text() == "text"
 
 
 @pytest.mark.parametrize("length", [1, 255])
