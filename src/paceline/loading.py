@@ -125,6 +125,12 @@ def validated_checkpoint(
     return {**saved, "state": states, "param_groups": completed}
 
 
+def check_is_dict(saved: Any) -> None:
+    """Raises: ValueError: what is to be loaded is no dict."""
+    if not isinstance(saved, dict):
+        raise ValueError(f"the checkpoint must be a dict, got {_shown(saved)}; nothing was changed")
+
+
 def one_line(error: Exception) -> str:
     """What an exception says, in one line, with its type where that says more."""
     lines = f"{type(error).__name__}: {error}".removeprefix("ValueError: ").splitlines()
@@ -145,7 +151,7 @@ def _check_outline(saved: Any) -> None:
                 f"{what} of the checkpoint must be {must}, got {_shown(value)}; nothing was changed"
             )
 
-    check(isinstance(saved, dict), "all", "a dict", saved)
+    check_is_dict(saved)
     state, groups = saved.get("state"), saved.get("param_groups")
     check(isinstance(state, dict), "'state'", "a dict", state)
     check(isinstance(groups, list), "'param_groups'", "a list", groups)
@@ -230,7 +236,7 @@ def _check_not_negative(key: str, value: Any) -> None:
         raise ValueError(f"its {key!r} must not be negative")
 
 
-def check_count(key: str, value: Any, _: Tensor) -> None:
+def check_count(key: str, value: Any, _: Tensor | None = None) -> None:
     """Raises: ValueError: a saved count of steps is not one whole number that float64 can count."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"its {key!r} must be one number, got shape {tuple(value.shape)}")

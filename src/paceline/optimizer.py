@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from . import auto, kernels, rounding, shards
 from .averaging import Averaging
 from .base import AveragedOptimizer, describe, summarize
-from .loading import StateCheck, check_count, check_tensor, validated_checkpoint
+from .loading import StateCheck, check_count, check_is_dict, check_tensor, validated_checkpoint
 from .options import Group, check_numbers, check_pace, expand_short
 from .state import (
     AVERAGE,
@@ -428,6 +428,7 @@ class PACE(AveragedOptimizer):
                 that do not match; or an option out of its range. The message names the parameter
                 or option. Nothing has changed then.
         """
+        check_is_dict(state_dict)
         loaded: dict[str, Any] = {}
 
         def validate(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
 from . import shards
 from .averaging import Averaging
 from .base import AveragedOptimizer, describe, summarize
-from .loading import StateCheck, check_count, check_tensor, validated_checkpoint
+from .loading import StateCheck, check_count, check_is_dict, check_tensor, validated_checkpoint
 from .options import (
     SHORT,
     Group,
@@ -405,6 +405,7 @@ class Pullback(AveragedOptimizer):
                 or a parameter whose average, or what the pull needs, is missing, misshapen, or that
                 of a shard. Nothing has changed then. What the base raises.
         """
+        check_is_dict(state_dict)
         saved = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, saved)
