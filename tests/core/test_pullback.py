@@ -239,8 +239,7 @@ def around_adamw(params):
 
 CONFORMS = {
     "AdamW, pulled": (around_adamw, set()),
-    # What is not there is the base's own, and the base does not mind.
-    "AdamW": (lambda params: Pullback(adamw(params)), {"missing state"}),
+    "AdamW": (lambda params: Pullback(adamw(params)), set()),
     # The foreign state is of an SGD with momentum: not foreign.
     "SGD": (
         lambda params: Pullback(sgd(params, momentum=0.9)),
