@@ -86,7 +86,12 @@ class PACE(AveragedOptimizer):
     "mean": "uniform"}` keeps several: `opt.averaged("mean")` and `opt.averaged_state_dict(model,
     "mean")` ask for one by name; without a name it is the first.
 
-    State for each parameter, created at its first step (`paceline.state`): `step` (0-dim float32),
+    A parameter that has no gradient at a step stands still, and its averages go on toward it. One
+    that does not require a gradient is returned as it is, and may be of any dtype; where none of
+    the optimizer's does, as in evaluation, that counts which was frozen at the last step. To change
+    weights after a step, use `register_projection`.
+
+    State for each parameter, created at its first step (`paceline.state`): two counts, and
     `exp_avg` (m), `exp_avg_sq` (v) and `average`, all of the parameter's shape and in float32
     (float64 for a float64 parameter): 12 bytes a parameter. While the average is swapped in,
     `average` keeps the live weights, for 16-bit parameters in packed form. Each further average is
@@ -103,7 +108,7 @@ class PACE(AveragedOptimizer):
         lr: learning rate η >= 0, a number or one-element tensor. LR schedulers work as usual.
         betas: decay of the first and second moment, each in [0, 1): numbers, or one-element tensors
             that are read at each step.
-        eps: ε >= 0, in the unit of a gradient.
+        eps: ε >= 0, in the unit of a gradient; 0 counts as 1.2e-38, so that 0/0 is 0.
         weight_decay: decoupled weight decay wd >= 0.
         pullback: strength c >= 0, in the unit of a gradient: its best value moves with the scale
             of the gradients (the paper: 0.15-0.25 fine-tuning 1-2B models, 0.03 a 135M one, 0.002
@@ -285,8 +290,10 @@ class PACE(AveragedOptimizer):
                 back.
 
         Raises:
-            RuntimeError: the averaged weights are swapped in, or a gradient is sparse or complex.
-                Nothing has changed then.
+            RuntimeError: the averaged weights are swapped in; a gradient is sparse or not of real
+                floats; a parameter, its gradient and its state have different shapes, or less
+                memory than they say; or two of them share memory. Nothing has changed then.
+            ValueError: a rate or another number of a group has been set out of its range since.
             FloatingPointError: with `nonfinite="raise"`, as said there.
         """
         if closure is None and (probed := self._is_state_probe()):
