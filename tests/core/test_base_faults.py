@@ -1,6 +1,7 @@
 """Gradients that are not finite: held, skipped, raised or let through, on every path."""
 
 import contextlib
+import sys
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from problems import advance, assert_same, problem, snapshot
 from torch.nn import Parameter
 
-from paceline import PACE, kernels, update
+from paceline import PACE, Pullback, kernels, update
 from paceline.kernels import compiled, cpu
 
 BAD = [float("nan"), float("inf"), -float("inf")]
@@ -246,3 +247,59 @@ def test_an_error_on_the_way_to_the_kernel_leaves_nothing_counted(monkeypatch):
 def test_an_unknown_mode_is_refused(mode):
     with pytest.raises(ValueError, match="nonfinite must be one of guard, skip, raise, ignore"):
         PACE([Parameter(torch.ones(1))], pullback=0.1, nonfinite=mode)
+
+
+class Interrupt:
+    """Ctrl-C at the n-th line of the package that is run inside a `with`."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __enter__(self):
+        sys.settrace(self.called)
+        return self
+
+    def __exit__(self, kind, *_):
+        sys.settrace(None)
+        return kind is KeyboardInterrupt
+
+    def called(self, frame, event, argument):
+        return self.line if "paceline" in frame.f_code.co_filename else None
+
+    def line(self, frame, event, argument):
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self.line
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("make", ["PACE", "Pullback"])
+def test_an_interrupt_anywhere_in_a_step_leaves_an_optimizer_that_goes_on(make, steps, kernel):
+    """With the kernel a count has moved just where its parameter has."""
+    n, done = 0, False
+    while not done:
+        n += 7
+        params = [Parameter(torch.ones(5)), Parameter(torch.ones(3, 2))]
+        if make == "PACE":
+            opt = PACE(params, lr=0.1, pullback=0.1, fused=True, returns="uniform")
+        else:
+            opt = Pullback(torch.optim.SGD(params, lr=0.1), 0.1, returns="uniform")
+        for p in params:
+            p.grad = torch.ones_like(p)
+        for _ in range(steps):
+            opt.step()
+        before = [p.detach().clone() for p in params]
+        with Interrupt(n) as interrupt:
+            opt.step()
+        done = interrupt.left > 0
+        for p, was in zip(params, before, strict=True):
+            count = float(opt.state.get(p, {}).get("step", 0))
+            if make == "PACE":
+                assert count == steps + (not torch.equal(p, was))
+        opt.step()
+        with opt.averaged():
+            assert all(p.isfinite().all() for p in params)
+        assert len({len(opt.state[p]) for p in params}) == 1
+    assert n > 100
