@@ -1,6 +1,7 @@
 """paceline: train the model you return."""
 
 from .averaging import BEMA, EMA, LAWA, SWA, Averaging, PowerEMA, Uniform
+from .batchnorm import recomputed_statistics
 from .checkpoint import load_checkpoint, save_checkpoint
 from .optimizer import PACE
 from .pullback import Pullback
@@ -16,6 +17,7 @@ __all__ = [
     "Pullback",
     "Uniform",
     "load_checkpoint",
+    "recomputed_statistics",
     "save_checkpoint",
 ]
 __version__ = "0.1.0"

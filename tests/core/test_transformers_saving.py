@@ -255,11 +255,32 @@ def test_rotation_keeps_the_last_and_the_best(limit, loads_best, tmp_path):
 def test_rotation_keeps_what_was_saved_last_where_a_run_goes_back(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1}
     prepare(tmp_path, **options, max_steps=4).train()
-    for step in range(1, 5):  # by which the Trainer goes where they differ
-        os.utime(tmp_path / f"checkpoint-{step}", (step * 1000.0, step * 1000.0))
     trainer = prepare(tmp_path, **options, max_steps=2, save_total_limit=2)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert {x.name for x in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_rotation_goes_by_steps_and_not_by_dates(limit, tmp_path):
+    others = ("checkpoint-2-mine", "checkpoint-x", "my-checkpoint-1")
+    for name in ("checkpoint-1", "checkpoint-10", *others):
+        (tmp_path / name).mkdir()
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": limit}
+    trainer = prepare(tmp_path, **options, max_steps=8)
+    kept = []
+
+    def note(step, **_):
+        for path in tmp_path.glob("checkpoint-*"):  # the earlier, the further in the future
+            number = int("0" + "".join(filter(str.isdigit, path.name)))
+            os.utime(path, (4e9 - 1e6 * number, 4e9 - 1e6 * number))
+        assert (tmp_path / f"checkpoint-{step}" / "model.safetensors").exists()
+        kept.append({x.name for x in tmp_path.iterdir()} - {*others})
+
+    trainer.add_callback(on("on_save", note))
+    trainer.train()
+    steps = [[i, 10][:limit] for i in (2, 4, 6, 8)]
+    assert kept == [{f"checkpoint-{i}" for i in x} for x in steps]
+    assert {*others} <= {x.name for x in tmp_path.iterdir()}
 
 
 # ---- faults in a save ------------------------------------------------------------------------
@@ -376,7 +397,7 @@ def test_a_save_that_fails_leaves_what_was_there(point, form, undisturbed, tmp_p
 
 
 def test_what_a_killed_save_left_is_cleared(tmp_path):
-    for left in (".partial/checkpoint-2/stale", ".partial/checkpoint-1/model.safetensors"):
+    for left in ("_partial/checkpoint-2/stale", "_partial/checkpoint-1/model.safetensors"):
         (tmp_path / left).parent.mkdir(parents=True)
         (tmp_path / left).touch()
     prepare(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
@@ -407,7 +428,7 @@ def test_killed_in_a_save_a_run_goes_on_from_a_whole_checkpoint(undisturbed, tmp
         folder = tmp_path / point
         checkpoint = Path(get_last_checkpoint(str(folder)))
         assert checkpoint.name == ("checkpoint-4" if point == "renamed" else "checkpoint-2")
-        assert (folder / ".partial").exists()  # it was in the middle
+        assert (folder / "_partial").exists()  # it was in the middle
         whole = undisturbed["float32"][1] / checkpoint.name
         assert {p.name for p in checkpoint.iterdir()} == {p.name for p in whole.iterdir()}
         assert same(stored(checkpoint), stored(whole))

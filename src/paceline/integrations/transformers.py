@@ -1,15 +1,23 @@
 """A Trainer of transformers for optimizers that return another model than they train."""
 
+import copy
+import logging
+import re
+import shutil
+import warnings
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..base import AveragedOptimizer
+from ..batchnorm import layers_with_statistics
 from ..files import put, remove
 
 
@@ -27,10 +35,16 @@ class PaceTrainer(Trainer):
 
     - Evaluations measure both models on the same batches. `eval_loss` and the other metrics are of
       the returned model, `eval_live_loss` and so on of the live weights, `eval_<name>_loss` of
-      more averages (`returns`). The best checkpoint and early stopping use the returned model.
+      more averages (`returns`). What the trainer beside it gathers for its `log`, as TRL's do, is
+      kept apart in the same way. An evaluation set that is called as an average is refused.
+    - The best checkpoint is that of the best returned model. `metric_for_best_model` may name a
+      metric of other weights only where nothing is saved by it (`save_strategy="no"`).
     - Every saved model, checkpoints too, is the returned one. A checkpoint's optimizer state has
       the live weights, and a checkpoint gets its name when it is complete. Resuming restores live
-      weights and average bit for bit.
+      weights and average bit for bit. Uploads to the Hub begin when it has its name, and
+      `save_total_limit` goes by the steps in the names.
+    - BatchNorm's running statistics stay those of the live weights, and a warning says so;
+      `paceline.recomputed_statistics` has them of the returned ones.
     - After `train()` the model holds the returned weights (the best of them, with
       `load_best_model_at_end`).
 
@@ -40,6 +54,7 @@ class PaceTrainer(Trainer):
 
     _best_loaded = False
     _saving = False
+    _uploads: tuple[tuple[str, Future[Any]], ...] = ()  # of checkpoints, by name
 
     # ---- which weights the model holds -------------------------------------------------------
 
@@ -71,9 +86,13 @@ class PaceTrainer(Trainer):
         if (optimizer := self._swapping()) is None:
             yield False
             return
-        with _restoring(optimizer):
-            optimizer.eval(*names) if average else optimizer.train()
-            yield bool(optimizer.state)
+        try:
+            with _restoring(optimizer):
+                optimizer.eval(*names) if average else optimizer.train()
+                self._last_loaded_step = -1  # TRL's vLLM has other weights; it loads these
+                yield bool(optimizer.state)
+        finally:
+            self._last_loaded_step = -1
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, and leave the returned weights in the model."""
@@ -108,34 +127,112 @@ class PaceTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Evaluate the live weights, and then each returned model."""
 
-        def loop(prefix: str) -> EvalLoopOutput:
+        def loop(suffix: str) -> EvalLoopOutput:
             # The loop would swap an average in by the optimizer's own `eval`.
             optimizer, self.optimizer = self.optimizer, None
             try:
                 output = super(PaceTrainer, self).evaluation_loop(
-                    dataloader, description, prediction_loss_only, ignore_keys, prefix
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
             finally:
                 self.optimizer = optimizer
-            # TRL's trainers gather more metrics, and would log them mixed over all weights.
-            gathered = getattr(self, "_metrics", {}).get("eval", {})
-            more = {f"{prefix}_{name}": sum(x) / len(x) for name, x in gathered.items()}
-            gathered.clear()
-            return output._replace(metrics={**(output.metrics or {}), **more})
+            metrics = output.metrics or {}
+            logged = self._logged(_named(metrics, metric_key_prefix, suffix))
+            gathered = {
+                f"{metric_key_prefix}_{key[5:]}" if key.startswith("eval_") else key: value
+                for key, value in logged.items()
+            }
+            return output._replace(metrics=metrics | gathered)
 
         if description == "Prediction":
             with self.averaged():
-                return loop(metric_key_prefix)
-        live_prefix = f"{metric_key_prefix}_live"
+                return loop("")
+        before = _Gathered(self)
         with self.live():
-            live = loop(live_prefix)
-        outputs = []
+            live = loop("_live")
+        after = _Gathered(self)
+        outputs = {"_live": live}
         for suffix, holding in self.returned_models().items():
-            prefix = metric_key_prefix + suffix
             with holding() as differs:
-                outputs.append(loop(prefix) if differs else _renamed(live, live_prefix, prefix))
-        metrics = {k: x for output in (live, *outputs) for k, x in (output.metrics or {}).items()}
-        return outputs[0]._replace(metrics=metrics)
+                if differs:
+                    before.restore()  # as if this were the only evaluation
+                outputs[suffix] = loop(suffix) if differs else live
+                if differs and not suffix:
+                    after = _Gathered(self)
+        after.restore()
+        metrics: dict[str, float] = {}
+        for suffix, output in outputs.items():
+            named = _named(output.metrics or {}, metric_key_prefix, suffix)
+            if twice := sorted(metrics.keys() & named.keys()):
+                raise ValueError(
+                    f"the metric {twice[0]} would be of two models; name the average or what "
+                    "compute_metrics returns otherwise"
+                )
+            metrics |= named
+        return outputs[""]._replace(metrics=metrics)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+        **options: Any,
+    ) -> dict[str, float]:
+        """Evaluate the live weights and each returned model.
+
+        Raises:
+            ValueError: an evaluation set is called as an average or "live", so that a metric
+                would have two meanings.
+        """
+        self._prefixes(eval_dataset, metric_key_prefix)
+        metrics: dict[str, float] = super().evaluate(
+            eval_dataset, ignore_keys, metric_key_prefix, **options
+        )
+        return metrics
+
+    def _prefixes(self, data: Any = None, prefix: str = "eval") -> dict[str, tuple[str, str]]:
+        """What metrics' names begin with -> the prefix of the data, and the suffix of the model."""
+        sets = {"eval": "", prefix: prefix}
+        for start, parts in (("eval", self.eval_dataset), (prefix, data)):
+            if isinstance(parts, dict):
+                sets |= {f"{start}_{name}": name for name in parts}
+        found: dict[str, tuple[str, str]] = {}
+        for begin in sorted(sets, key=len):
+            for suffix in ("_live", *self.returned_models()):
+                if (name := begin + suffix) in found:
+                    raise ValueError(
+                        f"the evaluation set {sets[begin]!r} is called as an average: metrics "
+                        f"{name}_... would have two meanings; rename it"
+                    )
+                found[name] = (begin, suffix)
+        return found
+
+    def _logged(self, metrics: dict[str, float]) -> dict[str, float]:
+        """What the trainer's own `log` adds to these metrics; nothing is logged.
+
+        TRL's trainers gather metrics in stores of many names, which their `log` empties.
+        """
+        added: dict[str, float] = {}
+
+        def on_log(args: Any, state: Any, control: Any, logs: dict[str, float]) -> Any:
+            added.update(logs)
+            return control
+
+        kept = (self.callback_handler, self.state.log_history)
+        shows_completions = vars(self).get("log_completions")
+        silent: Any = copy.copy(self.callback_handler)
+        silent.on_log = on_log
+        self.callback_handler, self.state.log_history = silent, [*self.state.log_history]
+        if shows_completions:
+            self.log_completions = False  # they are shown once, when the evaluation is logged
+        try:
+            self.log(dict(metrics))
+        finally:
+            self.callback_handler, self.state.log_history = kept
+            if shows_completions:
+                self.log_completions = shows_completions
+        others = added.keys() - metrics.keys() - {"epoch", "num_input_tokens_seen"}
+        return {key: added[key] for key in added if key in others}
 
     # ---- saving and resuming --------------------------------------------------------------------
 
@@ -151,12 +248,12 @@ class PaceTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = Path(super()._get_output_dir(trial))
-        return str(folder / ".partial" if self._saving else folder)
+        return str(folder / "_partial" if self._saving else folder)  # no upload takes _*
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save model and optimizer with the average swapped in, and rename the complete folder."""
         folder = Path(super()._get_output_dir(trial))
-        partial, name = folder / ".partial", f"checkpoint-{self.state.global_step}"
+        partial, name = folder / "_partial", f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             remove(partial)
         self.accelerator.wait_for_everyone()
@@ -179,13 +276,45 @@ class PaceTrainer(Trainer):
             raise
         finally:
             self._saving = False
+        if self.args.push_to_hub:
+            with self.averaged():
+                self._push_from_checkpoint(str(folder / name))
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,  # a run resumed from an earlier checkpoint keeps its new ones
-            )
+            self._rotate(folder, name)
+
+    def _rotate(self, folder: Path, name: str) -> None:
+        """Remove the checkpoints of the lowest steps, but not the one of this name or the best."""
+        steps = {
+            int(found[1]): path
+            for path in folder.iterdir()
+            if (found := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+        }
+        kept = {name, Path(self.state.best_model_checkpoint or name).name}
+        others = [path for _, path in sorted(steps.items()) if path.name not in kept]
+        limit = self.args.save_total_limit or 0
+        excess = len(steps) - limit if limit > 0 else 0
+        for path in others[: max(0, excess)]:
+            wait([job for uploaded, job in self._uploads if uploaded == path.name])
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload a checkpoint that has its name; `_save_checkpoint` calls it again then."""
+        if self._saving:
+            return
+        super()._push_from_checkpoint(checkpoint_folder)
+        known = [job for _, job in self._uploads]
+        for job in getattr(getattr(self, "push_in_progress", None), "jobs", ()):
+            if job not in known:
+                self._uploads += ((Path(checkpoint_folder).name, job),)
+                job.add_done_callback(_tell_failure)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._finish_current_push()  # it may remove checkpoints
+        return super()._finalize_training(*args, **kwargs)
+
+    def _tune_save_checkpoint(self, checkpoint_dir: str) -> None:
+        with self.averaged():  # as in `_save_checkpoint`
+            super()._tune_save_checkpoint(checkpoint_dir)
 
     def _name_best(self, partial: Path, folder: Path, name: str) -> None:
         """Set the name of the best checkpoint in the state to the one that it has or will get."""
@@ -208,6 +337,32 @@ class PaceTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and optimizer is not None:
             optimizer.train()
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        prefixes = self._prefixes()
+        if self._swapping() is None:
+            return prepared
+        if (metric := self.args.metric_for_best_model) and self.args.save_strategy != "no":
+            full = metric if metric.startswith("eval_") else f"eval_{metric}"
+            prefix = max((x for x in prefixes if full.startswith(f"{x}_")), key=len)
+            begin, suffix = prefixes[prefix]
+            if suffix:
+                raise ValueError(
+                    f"metric_for_best_model={metric!r} measures "
+                    + ("the live weights" if suffix == "_live" else f"the average {suffix[1:]!r}")
+                    + ", but checkpoints and the best model are the returned one; name "
+                    f"{begin + full.removeprefix(prefix)!r}, or set save_strategy='no'"
+                )
+        model: Any = self.model
+        if kinds := {type(layer).__name__ for layer in layers_with_statistics(model)}:
+            warnings.warn(
+                f"running statistics ({', '.join(sorted(kinds))}) stay those of the live weights "
+                "where the returned model is evaluated and saved; paceline.recomputed_statistics "
+                "computes its own",
+                stacklevel=2,
+            )
+        return prepared
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -241,9 +396,54 @@ def _restoring(optimizer: Any) -> Iterator[None]:
         optimizer.eval() if before else optimizer.train()
 
 
-def _renamed(output: EvalLoopOutput, before: str, after: str) -> EvalLoopOutput:
-    """The same output with another prefix; names that have it already stay."""
-    metrics = {k.removeprefix(f"{before}_"): x for k, x in (output.metrics or {}).items()}
-    return output._replace(
-        metrics={k if k.startswith(f"{after}_") else f"{after}_{k}": x for k, x in metrics.items()}
-    )
+def _named(metrics: dict[str, float], prefix: str, suffix: str) -> dict[str, float]:
+    """The metrics of the model with this suffix; the returned model, "", has the plain names."""
+    if not suffix:
+        return metrics
+    return {f"{prefix}{suffix}_{key.removeprefix(f'{prefix}_')}": metrics[key] for key in metrics}
+
+
+class _Gathered:
+    """What a trainer gathers in numbers and plain containers, to put it back.
+
+    Weights, data, and objects of other types are left alone.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        left = {"train_dataset", "eval_dataset", "_last_loaded_step"}
+        self.attributes = {
+            name: value
+            for name, value in vars(trainer).items()
+            if name not in left and type(value) in (*_CONTAINERS, bool, int, float)
+        }
+        self.contents: dict[int, tuple[Any, Any]] = {}
+        for value in self.attributes.values():
+            self._note(value)
+
+    def _note(self, value: Any) -> None:
+        if type(value) not in _CONTAINERS or id(value) in self.contents:
+            return
+        keyed = isinstance(value, dict)
+        self.contents[id(value)] = (value, dict(value) if keyed else list(value))
+        for part in value.values() if keyed else value:
+            self._note(part)
+
+    def restore(self) -> None:
+        """Put it back, into the same containers."""
+        vars(self.trainer).update(self.attributes)
+        for value, content in self.contents.values():
+            value.clear()
+            if isinstance(value, dict):
+                for key, part in content.items():
+                    value[key] = part
+            else:
+                value += content
+
+
+_CONTAINERS = (dict, defaultdict, OrderedDict, Counter, list, deque)
+
+
+def _tell_failure(upload: Future[Any]) -> None:
+    if not upload.cancelled() and (error := upload.exception()):
+        logging.getLogger(__name__).warning("an upload to the Hub failed: %s", error)

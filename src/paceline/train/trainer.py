@@ -143,12 +143,18 @@ class MethodTrainer(OneMethodTrainer):
         }
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+        **options: Any,
     ) -> dict[str, float]:
         """Evaluate the live weights and each returned model; adds a point to each curve."""
         # Loaders draw random numbers: dropout must not depend on how many models are evaluated.
         with torch.random.fork_rng(devices=[]):
-            metrics: Any = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            metrics: Any = super().evaluate(
+                eval_dataset, ignore_keys, metric_key_prefix, **options
+            )
         if metric_key_prefix != "eval":  # one of two sets
             return metrics
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
