@@ -33,9 +33,11 @@ def batches(count=3, seed=0):
 
 def network():
     torch.manual_seed(0)
+    shared = nn.BatchNorm1d(3, momentum=0.2)
     layers = [
         nn.Conv1d(4, 3, 2),
-        nn.BatchNorm1d(3, momentum=0.2),
+        shared,
+        shared,
         nn.Dropout(0.5),
         nn.Conv1d(3, 3, 2),
         nn.InstanceNorm1d(3, track_running_stats=True),
@@ -71,22 +73,22 @@ def test_the_statistics_are_the_means_over_the_batches_and_the_live_ones_come_ba
     model = network()
     wrapped = LOADERS[form][0](model).train(training)
     expected = copy.deepcopy(model)
-    expected[2].p = model[2].p = 0.0  # what it drops moves the later statistics
+    expected[3].p = model[3].p = 0.0  # what it drops moves the later statistics
     update_bn(batches(), expected)
-    first = copy.deepcopy(expected[:4]).train()
+    first = copy.deepcopy(expected[:5]).train()
     normalised = [first(x) for x in batches()]  # of InstanceNorm, which update_bn leaves out
     mean = torch.stack([y.mean((0, 2)) for y in normalised]).mean(0)
     variance = torch.stack([y.var(2).mean(0) for y in normalised]).mean(0)
     before = everything(wrapped)
     with recomputed_statistics(wrapped, map(LOADERS[form][1], batches())):
         inside = everything(wrapped)
-        for index in (1, 7):
+        for index in (1, 8):
             assert same(inside["modes"], before["modes"])
             torch.testing.assert_close(model[index].running_mean, expected[index].running_mean)
             torch.testing.assert_close(model[index].running_var, expected[index].running_var)
-            assert model[index].num_batches_tracked == 3
-        torch.testing.assert_close(model[4].running_mean, mean)
-        torch.testing.assert_close(model[4].running_var, variance)
+            assert model[index].num_batches_tracked == (6 if index == 1 else 3)
+        torch.testing.assert_close(model[5].running_mean, mean)
+        torch.testing.assert_close(model[5].running_var, variance)
         assert inside["momenta"] == before["momenta"]
         wrapped.eval()(batches()[0])
     assert same(everything(wrapped), before)
@@ -137,7 +139,7 @@ def test_a_frozen_layer_keeps_its_statistics():
     with recomputed_statistics(model, batches()):
         inside = everything(model)["buffers"]
         assert same(inside["1.running_mean"], before["buffers"]["1.running_mean"])
-        assert not same(inside["7.running_mean"], before["buffers"]["7.running_mean"])
+        assert not same(inside["8.running_mean"], before["buffers"]["8.running_mean"])
     assert same(everything(model), before)
 
 

@@ -242,7 +242,8 @@ def test_the_engine_that_generates_has_the_weights_of_the_model(tmp_path):
         eval_steps=2,
         eval_on_start=True,
     )
-    trainer.add_callback(on("on_step_begin", lambda *_, **__: trainer.predict(EVAL)))
+    for event in ("on_step_begin", "on_pre_optimizer_step"):  # the engine has the step's weights
+        trainer.add_callback(on(event, lambda *_, **__: trainer.predict(EVAL)))
     trainer.train()
     trainer.evaluate()
 

@@ -99,6 +99,17 @@ def test_every_model_folder_holds_the_returned_model(kind, form, tmp_path):
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_callbacks_find_the_returned_model_at_the_end(kind, tmp_path):
+    """As those of transformers do that upload it."""
+    trainer = prepare(tmp_path, kind, max_steps=3)
+    found = []
+    trainer.add_callback(on("on_train_end", lambda _, model, **__: found.append(weights(model))))
+    trainer.train()
+    assert which(found[0], kind, 3) == called("returned", kind, 3)
+    assert same(weights(trainer.model), found[0])
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_holding_one_or_the_other_nests_and_ends_whatever_happens(kind, tmp_path):
     trainer = prepare(tmp_path, kind, max_steps=3)
     trainer.train()
@@ -187,6 +198,7 @@ def test_the_best_checkpoints_returned_model_is_what_is_left(strategy, tmp_path)
         return far(x, hand.returned[best]) < 2e-6 and far(x, hand.returned[15]) > 1e-3
 
     assert is_the_best(weights(trainer.model))
+    assert not trainer.bare_optimizer.swapped  # its average is not overwritten
     predictions = torch.from_numpy(trainer.predict(EVAL).predictions)
     torch.testing.assert_close(predictions, logits_by_hand(hand.returned[best]), atol=1e-5, rtol=0)
     metrics = trainer.evaluate()

@@ -310,6 +310,8 @@ class PaceTrainer(Trainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._finish_current_push()  # it may remove checkpoints
+        if optimizer := self._swapping():
+            optimizer.eval()  # callbacks upload the model at the end
         return super()._finalize_training(*args, **kwargs)
 
     def _tune_save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -365,6 +367,8 @@ class PaceTrainer(Trainer):
         return prepared
 
     def _load_best_model(self) -> None:
+        if optimizer := self._swapping():
+            optimizer.train()
         super()._load_best_model()
         self._best_loaded = True  # the optimizer's average is of another step
 
