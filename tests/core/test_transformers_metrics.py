@@ -68,6 +68,15 @@ class WithoutPrefix(InStores):
         super(InStores, self).log(logs, start_time)
 
 
+class Deriving(InStores):
+    """Derives metrics from others of their names."""
+
+    def log(self, logs, start_time=None):
+        losses = [key for key in logs if key.endswith("_loss")]
+        logs |= {f"{key.removesuffix('loss')}perplexity": math.exp(logs[key]) for key in losses}
+        super().log(logs, start_time)
+
+
 class InNumbers(Gathering):
     """Sums up, and is read by its own `evaluate`."""
 
@@ -135,7 +144,7 @@ def check_against_plain(trainer, host):
     return found, returned
 
 
-@pytest.mark.parametrize("host", [InStores, WithoutPrefix, InNumbers, InAList])
+@pytest.mark.parametrize("host", [InStores, WithoutPrefix, Deriving, InNumbers, InAList])
 def test_what_a_trainer_gathers_is_of_one_model_each(host, tmp_path):
     mine = type("Mine", (PaceTrainer, host), {})
     trainer = prepare(tmp_path, several, cls=mine, prediction_loss_only=True)

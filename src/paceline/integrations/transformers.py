@@ -138,10 +138,8 @@ class PaceTrainer(Trainer):
                 self.optimizer = optimizer
             metrics = output.metrics or {}
             logged = self._logged(_named(metrics, metric_key_prefix, suffix))
-            gathered = {
-                f"{metric_key_prefix}_{key[5:]}" if key.startswith("eval_") else key: value
-                for key, value in logged.items()
-            }
+            begins = re.compile(f"^({re.escape(metric_key_prefix + suffix)}_|eval_)")
+            gathered = {begins.sub(f"{metric_key_prefix}_", k, 1): x for k, x in logged.items()}
             return output._replace(metrics=metrics | gathered)
 
         if description == "Prediction":
