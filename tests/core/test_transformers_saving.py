@@ -1,5 +1,6 @@
 """PaceTrainer: which weights it saves and leaves behind, and faults in a save."""
 
+import contextlib
 import errno
 import functools
 import json
@@ -239,6 +240,20 @@ def test_the_best_checkpoint_is_found_again_where_the_folder_was_moved(tmp_path)
     state = TrainerState.load_from_json(str(after / "checkpoint-15" / "trainer_state.json"))
     assert state.best_model_checkpoint == str(after / f"checkpoint-{best}")
     assert same(weights(trainer.model), weights(whole.model))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_best_model_is_not_another_runs(saved, tmp_path):
+    other = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    prepare(tmp_path, "adamw", **other).train()
+    options = BEST | {"eval_steps": 2, "save_steps": 2 if saved else 4, "max_steps": 6}
+    options |= {"greater_is_better": True, "load_best_model_at_end": True}  # the first is it
+    trainer = prepare(tmp_path, "pace", **options)
+    told = "the best model, checkpoint-2, was not saved, and none is loaded as the best"
+    with contextlib.nullcontext() if saved else pytest.warns(match=told):
+        trainer.train()
+    assert trainer.state.best_global_step == 2
+    assert which(trainer.model, "pace", 2 if saved else 6) == "returned"
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])

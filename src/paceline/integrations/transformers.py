@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..base import AveragedOptimizer
@@ -308,6 +308,14 @@ class PaceTrainer(Trainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._finish_current_push()  # it may remove checkpoints
+        best = f"checkpoint-{self.state.best_global_step}"
+        kept = Path(self.state.best_model_checkpoint or "none").name
+        if self.args.load_best_model_at_end and self.state.best_global_step and kept != best:
+            warnings.warn(
+                f"the best model, {best}, was not saved, and {kept} is loaded as the best; let "
+                "save_steps be eval_steps",
+                stacklevel=2,
+            )
         if optimizer := self._swapping():
             optimizer.eval()  # callbacks upload the model at the end
         return super()._finalize_training(*args, **kwargs)
@@ -320,10 +328,18 @@ class PaceTrainer(Trainer):
         """Set the name of the best checkpoint in the state to the one that it has or will get."""
         best = folder / f"checkpoint-{self.state.best_global_step}"
         named = self.state.best_model_checkpoint == str(best)
-        if not named and (best.name == name or best.exists()):
+        if not named and (best.name == name or self._has_best(best)):
             self.state.best_model_checkpoint = str(best)
             if self.args.should_save:
                 self.state.save_to_json(str(partial / name / "trainer_state.json"))
+
+    def _has_best(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is of the best evaluation, and not of an earlier run's."""
+        if not (file := checkpoint / "trainer_state.json").exists():
+            return False
+        state = TrainerState.load_from_json(str(file))
+        mine = (self.state.best_global_step, self.state.best_metric)
+        return (state.best_global_step, state.best_metric) == mine
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optimizer = self._swapping()
