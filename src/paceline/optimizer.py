@@ -16,7 +16,7 @@ from . import auto, kernels, rounding, shards
 from .averaging import Averaging
 from .base import AveragedOptimizer, describe, summarize
 from .loading import StateCheck, check_count, check_is_dict, check_tensor, validated_checkpoint
-from .options import Group, check_numbers, check_pace, expand_short
+from .options import Group, check_betas, check_numbers, check_pace, expand_short
 from .state import (
     AVERAGE,
     COUNTS,
@@ -321,6 +321,7 @@ class PACE(AveragedOptimizer):
         for group in self.param_groups:
             names = ("lr", "eps", "weight_decay", "pullback")
             check_numbers(group, names if group["pullback"] != auto.AUTO else names[:-1])
+            check_betas(group)
 
         change = auto.expected_loss_change(self.param_groups, self.state)
         plans = self._completed(held, skip)
@@ -761,7 +762,9 @@ def _keys(
         return keys
     # Made on the device from nothing, for a CUDA graph cannot hold a copy from the host.
     all_places = torch.arange(max(places) + 1, dtype=torch.int32, device=device)
-    return list(rounding.keys(seed, torch.stack([all_places[i] for i in places]), step.int()))
+    return list(
+        rounding.keys(seed, torch.stack([all_places[i] for i in places]), step.long().int())
+    )
 
 
 # ---- checkpoints --------------------------------------------------------------------------------

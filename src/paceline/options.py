@@ -53,6 +53,14 @@ def check_numbers(options: Group, names: Iterable[str]) -> None:
             require(options, name, fine, "a finite number >= 0")
 
 
+def check_betas(options: Group) -> None:
+    """Raises: ValueError: `betas` are not two numbers in [0, 1)."""
+    betas = options["betas"]
+    pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
+    fine = pair and all(0 <= number(b, tensors=True) < 1 for b in betas)
+    require(options, "betas", fine, "two numbers in [0, 1)")
+
+
 def expand_short(options: Group) -> None:
     """Write `kappa` as the `averaging` that it is short for, and `return_kappa` as `returns`.
 
@@ -153,13 +161,8 @@ def check_pace(options: Group) -> None:
         check(name, 0 <= number(options[name]) < math.inf, "a finite number >= 0")
         options[name] = float(options[name])
     check("gain", options["gain"] in ("adam", "scalar"), "one of adam, scalar")
+    check_betas(options)
     betas = options["betas"]
-    pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
-    check(
-        "betas",
-        pair and all(0 <= number(b, tensors=True) < 1 for b in betas),
-        "two numbers in [0, 1)",
-    )
     options["betas"] = tuple(b if isinstance(b, Tensor) else float(b) for b in betas)
     for name in ("clip", "capturable", "stochastic_round", "maximize", "track_stats"):
         check(name, isinstance(options[name], bool), "True or False")

@@ -150,6 +150,15 @@ def test_an_option_set_out_of_its_range_between_steps_is_refused(name, value):
     assert same(dict(opt.state[params[0]]), before)
 
 
+@pytest.mark.parametrize("betas", [(float("nan"), 0.9), (0.9, 1.0), (0.9,), None])
+def test_betas_set_out_of_their_range_between_steps_are_refused(betas):
+    params, opt = made(None, n=30)
+    opt.param_groups[0]["betas"] = betas
+    with pytest.raises(ValueError, match=r"betas must be two numbers in \[0, 1\), got"):
+        opt.step()
+    assert opt.state[params[0]]["step"] == 1
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_no_epsilon_and_no_gradient_make_no_nan(dtype, fused, kernel):

@@ -28,8 +28,12 @@ from pulled import (
 )
 from torch import optim
 from torch.nn import Parameter
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
-from paceline import Pullback
+from paceline import PACE, Pullback
 from paceline.averaging import PowerEMA, Uniform
 from paceline.testing import SCHEDULERS
 
@@ -375,3 +379,40 @@ def test_a_parameter_that_joins_late_begins_then(make):
     go(params, opt, 1)
     assert [opt.state[p][STEP] for p in params] == [6, 1]
     assert torch.equal(opt.state[params[1]][AVERAGE], params[1])
+
+
+def test_hooks_on_all_optimizers_run_once_around_base_and_pull():
+    (p,) = params = params_of((4,))
+    opt = Pullback(sgd(params), pullback=1.0, gain="scalar", averaging="ema:beta=0.5")
+    go(params, opt, 2)
+    average = opt.state[p][AVERAGE].clone()
+    seen = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda o, *_: seen.append(("before", o, p.clone()))),
+        register_optimizer_step_post_hook(lambda o, *_: seen.append(("after", o, p.clone()))),
+        opt.base.register_step_post_hook(lambda o, *_: seen.append(("base", o, p.clone()))),
+    ]
+    before = p.detach().clone()
+    try:
+        go(params, opt, 1, first=2)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert [(name, o) for name, o, _ in seen] == [
+        ("before", opt),
+        ("base", opt.base),
+        ("after", opt),
+    ]
+    assert torch.equal(seen[0][2], before)
+    torch.testing.assert_close(seen[2][2], seen[1][2] + (average - before))  # with the pull
+    assert torch.equal(seen[2][2], p)
+    go(params, opt, 1, first=3)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("saved", [None, 3, "x", [], ("state", 1)])
+def test_what_is_no_dict_is_refused(saved):
+    params = params_of((4,))
+    for opt in (PACE(params, pullback=0.1), Pullback(sgd(params))):
+        with pytest.raises(ValueError, match=r"^the checkpoint must be a dict, got .*nothing was"):
+            opt.load_state_dict(saved)

@@ -152,9 +152,7 @@ class MethodTrainer(OneMethodTrainer):
         """Evaluate the live weights and each returned model; adds a point to each curve."""
         # Loaders draw random numbers: dropout must not depend on how many models are evaluated.
         with torch.random.fork_rng(devices=[]):
-            metrics: Any = super().evaluate(
-                eval_dataset, ignore_keys, metric_key_prefix, **options
-            )
+            metrics: Any = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **options)
         if metric_key_prefix != "eval":  # one of two sets
             return metrics
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
