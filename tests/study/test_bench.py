@@ -50,9 +50,10 @@ def test_measures_others_by_name(monkeypatch, tmp_path, kernel):
     assert main(["bench", *options, "--only", *names]) == 0
     rows = json.loads(out.read_text())["gpt2"]["optimizers"]
     state = [rows[name]["state_bytes_per_parameter"] for name in names]
-    count = 4 * 3 / (64 * 33 + 10 + 24)
-    # AdamW's count and the average's; and EMA, start and average of BEMA besides m and v
-    assert state == pytest.approx([12 + 2 * count, 12 + 2 * count, 20 + count, 16 + count])
+    each = 3 / (64 * 33 + 10 + 24)  # a byte for each tensor, to a parameter
+    # Two counts of 8 bytes beside AdamW's of 4; and EMA, start and average of BEMA beside m and v.
+    sizes = [12 + 20 * each, 12 + 20 * each, 20 + 16 * each, 16 + 16 * each]
+    assert state == pytest.approx(sizes)
     assert set(rows) == {"AdamW fused", *names}
 
 
