@@ -71,7 +71,7 @@ def save_checkpoint(
             "states": {name: _plain(state, name) for name, state in states.items()},
             "values": {name: _plain(parts[name], name) for name in parts.keys() - states.keys()},
         }
-        _write(run, path)
+        _write_run(run, path)
 
 
 def load_checkpoint(
@@ -136,7 +136,7 @@ def load_checkpoint(
 # ---- the file ----------------------------------------------------------------------------------
 
 
-def _write(run: dict[str, Any], path: Path) -> None:
+def _write_run(run: dict[str, Any], path: Path) -> None:
     sums = get_crc32_options()
     set_crc32_options(True)
     try:

@@ -95,7 +95,7 @@ def validated_checkpoint(
             try:
                 check(state, param, record)
                 if keys is None:
-                    _check_base(state, param, group)
+                    _check_base_state(state, param, group)
                 if record and record.average and RETURN + record.average not in state:
                     raise ValueError(
                         f"the checkpoint had its average {record.average!r} swapped in, and lacks "
@@ -195,7 +195,7 @@ def _kind(value: Any) -> Any:
     return None if math.isnan(number(value, tensors=True)) else "number"
 
 
-def _check_base(state: State, param: Tensor, group: Group) -> None:
+def _check_base_state(state: State, param: Tensor, group: Group) -> None:
     """Raises: ValueError: a base's step count or moments can be none."""
     needed: set[str] = set()
     if group.keys() >= ADAM and state.keys() - PULLBACK_KEYS - extra_keys_in(state):

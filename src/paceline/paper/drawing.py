@@ -365,7 +365,7 @@ def _listed_clipping(runs: ScaleRuns, grids: Grids) -> Listing:
     return Listing("At the end", ["model", *order, "mean gain", "share clipped"], rows)
 
 
-def _budgets(runs: ScaleRuns, task: Task, axis: Axes) -> tuple[list[pd.DataFrame], Listing]:
+def _draw_budgets(runs: ScaleRuns, task: Task, axis: Axes) -> tuple[list[pd.DataFrame], Listing]:
     """Decays over the last fifth of 50, 75 and 100 % of the steps, beside one constant run.
 
     The table compares each decay at its end with the constant runs at the same step, interpolated
@@ -409,14 +409,14 @@ def schedule_free(runs: ScaleRuns) -> Drawn:
         shown = {label: best[label] for label in CURVES}
         parts += _method_curves(axis, runs, task, shown, runs.scale.seeds_of(task))
         _dress(axis, "step", title=task.name)
-    decays, ends = _budgets(runs, runs.scale.main, axes[0][-1])
+    decays, ends = _draw_budgets(runs, runs.scale.main, axes[0][-1])
     return _finished(figure, [*parts, *decays], ends, 0.4)
 
 
 def branches(runs: ScaleRuns) -> Drawn:
     """20: one run against three decays, from scratch."""
     figure, axes = _panels(1, 1, 6.0, 4.0)
-    parts, ends = _budgets(runs, runs.scale.from_scratch, axes[0][0])
+    parts, ends = _draw_budgets(runs, runs.scale.from_scratch, axes[0][0])
     return _finished(figure, parts, ends, 0.4)
 
 

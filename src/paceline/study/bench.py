@@ -29,7 +29,7 @@ from ..train.manifest import environment, write_json
 Model = Literal["gpt2", "small", "training"]
 Device = Literal["cpu", "cuda"]
 FUSED_ADAMW = "AdamW fused"
-COLUMNS = {  # of the printed table, each with the format of a row's value
+TABLE = {  # of the printed table, each with the format of a row's value
     "ms": "{milliseconds:.1f}",
     "× AdamW fused": "{ratio:.2f}",
     "quartiles": "{ratio_quartiles[0]:.2f}-{ratio_quartiles[1]:.2f}",
@@ -343,9 +343,9 @@ def _bench_table(model: Model, result: dict[str, Any]) -> Table:
         title += f", forward and backward {result['forward_and_backward_milliseconds']:.0f} ms"
     table = Table(title=title, title_justify="left", box=MARKDOWN)
     table.add_column("optimizer", no_wrap=True)
-    columns = [column for column in COLUMNS if column != "share" or model == "training"]
+    columns = [column for column in TABLE if column != "share" or model == "training"]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for name, row in result["optimizers"].items():
-        table.add_row(name, *(COLUMNS[column].format(**row) for column in columns))
+        table.add_row(name, *(TABLE[column].format(**row) for column in columns))
     return table
