@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from paceline.averaging import parse
 from paceline.cli import main
+from paceline.train import InputError
 from paceline.train import merge as merging
 from paceline.train.folder import step_of
 from paceline.train.merge import Merge
@@ -134,12 +135,12 @@ def test_the_default_rule_and_the_order_given(files, tmp_path, capsys, monkeypat
     paths, states = files
     paths[1].rename("last[b].safetensors")
     average(
-        "step-1000.safetensors", "last[b].safetensors", "step-90.safetensors", "--out=o.safetensors"
+        "step-90.safetensors", "last[b].safetensors", "step-1000.safetensors", "--out=o.safetensors"
     )
     torch.testing.assert_close(load_file("o.safetensors")["x"], mean(states, "x").float())
     said = capsys.readouterr().out
     assert "checkpoint, as given" in said
-    assert re.search(r"step-1000\b.*last\[b\]\..*step-90\b", said, re.DOTALL)
+    assert re.search(r"step-90\b.*last\[b\]\..*step-1000\b", said, re.DOTALL)
     average("last[b].safetensors", paths[2], "--rule=lawa:window=1", "--out=2.safetensors")
     assert torch.equal(load_file("2.safetensors")["x"], states[2]["x"])
     Path("last[b].safetensors").rename("X" * 150)
@@ -149,20 +150,49 @@ def test_the_default_rule_and_the_order_given(files, tmp_path, capsys, monkeypat
     assert said.count("X") == said.count("Y") == 150  # nothing cut short
 
 
-def test_a_number_ends_the_name(files):
+def test_the_number_that_ends_a_name(files):
     paths, _ = files
     assert step_of(paths[0]) == 90
     for name in ("checkpoint-7a", "checkpoint7", "7", "-", "a-1.5"):
         assert step_of(Path(name)) is None
-    assert merging._in_order([Path("b-2"), Path("a-2"), Path("c-1")]) == (
-        [Path("c-1"), Path("b-2"), Path("a-2")],
-        "by number",
-    )
-    assert merging._in_order([Path("b-2"), Path("a")]) == ([Path("b-2"), Path("a")], "as given")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "step_500 step_1000 step_1500",
+        "500 1000",
+        "step500-hf step1000-hf",
+        "epoch=1-step=500 epoch=2-step=1000",
+        "epoch-0.25 epoch-0.5 epoch-1",
+        "step_500 step_1e3 step_1.5k step_1M",
+        "step_500 step_1_000 step_1_500",
+        "seed_1_500 seed_1_1000",
+        "step_500/model step_1000/model",
+        "a/checkpoint-9.safetensors b/checkpoint-10.safetensors",
+        "iter_0000900 iter_0001000",
+    ],
+)
+def test_numbers_in_names_are_an_order_however_they_are_written(names):
+    paths = [Path(name) for name in names.split()]
+    assert merging._in_order(paths[::-1]) == (paths, "by number")
+    assert merging._in_order(sorted(paths)) == (paths, "by number")
+
+
+@pytest.mark.parametrize("names", ["b a", "base step-500 step-1000 last", "x-9-step-5 x-3-step-20"])
+def test_other_names_stay_in_the_order_given(names):
+    paths = [Path(name) for name in names.split()]
+    assert merging._in_order(paths) == (paths, "as given")
+
+
+@pytest.mark.parametrize("names", ["step-1000 step-500 last", "x-3-step-20 x-9-step-5"])
+def test_numbers_that_fall_are_refused(names):
+    with pytest.raises(InputError, match=r"^checkpoints: .*-5.* comes after .*smaller; give them"):
+        merging._in_order([Path(name) for name in names.split()])
 
 
 def test_all_dtypes_and_shapes(tmp_path):
-    """Wide sums, one rounding; integers and masks are the last checkpoint's."""
+    """Wide sums, one rounding; counters are the last checkpoint's."""
     torch.manual_seed(1)
     paths, states = [], []
     for n in range(4):
@@ -173,10 +203,10 @@ def test_all_dtypes_and_shapes(tmp_path):
             "double": torch.randn(7, dtype=torch.float64),
             "scalar": torch.randn(()),
             "empty": torch.zeros(0, 4),
-            "mask": torch.rand(5) > 0.5,
+            "mask": torch.arange(5) > 2,
             "count": torch.tensor(n),
-            "byte": torch.full((3,), n, dtype=torch.uint8),
-            "word": torch.full((3,), n, dtype=torch.uint16),
+            "byte": torch.full((3,), 7, dtype=torch.uint8),
+            "word": torch.full((3,), 7, dtype=torch.uint16),
         }
         paths.append(tmp_path / f"{n}.safetensors")
         states.append(state)
@@ -212,6 +242,20 @@ def test_all_dtypes_and_shapes(tmp_path):
         assert max(entry["data_offsets"][1] for entry in entries.values()) == size
         with (tmp_path / f"{name}.safetensors").open("rb") as file:
             assert int.from_bytes(file.read(8), "little") % 8 == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_means_of_the_largest_numbers(dtype, tmp_path):
+    """Differences overflow where means do not; small numbers beside them stay exact."""
+    most = torch.finfo(dtype).max
+    rows = [[most, -most, most, 1e-38], [-most, -most, most, 1e-38], [most, -most, 0, 1e-38]]
+    for n, row in enumerate(rows):
+        save_file({"x": torch.tensor(row, dtype=dtype)}, tmp_path / f"{n}.safetensors")
+    average(*sorted(tmp_path.iterdir()), "--out", tmp_path / "out.safetensors")
+    merged = load_file(tmp_path / "out.safetensors")["x"]
+    expected = torch.tensor([most / 3, -most, most / 3 * 2, 1e-38], dtype=dtype)
+    torch.testing.assert_close(merged, expected)
+    assert merged[3] == expected[3]
 
 
 # ---- models ------------------------------------------------------------------------------------
@@ -289,6 +333,19 @@ def test_shards_are_as_in_the_last_checkpoint(tmp_path):
         assert loaded.state_dict().keys() == direct.keys()
         for name, tensor in loaded.state_dict().items():
             torch.testing.assert_close(tensor, direct[name], rtol=0, atol=1e-6)
+
+
+def test_of_two_shards_with_one_tensor_the_index_decides(tmp_path):
+    for n in (1, 2):
+        path = tmp_path / f"model-{n}"
+        path.mkdir()
+        save_file({"w": torch.full((2,), float(n))}, path / "a.safetensors")
+        save_file({"w": torch.full((2,), 9.0), "v": torch.zeros(1)}, path / "b.safetensors")
+        index = {"weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    average(tmp_path / "model-1", tmp_path / "model-2", "--out", tmp_path / "out")
+    assert load_file(tmp_path / "out" / "a.safetensors")["w"].tolist() == [1.5, 1.5]
+    assert load_file(tmp_path / "out" / "b.safetensors").keys() == {"v"}
 
 
 def test_bfloat16_models(tmp_path):

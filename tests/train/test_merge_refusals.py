@@ -1,5 +1,6 @@
 """Merging of checkpoints: what is refused."""
 
+import json
 import re
 
 import pytest
@@ -63,9 +64,17 @@ def place(tmp_path, monkeypatch):
         "NUMBER": '{"weight_map": {"w": 1}}',
         "LOST": '{"weight_map": {"w": "lost.safetensors"}}',
         "LISTED": '{"weight_map": {"w": "part.safetensors", "z": "part.safetensors"}}',
+        "NESTED": '{"weight_map": {"w": ["part.safetensors"]}}',
+        "FACTS": '{"weight_map": {"w": "part.safetensors", "b": "paceline.json"}}',
+        "CONFIG": '{"weight_map": {"w": "config.json"}}',
+        "NUL": r'{"weight_map": {"w": "a\u0000.safetensors"}}',
+        "TWICE": '{"weight_map": {"w": "other.safetensors", "c": "part.safetensors"}}',
     }.items():
         put(tmp_path / name, good, "part.safetensors")
         (tmp_path / name / "model.safetensors.index.json").write_text(index)
+    save_file(good, tmp_path / "TWICE" / "other.safetensors")
+    save_file(good | {"c": torch.ones(3)}, tmp_path / "TWICE" / "part.safetensors")
+    save_file(good, tmp_path / "FACTS" / "paceline.json")
     (tmp_path / "RUN" / "checkpoint-1").mkdir(parents=True)
     put(tmp_path / "RUN" / "checkpoint-1", good)
     return tmp_path
@@ -97,7 +106,8 @@ def place(tmp_path, monkeypatch):
         ("A MINUS", "tensor 'w' of MINUS holds a NaN or infinity"),
         ("A HUGE --dtype float16", "the average of 'w' is too large for torch.float16"),
         ("A.safetensors NAN.safetensors --out o.safetensors", "tensor 'b' of NAN.safe"),
-        ("A QUANT", "QUANT is a quantized model"),
+        ("A QUANT", "QUANT is a quantized model.*'quantization_config' in config.json"),
+        ("QUANT A", "QUANT is a quantized model"),
         ("A FP8", "FP8/model.safetensors: tensor 'w' is of dtype F8_E4M3, which cannot be"),
         ("A CUT", "CUT/model.safetensors cannot be read as safetensors: "),
         ("A.safetensors GARBAGE.safetensors", "GARBAGE.safetensors cannot be read as safetens"),
@@ -108,12 +118,20 @@ def place(tmp_path, monkeypatch):
             "NOJSON/model.safetensors.index.json is not JSON (.*mend it or leave out NOJSON",
         ),
         ("A LIST", "LIST/model.safetensors.index.json is not a JSON object"),
-        ("A NOMAP", "NOMAP/model.safetensors.index.json has no weight_map of tensors to files"),
+        (
+            "A NOMAP",
+            "NOMAP/model.safetensors.index.json has no weight_map of tensors to .safetensors files",
+        ),
         ("A NOFILES", "NOFILES/model.safetensors.index.json has no weight_map"),
         ("A OUTSIDE", "OUTSIDE/model.safetensors.index.json has no weight_map"),
         ("A NUMBER", "NUMBER/model.safetensors.index.json has no weight_map"),
         ("A LOST", "LOST/lost.safetensors cannot be read as safetensors: No such file"),
-        ("A LISTED", "LISTED/model.safetensors.index.json lists 'z', which none of its files has"),
+        ("A LISTED", "LISTED/model.safetensors.index.json lists 'z' in part.safetensors, which do"),
+        ("A NESTED", "NESTED/model.safetensors.index.json has no weight_map of tensors to .safete"),
+        ("A FACTS", "FACTS/model.safetensors.index.json has no weight_map of tensors to .safetens"),
+        ("A CONFIG", "CONFIG/model.safetensors.index.json has no weight_map"),
+        ("A NUL", "cannot be read as safetensors"),
+        ("A TWICE", "other.safetensors and part.safetensors both have tensor 'b', which model.saf"),
         ("A B --out EMPTY", "out: EMPTY exists; name another"),
         ("A B --out LINK", "out: LINK exists; name another"),
         ("A B --out notes.txt", "out: notes.txt exists"),
@@ -140,6 +158,61 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, place, capsys):
     assert error.startswith("paceline: ")
     assert re.search(re.escape(message).replace(r"\.\*", ".*"), error), error
     assert tree(place) == before
+
+
+CODES = torch.arange(12, dtype=torch.uint8).reshape(4, 3)
+SCALES = {"w.scales": torch.ones(4)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "beside", "sign"),
+    [
+        ({}, {"config.json": {"quantization": {"bits": 8}}}, "'quantization' in config.json"),
+        ({}, {"config.json": {"text_config": {"quantization_config": {}}}}, "quantization_config"),
+        ({}, {"config.json": {"compression_config": {}}}, "'compression_config'"),
+        ({}, {"config.json": {"load_in_4bit": True}}, "'load_in_4bit'"),
+        ({}, {"config.json": {"quant_method": "awq"}}, "'quant_method'"),
+        ({}, {"quantize_config.json": {}}, "it has quantize_config.json"),
+        ({}, {"hf_quant_config.json": {}}, "it has hf_quant_config.json"),
+        ({"w": CODES, **SCALES}, {}, "integers, and the tensor 'w.scales'"),
+        ({"w.qweight": CODES.int()}, {}, "the tensor 'w.qweight'"),
+        ({"w": CODES, "w.absmax": torch.ones(4)}, {}, "the tensor 'w.absmax'"),
+        ({"w": torch.ones(4), "w.quant_state.bitsandbytes__nf4": CODES}, {}, "quant_state"),
+        ({"w": CODES.to(torch.int8), "w.SCB": torch.ones(4)}, {}, "the tensor 'w.SCB'"),
+        ({"w": CODES.to(torch.int8), "w_scale_inv": torch.ones(4)}, {}, None),
+        ({"w.weight_scale": torch.ones(1), "w.weight": CODES.to(torch.int8)}, {}, "weight_scale"),
+    ],
+)
+def test_quantized_models_however_they_say_so(tensors, beside, sign, tmp_path, capsys):
+    for n in (1, 2):
+        put(tmp_path / f"step-{n}", tensors or {"w": torch.ones(2)})
+        for name, value in beside.items():
+            (tmp_path / f"step-{n}" / name).write_text(json.dumps(value))
+    average(*tmp_path.iterdir(), "--out", tmp_path / "out", status=2 if sign else 0)
+    assert not sign or re.search(rf"step-1 is a quantized model.*{sign}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool])
+def test_integers_that_differ_are_refused_unless_they_count(dtype, tmp_path, capsys):
+    for n in (0, 1):
+        codes = torch.tensor([0, n]).to(dtype)
+        put(tmp_path / f"step-{n}", {"w": codes, "b": torch.ones(2), "n": torch.tensor(n)})
+    before = tree(tmp_path)
+    average(*tmp_path.iterdir(), "--out", tmp_path / "out", status=2)
+    assert re.search(r"tensor 'w' of \w+ differs between .*step-0 and ", capsys.readouterr().err)
+    assert tree(tmp_path) == before
+    average(*tmp_path.iterdir(), "--rule=lawa:window=1", "--out", tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors")["n"] == 1
+
+
+def test_what_only_sounds_quantized_is_merged(tmp_path):
+    """Scales of float models, masks that are equal, and sizes of a codec."""
+    state = {"norm.scales": torch.ones(2), "attn.mask": torch.ones(1, 1, dtype=torch.bool)}
+    for n in (1, 2):
+        put(tmp_path / f"step-{n}", state)
+        values = {"num_quantizers": 8, "quantization_config": None, "quant_mode": False}
+        (tmp_path / f"step-{n}" / "config.json").write_text(json.dumps(values))
+    average(*tmp_path.iterdir(), "--out", tmp_path / "out")
 
 
 def test_all_headers_are_checked_before_anything_is_written(place, monkeypatch):

@@ -6,11 +6,13 @@ merged and written one at a time: the memory needed is a few times the largest t
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -47,6 +49,22 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_KEYS = {"dtype", "torch_dtype"}  # of config.json
+# What says that a model is quantized: files beside it, keys of config.json, and beside integers the
+# names of tensors, of which several make one weight.
+QUANTIZED_FILES = ("*quant*config*.json", "*qmap.json")
+QUANTIZED_KEY = re.compile("quant|^compression_config$|^load_in_[48]bit$", re.IGNORECASE)
+QUANTIZED_NAME = re.compile(
+    r"(^|[._:])(q(weight|zeros|data)|g_idx|absmax|quant_\w+|scb|scales|zeros|zero_points?"
+    r"|weight_(scale|packed|zero)\w*|packed_weight|(weight|input)_quantizer|_(data|scale|shift))"
+    r"([.:]|$)",
+    re.IGNORECASE,
+)
+# A number in a name, such as 500, 1.5, 1e3 or 20k; by the second reading 1_000, too.
+NUMBERS = [
+    re.compile(rf"({digits}(?:\.\d+)?(?:e\+?\d+)?)([kmb](?![a-z]))?", re.IGNORECASE)
+    for digits in (r"\d+", r"(?:\d{1,3}(?:[_,]\d{3})+(?!\d)|\d+)")
+]
+UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
 CHECKPOINTS = arg(metavar="CHECKPOINT…", help_behavior_hint="(required)")
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -56,8 +74,9 @@ class Merge(Options):
 
     Checkpoints are folders of a model (model.safetensors, whole or in shards), folders of an
     adapter (adapter_model.safetensors), or .safetensors files, all of one kind. One folder with
-    checkpoint-N folders stands for all of those. If all names end in -NUMBER, the checkpoints are
-    put in the order of the numbers; otherwise they stay in the order given.
+    checkpoint-N folders stands for all of those. Checkpoints whose names differ only in numbers,
+    such as step_500 and step_1000, are put in the order of the numbers. Others stay in the order
+    given, in which the last number of a name must not fall.
 
     They count as the iterates of steps 1, 2, ..., and the first also as the weights before step 1.
     So start, every, window, lag and half_life of a rule count checkpoints. Rules are written
@@ -73,8 +92,9 @@ class Merge(Options):
 
     bema[:kappa=0.5][:bias_power=0.2][:lag=10][:rate=1][:start=0][:every=1].
 
-    Sums are made in float32, or in float64 for float64 tensors, and rounded once. Integers and
-    masks are taken from the last checkpoint; its configuration and tokenizer are copied.
+    Sums are made in float32, or in float64 for float64 tensors, and rounded once. A
+    counter, a single integer, is taken from the last checkpoint; other integers and masks must be
+    equal in all. The last checkpoint's configuration and tokenizer are copied.
     """
 
     checkpoints: Annotated[Positional[tuple[Path, ...]], CHECKPOINTS]
@@ -147,18 +167,40 @@ def merge(options: Merge, console: Console) -> None:
 
 
 def _in_order(paths: Sequence[Path]) -> tuple[Sequence[Path], str]:
-    """The checkpoints from first to last, and a text that says how they were ordered."""
+    """The checkpoints from first to last, and a text that says how they were ordered.
+
+    Raises:
+        InputError: the numbers in their names leave it open, and fall in the order given.
+    """
     if len(paths) == 1:
         paths = folder.checkpoints_in(paths[0]) or paths
-    steps = [(step, path) for path in paths if (step := folder.step_of(path)) is not None]
-    if len(steps) < len(paths):
-        return paths, "as given"
-    return [path for _, path in sorted(steps, key=lambda pair: pair[0])], "by number"
+    parts = [[x.removesuffix(".safetensors") for x in p.absolute().parts[::-1]] for p in paths]
+    # of step_500/model and step_1000/model the folders
+    names = next((x for x in zip(*parts, strict=False) if len(set(x)) > 1), ())
+    for reading in NUMBERS:
+        texts, numbers = [reading.sub("#", x) for x in names], [_numbers(x, reading) for x in names]
+        rising = (column == tuple(sorted(column)) for column in zip(*sorted(numbers), strict=False))
+        if len(set(texts)) == 1 and all(rising):
+            order = sorted(range(len(paths)), key=numbers.__getitem__)
+            return [paths[i] for i in order], "by number"
+    numbered = [(x, found[-1]) for x in names if (found := _numbers(x, NUMBERS[0]))]
+    for (before, one), (after, other) in pairwise(numbered):
+        if other < one:
+            raise InputError(
+                f"checkpoints: {after} comes after {before}, but its number is smaller; give them "
+                "from first to last, or rename them"
+            )
+    return paths, "as given"
+
+
+def _numbers(name: str, reading: re.Pattern[str]) -> tuple[float, ...]:
+    found = reading.findall(name)
+    return tuple(float(digits.replace(",", "_")) * UNITS[unit.lower()] for digits, unit in found)
 
 
 def _read_headers(path: Path) -> Checkpoint:
     """A checkpoint by its headers, which must be complete and in the safetensors format."""
-    index = None
+    index: dict[str, Any] = {}
     if path.is_file():
         kind, files = "a file", [path]
     elif not path.is_dir():
@@ -167,11 +209,13 @@ def _read_headers(path: Path) -> Checkpoint:
         kind, files = "a model folder", [path / MODEL_FILE]
     elif (path / INDEX).is_file():
         kind, index = "a model folder", read_json(path / INDEX).get("weight_map")
-        shards = set(index.values()) if isinstance(index, dict) else set()
-        # Plain names only: files are written by the same names, and must stay in the new folder.
-        if not shards or not all(isinstance(x, str) and Path(x).name == x for x in shards):
-            raise InputError(f"{path / INDEX} has no weight_map of tensors to files beside it")
-        files = [path / shard for shard in sorted(shards)]
+        # Plain names only: files are written by the same names, and must stay in the new folder,
+        # where no other file has the suffix.
+        if not isinstance(index, dict) or not index or not all(map(_is_shard, index.values())):
+            raise InputError(
+                f"{path / INDEX} has no weight_map of tensors to .safetensors files beside it"
+            )
+        files = [path / shard for shard in sorted(set(index.values()))]
     elif (path / ADAPTER).is_file():
         kind, files = "an adapter folder", [path / ADAPTER]
     else:
@@ -179,19 +223,29 @@ def _read_headers(path: Path) -> Checkpoint:
         if any(path.glob("*_model*.bin")):
             hint = "; convert its .bin by from_pretrained() and save_pretrained()"
         raise InputError(f"{path} holds neither {MODEL_FILE}, {INDEX} nor {ADAPTER}{hint}")
-    tensors = {}
+    tensors: dict[str, TensorHeader] = {}
     for file in files:
         with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no dict
+                if index.get(name, file.name) != file.name:  # another file's, by the index
+                    continue
+                if name in tensors:
+                    both = f"{tensors[name].file} and {file.name} both have tensor {name!r}"
+                    raise InputError(f"{both}, which {INDEX} does not list")
                 part = opened.get_slice(name)
                 dtype, shape = part.get_dtype(), tuple(part.get_shape())
                 if dtype not in SAFETENSORS_DTYPES:
                     what = f"{file}: tensor {name!r} is of dtype {dtype}"
                     raise InputError(f"{what}, which cannot be averaged")
                 tensors[name] = TensorHeader(file, SAFETENSORS_DTYPES[dtype], shape)
-    if missing := (index or {}).keys() - tensors.keys():
-        raise InputError(f"{path / INDEX} lists {min(missing)!r}, which none of its files has")
+    if missing := index.keys() - tensors.keys():
+        name = min(missing)
+        raise InputError(f"{path / INDEX} lists {name!r} in {index[name]}, which does not have it")
     return Checkpoint(path, kind, tensors)
+
+
+def _is_shard(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
 
 
 @contextmanager
@@ -215,9 +269,10 @@ def _check_mergeable(checkpoints: Sequence[Checkpoint], out: Path) -> None:
             a, b = (_described(checkpoint, name) for checkpoint in (first, other))
             if a != b:
                 raise InputError(f"tensor {name!r} is {a} in {first.path} and {b} in {other.path}")
-    config = last.path / "config.json"
-    if config.is_file() and "quantization_config" in read_json(config):
-        raise InputError(f"{last.path} is a quantized model, which cannot be averaged")
+    for checkpoint in checkpoints:
+        if sign := _sign_of_quantization(checkpoint):
+            what = f"{checkpoint.path} is a quantized model, which cannot be averaged"
+            raise InputError(f"{what}: it has {sign}")
     if (out.suffix == ".safetensors") != (last.kind == "a file"):
         be = "end in .safetensors" if last.kind == "a file" else "be a folder, as the checkpoints"
         raise InputError(f"out: {out} must {be}")
@@ -233,6 +288,31 @@ def _described(checkpoint: Checkpoint, name: str) -> str:
     return f"{SAFETENSORS_NAMES[entry.dtype]} of shape {entry.shape}"
 
 
+def _sign_of_quantization(checkpoint: Checkpoint) -> str | None:
+    """What says that the checkpoint is a quantized model, if anything does."""
+    headers = checkpoint.tensors
+    if any(not x.dtype.is_floating_point and math.prod(x.shape) > 1 for x in headers.values()):
+        for name in sorted(headers):
+            if QUANTIZED_NAME.search(name):
+                return f"integers, and the tensor {name!r}"
+    if checkpoint.kind == "a file":
+        return None
+    for pattern in QUANTIZED_FILES:
+        for path in checkpoint.path.glob(pattern):
+            return path.name
+    config = checkpoint.path / "config.json"
+    parts = [read_json(config)] if config.is_file() else []
+    for part in parts:  # grows: configurations may have parts
+        for key, value in part.items():
+            # numbers are sizes, as in num_quantizers
+            if QUANTIZED_KEY.search(key) and (
+                value is True or isinstance(value, dict | list | str)
+            ):
+                return f"{key!r} in {config.name}"
+        parts += [value for value in part.values() if isinstance(value, dict)]
+    return None
+
+
 # ---- the average, tensor by tensor -------------------------------------------------------------
 
 
@@ -240,22 +320,50 @@ def _average(
     name: str, checkpoints: Sequence[Checkpoint], weights: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
     """The merged tensor of that name, in that dtype, which must be finite."""
-    last = checkpoints[-1]
-    if not dtype.is_floating_point:  # a mean of masks or counters makes no sense
-        return _load_tensor(last, name)
-    wide = torch.promote_types(last.tensors[name].dtype, torch.float32)
-    average = torch.zeros(last.tensors[name].shape, dtype=wide)
-    so_far = 0.0
-    # A running mean, unlike a sum, keeps values that are equal in all checkpoints exactly as they
-    # are. It runs from last to first, so that BEMA's negative weight, the first, never divides.
-    for checkpoint, weight in zip(reversed(checkpoints), reversed(weights), strict=True):
-        if weight:
-            so_far += weight
-            average.lerp_(_load_tensor(checkpoint, name).to(wide), weight / so_far)
+    if not dtype.is_floating_point:  # a mean of codes, masks or counters makes no sense
+        return _load_equal(name, checkpoints, weights)
+    average = _running_mean(name, checkpoints, weights)
+    if not _is_finite(average):  # differences overflow earlier than means: these in a quarter
+        quarter = _running_mean(name, checkpoints, weights, 0.25)
+        average = average.where(average.isfinite(), 4 * quarter)
     average = average.to(dtype)
     if not _is_finite(average):
         raise InputError(f"the average of {name!r} is too large for {dtype}; give another --dtype")
     return average
+
+
+def _running_mean(
+    name: str, checkpoints: Sequence[Checkpoint], weights: Sequence[float], scale: float = 1.0
+) -> Tensor:
+    """The mean times a power of two, in float32, or in float64 for float64 tensors.
+
+    A running mean, unlike a sum, keeps values that are equal in all checkpoints exactly as they
+    are. It runs from last to first, so that BEMA's negative weight, the first, never divides.
+    """
+    like = checkpoints[-1].tensors[name]
+    wide = torch.promote_types(like.dtype, torch.float32)
+    average = torch.zeros(like.shape, dtype=wide)
+    so_far = 0.0
+    for checkpoint, weight in zip(reversed(checkpoints), reversed(weights), strict=True):
+        if weight:
+            so_far += weight
+            tensor = _load_tensor(checkpoint, name).to(wide)
+            average.lerp_(tensor if scale == 1 else tensor * scale, weight / so_far)
+            del tensor  # before the next is loaded
+    return average
+
+
+def _load_equal(name: str, checkpoints: Sequence[Checkpoint], weights: Sequence[float]) -> Tensor:
+    """The last checkpoint's tensor of integers or masks, equal in all or a counter."""
+    last = _load_tensor(checkpoints[-1], name)
+    for checkpoint, weight in zip(checkpoints[:-1], weights, strict=False):
+        if weight and last.numel() > 1 and not torch.equal(last, _load_tensor(checkpoint, name)):
+            raise InputError(
+                f"tensor {name!r} of {SAFETENSORS_NAMES[last.dtype]} differs between "
+                f"{checkpoint.path} and {checkpoints[-1].path}; only floating-point numbers can be "
+                "averaged, so quantized models cannot"
+            )
+    return last
 
 
 def _load_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
