@@ -12,6 +12,7 @@ have them: the name, then options, as in `uniform:start=100`, `lawa:window=10:ev
 
 import math
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -24,6 +25,8 @@ Tensors: TypeAlias = list[Tensor]
 Kept: TypeAlias = Sequence[dict[str, Tensor]]  # of each parameter, what its rule keeps
 
 MIN_WEIGHT = 1e-4  # of a power EMA
+MAX_STEPS = 2**53  # up to which float64, which texts are read in, has all whole numbers
+MAX_WINDOW = 1000  # snapshots that LAWA keeps, each as large as the model
 RULES: dict[str, list[type["Averaging"]]] = {}  # by name; PowerEMA and EMA share one
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
@@ -77,7 +80,7 @@ class Averaging(ABC):
         RULES[name] = [*others, cls]
 
     def __post_init__(self) -> None:
-        """Check that all fields are numbers.
+        """Check that all fields are numbers, and whole ones at most 2^53.
 
         Raises:
             ValueError: one is not finite, not whole where it must be, or out of its range.
@@ -85,12 +88,15 @@ class Averaging(ABC):
         for field in fields(self):
             value = getattr(self, field.name)
             kinds = (int,) if field.type in (int, "int") else (int, float)
-            fine = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+            real = isinstance(value, kinds) and not isinstance(value, bool)
+            fine = real and abs(value) <= sys.float_info.max  # of whole numbers, too
             optional = value is None and field.default is None
             kind = "a finite number" if float in kinds else "a whole number"
             self._require(field.name, fine or optional, kind)
             if field.name in ("every", "window"):
                 self._require(field.name, value >= 1, ">= 1")
+            if float not in kinds or field.name in ("start", "lag", "rate"):
+                self._require(field.name, optional or abs(value) <= MAX_STEPS, "at most 2^53")
             if field.name == "start":
                 self._require(field.name, value >= 0, "a number of steps >= 0")
 
@@ -314,7 +320,7 @@ class LAWA(Averaging):
     in the parameter's dtype, which holds them exactly.
 
     Args:
-        window: K >= 1 snapshots.
+        window: K snapshots, from 1 to 1000.
         every: k >= 1, steps.
 
     Raises:
@@ -326,6 +332,10 @@ class LAWA(Averaging):
     window: int
     every: int = 1
     name: ClassVar[str] = "lawa"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("window", self.window <= MAX_WINDOW, f"at most {MAX_WINDOW}")
 
     @property
     def keeps(self) -> tuple[str, ...]:
@@ -444,7 +454,9 @@ def parse(text: str) -> Averaging:
             number = float(value)
         except ValueError:
             number = math.nan
-        if not equals or math.isnan(number) or option in given:
+        if option in given:
+            raise ValueError(f"averaging {text!r} gives {option!r} twice")
+        if not equals or math.isnan(number):
             raise ValueError(f"averaging {text!r}: {part!r} must be one option=number")
         given[option] = int(number) if number.is_integer() else number
     if name not in RULES:

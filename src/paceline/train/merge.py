@@ -208,7 +208,7 @@ def _read_headers(path: Path) -> Checkpoint:
     elif (path / MODEL_FILE).is_file():
         kind, files = "a model folder", [path / MODEL_FILE]
     elif (path / INDEX).is_file():
-        kind, index = "a model folder", read_json(path / INDEX).get("weight_map")
+        kind, index = "a model folder", read_json(path / INDEX).get("weight_map", {})
         # Plain names only: files are written by the same names, and must stay in the new folder,
         # where no other file has the suffix.
         if not isinstance(index, dict) or not index or not all(map(_is_shard, index.values())):

@@ -21,13 +21,13 @@ import pytorch_optimizer
 import schedulefree
 import torch
 import tyro
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from ..auto import AUTO, AUTO_KAPPA, AUTO_RETURN_KAPPA
-from ..averaging import BEMA, EMA, LAWA, SWA, Averaging, PowerEMA, Uniform
+from ..averaging import BEMA, EMA, LAWA, MAX_STEPS, MAX_WINDOW, SWA, Averaging, PowerEMA, Uniform
 from ..optimizer import PACE
 from ..pullback import Pullback
 from ..theory.twin import twin_rate
@@ -35,6 +35,8 @@ from . import BelowOne, Gain, InputError, NonNegative, Number, Options, Positive
 
 FALLBACKS = {"kappa": 0.3, "twin_gain": 1.0}  # where neither text nor command gives them
 WSD_DECAY_SHARE = 0.2  # of the steps, linearly to zero
+
+Interval = Annotated[Positive, Field(le=MAX_STEPS)]  # steps
 
 # ---- schedules ----------------------------------------------------------------------------------
 
@@ -312,7 +314,7 @@ class SWAMethod(UniformMethod):
 
     name = "swa"
 
-    every: Positive = 50
+    every: Interval = 50
 
     def averaging(self, steps: int) -> Averaging:
         return SWA(round(self.start * steps), self.every)
@@ -323,8 +325,8 @@ class LAWAMethod(AveragedMethod):
 
     name = "lawa"
 
-    window: Positive = 10
-    every: Positive = 40
+    window: Annotated[Positive, Field(le=MAX_WINDOW)] = 10
+    every: Interval = 40
 
     def averaging(self, steps: int) -> Averaging:
         return LAWA(self.window, self.every)
@@ -337,7 +339,7 @@ class BEMAMethod(AveragedMethod):
 
     kappa: Power = 0.5
     bias_power: Power = 0.2
-    every: Positive | None = None
+    every: Interval | None = None
 
     def averaging(self, steps: int) -> Averaging:
         return BEMA(self.kappa, self.bias_power, every=self.every or 1)
@@ -348,7 +350,7 @@ class LookaheadMethod(Method):
 
     name = "lookahead"
 
-    every: Positive = 5
+    every: Interval = 5
     alpha: Gain = 0.5
 
     def build(self, setup: Setup) -> Optimizer:
@@ -406,7 +408,7 @@ class PACEMethod(PulledMethod):
 
     name = "pace"
 
-    every: Positive | None = None
+    every: Interval | None = None
     eps: Number | None = None
     state: State = None  # dtype of m, v and the average
     gain: Literal["adam", "scalar"] | None = None
@@ -537,33 +539,38 @@ def parse_method(text: str, *, schedule: str = "constant", **defaults: Any) -> M
             left out.
 
     Raises:
-        InputError: an unknown name, base, schedule or option, an option that the method does not
-            have, or a value out of its range.
+        InputError: an unknown name, base, schedule or option, one that is given twice, an option
+            that the method does not have, or a value out of its range.
     """
     name, *parts = text.strip().split(":")
     if name not in METHODS:
         raise InputError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
     kind = METHODS[name]
     schedules = LR_SCHEDULES if kind.takes_schedule else {}
-    own = {"schedule": schedule if schedules else "constant"}
+    head: dict[str, str] = {}  # what is written without its name
     if "base" in kind.model_fields:
-        own["base"] = parts.pop(0) if parts else ""
+        head["base"] = parts.pop(0) if parts else ""
+    own: dict[str, str] = {}
     for part in parts:
         option, equals, value = part.partition("=")
-        if equals:
-            own[option] = value
-        elif part in schedules:
-            own["schedule"] = part
-        else:
-            known = ", ".join(schedules) or "none"
-            raise InputError(f"unknown schedule {part!r} in method {text!r}; known: {known}")
-    options = kind.options(_known_schedule(own["schedule"]))
-    for option in own.keys() - {"base", "schedule"}:
+        if not equals:
+            if part not in schedules:
+                known = ", ".join(schedules) or "none"
+                raise InputError(f"unknown schedule {part!r} in method {text!r}; known: {known}")
+            option, value = "schedule", part
+        given = own if equals else head
+        if option in given:
+            raise InputError(f"method {text!r} gives {option!r} twice")
+        given[option] = value
+    head.setdefault("schedule", schedule if schedules else "constant")
+    options = kind.options(_known_schedule(head["schedule"]))
+    for option in own:
         if option not in options:
             raise InputError(f"method {text!r} has no option {option!r}; it has {options}")
+    own |= head
     wanted = kind.from_command(own)
-    given = {k: x for k, x in defaults.items() if k in wanted and x is not None}
+    left = {k: x for k, x in defaults.items() if k in wanted and x is not None}
     try:
-        return kind(**given | own)
+        return kind(**left | own)
     except InputError as error:
         raise InputError(f"method {text!r}: {error}") from error
