@@ -15,7 +15,6 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -27,7 +26,15 @@ from trl.trainer.sft_trainer import SFTTrainer
 from . import InputError, reporting, sources, unknown
 from .chat import conversation_encoder, use_chatml
 from .data import make_tokenizer
-from .model import make_gpt2
+from .model import (
+    check_output,
+    check_sizes,
+    load_config,
+    load_model,
+    make_gpt2,
+    new_model,
+    one_line,
+)
 from .recipe import Recipe
 from .trainer import OneMethodTrainer
 
@@ -392,20 +399,25 @@ def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
         config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **changes})
     else:
         with _loading("model", recipe.model):
-            config = AutoConfig.from_pretrained(recipe.model)
+            config = load_config(recipe.model)
         for key, value in changes.items():
             if not hasattr(config, key):
                 raise InputError(f"config: {unknown(key, config.to_dict())}")
-            setattr(config, key, value)
+            if key == "model_type" and value != config.model_type:
+                raise InputError(f"config: model_type of {recipe.model} is {config.model_type!r}")
+            with one_line("config"):
+                setattr(config, key, value)
+    check_sizes(config)
     room = getattr(config.get_text_config(), "max_position_embeddings", recipe.context)
     if recipe.context > room:
         raise InputError(f"context: {recipe.context} tokens are more than the model's {room}")
-    with reporting("model", ImportError, ValueError, TypeError, KeyError):
-        if recipe.model is None or recipe.from_scratch:
-            model = AutoModelForCausalLM.from_config(config, **options)
-        else:
-            with _loading("model", recipe.model):
-                model = AutoModelForCausalLM.from_pretrained(recipe.model, config=config, **options)
+    if recipe.model is None or recipe.from_scratch:
+        model = new_model(config, **options)
+    else:
+        with _loading("model", recipe.model):
+            model = load_model(recipe.model, config=config, **options)
+    if (changes or recipe.from_scratch) and recipe.attention in (None, "eager", "sdpa"):
+        check_output(model)
     # A model may have fewer embeddings than the tokenizer has entries; more are no problem.
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))

@@ -22,11 +22,12 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoTokenizer, set_seed
 from tyro.conf import Positional, arg
 
 from . import InputError, Options, Positive, folder, reporting
 from .manifest import environment, write_json
+from .model import load_model
 from .recipe import Names
 from .sources import hub_is_there
 from .terminal import progress_bars, say
@@ -229,7 +230,7 @@ def _score(
     from lm_eval.models.huggingface import HFLM
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        model: Any = load_model(path, dtype="auto")
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path} cannot be loaded: {_first_line(error)}") from error

@@ -1,5 +1,7 @@
 """What long commands show in the terminal."""
 
+import os
+import sys
 import warnings
 from typing import Any
 
@@ -22,6 +24,12 @@ def quiet() -> None:
 def say(console: Console, text: str, end: str = "\n") -> None:
     """Print a text as it is: without colours and line breaks, so that it can be copied."""
     console.print(Text(text), end=end, soft_wrap=True)
+
+
+def tell(text: str) -> None:
+    """Print a line to standard error, in one process of several."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"paceline: {text}", file=sys.stderr)
 
 
 def progress_bars(console: Console, *columns: Any, **options: Any) -> Progress:
