@@ -18,6 +18,7 @@ pytest.importorskip("lm_eval")
 import lm_eval.tasks
 import tyro
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from paceline.train import InputError
@@ -367,8 +368,12 @@ def test_what_cannot_be_evaluated(run, tasks, tmp_path, monkeypatch):
     for path in (tmp_path / "empty", tasks / "both.yaml"):
         refused("is neither the folder of a run .* nor that of a model", path, "choice")
     weights = run / "model" / "model.safetensors"
+    state = {name: x.clone() for name, x in load_file(weights).items()}
     weights.write_bytes(weights.read_bytes()[:1000])
     refused("model cannot be loaded: ", run, "choice", include=tasks)
+    state.pop("transformer.ln_f.weight")
+    save_file(state, weights, {"format": "pt"})  # transformers would make up what is missing
+    refused("model has no tensor 'transformer.ln_f.weight'", run, "choice", include=tasks)
     weights.unlink()
     refused("model cannot be loaded: .*model.safetensors", run / "model", "choice", include=tasks)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -179,15 +179,26 @@ def test_numbers_in_names_are_an_order_however_they_are_written(names):
     assert merging._in_order(sorted(paths)) == (paths, "by number")
 
 
-@pytest.mark.parametrize("names", ["b a", "base step-500 step-1000 last", "x-9-step-5 x-3-step-20"])
+@pytest.mark.parametrize("names", ["b a", "base step-500 step-1000 last", "a-2 b-2 c-3"])
 def test_other_names_stay_in_the_order_given(names):
     paths = [Path(name) for name in names.split()]
     assert merging._in_order(paths) == (paths, "as given")
 
 
-@pytest.mark.parametrize("names", ["step-1000 step-500 last", "x-3-step-20 x-9-step-5"])
-def test_numbers_that_fall_are_refused(names):
-    with pytest.raises(InputError, match=r"^checkpoints: .*-5.* comes after .*smaller; give them"):
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (
+            "step-1000 step-500 last",
+            "step-500 comes after step-1000, but its number is smaller; gi",
+        ),
+        ("b-2 a-2 c-1", "c-1 comes after a-2, but its number is smaller; give them from first to"),
+        ("epoch1-step9 epoch2-step5", "the numbers in epoch1-step9 and epoch2-step5 leave their o"),
+        ("epoch2-step5 epoch1-step9", "the numbers in epoch2-step5 and epoch1-step9 leave their o"),
+    ],
+)
+def test_numbers_that_fall_are_refused(names, says):
+    with pytest.raises(InputError, match=f"^checkpoints: {says}"):
         merging._in_order([Path(name) for name in names.split()])
 
 
@@ -397,6 +408,14 @@ def test_adapters(tmp_path, capsys):
     average(*folders, "--out", tmp_path / "out")
     assert "factor of the adapters is averaged" in capsys.readouterr().out
     assert (tmp_path / "out" / "adapter_config.json").exists()
+    config = folders[1] / "adapter_config.json"
+    kept = config.read_text()
+    for key, value in (("lora_alpha", 99), ("use_rslora", True), ("alpha_pattern", {"x": 2})):
+        config.write_text(json.dumps(json.loads(kept) | {key: value}))
+        capsys.readouterr()
+        average(*folders, "--out", tmp_path / "scaled", status=2)
+        assert re.search(rf"{key!r} is .* and {value}".replace("{", r"\{"), capsys.readouterr().err)
+    config.write_text(kept)
     average(*folders, "--out", tmp_path / "half", "--dtype", "bfloat16")
     half = load_file(tmp_path / "half" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}

@@ -64,7 +64,8 @@ def start(tokenizer):
 
 def rewrite(folder, change):
     path = folder / "model.safetensors"
-    save_file(change(load_file(path)), path, {"format": "pt"})
+    state = {name: x.clone() for name, x in load_file(path).items()}  # the file is written over
+    save_file(change(state), path, {"format": "pt"})
 
 
 def without(*names):

@@ -65,6 +65,8 @@ NUMBERS = [
     for digits in (r"\d+", r"(?:\d{1,3}(?:[_,]\d{3})+(?!\d)|\d+)")
 ]
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
+# Of adapter_config.json: by how much the product of an adapter's factors counts.
+ADAPTER_SCALES = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 CHECKPOINTS = arg(metavar="CHECKPOINT…", help_behavior_hint="(required)")
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -170,19 +172,28 @@ def _in_order(paths: Sequence[Path]) -> tuple[Sequence[Path], str]:
     """The checkpoints from first to last, and a text that says how they were ordered.
 
     Raises:
-        InputError: the numbers in their names leave it open, and fall in the order given.
+        InputError: the numbers in their names leave it open, or fall in the order given.
     """
     if len(paths) == 1:
         paths = folder.checkpoints_in(paths[0]) or paths
     parts = [[x.removesuffix(".safetensors") for x in p.absolute().parts[::-1]] for p in paths]
     # of step_500/model and step_1000/model the folders
     names = next((x for x in zip(*parts, strict=False) if len(set(x)) > 1), ())
+    alike = False
     for reading in NUMBERS:
         texts, numbers = [reading.sub("#", x) for x in names], [_numbers(x, reading) for x in names]
-        rising = (column == tuple(sorted(column)) for column in zip(*sorted(numbers), strict=False))
-        if len(set(texts)) == 1 and all(rising):
+        if len(set(texts)) != 1:
+            continue
+        alike = True
+        rising = (column == tuple(sorted(column)) for column in zip(*sorted(numbers), strict=True))
+        if all(rising):
             order = sorted(range(len(paths)), key=numbers.__getitem__)
             return [paths[i] for i in order], "by number"
+    if alike:
+        raise InputError(
+            f"checkpoints: the numbers in {names[0]} and {names[1]} leave their order open; rename "
+            "them"
+        )
     numbered = [(x, found[-1]) for x in names if (found := _numbers(x, NUMBERS[0]))]
     for (before, one), (after, other) in pairwise(numbered):
         if other < one:
@@ -269,6 +280,14 @@ def _check_mergeable(checkpoints: Sequence[Checkpoint], out: Path) -> None:
             a, b = (_described(checkpoint, name) for checkpoint in (first, other))
             if a != b:
                 raise InputError(f"tensor {name!r} is {a} in {first.path} and {b} in {other.path}")
+        if first.kind == "an adapter folder":
+            ours, theirs = (_adapter_config(checkpoint.path) for checkpoint in (first, other))
+            for key in ADAPTER_SCALES:
+                if ours.get(key) != theirs.get(key):
+                    raise InputError(
+                        f"{key!r} is {ours.get(key)} in {first.path} and {theirs.get(key)} in "
+                        f"{other.path}; adapters of different scales cannot be averaged"
+                    )
     for checkpoint in checkpoints:
         if sign := _sign_of_quantization(checkpoint):
             what = f"{checkpoint.path} is a quantized model, which cannot be averaged"
@@ -280,6 +299,11 @@ def _check_mergeable(checkpoints: Sequence[Checkpoint], out: Path) -> None:
         raise InputError(f"out: {out} exists; name another")
     if not out.parent.is_dir():
         raise InputError(f"out: there is no folder {out.parent} for {out.name}")
+
+
+def _adapter_config(path: Path) -> dict[str, Any]:
+    config = path / "adapter_config.json"
+    return read_json(config) if config.is_file() else {}
 
 
 def _described(checkpoint: Checkpoint, name: str) -> str:
