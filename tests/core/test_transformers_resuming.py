@@ -11,10 +11,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("trl")
 
 from trainers import EPOCH, adapted, far, on, outcome, prepare, prepare_sft, small, weights, which
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from paceline import PACE
 from paceline.integrations.transformers import PaceTrainer
+from paceline.sums import write_sums
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # peft
@@ -137,6 +138,7 @@ def test_a_checkpoint_without_optimizer_state_is_refused(missing, kind, before, 
     prepare(tmp_path, kind, **options, save_only_model=missing == "all").train()
     if missing != "all":
         (tmp_path / "checkpoint-2" / missing).unlink()
+        write_sums(tmp_path / "checkpoint-2")  # as if it had been saved so
     trainer = prepare(tmp_path / "other", kind, **options)
     if before == "evaluated":
         trainer.evaluate()
@@ -149,6 +151,39 @@ def test_a_checkpoint_without_optimizer_state_is_refused(missing, kind, before, 
     plain = prepare(tmp_path, "adamw", **options | {"max_steps": 3})  # it has no others
     plain.train(resume_from_checkpoint=True)
     assert plain.state.global_step == 3
+
+
+def test_a_checkpoint_in_which_a_bit_has_flipped_is_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    prepare(tmp_path, **options).train()
+    trainer = prepare(tmp_path / "other", **options)
+    before = weights(trainer.model)
+    files = [x for x in (tmp_path / "checkpoint-2").iterdir() if x.name != "checksums.json"]
+    assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} < {x.name for x in files}
+    for file in files:
+        whole = file.read_bytes()
+        middle = len(whole) // 2
+        file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        with pytest.raises(
+            ValueError, match=f"checkpoint-2/{file.name} is damaged.*resume from an"
+        ):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        file.write_bytes(whole)
+    assert far(weights(trainer.model), before) == 0
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_the_best_checkpoint_is_whole_or_not_loaded(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "eval_strategy": "steps"}
+    trainer = prepare(tmp_path, **options, eval_steps=2, load_best_model_at_end=True)
+
+    class Spoil(TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            (tmp_path / "checkpoint-2" / "config.json").write_text("{}")
+
+    trainer.add_callback(Spoil())
+    with pytest.raises(ValueError, match=r"checkpoint-2/config\.json is damaged"):
+        trainer.train()
 
 
 def test_a_checkpoint_from_before_the_first_step_is_a_start(tmp_path):

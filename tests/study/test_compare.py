@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from paceline.cli import main
 from paceline.study.compare import Comparison, Setting, _affordable_steps
 from paceline.study.runs import Run
+from paceline.sums import find_damage
 from paceline.train.data import make_tokenizer, read_corpus, tokenize
+from paceline.train.folder import locked
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +265,40 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys
     assert error.startswith("paceline: ")
     assert re.search(message.replace("(", r"\("), error), error
     assert not (tmp_path / "runs").exists()
+
+
+def test_one_comparison_at_a_time_writes_a_folder(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    with locked(out):
+        assert main(["compare", *SMALL, "--text", text, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"paceline: out: {out} is in use by process {os.getpid()} on ")
+
+
+def test_a_pretrained_model_that_is_damaged_is_refused(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+    small = [x for x in SMALL if x != "--from-scratch"]
+    (tmp_path / "other.md").write_text(OTHER)
+    small += [
+        "--pretrain-text",
+        str(tmp_path / "other.md"),
+        "--pretrain-steps",
+        "10",
+        "--lr",
+        "1e-2",
+        "--methods",
+        "adamw",
+    ]
+    command = ["compare", *small, "--text", text, "--workers", "1", "--out"]
+    assert main([*command, str(tmp_path / "one")]) == 0
+    assert find_damage(tmp_path / "one/models/adamw, lr 0.01") is None
+    (start,) = (tmp_path / "cache").glob("start-*")
+    (start / "config.json").write_text("{}")
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "two")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"paceline: start: {start}/config.json is damaged: ")
+    assert f"; delete {start}, and it is made again" in said
 
 
 def test_every_option_is_explained(capsys):

@@ -21,6 +21,7 @@ from paceline.study.cells import Task
 from paceline.study.ledger import Outcomes
 from paceline.study.sweep import Study, Tuning
 from paceline.train import InputError
+from paceline.train.folder import locked
 from paceline.train.recipe import Recipe
 
 NOTHING = Outcomes({}, {})
@@ -309,6 +310,20 @@ def test_an_unusable_folder(tmp_path, capsys):
     out = str(tmp_path / "sweep.yaml" / "out")
     assert main(["sweep", str(tmp_path / "sweep.yaml"), "--out", out]) == 2
     assert "out: cannot make the folder" in capsys.readouterr().err
+
+
+def test_a_folder_that_a_run_or_a_comparison_writes(tmp_path, capsys):
+    sweep_in(tmp_path)
+    command = ["sweep", str(tmp_path / "sweep.yaml"), "--show", "--out", str(tmp_path / "out")]
+    with locked(tmp_path / "out"):
+        assert main(command) == 2
+    assert "out is in use by process" in capsys.readouterr().err
+    with locked(tmp_path / "out", shared=True):  # as another worker of this sweep
+        assert main(command) == 0
+    (tmp_path / "out" / "recipe.yaml").touch()
+    (tmp_path / "out" / "checkpoints").mkdir()
+    assert main(command) == 2
+    assert "out is the folder of a run; name another" in capsys.readouterr().err
 
 
 def test_a_sweep_with_a_start_trains_it_once(tmp_path, monkeypatch):

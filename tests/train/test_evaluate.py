@@ -21,6 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from paceline.sums import write_sums
 from paceline.train import InputError
 from paceline.train.data import make_tokenizer
 from paceline.train.evaluate import Evaluation, _paired_stderr, evaluate
@@ -369,7 +370,10 @@ def test_what_cannot_be_evaluated(run, tasks, tmp_path, monkeypatch):
         refused("is neither the folder of a run .* nor that of a model", path, "choice")
     weights = run / "model" / "model.safetensors"
     state = {name: x.clone() for name, x in load_file(weights).items()}
+    write_sums(run / "model")
     weights.write_bytes(weights.read_bytes()[:1000])
+    refused("^model: .*model.safetensors is damaged: ", run, "choice", include=tasks)
+    (run / "model" / "checksums.json").unlink()
     refused("model cannot be loaded: ", run, "choice", include=tasks)
     state.pop("transformer.ln_f.weight")
     save_file(state, weights, {"format": "pt"})  # transformers would make up what is missing

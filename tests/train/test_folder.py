@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
 pytest.importorskip("pydantic")
 
+from paceline.sums import write_sums
 from paceline.train import InputError, folder
 from paceline.train.manifest import read_json, write_json
 
@@ -39,6 +43,8 @@ def test_states_of_a_run(tmp_path):
     assert folder.recipe_of(tmp_path) == {"lr": 1e-3}
     assert not folder.is_finished(tmp_path)
     (tmp_path / folder.MODEL).mkdir()
+    assert not folder.is_finished(tmp_path)
+    (tmp_path / folder.MODEL / folder.AVERAGE_FACTS).touch()
     assert folder.is_finished(tmp_path)
 
 
@@ -51,6 +57,143 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     assert [path.name for path in found] == ["checkpoint-9", "checkpoint-10"]
     assert folder.last_checkpoint(tmp_path) == found[-1]
     assert folder.step_of(found[-1]) == 10
+
+
+# ---- one writer at a time ------------------------------------------------------------------------
+
+
+def test_a_lock_is_held_by_one_and_names_it(tmp_path):
+    new = tmp_path / "a" / "b"
+    with folder.locked(new):
+        folder.require_empty(new)
+        refused = (
+            rf"^out: .*b is in use by process {os.getpid()} on .* since 20.*; wait for its end$"
+        )
+        with pytest.raises(InputError, match=refused), folder.locked(new):
+            pass
+        with pytest.raises(InputError, match="is in use"), folder.locked(new, shared=True):
+            pass
+    assert not list(tmp_path.iterdir())
+    with folder.locked(new):
+        (new / "x").touch()
+    assert [path.name for path in new.iterdir()] == ["x"]
+
+
+def test_those_who_share_a_lock_hold_out_others(tmp_path):
+    with folder.locked(tmp_path, shared=True):
+        with folder.locked(tmp_path, shared=True):
+            pass
+        with pytest.raises(InputError, match="is in use"), folder.locked(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+HOLDER = """
+import os, sys
+from pathlib import Path
+from paceline.train import folder
+
+with folder.locked(Path(sys.argv[1])):
+    if os.fork():
+        print(os.getpid(), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_lock_ends_with_its_process_whatever_its_children_do(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as holder:
+        pid = holder.stdout.readline().strip()
+        with pytest.raises(InputError, match=f"process {pid} on"), folder.locked(tmp_path):
+            pass
+        holder.kill()
+        os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
+        with folder.locked(tmp_path):  # its child waits for the end of its input
+            assert json.loads((tmp_path / folder.LOCK).read_text())["process"] == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_locks_of_the_system_the_file_decides(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "fcntl", None)
+    lock = tmp_path / folder.LOCK
+    with folder.locked(tmp_path):
+        held = json.loads(lock.read_text())
+        refused = r"or delete .*\.lock if it is no more$"
+        with pytest.raises(InputError, match=refused), folder.locked(tmp_path):
+            pass
+    assert not lock.exists()
+    for left, taken in ({**held, "process": 2**22 + 1}, True), ({**held, "host": "other"}, False):
+        lock.write_text(json.dumps(left))
+        try:
+            with folder.locked(tmp_path):
+                assert taken
+        except InputError:
+            assert not taken
+    lock.write_text("{")
+    with folder.locked(tmp_path):
+        pass
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+def saved(run, *steps):
+    """Checkpoints with one file each; of the last one the folder."""
+    for step in steps:
+        place = run / folder.CHECKPOINTS / f"checkpoint-{step}"
+        place.mkdir(parents=True)
+        (place / "optimizer.pt").write_bytes(bytes(9))
+        write_sums(place)
+    return place
+
+
+def spoil(place):
+    (place / "optimizer.pt").write_bytes(b"x" + bytes(8))
+
+
+def test_the_checkpoint_to_resume_is_whole(tmp_path):
+    assert folder.checkpoint_to_resume(tmp_path) is None
+    last = saved(tmp_path, 3, 6, 9)
+    assert folder.checkpoint_to_resume(tmp_path) == last
+    assert folder.checkpoint_to_resume(tmp_path, "checkpoint-3").name == "checkpoint-3"
+    with pytest.raises(InputError, match="^from: .* has no 'checkpoint-4'; it has checkpoint-3, "):
+        folder.checkpoint_to_resume(tmp_path, "checkpoint-4")
+    spoil(last)
+    spoil(last.with_name("checkpoint-6"))
+    with pytest.raises(
+        InputError, match=r"checkpoint-9/optimizer\.pt is damaged: .*--from check.*-3 "
+    ):
+        folder.checkpoint_to_resume(tmp_path)
+    (last / "checksums.json").unlink()
+    with pytest.raises(InputError, match=r"checkpoint-9/checksums\.json is missing; "):
+        folder.checkpoint_to_resume(tmp_path)
+    spoil(last.with_name("checkpoint-3"))
+    with pytest.raises(InputError, match="no other checkpoint is whole"):
+        folder.checkpoint_to_resume(tmp_path)
+
+
+def test_newer_checkpoints_are_set_aside(tmp_path):
+    last = saved(tmp_path, 3, 6, 9)
+    assert folder.set_aside_newer(last) == []
+    (aside,) = folder.set_aside_newer(last.with_name("checkpoint-6"))
+    assert (aside.name, (aside / "optimizer.pt").exists()) == ("set-aside-checkpoint-9", True)
+    assert folder.last_checkpoint(tmp_path).name == "checkpoint-6"
+    saved(tmp_path, 9)  # the run has come by there again
+    assert folder.set_aside_newer(last.with_name("checkpoint-6")) == [aside]
+
+
+def test_a_model_that_is_read_is_whole_and_its_training_state_may_not_be(tmp_path):
+    place = saved(tmp_path, 3)
+    (place / "config.json").touch()
+    write_sums(place)
+    spoil(place)
+    folder.require_whole(place, "model")
+    (place / "config.json").write_text(" ")
+    with pytest.raises(InputError, match=r"^model: .*config\.json is damaged.*delete .*sums\.json"):
+        folder.require_whole(place, "model")
+    with pytest.raises(InputError, match=r"config\.json is damaged.*; then$"):
+        folder.require_whole(place / "config.json", "model", "then")
 
 
 def test_lines_of_json(tmp_path):

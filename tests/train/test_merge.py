@@ -296,7 +296,9 @@ def test_a_run_of_a_tied_model(tmp_path, capsys):
     (run / "checkpoint-5").write_text("no folder")
     out = tmp_path / "out"
     average(run, "--out", out)
-    assert {path.name for path in out.iterdir()} == kept | {"model.safetensors", "paceline.json"}
+    assert {path.name for path in out.iterdir()} == kept | {
+        *("model.safetensors", "paceline.json", "checksums.json")
+    }
     assert (out / "tokenizer.json").read_text() == "of 1000"
     facts = json.loads((out / "paceline.json").read_text())
     assert facts["checkpoints"] == [str(run / f"checkpoint-{n}") for n in (30, 200, 1000)]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from paceline.averaging import RULES
 from paceline.cli import main
+from paceline.sums import find_damage, write_sums
 from paceline.train import merge as merging
 from paceline.train.merge import Merge
 
@@ -241,3 +242,23 @@ def test_every_option_is_explained(capsys):
     assert len(ours) == 6
     for name in {rule.name for rule in ours}:
         assert re.search(rf"^{name}[\[:]", said, re.MULTILINE)
+
+
+def test_a_flipped_bit_is_refused(place, capsys):
+    write_sums(place / "B")
+    file = place / "B" / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    for given in ("B", "B/model.safetensors"):
+        other = "A" if given == "B" else "A.safetensors"
+        out = "out" if given == "B" else "out.safetensors"
+        assert main(["average", other, given, "--out", out]) == 2
+        assert "paceline: checkpoints: B/model.safetensors is damaged" in capsys.readouterr().err
+        assert not (place / out).exists()
+
+
+def test_what_is_made_has_check_sums(place):
+    average("A", "B", "--out", "out")
+    assert find_damage(place / "out") is None
+    (place / "out" / "paceline.json").write_text("{}")
+    assert "paceline.json is damaged" in find_damage(place / "out")

@@ -1,9 +1,13 @@
 """`paceline train`: runs that go on, runs that cannot, and the demos."""
 
+import errno
+import json
 import os
+import platform
 import resource
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,6 +204,110 @@ def test_no_run_and_no_empty_folder(values, tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == [recipe]
 
 
+# ---- damage --------------------------------------------------------------------------------------
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_named_and_another_one_serves(finished, copied, capsys):
+    unfinished(copied)
+    last, again = copied / "checkpoints/checkpoint-9", copied / "checkpoints/checkpoint-12"
+    shutil.copytree(finished / "checkpoints/checkpoint-12", again)
+    for file in sorted(again.iterdir()):
+        whole = file.read_bytes()
+        flip(file)
+        assert go_on(copied) == 2
+        said = one_line(capsys, f"resume: {again}/", f"train --resume {copied} --from checkpoint-9")
+        assert f"{file} is damaged" in said or file.name == "checksums.json"
+        file.write_bytes(whole)
+    (again / "optimizer.pt").unlink()
+    assert go_on(copied) == 2
+    one_line(capsys, f"{again}/optimizer.pt is missing; ", "--from checkpoint-9")
+    flip(last / "model.safetensors")
+    assert go_on(copied) == 2
+    one_line(capsys, f"{again}/optimizer.pt is missing; no other checkpoint is whole")
+    flip(last / "model.safetensors")
+    assert go_on(copied, "--from", "checkpoint-8") == 2
+    one_line(capsys, "from: ", "has no 'checkpoint-8'; it has checkpoint-9, checkpoint-12")
+    assert go_on(copied, "--from", "checkpoint-9") == 0
+    out = capsys.readouterr().out
+    assert f"Set aside: {copied}/checkpoints/set-aside-checkpoint-12\nResuming from check" in out
+    assert_ended_alike(finished, copied)
+    assert read(copied / "manifest.json")["resumed"][0]["from"] == "checkpoint-9"
+
+
+def test_an_empty_checkpoint_is_damaged(copied, capsys):
+    unfinished(copied)
+    (copied / "checkpoints/checkpoint-11").mkdir()
+    assert go_on(copied) == 2
+    one_line(capsys, "checkpoint-11/checksums.json is missing; ", "--from checkpoint-9")
+
+
+def test_an_empty_model_is_not_finished(finished, copied):
+    shutil.rmtree(copied / "model")
+    (copied / "model").mkdir()
+    assert go_on(copied) == 0
+    assert_ended_alike(finished, copied)
+
+
+def test_a_damaged_model_is_not_finished(finished, copied, values, capsys):
+    model = copied / "model"
+    (model / "README.md").write_text("My model.")  # which is no damage
+    assert go_on(copied) == 0
+    flip(model / "model.safetensors")
+    recipe = write_recipe(copied.parent / "recipe.yaml", values, config=None, model=str(model))
+    assert main(["train", str(recipe), "--out", str(copied.parent / "next")]) == 2
+    one_line(capsys, f"model: {model}/model.safetensors is damaged: ", f"delete {model}/checksums")
+    assert not (copied.parent / "next").exists()
+    assert go_on(copied, "--from", "checkpoint-9") == 2
+    one_line(capsys, f"from: {copied} is finished; delete {model}")
+    assert go_on(copied) == 2
+    one_line(capsys, f"resume: {model}/model.safetensors is damaged: ", f"; delete {model}, and")
+    shutil.rmtree(model)
+    assert go_on(copied) == 0
+    assert_ended_alike(finished, copied)
+
+
+def test_a_recipe_that_has_changed_since_is_refused(copied, capsys):
+    unfinished(copied)
+    recipe = copied / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("lr: 0.01", "lr: 0.11"))
+    assert go_on(copied) == 2
+    one_line(capsys, "lr: it must stay 0.01 when a run is resumed")
+
+
+# ---- two at once ---------------------------------------------------------------------------------
+
+
+def test_two_do_not_train_in_one_folder(finished, values, tmp_path, monkeypatch, capsys):
+    recipe, run = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "run"
+    said = []
+
+    def meet():
+        for arguments in ([str(recipe), "--out", str(run)], ["--resume", str(run)]):
+            assert main(["train", *arguments]) == 2
+            said.append(one_line(capsys, f"out: {run} is in use by process {os.getpid()} on "))
+
+    at_step(monkeypatch, 4, meet)
+    assert main(["train", str(recipe), "--out", str(run)]) == 0
+    assert len(said) == 2
+    assert_ended_alike(finished, run)
+    assert not (run / ".lock").exists()
+
+
+def test_a_lock_that_a_kill_left_is_taken_over(finished, values, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    left = {"host": platform.node(), "process": 1, "since": "long ago", "command": "paceline"}
+    (run / ".lock").write_text(json.dumps(left))
+    assert go(run, values)
+    assert_ended_alike(finished, run)
+
+
 # ---- what cannot be done -------------------------------------------------------------------------
 
 
@@ -244,6 +352,35 @@ def test_full_disk_in_a_checkpoint(finished, values, tmp_path, capsys, monkeypat
     assert nothing_half_written(run)
     assert go_on(run) == 0
     assert_ended_alike(finished, run)
+
+
+@pytest.mark.parametrize("path", ["recipe.yaml", "manifest.json"])
+def test_full_disk_at_the_start(finished, values, path, tmp_path, capsys, monkeypatch):
+    recipe, run = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "run"
+    usual = Path.write_text
+
+    def write_text(self, *args, **kwargs):
+        if path in str(self) and self != recipe:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return usual(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert main(["train", str(recipe), "--out", str(run)]) == 2
+    again = "start the run again" if path == "recipe.yaml" else f"paceline train --resume {run} "
+    one_line(capsys, f"cannot write to {run}", ": No space left on device; when that", again)
+    assert run.exists() is (path != "recipe.yaml")
+    monkeypatch.undo()
+    assert (go_on(run) if run.exists() else main(["train", str(recipe), "--out", str(run)])) == 0
+    assert_ended_alike(finished, run)
+
+
+def test_what_cannot_be_read_is_not_said_to_be_written(values, tmp_path, capsys, monkeypatch):
+    recipe, run = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "run"
+    at_step(monkeypatch, 4, raises(ConnectionError("the Hub\nis away")))
+    assert main(["train", str(recipe), "--out", str(run)]) == 2
+    one_line(
+        capsys, "the run stopped: the Hub is away; when that is fixed, paceline train --resume"
+    )
 
 
 @pytest.mark.parametrize("limit", [100_000, 200_000], ids=["model", "optimizer"])

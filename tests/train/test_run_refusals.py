@@ -178,7 +178,9 @@ def test_every_option_is_explained(command, options, capsys):
     assert stop.value.code == 0
     said = capsys.readouterr().out
     for name in set(options.model_fields) - {"recipe"}:
-        option = {"print_recipe": "print"}.get(name, name).replace("_", "-")
+        option = {"print_recipe": "print", "from_checkpoint": "from"}.get(name, name).replace(
+            "_", "-"
+        )
         (entry,) = re.findall(
             rf"^[│ ] --{option}(?![\w-]).*?(?=^[│ ] --|\Z)", said, re.DOTALL | re.MULTILINE
         )

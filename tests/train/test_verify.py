@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from training import STEPS, assert_ended_alike, near, read, weights, write_recipe
 
 from paceline.cli import main
+from paceline.sums import write_sums
+from paceline.train import InputError
 from paceline.train.verify import compare_runs
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -79,6 +81,9 @@ def test_the_comparison_tells_what_is_not_equal(finished, copied, spoilt):
     assert all(row["equal"] for row in compare_runs(finished, copied))
     what, path, change = SPOILT[spoilt]
     change(copied / path)
+    with pytest.raises(InputError, match=f"{path} is damaged"):
+        list(compare_runs(finished, copied))
+    write_sums((copied / path).parent)
     rows = list(compare_runs(finished, copied))
     assert [row["what"] for row in rows if not row["equal"]] == [what]
     assert all(bool(row["drift"]) for row in rows if row["what"] == what)
@@ -91,6 +96,8 @@ def test_the_comparison_tells_what_is_missing_or_of_another_kind(finished, copie
     tensors = weights(copied / "model")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].double()
     save_file(tensors, copied / "model/model.safetensors")
+    for name in ("live", "model"):
+        write_sums(copied / name)
     rows = {row["what"]: row for row in compare_runs(finished, copied)}
     assert not rows["live weights"]["equal"]
     assert not rows["returned model"]["equal"]

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..base import AveragedOptimizer
 from ..batchnorm import layers_with_statistics
 from ..files import put, remove
+from ..sums import find_damage, write_sums
 
 
 class PaceTrainer(Trainer):
@@ -265,6 +266,7 @@ class PaceTrainer(Trainer):
             for is_first in (True, False):  # a shared disk, or one of each machine
                 if self.is_local_process_zero() and is_first == self.is_world_process_zero():
                     if (partial / name).exists():
+                        write_sums(partial / name)
                         put(partial / name, folder / name)
                     remove(partial)
                 self.accelerator.wait_for_everyone()
@@ -341,6 +343,19 @@ class PaceTrainer(Trainer):
         mine = (self.state.best_global_step, self.state.best_metric)
         return (state.best_global_step, state.best_metric) == mine
 
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Compare the files of a checkpoint with their check sums before they are loaded.
+
+        Raises:
+            ValueError: a file is damaged or missing; the message names it.
+        """
+        if self.is_local_process_zero() and (damage := find_damage(Path(checkpoint))):
+            raise ValueError(f"{damage}; resume from another checkpoint")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.check_checkpoint(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optimizer = self._swapping()
         if checkpoint is not None and optimizer is not None:
@@ -383,6 +398,7 @@ class PaceTrainer(Trainer):
     def _load_best_model(self) -> None:
         if optimizer := self._swapping():
             optimizer.train()
+        self.check_checkpoint(self.state.best_model_checkpoint or "")
         super()._load_best_model()
         self._best_loaded = True  # the optimizer's average is of another step
 

@@ -13,6 +13,7 @@ from ..files import whole, write_text
 from ..study.cells import Cell
 from ..study.ledger import Outcomes, SharedOptions, open_ledger, work_off, write_rows
 from ..train import InputError, unknown
+from ..train.folder import locked
 from ..train.page import save
 from ..train.recipe import Names
 from ..train.terminal import quiet, say
@@ -181,7 +182,7 @@ def figure_command(options: FigureOptions, console: Console) -> int:
     figures = tuple(FIGURES) if "all" in options.figures else options.figures
     folder = options.out or Path("runs") / f"figures-{options.scale}"
     plan = FigurePlan(scale_of(options.scale, options.recipe), figures)
-    with open_ledger(options, plan, folder) as ledger:
+    with locked(folder, shared=True), open_ledger(options, plan, folder) as ledger:
         if options.run:
             work_off(ledger, options.workers, console)
         ledger.look()

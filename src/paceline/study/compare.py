@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..cache import cache_folder
 from ..files import put
+from ..sums import write_sums
 from ..train import Gain, InputError, NonNegative, Number, Options, Positive, Power
 from ..train import data as texts
 from ..train import folder as folders
@@ -191,6 +192,13 @@ def compare(options: Comparison, console: Console) -> Results:
         InputError: an option cannot be used. Nothing was trained then, except for a short
             measurement if `minutes` are too few for the warm-up.
     """
+    out = options.out or Path(f"runs/{datetime.now():%Y-%m-%d_%H%M%S}")
+    with folders.locked(out):
+        folders.require_empty(out)
+        return _compare(options, out, console)
+
+
+def _compare(options: Comparison, folder: Path, console: Console) -> Results:
     began = time.time()
     quiet()
     size = int(options.text_mb * 1e6)
@@ -205,7 +213,6 @@ def compare(options: Comparison, console: Console) -> Results:
     tokens = _enough(texts.tokenize(corpus, tokenizer), options.context)
     if earlier:
         earlier_tokens = _enough(texts.tokenize(earlier, tokenizer), options.positions)
-    folder = folders.make_empty(options.out or Path(f"runs/{datetime.now():%Y-%m-%d_%H%M%S}"))
 
     manifest: dict[str, Any] = {
         **environment(),
@@ -283,6 +290,7 @@ class Setting:
             model = folder / folders.MODELS / name
             trained.trainer.save_returned(method, str(model))
             self.tokenizer.save_pretrained(model)
+            write_sums(model)
         tokens = self.recipe["batch"] * self.recipe["context"]
         return run.rows(trained.trainer.curves, seconds, tokens)
 
@@ -350,6 +358,7 @@ def _pretrained(
     )
     folder = cache_folder() / f"start-{key}"
     if folder.exists():
+        folders.require_whole(folder, "start", f"delete {folder}, and it is made again")
         console.print(f"Starting from the pretrained model in {folder}.", markup=False)
         return folder
     model = make_gpt2(tokenizer, **options.shape, seed=0)
@@ -365,6 +374,7 @@ def _pretrained(
         log = Path(scratch) / "log"
         train_blocks(model, load_file(tokens), (method,), log, watch=watch, **recipe)
         model.save_pretrained(Path(scratch) / "model")
+        write_sums(Path(scratch) / "model")
         if not folder.exists():  # or another process was faster
             put(Path(scratch) / "model", folder)
     return folder

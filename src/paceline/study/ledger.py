@@ -402,7 +402,8 @@ def open_ledger(options: SharedOptions, plan: CellPlan, folder: Path) -> Ledger:
     Raises:
         InputError: the folder or the storage cannot be used.
     """
-    folders.make(folder)
+    if folders.is_begun(folders.make(folder)) and (folder / folders.CHECKPOINTS).exists():
+        raise InputError(f"out: {folder} is the folder of a run; name another")
     ledger = Ledger(options.storage or f"sqlite:///{folder / 'sweep.db'}", plan)
     if options.retry_failed:
         ledger.forget_failures()

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from ..files import write_text
 from ..train import InputError, Options, Positive, unknown
+from ..train.folder import locked
 from ..train.methods import Method, parse_method
 from ..train.recipe import Recipe, parse_yaml, read_recipe
 from ..train.terminal import quiet
@@ -318,7 +319,7 @@ def sweep_command(options: Sweep, console: Console) -> int:
     assert study.families  # raises InputError before a folder is made
     folder = options.out or Path("runs") / options.sweep.stem
     plan = Tuning(study)
-    with open_ledger(options, plan, folder) as ledger:
+    with locked(folder, shared=True), open_ledger(options, plan, folder) as ledger:
         if not options.show:
             work_off(ledger, options.workers, console)
         ledger.look()

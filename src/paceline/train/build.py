@@ -23,7 +23,7 @@ from transformers import (
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from . import InputError, reporting, sources, unknown
+from . import InputError, folder, reporting, sources, unknown
 from .chat import conversation_encoder, use_chatml
 from .data import make_tokenizer
 from .model import (
@@ -115,6 +115,11 @@ class RunTrainer(OneMethodTrainer, PerToken):
             "tokens": self._total_train_tokens,
         }
         super()._save_checkpoint(model, trial)
+
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Compare check sums, but not in the main process: `paceline train` does, to say more."""
+        if not self.is_world_process_zero():
+            super().check_checkpoint(checkpoint)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         position = super()._init_training_state(*args, **kwargs)
@@ -398,6 +403,7 @@ def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
         special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **changes})
     else:
+        folder.require_whole(Path(recipe.model), "model")
         with _loading("model", recipe.model):
             config = load_config(recipe.model)
         for key, value in changes.items():

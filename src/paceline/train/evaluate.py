@@ -84,6 +84,8 @@ def evaluate(options: Evaluation, console: Console) -> dict[str, Any]:
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError("lm-eval is not installed: pip install 'paceline[eval]'")
     models = _models(options.model)
+    for path in models.values():
+        folder.require_whole(Path(path), "model")
     device = _device(options.device)
     out = options.out or (Path(options.model, folder.EVALUATION) if "returned" in models else None)
     if out and (out.is_dir() or not out.parent.is_dir()):

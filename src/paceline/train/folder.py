@@ -7,11 +7,15 @@
                       sweep, one evaluation of one method. A number that is not finite is null
     training.jsonl    of a sweep: an object a line, the log of each of its trainings
     checkpoints/      of a run: checkpoint-STEP folders, the newest with all that resuming needs.
-                      Their weights are the returned model's
+                      Their weights are the returned model's. set-aside-checkpoint-STEP folders
+                      were newer than the one that --from named
     live/             of a run: the live weights at the end, as a model that transformers loads
     model/            of a run: the returned model, likewise. Written last: it says "finished"
     paceline.json     which average the weights are, in the run's folder, live/, model/ and what
                       `paceline average` makes
+    checksums.json    of each file beside it, in checkpoint-STEP/, live/, model/, and what
+                      `paceline average` makes
+    .lock             who writes the folder now, as an object: host, process, since, command
     models/           of a comparison: the returned model of each of its runs
     tensorboard/      events, of a comparison in one folder a run
     report.html       of a run or a comparison: a page with curves, results and settings
@@ -25,17 +29,37 @@ metrics.jsonl: lines are appended to it, and a kill may tear its last line.
 
 import json
 import math
+import os
+import platform
 import re
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from ..files import put
+from ..sums import SUMS, find_damage
 from . import InputError, reporting
 from .manifest import read_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 RECIPE, MANIFEST, METRICS = "recipe.yaml", "manifest.json", "metrics.jsonl"
 CHECKPOINTS, LIVE, MODEL, MODELS = "checkpoints", "live", "model", "models"
 AVERAGE_FACTS, TENSORBOARD, REPORT = "paceline.json", "tensorboard", "report.html"
 TRAINING, EVALUATION, CERTIFICATE = "training.jsonl", "eval.json", "certificate.json"
+LOCK, SET_ASIDE = ".lock", "set-aside-"
+# What a checkpoint has besides the model.
+TRAINING_STATE = (
+    *("optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "latest", "zero_to_fp32.py"),
+)
 
 JsonLines = list[tuple[int, dict[str, Any]]]
 
@@ -47,7 +71,11 @@ def require_empty(folder: Path, instead: str = "") -> None:
         InputError: it is a file, or not empty, or cannot be looked into.
     """
     with reporting(f"out: cannot use {folder}", OSError):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.is_dir():
+            taken = any(path.name != LOCK for path in folder.iterdir())
+        else:
+            taken = folder.exists()
+        if taken:
             raise InputError(f"out: {folder} is not an empty folder; name another{instead}")
 
 
@@ -72,6 +100,108 @@ def make(folder: Path) -> Path:
     return folder
 
 
+# ---- one writer at a time -----------------------------------------------------------------------
+
+_held: set[IO[str]] = set()  # open locks of this process
+
+
+def _let_go() -> None:
+    """Close the locks in a forked process, which would hold them longer than its parent lives."""
+    for file in _held:
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder for results, which is made if it is not there.
+
+    It ends with the process. At the end, folders that were made and are empty are removed.
+
+    Args:
+        folder: the folder.
+        shared: others that share it may hold it, too.
+
+    Raises:
+        InputError: another process holds it; the line names it. Or it cannot be made or written to.
+    """
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    path = make(folder) / LOCK
+    try:
+        with reporting(f"out: cannot write to {folder}", OSError):
+            file = _take(path, shared)
+        _held.add(file)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if fcntl and shared:  # others may hold it
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            _held.discard(file)
+            file.close()
+    finally:
+        for part in made:
+            with suppress(OSError):
+                part.rmdir()
+
+
+def _take(path: Path, shared: bool) -> IO[str]:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            if instead := _refusal(file, shared):
+                who = _holder(file)
+                raise InputError(f"out: {path.parent} is in use by {who}; {instead}")
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                mine = {"host": platform.node(), "process": os.getpid()}
+                mine |= {"since": datetime.now().astimezone().isoformat(timespec="seconds")}
+                mine |= {"command": shlex.join(["paceline", *sys.argv[1:]])}
+                file.truncate(0)
+                file.write(json.dumps(mine) + "\n")
+                file.flush()
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # the last holder has just removed it
+
+
+def _refusal(file: IO[str], shared: bool) -> str:
+    """What to do instead if the lock is another's; otherwise it is ours, and the text is empty."""
+    try:
+        if not fcntl:
+            raise OSError("no locks")
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "wait for its end"
+    except OSError:  # the file system has no locks: go by what the file says
+        psutil = import_module("psutil")  # comes with accelerate
+        file.seek(0)
+        with suppress(ValueError, TypeError, KeyError):
+            holder = json.loads(file.read())
+            here = holder["host"] == platform.node()
+            if not shared and not (here and not psutil.pid_exists(holder["process"])):
+                return f"wait for its end, or delete {file.name} if it is no more"
+    return ""
+
+
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    try:
+        holder = json.loads(file.read())
+        place = f"process {holder['process']} on {holder['host']} since {holder['since']}"
+        return f"{place} ({holder['command']})"
+    except (ValueError, TypeError, KeyError):
+        return "another process, which has just begun"
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
 def is_begun(run: Path) -> bool:
     """Whether a run has written its recipe, so that it can be resumed."""
     return (run / RECIPE).is_file()
@@ -79,7 +209,7 @@ def is_begun(run: Path) -> bool:
 
 def is_finished(run: Path) -> bool:
     """Whether a run has written its returned model, which it does last."""
-    return (run / MODEL).is_dir()
+    return (run / MODEL / AVERAGE_FACTS).is_file()
 
 
 def recipe_of(run: Path, *, option: str = "resume") -> dict[str, Any]:
@@ -120,6 +250,74 @@ def step_of(checkpoint: Path) -> int | None:
 def last_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run, if it has one."""
     return next(reversed(checkpoints_in(run / CHECKPOINTS)), None)
+
+
+def checkpoint_to_resume(run: Path, name: str | None = None) -> Path | None:
+    """The newest checkpoint of a run, or the one of that name; each byte has its check sum.
+
+    Returns:
+        The folder; None if the run has no checkpoint yet.
+
+    Raises:
+        InputError: there is no such checkpoint, or a file of it is damaged; the line names the
+            newest other one that is whole.
+    """
+    found = {path.name: path for path in checkpoints_in(run / CHECKPOINTS)}
+    if name is not None and name not in found:
+        raise InputError(f"from: {run} has no {name!r}; it has {', '.join(found) or 'none'}")
+    checkpoint = found.get(name or next(reversed(found), ""))
+    if checkpoint is None or (damage := _damage(checkpoint)) is None:
+        return checkpoint
+    others = (path for path in reversed(found.values()) if path != checkpoint)
+    whole = next((path for path in others if _damage(path) is None), None)
+    raise InputError(
+        f"resume: {damage}; "
+        + (
+            f"paceline train --resume {run} --from {whole.name} continues from an earlier step"
+            if whole
+            else f"no other checkpoint is whole: without {run / CHECKPOINTS} the run starts anew"
+        )
+    )
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is damaged in a checkpoint of a run, all of which have check sums."""
+    sums = checkpoint / SUMS
+    return find_damage(checkpoint) if sums.exists() else f"{sums} is missing"
+
+
+def set_aside_newer(checkpoint: Path) -> list[Path]:
+    """Rename the checkpoints after this one, so that they no longer count; returns the paths."""
+    found = checkpoints_in(checkpoint.parent)
+    newer = found[found.index(checkpoint) + 1 :]
+    aside = [path.with_name(SET_ASIDE + path.name) for path in newer]
+    for path, target in zip(newer, aside, strict=True):
+        put(path, target)
+    return aside
+
+
+def require_whole(path: Path, what: str, then: str = "") -> None:
+    """Refuse a model's folder or file whose check sums are not right; without any, all is fine.
+
+    In the folder of a checkpoint, training state is left out, which a model does not need.
+
+    Args:
+        path: what is about to be read.
+        what: the option that named it, for the message.
+        then: what to do about it. By default, that a change on purpose is made known.
+
+    Raises:
+        InputError: a file is damaged or missing; the line names it.
+    """
+    if damage := find_damage(path, TRAINING_STATE):
+        sums = (path if path.is_dir() else path.parent) / SUMS
+        raise InputError(
+            f"{what}: {damage}; "
+            + (then or f"restore it, or delete {sums} if it was changed on purpose")
+        )
+
+
+# ---- lines of JSON ------------------------------------------------------------------------------
 
 
 def json_line(values: dict[str, Any]) -> str:

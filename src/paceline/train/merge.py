@@ -28,6 +28,7 @@ from tyro.conf import Positional, arg
 
 from ..averaging import parse
 from ..files import whole
+from ..sums import SUMS, write_sums
 from . import InputError, Options, folder, reporting
 from .manifest import read_json, write_json
 
@@ -38,7 +39,7 @@ ADAPTER = "adapter_model.safetensors"
 LEFT_OUT = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth"),
     *("*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.distcp", "pytorch_model*"),
-    *("optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "latest", "zero_to_fp32.py"),
+    *(*folder.TRAINING_STATE, SUMS),
 )
 # The format's names of dtypes. Floating-point numbers below 16 bits are left out: their scales are
 # separate tensors, and a product of averages is not the average of products.
@@ -211,6 +212,7 @@ def _numbers(name: str, reading: re.Pattern[str]) -> tuple[float, ...]:
 
 def _read_headers(path: Path) -> Checkpoint:
     """A checkpoint by its headers, which must be complete and in the safetensors format."""
+    folder.require_whole(path, "checkpoints")
     index: dict[str, Any] = {}
     if path.is_file():
         kind, files = "a file", [path]
@@ -446,6 +448,7 @@ def _write(
             write_json(partial / INDEX, index)
         _copy_the_rest(last.path, partial, options.dtype)
         write_json(partial / folder.AVERAGE_FACTS, facts)
+        write_sums(partial)
 
 
 def _write_safetensors(

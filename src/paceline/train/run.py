@@ -1,16 +1,18 @@
 """`paceline train`: a run by a recipe, which writes a folder with the model it returns."""
 
 import argparse
+import errno
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar, cast
 
+import datasets
 import torch
 import tyro
 import yaml
@@ -20,11 +22,16 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
-from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+    get_available_reporting_integrations,
+)
 
 from ..files import whole
 from ..state import averages_of
-from . import InputError, Positive, folder
+from ..sums import write_sums
+from . import InputError, Positive, folder, reporting
 from .build import RunTrainer, build_trainer, processes
 from .callbacks import EvalAndSaveAtEnd, JsonlMetrics, ProgressBar, Stop
 from .chat import show_example
@@ -44,8 +51,13 @@ METRICS_MEAN = {
     "eval_live_*": "live weights, evaluation data",
     "eval_*": "returned model, evaluation data",
 }
-# How torch.save reports a full disk.
-DISK_FULL = ("iostream error", "unexpected pos", "Writer failed")
+# How torch.save and safetensors report a full disk, and the system.
+DISK_FULL = (
+    *("iostream error", "unexpected pos", "Writer failed"),
+    *("No space left", "File too large", "Disk quota exceeded"),
+)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+T = TypeVar("T")
 
 
 class Train(RecipeCommand):
@@ -60,6 +72,8 @@ class Train(RecipeCommand):
     """Folder for the run, new or empty. Default: runs/<recipe>-<time>."""
     resume: Path | None = None
     """Folder of a run to continue exactly, by its own recipe."""
+    from_checkpoint: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Name of the checkpoint to resume from, checkpoint-STEP; newer ones are set aside. Default: the newest."""
     print_recipe: Annotated[bool, tyro.conf.arg(name="print")] = False
     """Print the complete recipe and stop."""
 
@@ -103,28 +117,45 @@ def train(
         return None
     quiet()
     processes()
-    run = _run_folder(options)
-    if folder.is_finished(run):
-        say(console, f"{run} is finished.")
-        return run
-    checkpoints = run / folder.CHECKPOINTS
-    made = [part for part in (checkpoints, run, *run.parents) if not part.exists()]
-    try:
+    _require_reporters(recipe.report_to)
+    run = _on_main(lambda: _run_folder(options))
+    with ExitStack() as stack:
+        _on_main(lambda: stack.enter_context(folder.locked(run)))
+        finished, checkpoint = _on_main(lambda: _starting_point(options, run))
+        if finished:
+            say(console, f"{run} is finished.")
+            return run
+        checkpoints = run / folder.CHECKPOINTS
+        is_new = not checkpoints.exists()
         with _one_line_errors(run):
-            trainer = build_trainer(recipe, checkpoints)
-            facts = _start(trainer, recipe, run, console)
-    except InputError:
-        for part in made:  # the Trainer makes its folder before everything has been checked
-            with suppress(OSError):
-                part.rmdir()
-        raise
-    with _one_line_errors(run, writing=True):
-        return _fit(trainer, recipe, run, facts, console, callbacks)
+            try:
+                trainer = build_trainer(recipe, checkpoints)
+                facts = _start(trainer, recipe, run, checkpoint, console)
+            except BaseException:
+                if is_new:  # the Trainer makes it before everything has been checked
+                    with suppress(OSError):
+                        checkpoints.rmdir()
+                raise
+            return _fit(trainer, recipe, run, checkpoint, facts, console, callbacks)
+
+
+def _on_main(call: Callable[[], T]) -> T:
+    """What the main process finds, for all; an InputError, too."""
+    found: tuple[Any, str | None] = None, None
+    if processes().is_main_process:
+        try:
+            found = call(), None
+        except InputError as error:
+            found = None, str(error)
+    [(result, refused)] = broadcast_object_list([found])
+    if refused is not None:
+        raise InputError(refused)
+    return cast(T, result)
 
 
 @contextmanager
-def _one_line_errors(run: Path, *, writing: bool = False) -> Iterator[None]:
-    """Report a lack of memory, or while `writing` of room on the disk, in one line."""
+def _one_line_errors(run: Path) -> Iterator[None]:
+    """Report a lack of memory or of room on the disk, and what cannot be read, in one line."""
     try:
         yield
     except (RuntimeError, OSError, SafetensorError) as error:
@@ -135,13 +166,19 @@ def _one_line_errors(run: Path, *, writing: bool = False) -> Iterator[None]:
                 "memory, and so does --gradient-checkpointing; then try --precision bf16, a method "
                 "with state=bf16, --fsdp on several devices, or a shorter --context"
             ) from error
-        disk_full = any(words in said for words in DISK_FULL)
-        if not writing or (isinstance(error, RuntimeError) and not disk_full):
+        number = error.errno if isinstance(error, OSError) else None
+        full = number in NO_ROOM or any(words in said for words in DISK_FULL)
+        if isinstance(error, BrokenPipeError) or not (full or isinstance(error, OSError)):
             raise
-        raise InputError(
-            f"cannot write to {run}: {said}; when that is fixed, paceline train --resume {run} "
-            "continues from the last checkpoint"
-        ) from error
+        place = getattr(error, "filename", None)
+        cache = "" if place or folder.is_begun(run) else f" or {datasets.config.HF_DATASETS_CACHE}"
+        what = f"cannot write to {place or run}{cache}" if full else f"{place or 'the run stopped'}"
+        then = (
+            f"paceline train --resume {run} continues from the last checkpoint"
+            if folder.is_begun(run)
+            else "start the run again"
+        )
+        raise InputError(f"{what}: {said}; when that is fixed, {then}") from error
 
 
 def train_command(options: Train, console: Console) -> int:
@@ -171,30 +208,62 @@ def show_command(options: Show, console: Console) -> None:
         )
 
 
+def _require_reporters(names: Sequence[str]) -> None:
+    """Refuse integrations of transformers whose package is not installed."""
+    for name in {*names} - {"none", "tensorboard", *get_available_reporting_integrations()}:
+        with reporting(f"report_to: {name}", ImportError, RuntimeError):
+            INTEGRATION_TO_CALLBACK[name]()
+
+
 def _run_folder(options: Train) -> Path:
-    """The folder of the run to resume, or of a new one, after it has been checked."""
-    if options.resume is not None:
-        if options.out is not None or options.recipe is not None:
+    """The folder of the run to resume, or of a new one."""
+    if options.resume is None:
+        if options.from_checkpoint is not None:
+            raise InputError("from: it needs the run to --resume")
+        name = Path(options.recipe).stem if options.recipe else options.task
+        run = options.out or Path("runs") / f"{name}-{datetime.now():%Y-%m-%d_%H%M%S}"
+        if not run.is_dir():
+            folder.require_empty(run)
+        return run
+    if options.out is not None or options.recipe is not None:
+        raise InputError(
+            "resume: a run continues in its own folder by its own recipe; leave out --out and "
+            "the recipe"
+        )
+    _require_same(options, folder.recipe_of(options.resume), RESUMABLE_CHANGES)
+    return options.resume
+
+
+def _require_same(options: Recipe, before: dict[str, Any], changes: frozenset[str]) -> None:
+    """Refuse a resumed run by another recipe, except for the keys that may change."""
+    earlier = Recipe(**before)
+    for name in Recipe.model_fields.keys() - changes:
+        if getattr(earlier, name) != getattr(options, name):
             raise InputError(
-                "resume: a run continues in its own folder by its own recipe; leave out --out and "
-                "the recipe"
+                f"{name}: it must stay {getattr(earlier, name)} when a run is resumed; what may "
+                f"change: {', '.join(sorted(changes))}"
             )
-        before = Recipe(**folder.recipe_of(options.resume))
-        for name in set(Recipe.model_fields) - RESUMABLE_CHANGES:
-            if getattr(before, name) != getattr(options, name):
-                raise InputError(
-                    f"{name}: it must stay {getattr(before, name)} when a run is resumed; what may "
-                    f"change: {', '.join(sorted(RESUMABLE_CHANGES))}"
-                )
-        return options.resume
-    name = Path(options.recipe).stem if options.recipe else options.task
-    default = Path("runs") / f"{name}-{datetime.now():%Y-%m-%d_%H%M%S}"
-    [run] = broadcast_object_list([options.out or default])  # all by one clock
-    folder.require_empty(run, f", or --resume {run}")
-    return Path(run)
 
 
-def _start(trainer: RunTrainer, recipe: Recipe, run: Path, console: Console) -> dict[str, Any]:
+def _starting_point(options: Train, run: Path) -> tuple[bool, Path | None]:
+    """Whether a run is finished, and the checkpoint to resume from, after both were checked."""
+    if options.resume is None:
+        folder.require_empty(run, f", or --resume {run}")
+        return False, None
+    if not folder.is_finished(run):
+        return False, folder.checkpoint_to_resume(run, options.from_checkpoint)
+    model = run / folder.MODEL
+    if options.from_checkpoint is not None:
+        raise InputError(f"from: {run} is finished; delete {model} to train on from a checkpoint")
+    folder.require_whole(
+        model, "resume", f"delete {model}, and paceline train --resume {run} writes it again"
+    )
+    return True, None
+
+
+def _start(
+    trainer: RunTrainer, recipe: Recipe, run: Path, checkpoint: Path | None, console: Console
+) -> dict[str, Any]:
     """Write recipe and manifest, and of a resumed run check its data; returns the manifest."""
     model: Any = trainer.model
     data: Any = trainer.train_dataset
@@ -203,12 +272,12 @@ def _start(trainer: RunTrainer, recipe: Recipe, run: Path, console: Console) -> 
     facts: dict[str, Any] = {}
     if resumed := (run / folder.MANIFEST).is_file():
         facts = folder.manifest_of(run)
+        _require_same(recipe, facts["recipe"], RESUMABLE_CHANGES)
         if facts["data"]["digest"] != digest:
             raise InputError(
                 "data: they have changed since the run began; restore them to continue exactly, or "
                 f"start a new run from one of {run / folder.CHECKPOINTS} as its --model"
             )
-    checkpoint = folder.last_checkpoint(run)
     if trainer.is_world_process_zero():
         parameters = sum(p.numel() for p in model.parameters())
         this = environment()
@@ -237,6 +306,8 @@ def _start(trainer: RunTrainer, recipe: Recipe, run: Path, console: Console) -> 
             f"{recipe.parsed.label}, lr {recipe.lr:g}: {trainer.args.max_steps} steps of "
             f"{recipe.batch} sequences, {parameters / 1e6:.3g}M parameters, in {run}",
         )
+        for path in folder.set_aside_newer(checkpoint) if checkpoint else ():
+            say(console, f"Set aside: {path}")
     if checkpoint:
         say(console, f"Resuming from {checkpoint.name}.")
     return facts
@@ -246,13 +317,13 @@ def _fit(
     trainer: RunTrainer,
     recipe: Recipe,
     run: Path,
+    checkpoint: Path | None,
     facts: dict[str, Any],
     console: Console,
     callbacks: Sequence[TrainerCallback],
 ) -> Path | None:
-    """Train from the last checkpoint, or from the start, to the end."""
-    began = time.time()
-    main, checkpoint = trainer.is_world_process_zero(), folder.last_checkpoint(run)
+    """Train from a checkpoint, or from the start, to the end."""
+    began, main = time.time(), trainer.is_world_process_zero()
     done = folder.step_of(checkpoint) if checkpoint else None
     trainer.args.eval_on_start = checkpoint is None
     stop = Stop()
@@ -317,6 +388,7 @@ def _finish(
                 (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle
                 about = {**average, "weights": WEIGHTS_IN[name]}
                 write_json(partial / folder.AVERAGE_FACTS, about)
+                write_sums(partial)  # not of the card, which may be edited
                 card = _card(name, recipe, average, last, facts)
                 (partial / "README.md").write_text(card, encoding="utf-8")
         trainer.accelerator.wait_for_everyone()

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ from .recipe import RecipeCommand
 from .run import Train, train
 from .terminal import say
 
+Processes = Annotated[int, Field(ge=1, le=1024)]
 KILL_MOMENTS = ("evaluation", "save", "step")  # in turn
 
 
@@ -40,10 +42,10 @@ class Verify(RecipeCommand):
     """Folder for both runs, new or empty. Default: runs/verify-<time>."""
     kills: Positive = 3
     """How often the second run is killed, >= 1."""
-    processes: Positive = 1
-    """Processes of both runs, >= 1, started by torchrun."""
-    resume_processes: Positive | None = None
-    """Processes after the first kill, >= 1. If they differ, only the data order is exact."""
+    processes: Processes = 1
+    """Processes of both runs, from 1 to 1,024, started by torchrun."""
+    resume_processes: Processes | None = None
+    """Processes after the first kill, up to 1,024. If they differ, only the data order is exact."""
 
 
 def verify(options: Verify, console: Console) -> int:
@@ -55,8 +57,13 @@ def verify(options: Verify, console: Console) -> int:
     Raises:
         InputError: the recipe cannot be trained, or a run failed for another reason than a kill.
     """
-    default = Path("runs") / f"verify-{datetime.now():%Y-%m-%d_%H%M%S}"
-    out = folder.make_empty(options.out or default)
+    out = options.out or Path("runs") / f"verify-{datetime.now():%Y-%m-%d_%H%M%S}"
+    with folder.locked(out):
+        folder.require_empty(out)
+        return _verify(options, out, console)
+
+
+def _verify(options: Verify, out: Path, console: Console) -> int:
     recipe = options.plain
     (out / folder.RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     whole, killed = out / "whole", out / "killed"
@@ -120,11 +127,17 @@ def verify(options: Verify, console: Console) -> int:
 
 
 def compare_runs(whole: Path, killed: Path) -> Iterator[dict[str, Any]]:
-    """Compare two finished runs: `what` is compared, whether it is `equal`, and its `drift`."""
+    """Compare two finished runs: `what` is compared, whether it is `equal`, and its `drift`.
+
+    Raises:
+        InputError: a file does not have its check sum.
+    """
     for what, name in (("live weights", folder.LIVE), ("returned model", folder.MODEL)):
+        for run in (whole, killed):
+            folder.require_whole(run / name, "out")
         a, b = (_weights(run / name) for run in (whole, killed))
         yield _tensor_row(what, a, b)
-    ends = [folder.last_checkpoint(run) or run for run in (whole, killed)]
+    ends = [folder.checkpoint_to_resume(run) or run for run in (whole, killed)]
     if all((end / "optimizer.pt").is_file() for end in ends):
         a, b = (_optimizer(end) for end in ends)
         yield _tensor_row("optimizer", a, b)
