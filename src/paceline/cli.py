@@ -5,10 +5,12 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -61,9 +63,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `paceline`.
 
     Returns:
-        The exit status: 0; 1 if a run failed; 2 if the input cannot be used; 130 after Ctrl-C.
+        The exit status: 0; 1 if a run failed, or for an error that nothing foresaw; 2 if the input
+        cannot be used; 130 after Ctrl-C; 141 if nobody reads the output any more.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    traced = "--trace" in arguments or os.environ.get("PACELINE_TRACE", "0") not in ("", "0")
+    try:
+        try:
+            return _main([word for word in arguments if word != "--trace"], traced)
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+        return 141
+    except SystemExit as stop:  # of tyro; or of rich, after a broken pipe
+        if isinstance(stop.__context__, BrokenPipeError):
+            return 141
+        raise
+    except Exception as error:
+        if traced:
+            traceback.print_exception(error)
+        else:
+            _say(_unforeseen(error))
+        _drop_output()
+        return 1
+
+
+def _main(arguments: list[str], traced: bool) -> int:
     if arguments == ["--version"]:
         print(f"paceline {version('paceline')}")
         return 0
@@ -74,9 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if name.split()[: len(group)] == group:
                 print(f"  {name:16} {command.summary}")
         print("\npaceline COMMAND --help explains the options of each.")
+        print("With --trace, or PACELINE_TRACE=1, errors show where they arose.")
         return 0
     prints = os.environ.get("RANK", "0") == "0"  # one process does
-    errors = sys.stderr if prints else io.StringIO()
     try:
         from rich.console import Console
 
@@ -96,15 +123,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _missing(error, COMMANDS[name].extra)
     except InputError as error:
-        print(f"paceline: {' '.join(str(error).split())}", file=errors)
+        if traced:
+            traceback.print_exception(error)
+        if prints:
+            _say(str(error))
         return 2
     except KeyboardInterrupt:
-        print("paceline: interrupted before there were results", file=errors)
+        if prints:
+            _say("interrupted before there were results")
         return 130
 
 
+def _say(message: str) -> None:
+    """Print a message to stderr as one line that no character in it can break."""
+    line = "".join(x if x.isprintable() else repr(x)[1:-1] for x in " ".join(message.split()))
+    with contextlib.suppress(OSError, AttributeError):  # stderr is closed
+        print(f"paceline: {line}", file=sys.stderr, flush=True)
+
+
+def _unforeseen(error: Exception) -> str:
+    """The message for an error without one of its own: what it is, and where it arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{frame.filename}:{frame.lineno}" for frame in frames]
+    ours = [place for place in places if place.startswith(str(Path(__file__).parent))]
+    where = ", from ".join(dict.fromkeys([*places[-1:], *ours[-1:]]))
+    return f"{type(error).__name__}: {error} ({where}; --trace shows the whole trace)"
+
+
+def _drop_output() -> None:
+    """Give what is still to be printed to nobody, so that the interpreter's end is silent."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # stdout is closed or no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _missing(error: ModuleNotFoundError, extra: str) -> int:
-    print(f"paceline: {error}; pip install 'paceline[{extra}]'", file=sys.stderr)
+    _say(f"{error}; pip install 'paceline[{extra}]'")
     return 2
 
 

@@ -1,13 +1,20 @@
 """Training language models with the optimizers of this package; needs the extra `[train]`."""
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-Positive = Annotated[int, Field(ge=1)]
+# Hugging Face's libraries count uses and loads by the network unless this is set at their import.
+for _name, _value in {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}.items():
+    os.environ.setdefault(_name, _value)
+
+LARGEST = 2**53  # up to here a float holds every integer
+
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Number = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Power = Annotated[float, Field(ge=0, le=1)]
@@ -35,6 +42,9 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
+        for name, value in values.items():
+            if not _is_text(value):
+                raise InputError(f"{name}: {value!r} has a NUL or a byte that is not UTF-8")
         for name, value in values.items():  # in YAML, yes and off are switches and not 1 and 0
             field = type(self).model_fields.get(name)
             if isinstance(value, bool) and field and field.annotation is not bool:
@@ -47,6 +57,16 @@ class Options(BaseModel):
             if first["type"] == "extra_forbidden":
                 raise InputError(unknown(name, type(self).model_fields)) from error
             raise InputError(f"{name}: {first['msg']}, got {first['input']!r}") from error
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value, and all that is in it, is without what no path or file of text can hold."""
+    if isinstance(value, str | os.PathLike):
+        text = os.fspath(value)
+        return "\0" not in text and not any("\ud800" <= x <= "\udfff" for x in text)
+    if isinstance(value, Mapping):
+        return all(map(_is_text, (*value, *value.values())))
+    return all(map(_is_text, value)) if isinstance(value, list | tuple) else True
 
 
 def unknown(name: str, known: Iterable[str], what: str = "key") -> str:

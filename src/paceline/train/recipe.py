@@ -14,7 +14,18 @@ from pydantic import BeforeValidator, Field, model_validator
 from transformers import AutoConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from . import BelowOne, Gain, InputError, NonNegative, Number, Options, Positive, Power, unknown
+from . import (
+    LARGEST,
+    BelowOne,
+    Gain,
+    InputError,
+    NonNegative,
+    Number,
+    Options,
+    Positive,
+    Power,
+    unknown,
+)
 from .methods import METHODS, Method, ScheduleName, parse_method
 
 # ---- YAML ---------------------------------------------------------------------------------------
@@ -102,8 +113,8 @@ class Recipe(Options):
     """Start from random weights, with the configuration of --model."""
     tokenizer: Annotated[str | None, DATA] = None
     """Folder or name on the Hub; or bpe, which is trained on the data. Default: the model's."""
-    vocabulary: Annotated[int, Field(ge=260), DATA] = 4096
-    """Entries of --tokenizer bpe, >= 260."""
+    vocabulary: Annotated[int, Field(ge=260, le=2**20), DATA] = 4096
+    """Entries of --tokenizer bpe, from 260 to 2^20."""
     chat_template: Annotated[str | None, DATA] = None
     """chatml, or a Jinja file. Default: the tokenizer's own, or chatml if it has none."""
 
@@ -125,7 +136,7 @@ class Recipe(Options):
     """Sequences to evaluate on at most, >= 1. At most a tenth of the data is held out."""
     examples: Annotated[Positive | None, DATA] = None
     """Examples (conversations, documents) to train on at most, >= 1."""
-    context: Annotated[int, Field(ge=2), DATA] = 1280
+    context: Annotated[int, Field(ge=2, le=2**30), DATA] = 1280
     """Tokens a sequence, >= 2. Longer conversations are cut off; text is cut into pieces of this length."""
     packing: Annotated[bool, DATA] = False
     """Put several conversations into one sequence; needs an attention that keeps them apart."""
@@ -146,7 +157,7 @@ class Recipe(Options):
     """Decoupled weight decay >= 0, on matrices."""
     max_grad_norm: NonNegative = 1.0
     """Gradients are clipped to this 2-norm, >= 0; 0 turns it off."""
-    warmup: NonNegative = 0.0
+    warmup: Annotated[float, Field(ge=0, le=LARGEST)] = 0.0
     """Linear warm-up, >= 0: a number of steps, or below 1 a share of all steps."""
     batch: Annotated[Positive, DATA] = 128
     """Sequences a step, >= 1, summed over processes and accumulation."""
@@ -154,9 +165,9 @@ class Recipe(Options):
     """Sequences that a process computes at a time, >= 1. Fewer take less memory and give the same result. Default: batch divided by the processes."""
     steps: Positive | None = None
     """Steps, >= 1. Give one of steps, epochs and tokens. Default: one epoch."""
-    epochs: Number | None = None
-    """Passes over the data, > 0."""
-    tokens: Number | None = None
+    epochs: Annotated[float, Field(gt=0, le=10**6)] | None = None
+    """Passes over the data, > 0 and at most 10^6."""
+    tokens: Annotated[float, Field(gt=0, le=LARGEST)] | None = None
     """Tokens to train on, > 0, as in 2.5e9."""
     seed: Annotated[int, Field(ge=0, lt=2**32), METHOD] = 0
     """Seed >= 0 of new weights and of the order of the data."""
@@ -171,8 +182,8 @@ class Recipe(Options):
     """Compile the model."""
     fsdp: Annotated[bool, RESUMABLE] = False
     """Shard weights and optimizer over the processes (FSDP2) instead of keeping all in each (DDP)."""
-    lora_rank: Annotated[int, Field(ge=0)] = 0
-    """Rank >= 0 of adapters (LoRA) on all linear layers, which alone are trained; 0 trains the whole model."""
+    lora_rank: Annotated[int, Field(ge=0, le=2**16)] = 0
+    """Rank, from 0 to 2^16, of adapters (LoRA) on all linear layers, which alone are trained; 0 trains the whole model."""
     lora_alpha: Positive = 16
     """LoRA's scale α, >= 1."""
 
@@ -184,8 +195,8 @@ class Recipe(Options):
     """The last so many checkpoints are kept, >= 1."""
     log_every: Annotated[Positive, MEASURING] = 10
     """Steps between lines of metrics, >= 1."""
-    loaders: Annotated[int, Field(ge=0), RESUMABLE] = 0
-    """Processes that prepare batches, >= 0."""
+    loaders: Annotated[int, Field(ge=0, le=256), RESUMABLE] = 0
+    """Processes that prepare batches, from 0 to 256."""
     report_to: Annotated[tuple[str, ...], Names, Split, RESUMABLE] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl: tensorboard, or another integration of transformers."""
 
@@ -220,6 +231,8 @@ class Recipe(Options):
             raise InputError(
                 f"micro_batch: {self.micro_batch} does not divide the batch of {self.batch}"
             )
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise InputError("report_to: none goes alone")
         for name in self.report_to:
             if name not in ("tensorboard", "none", *INTEGRATION_TO_CALLBACK):
                 raise InputError(f"report_to: {unknown(name, INTEGRATION_TO_CALLBACK, 'name')}")
