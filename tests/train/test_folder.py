@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 
@@ -133,6 +134,18 @@ def test_without_locks_of_the_system_the_file_decides(tmp_path, monkeypatch):
     lock.write_text("{")
     with folder.locked(tmp_path):
         pass
+
+
+def test_a_lock_that_cannot_be_written_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        refused = "^out: cannot write to .*new: File too large$"
+        with pytest.raises(InputError, match=refused), folder.locked(tmp_path / "new"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 # ---- damage --------------------------------------------------------------------------------------

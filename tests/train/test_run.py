@@ -374,6 +374,20 @@ def test_full_disk_at_the_start(finished, values, path, tmp_path, capsys, monkey
     assert_ended_alike(finished, run)
 
 
+def test_full_disk_that_a_library_reports_as_another_error(values, tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            raise ValueError("I/O operation on closed file")
+
+    recipe, run = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "run"
+    monkeypatch.setattr("paceline.train.run.build_trainer", fail)
+    assert main(["train", str(recipe), "--out", str(run)]) == 2
+    one_line(capsys, f"cannot write to {run} or ", ": No space left on device; when that", "again")
+    assert not run.exists()
+
+
 def test_what_cannot_be_read_is_not_said_to_be_written(values, tmp_path, capsys, monkeypatch):
     recipe, run = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "run"
     at_step(monkeypatch, 4, raises(ConnectionError("the Hub\nis away")))

@@ -102,7 +102,7 @@ def make(folder: Path) -> Path:
 
 # ---- one writer at a time -----------------------------------------------------------------------
 
-_held: set[IO[str]] = set()  # open locks of this process
+_held: set[IO[bytes]] = set()  # open locks of this process
 
 
 def _let_go() -> None:
@@ -149,9 +149,9 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
                 part.rmdir()
 
 
-def _take(path: Path, shared: bool) -> IO[str]:
+def _take(path: Path, shared: bool) -> IO[bytes]:
     while True:
-        file = path.open("a+", encoding="utf-8")
+        file = path.open("a+b", buffering=0)
         try:
             if instead := _refusal(file, shared):
                 who = _holder(file)
@@ -160,9 +160,12 @@ def _take(path: Path, shared: bool) -> IO[str]:
                 mine = {"host": platform.node(), "process": os.getpid()}
                 mine |= {"since": datetime.now().astimezone().isoformat(timespec="seconds")}
                 mine |= {"command": shlex.join(["paceline", *sys.argv[1:]])}
-                file.truncate(0)
-                file.write(json.dumps(mine) + "\n")
-                file.flush()
+                try:
+                    file.truncate(0)
+                    file.write(json.dumps(mine).encode() + b"\n")
+                except OSError:
+                    path.unlink()
+                    raise
                 return file
         except BaseException:
             file.close()
@@ -170,7 +173,7 @@ def _take(path: Path, shared: bool) -> IO[str]:
         file.close()  # the last holder has just removed it
 
 
-def _refusal(file: IO[str], shared: bool) -> str:
+def _refusal(file: IO[bytes], shared: bool) -> str:
     """What to do instead if the lock is another's; otherwise it is ours, and the text is empty."""
     try:
         if not fcntl:
@@ -189,7 +192,7 @@ def _refusal(file: IO[str], shared: bool) -> str:
     return ""
 
 
-def _holder(file: IO[str]) -> str:
+def _holder(file: IO[bytes]) -> str:
     file.seek(0)
     try:
         holder = json.loads(file.read())

@@ -4,6 +4,7 @@ import argparse
 import errno
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -19,7 +20,6 @@ import yaml
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from rich.console import Console
-from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import (
@@ -158,16 +158,24 @@ def _one_line_errors(run: Path) -> Iterator[None]:
     """Report a lack of memory or of room on the disk, and what cannot be read, in one line."""
     try:
         yield
-    except (RuntimeError, OSError, SafetensorError) as error:
+    except InputError:
+        raise
+    except Exception as error:
         said = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in said:
             raise InputError(
                 f"out of memory: {said}; a smaller --micro-batch gives the same result in less "
                 "memory, and so does --gradient-checkpointing; then try --precision bf16, a method "
                 "with state=bf16, --fsdp on several devices, or a shorter --context"
             ) from error
-        number = error.errno if isinstance(error, OSError) else None
-        full = number in NO_ROOM or any(words in said for words in DISK_FULL)
+        full = False
+        cause: BaseException | None = error
+        while cause and not full:  # libraries raise others on their way out
+            full = getattr(cause, "errno", None) in NO_ROOM or any(
+                x in str(cause) for x in DISK_FULL
+            )
+            said = os.strerror(errno.ENOSPC) if full and cause is not error else said
+            cause = cause.__cause__ or cause.__context__
         if isinstance(error, BrokenPipeError) or not (full or isinstance(error, OSError)):
             raise
         place = getattr(error, "filename", None)
