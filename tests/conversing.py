@@ -35,9 +35,13 @@ def load(*names, **changes):
     return load_sources(Recipe(model="any", data=names, steps=1, **changes))
 
 
+def messages_of(row):
+    return json.loads(row["conversation"])["messages"]
+
+
 def numbers(rows):
     """Which of the conversations or texts these are, in order."""
-    texts = [row["messages"][-1]["content"] if "messages" in row else row["text"] for row in rows]
+    texts = [row["text"] if "text" in row else messages_of(row)[-1]["content"] for row in rows]
     return [int(re.search(r"\d+", text)[0]) for text in texts]
 
 

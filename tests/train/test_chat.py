@@ -1,7 +1,9 @@
 """Which tokens of a conversation are learned."""
 
+import datetime
 import functools
 import io
+import json
 import re
 
 import pytest
@@ -12,6 +14,7 @@ from conversing import (
     CONVERSATIONS,
     EXPECTED,
     MARKED,
+    QWEN3,
     TEMPLATES,
     UNMARKED,
     assistant,
@@ -184,3 +187,137 @@ def test_shown_is_what_is_learned(color):
         said = re.sub("\x1b\\[2m(.*?)\x1b\\[0m", r"\1", said, flags=re.DOTALL)
         said = re.sub("\x1b\\[1;32m(.*?)\x1b\\[0m", r"⟦\1⟧", said, flags=re.DOTALL)
     assert said == chatml(messages) + "\n"
+
+
+# ---- more than text ----------------------------------------------------------------------------
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
+TOOL = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {}}}
+CALLING = [
+    user("Blue?"),
+    {**assistant(""), "tool_calls": [CALL]},
+    {"role": "tool", "content": "blue", "tool_call_id": "a", "name": "look"},
+    assistant("Yes."),
+]
+
+
+def test_calls_and_tools_are_written_and_calls_are_learned():
+    tokenizer, encode = encoder_of(QWEN3)
+    said = in_brackets(tokenizer, encode(CALLING, tools=[TOOL]))
+    call = '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call><|im_end|>'
+    assert call in said.partition("⟦")[2].partition("⟧")[0]
+    assert json.dumps(TOOL) in said.partition("⟦")[0]
+    assert "<tool_response>\nblue\n</tool_response>" in said
+    assert said.endswith("Yes.<|im_end|>\n⟧")
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_written_and_learned(name):
+    tokenizer, encode = encoder_of(QWEN3)
+    said = in_brackets(tokenizer, encode([user("Q"), {**assistant("A"), name: "Well"}]))
+    assert said.endswith("⟦<think>\nWell\n</think>\n\nA<|im_end|>\n⟧")
+
+
+KNOWS_NO_SYSTEM = UNMARKED.replace("in messages -%}", "in messages if m.role != 'system' -%}")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "extras", "lost"),
+    [
+        (CHATML, CALLING, {}, "tool_calls"),
+        (CHATML, talk(1), {"tools": [TOOL]}, "tools"),
+        (MARKED, CALLING[:2], {"tools": [TOOL]}, "tool_calls, tools"),
+        (CHATML, [user("Q"), {**assistant("A"), "thinking": "Well"}], {}, "thinking"),
+        (QWEN3, [{**user("Q"), "name": "Ann"}, assistant("A")], {}, "name"),
+        (QWEN3, talk(1), {"documents": [{"text": "x"}]}, "documents"),
+        (QWEN3, talk(1), {"chat_template_kwargs": {"thinks": 1}}, "thinks"),
+        (KNOWS_NO_SYSTEM, [system("x"), *talk(1)], {}, "the turn of system"),
+        (
+            CHATML.replace("in messages", "in messages if message.role != 'tool'"),
+            [*CALLING[2:]],
+            {},
+            "the turn of tool",
+        ),
+    ],
+)
+def test_what_a_template_does_not_write_is_refused_by_name(template, messages, extras, lost):
+    _, encode = encoder_of(template)
+    with pytest.raises(InputError) as error:
+        encode(messages, at="x.jsonl, row 3", **extras)
+    assert str(error.value).startswith(
+        f"data: x.jsonl, row 3: the chat template does not write {lost}; give --chat-template FILE"
+    )
+
+
+@pytest.mark.parametrize("template", EXPECTED, ids=IDS)
+def test_turns_to_skip_are_not_learned(template):
+    tokenizer, encode = encoder_of(template)
+    messages = [
+        user("a"),
+        assistant("WRONG"),
+        user("b"),
+        assistant("right"),
+        user("c"),
+        assistant("no"),
+    ]
+    said = in_brackets(tokenizer, encode(messages, skip=[1, 5]))
+    whole = in_brackets(tokenizer, encode(messages))
+    assert said.replace("⟦", "").replace("⟧", "") == whole.replace("⟦", "").replace("⟧", "")
+    (learned,) = re.findall("⟦(.*?)⟧", said, flags=re.DOTALL)
+    assert learned in whole
+    assert "right" in learned
+
+
+def test_settings_of_the_template_reach_it():
+    template = CHATML + "{{ 'loud' if loud }}"
+    tokenizer, encode = encoder_of(template)
+    said = in_brackets(tokenizer, encode(talk(1), chat_template_kwargs={"loud": True}))
+    assert said == chatml(talk(1)) + "loud"
+
+
+def test_named_templates():
+    tokenizer = tokenizer_of(CHATML)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": QWEN3}
+    encode = conversation_encoder(tokenizer)
+    assert in_brackets(tokenizer, encode(talk(1))) == chatml(talk(1))
+    assert json.dumps(TOOL) in tokenizer.decode(encode(CALLING, tools=[TOOL])["input_ids"])
+    tokenizer.chat_template = {"rag": CHATML}
+    with pytest.raises(InputError, match="^chat_template: none of rag is the default"):
+        conversation_encoder(tokenizer)
+
+
+def test_the_day_is_given():
+    template = "{{ strftime_now('%d %b') }}" + CHATML
+    tokenizer = tokenizer_of(CHATML)
+    tokenizer.chat_template = template
+    encode = conversation_encoder(tokenizer, datetime.date(2024, 2, 29))
+    assert in_brackets(tokenizer, encode(talk(1))) == "29 Feb" + chatml(talk(1))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *("{{ 1 / 0 }}", "{{ messages + 1 }}", "{{ messages[0]|tojson(indent='x', wrong=1) }}"),
+        *("{{ {}[[]] }}", "{{ '%d' % 'x' }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+        *(
+            "{{ 'x'|no_such_filter }}",
+            "{% include 'x' %}",
+            "{{ ''.__class__.__mro__ }}",
+            "{{ (" * 500,
+        ),
+    ],
+)
+def test_any_failure_of_a_template_is_one_line(template):
+    with pytest.raises(InputError, match="^chat_template: .") as error:
+        conversation_encoder(tokenizer_of(template))
+    assert "\n" not in str(error.value)
+
+
+def test_a_conversation_that_grows_without_measure_is_refused(monkeypatch):
+    monkeypatch.setattr("paceline.train.chat.MOST", 1000)
+    template = CHATML + "{% if messages|length == 2 %}{{ 'x' * 10000 }}{% endif %}"
+    encode = encoder_of(template)[1]
+    with pytest.raises(
+        InputError, match=r"^chat_template: it writes 1\d+ characters for a .*row 3\)$"
+    ):
+        encode(talk(1), at="row 3")

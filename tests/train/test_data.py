@@ -1,5 +1,8 @@
 """Text as data: how it is split and turned into tokens."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -82,3 +85,42 @@ def test_tokens_are_the_text():
     part = blocks(tokens["validation"], 16)
     assert part.shape == (len(tokens["validation"]) // 16, 16)
     assert torch.equal(part.flatten(), tokens["validation"][: part.numel()].long())
+
+
+def test_a_folder_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    """As in /proc: processes end, files seem empty and are not, and reading some waits for ever."""
+    for name in ("kept", "gone", "empty"):
+        (tmp_path / name).write_text("x" * (name != "empty"))
+    os.mkfifo(tmp_path / "pipe")
+    stat = Path.stat
+
+    def vanished(self, **how):
+        if self.name == "gone":
+            raise FileNotFoundError(2, "No such file or directory")
+        return stat(self, **how)
+
+    monkeypatch.setattr(Path, "stat", vanished)
+    assert files_below([tmp_path]) == [tmp_path / "kept"]
+    with pytest.raises(InputError, match="pipe is a device or a pipe"):
+        files_below([tmp_path / "pipe"])
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), ProcessLookupError(3, "x")]
+)
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(Path, "rglob", fails)
+    with pytest.raises(InputError, match="^cannot read the folder .*: "):
+        files_below([tmp_path])
+
+
+def test_a_file_that_is_too_large(tmp_path, monkeypatch):
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(InputError, match="^cannot read .*: "):
+        read_corpus([tmp_path / "x"], 100)

@@ -1,5 +1,6 @@
 """Recipes: those that are shipped, their YAML and their values."""
 
+import datetime
 import math
 import re
 from pathlib import Path
@@ -188,10 +189,36 @@ def test_any_name_is_read_back(name, folder):
     assert Recipe(**yaml.safe_load(recipe.to_yaml())) == recipe
 
 
+def test_a_date_is_read_back(folder):
+    for given in ("2026-11-29", "'2026-11-29'"):
+        (folder / "mine.yaml").write_text(f"model: x\ndate: {given}\n")
+        recipe = Recipe(**read_recipe("mine.yaml"))
+        assert recipe.date == datetime.date(2026, 11, 29)
+        (folder / "mine.yaml").write_text(recipe.to_yaml())
+        assert Recipe(**read_recipe("mine.yaml")) == recipe
+
+
 def test_one_name_needs_no_brackets(folder):
     (folder / "mine.yaml").write_text("model: x\ndata: a.jsonl\neval_data: b,c\n")
     recipe = Recipe(**read_recipe("mine.yaml"))
     assert (recipe.data, recipe.eval_data) == (("a.jsonl",), ("b", "c"))
+
+
+def bomb(levels):
+    """YAML of a few lines that stands for 9 ** levels values."""
+    lists = (f"l{i + 1}: &l{i + 1} [{', '.join([f'*l{i}'] * 9)}]" for i in range(levels))
+    return "\n".join(["l0: &l0 [x]", *lists]).encode()
+
+
+def merging(levels):
+    return (
+        bomb(levels).replace(b"[x]", b"{x: 1}").replace(b"[*", b"{<<: [*").replace(b"]\n", b"]}\n")
+    )
+
+
+def test_aliases_are_good_in_measure(folder):
+    (folder / "mine.yaml").write_text("model: &a x\ntokenizer: *a\ndata: [*a, *a]\n")
+    assert read_recipe("mine.yaml") == {"model": "x", "tokenizer": "x", "data": ["x", "x"]}
 
 
 @pytest.mark.parametrize(
@@ -234,6 +261,19 @@ def test_one_name_needs_no_brackets(folder):
         (b"model: !!python/object/apply:os.mkdir [owned]\n", "bad.yaml is not YAML"),
         (b"? [a, b]\n: 1\n", "bad.yaml is not"),
         (b"[" * 1100, "bad.yaml is not YAML"),
+        (bomb(9), "bad.yaml is not YAML: it has more than 10,000 values"),
+        (merging(9), "bad.yaml is not YAML: it has more than 10,000 values"),
+        (b"config: &a {b: *a}\n", "bad.yaml is not YAML: .* or a part that holds itself"),
+        (b"data: &a [*a]\n", "bad.yaml is not YAML: .* or a part that holds itself"),
+        (b"config: &a {<<: *a}\n", "bad.yaml is not YAML: .* or a part that holds itself"),
+        (b"packing: !!bool x\n", "bad.yaml is not YAML: "),
+        (b"lr: !!int ''\n", "bad.yaml is not YAML: "),
+        (b"config: {? {a: b}: c}\n", "bad.yaml is not YAML: .*unhashable"),
+        (b"seed: " + b"1" * 5000, "bad.yaml is not YAML: Exceeds the limit"),
+        (
+            b"#" * 1_000_001,
+            "cannot read the recipe bad.yaml: it has more than 1,000,000 characters",
+        ),
         (b"", "bad.yaml is not a mapping of keys to values"),
         (b"hello", "bad.yaml is not a mapping"),
         (b"- a\n- b\n", "bad.yaml is not a mapping"),
@@ -254,6 +294,7 @@ def test_bad_files(content, message, folder, refused):
         ("missing.yaml", "unknown recipe 'missing.yaml'; known: demo-pretrain, demo-sft"),
         ("xyz", "known: .*, smollm2-135m, .*or give the path of a YAML file"),
         (".", "cannot read the recipe .: Is a directory"),
+        ("/dev/zero", "cannot read the recipe /dev/zero: it has more than 1,000,000 characters"),
         ("file/x", "cannot read the recipe file/x: Not a directory"),
         ("x" * 300, "cannot read the recipe xxx.*: File name too long"),
     ],
@@ -268,7 +309,7 @@ def test_a_recipe_that_may_not_be_read(monkeypatch, refused):
     def forbidden(self, **_):
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "read_text", forbidden)
+    monkeypatch.setattr(Path, "open", forbidden)
     assert refused("train", "x.yaml") == "cannot read the recipe x.yaml: Permission denied"
 
 
@@ -287,6 +328,8 @@ def test_a_recipe_that_may_not_be_read(monkeypatch, refused):
         ({"model": 3}, "model: Input should be a valid string, got 3"),
         ({"model": None}, "model: give one, or give a config with the model"),
         ({"config": "gpt2"}, "config: Input should be a valid dictionary"),
+        ({"vocabulary": 10**12}, "vocabulary: .*less than or equal to 1048576"),
+        ({"date": "yesterday"}, "date: Input should be a valid date"),
         ({"vocabulary": 259}, "vocabulary: .*greater than or equal to 260"),
         ({"data": []}, "data: give at least one name"),
         ({"data": ["a", ""]}, "data: .*no empty ones"),

@@ -91,6 +91,16 @@ TINY = {
         ("train small.yaml --chat-template full", "chat_template: 'full' is neither chatml nor a"),
         ("train small.yaml --chat-template latin", "chat_template: "),
         ("train small.yaml --chat-template bad.jinja", "chat_template: Expected an expression"),
+        (
+            "train small.yaml --chat-template /dev/zero",
+            "chat_template: '/dev/zero' is neither .* it has more than 1,000,000 characters",
+        ),
+        (
+            "train small.yaml --data /dev/zero",
+            "data: /dev/zero has other files|/dev/zero is a device",
+        ),
+        ("train demo-pretrain --data /dev/zero", "/dev/zero is a device or a pipe"),
+        ("train small.yaml --config 'x", "Error parsing --config|config: "),
         ("train small.yaml --model ./missing", "model: no such folder: ./missing"),
         ("train small.yaml --tokenizer a/b/c", "tokenizer: no such folder: a/b/c"),
         ("train small.yaml --tokenizer full", "tokenizer: full: "),
@@ -271,7 +281,7 @@ def test_a_hub_that_has_no_such_dataset(monkeypatch, folder, refused):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist\non the Hub.")
 
     monkeypatch.setattr(sources, "hub_is_there", lambda: True)
-    monkeypatch.setattr(datasets, "load_dataset", missing)
+    monkeypatch.setattr(datasets, "load_dataset_builder", missing)
     small(folder)
     assert refused("train", "small.yaml", "--data", "a/b") == (
         "data: 'a/b' is not a file here, and the Hub has no such dataset: "

@@ -14,6 +14,7 @@ from conversing import (
     assistant,
     files_of,
     load,
+    messages_of,
     numbers,
     system,
     talk,
@@ -113,12 +114,12 @@ def test_conversations_from_every_form(name, folder, logged):
     data = load(name)
     rows = [*data.train, *data.evaluation]
     assert sorted(numbers(rows)) == list(range(20))
-    assert sorted((row["messages"] for row in rows), key=str) == sorted(
+    assert sorted((messages_of(row) for row in rows), key=str) == sorted(
         map(talk, range(20)), key=str
     )
-    assert all(set(row) == {"messages"} for row in rows)
+    assert all(set(row) == {"conversation"} for row in rows)
     assert not logged
-    data.train.map(lambda row: {"n": len(row["messages"])})  # as it will be for the model
+    data.train.map(lambda row: {"n": len(messages_of(row))})  # as it will be for the model
     assert files_of(folder) == before
 
 
@@ -163,7 +164,7 @@ def test_all_turns_of_a_conversation_are_kept():
     tools = [*talk(0)[:1], assistant("calling"), {"role": "tool", "content": "42"}, *talk(1)[1:]]
     write_lines("x.jsonl", [{"messages": long}, {"messages": tools}])
     data = load("x.jsonl")
-    rows = [row["messages"] for part in data for row in part]
+    rows = [messages_of(row) for part in data for row in part]
     assert sorted(rows, key=len) == [tools, long]
 
 
@@ -173,7 +174,9 @@ def test_rows_where_no_assistant_speaks_are_left_out():
     data = load("x.jsonl")
     assert sorted(numbers([*data.train, *data.evaluation])) == list(range(20))
     write_lines("p.jsonl", [{"prompt": "x", "completion": None}, {"prompt": "x", "completion": ""}])
-    with pytest.raises(InputError, match="p.jsonl has 0 usable examples"):
+    with pytest.raises(
+        InputError, match="p.jsonl has no usable examples: 2 because completion is empty"
+    ):
         load("p.jsonl")
 
 
@@ -181,26 +184,21 @@ def test_files_that_change_are_read_again():
     write_lines("x.jsonl", MESSAGES)
     write_lines("f/x.jsonl", MESSAGES)
     for name in ("x.jsonl", "f"):
-        assert load(name).train[0]["messages"][1]["content"].startswith("answer")
+        assert messages_of(load(name).train[0])[1]["content"].startswith("answer")
     for path in ("x.jsonl", "f/x.jsonl"):
         write_lines(path, [{"messages": talk(n, "A")} for n in range(20)])
     for name in ("x.jsonl", "f"):
-        assert load(name).train[0]["messages"][1]["content"].startswith("Answer")
+        assert messages_of(load(name).train[0])[1]["content"].startswith("Answer")
 
 
 def test_other_code_reads_again(monkeypatch):
     write_lines("x.jsonl", MESSAGES)
     before = load("x.jsonl").train[0]
     monkeypatch.setattr(sources, "MADE_BY", "another version")
-    original = sources._messages
-
-    def _messages(row, index, **rest):
-        (first, *others) = original(row, index, **rest)["messages"]
-        return {"messages": [{**first, "content": "new"}, *others]}
-
-    _messages.__module__, _messages.__qualname__ = original.__module__, original.__qualname__
-    monkeypatch.setattr(sources, "_messages", _messages)
-    assert load("x.jsonl").train[0]["messages"][0]["content"] == "new" != before
+    new = json.dumps({"messages": [{"content": "new"}]})
+    original = sources._convert
+    monkeypatch.setattr(sources, "_convert", lambda *x: {**original(*x), "conversation": new})
+    assert load("x.jsonl").train[0]["conversation"] == new != before["conversation"]
 
 
 # ---- parts -----------------------------------------------------------------------------------
@@ -313,18 +311,21 @@ def message(row, **message):
         ),
         (
             lambda p: write_lines(p, [{"question": "x", "answer": "y"}]),
-            "x.jsonl has none of the columns messages, conversations, .*, only question, answer",
+            "x.jsonl has no usable .* none of the columns messages, .*, only question, answer",
         ),
         (
             lambda p: write_lines(p, [{"prompt": "x", "chosen": "y"}]),
-            "x.jsonl has none of the columns .*, only prompt, chosen",
+            "x.jsonl has no usable .* none of the columns .*, only prompt, chosen",
         ),
         (lambda p: write_lines(p, MESSAGES[:1]), "x.jsonl has 1 usable examples"),
-        (lambda p: write_lines(p, [{"messages": []}] * 9), "x.jsonl has 0 usable examples"),
-        (text(b""), "x.jsonl cannot be read: it is empty"),
-        (text(b"\n\n"), "x.jsonl cannot be read: "),
-        (text(b'{"messages": [}\n'), "x.jsonl cannot be read: JSON parse error"),
-        (text(b"hello\n"), "x.jsonl cannot be read: JSON parse error"),
+        (
+            lambda p: write_lines(p, [{"messages": []}] * 9),
+            "x.jsonl has no usable examples: 9 because",
+        ),
+        (text(b""), "x.jsonl has no rows"),
+        (text(b"\n\n"), "x.jsonl has no rows"),
+        (text(b'{"messages": [}\n'), "x.jsonl cannot be read: row 0 is not JSON: Expecting value"),
+        (text(b"hello\n"), "x.jsonl cannot be read: row 0 is not JSON: Expecting value"),
         (text(b"\x00\x01\x02"), "x.jsonl cannot be read: "),
         (
             text(b'{"messages": [{"role": "user", "content": "caf\xe9"}]}\n' * 3),
@@ -357,7 +358,7 @@ def test_bad_conversations_name_file_and_row(write, message, folder, capfd, logg
         ("notes.txt", "notes.txt has other files than one kind of .jsonl, .json, .parquet, .csv"),
         ("empty", "empty has other files than one kind of .jsonl"),
         ("mixed", "mixed has other files than one kind of .jsonl"),
-        ("broken", ".*broken/b.jsonl cannot be read: JSON parse error"),
+        ("broken", ".*broken/b.jsonl cannot be read: row 2 is not JSON: Expecting property"),
         ("python", "python is the sources of Python's standard library; this task takes chitchat"),
         ("torch", "torch is the sources of the installed torch; this task takes chitchat"),
     ],
@@ -384,14 +385,15 @@ def test_bad_names(name, message, capfd, logged):
     assert str(again.value) == str(error.value)
 
 
-def test_nothing_to_evaluate_on_names_that():
+def test_nothing_usable_names_what_and_why():
     write_lines("x.jsonl", MESSAGES)
     write_lines("silent.jsonl", [{"messages": talk(0)[:1]}] * 3)
-    with pytest.raises(
-        InputError, match=r"^data: silent.jsonl has no usable examples to evaluate on"
-    ):
+    message = (
+        r"^data: silent.jsonl has no usable examples: 3 because the assistant says nothing .* 0\)$"
+    )
+    with pytest.raises(InputError, match=message):
         load("x.jsonl", eval_data=["silent.jsonl"])
-    with pytest.raises(InputError, match=r"^data: silent.jsonl has no usable examples to train on"):
+    with pytest.raises(InputError, match=message):
         load("silent.jsonl", eval_data=["x.jsonl"])
 
 
@@ -403,9 +405,56 @@ def test_what_may_not_be_read(monkeypatch):
         raise PermissionError(13, "Permission denied", str(self))
 
     with monkeypatch.context() as patch:
-        patch.setattr("builtins.open", forbidden)
+        patch.setattr(Path, "open", forbidden)
         with pytest.raises(InputError, match=r"^data: x.jsonl cannot be read: .*Permission denied"):
             load("x.jsonl")
     monkeypatch.setattr(Path, "read_bytes", forbidden)
     with pytest.raises(InputError, match=r"^cannot read texts/.\.txt: Permission denied"):
         load("texts", task="pretrain")
+
+
+# ---- what is said of it ----------------------------------------------------------------------
+
+
+def test_rows_that_are_left_out_are_counted_aloud(capfd):
+    rows = [*PAIRS, {"prompt": "x", "completion": None}, {"prompt": "y", "completion": " "}]
+    for write in (write_lines, lambda p, rows: Dataset.from_list(rows).to_parquet(p)):
+        path = "x.jsonl" if write is write_lines else "x.parquet"
+        write(path, [{**row, "id": 3} for row in rows])
+        data = load(path)
+        assert sorted(numbers([*data.train, *data.evaluation])) == list(range(20))
+        out, error = capfd.readouterr()
+        assert out == ""
+        assert error == (
+            f"paceline: data: {path}: 2 of 22 rows are left out: 1 because completion is empty "
+            f"(the first: {path}, row 20); 1 because the assistant says nothing that is to be "
+            f"learned (the first: {path}, row 21)\n"
+            f"paceline: data: {path}: 1 columns are not used: id\n"
+        )
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl", "x.parquet"])
+def test_words_taken_for_missing_and_dates_are_text(name, capfd):
+    answers = ["NA", "None", "null", "N/A", "2024-03-01", "2024-04-01 10:00:00", "007", "True"]
+    rows = [{"prompt": f"item {i}?", "completion": answers[i % 8]} for i in range(40)]
+    if name == "x.parquet":
+        Dataset.from_list(rows).to_parquet(name)
+    else:
+        (write_csv if name == "x.csv" else write_lines)(name, rows)
+    data = load(name, eval_data=[name])
+    assert [messages_of(row)[1]["content"] for row in data.train] == answers * 5
+    assert capfd.readouterr() == ("", "")
+
+
+def test_objects_keep_their_own_keys():
+    """A format with types gives all objects of a column the same keys."""
+    calls = [
+        {"type": "function", "function": {"name": "f", "arguments": {key: n}}}
+        for n, key in enumerate("ab")
+    ]
+    talks = [[user("q"), {**assistant(""), "tool_calls": [call]}] for call in calls]
+    rows = [{"messages": talk} for talk in talks]
+    write_lines("x.jsonl", rows)
+    Dataset.from_list(rows).to_parquet("x.parquet")
+    for name in ("x.jsonl", "x.parquet"):
+        assert list(map(messages_of, load(name, eval_data=[name]).train)) == talks

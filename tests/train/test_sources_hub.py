@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import datasets
-from conversing import assistant, load, numbers, talk, user
+from conversing import assistant, load, messages_of, numbers, talk, user
 from datasets import Dataset, IterableDataset
 
 from paceline.train import InputError, sources
@@ -19,6 +19,15 @@ pytestmark = pytest.mark.usefixtures("folder", "quiet")
 
 
 # ---- the Hub, and streams ----------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def there(monkeypatch):
+    """The Hub answers, and its datasets have types."""
+    builder = types.SimpleNamespace(name="parquet")
+    monkeypatch.setattr(sources, "hub_is_there", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: builder)
+    return builder
 
 
 @pytest.fixture
@@ -36,7 +45,6 @@ def hub(monkeypatch):
 
         return IterableDataset.from_generator(rows) if streaming else Dataset.from_list([*rows()])
 
-    monkeypatch.setattr(sources, "hub_is_there", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return asked
 
@@ -65,7 +73,7 @@ def test_of_a_stream_the_first_are_held_out(hub):
     assert numbers(data.evaluation) == USABLE[:8]
     assert sorted(numbers(data.train)) == USABLE[8:]
     assert numbers(data.train) != USABLE[8:]  # in a random order
-    assert all(set(row) == {"messages"} for row in data.train)
+    assert all(set(row) == {"conversation"} for row in data.train)
 
 
 def test_a_stream_is_in_another_order_for_another_seed(hub):
@@ -100,25 +108,23 @@ def test_a_stream_of_text(monkeypatch):
         rows = [{"body": f"text {n}", "text": "no"} for n in range(50)] + [{"body": "", "text": ""}]
         return Dataset.from_list(rows).to_iterable_dataset()
 
-    monkeypatch.setattr(sources, "hub_is_there", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = load("a/b", task="pretrain", text_column="body", streaming=True, eval_examples=5)
     assert numbers(data.evaluation) == [0, 1, 2, 3, 4]
     assert sorted(numbers(data.train)) == list(range(5, 50))
-    with pytest.raises(InputError, match="a/b has no column 'x', only body, text"):
+    with pytest.raises(InputError, match="a/b has 0 usable examples"):
         load("a/b", task="pretrain", text_column="x", streaming=True)
 
 
 def test_a_bad_row_of_a_stream_is_named(monkeypatch):
     rows = [{"messages": talk(n)} for n in range(20)] + [{"messages": [{"role": "x"}]}]
-    monkeypatch.setattr(sources, "hub_is_there", lambda: True)
     monkeypatch.setattr(
         datasets,
         "load_dataset",
         lambda *_, **__: IterableDataset.from_generator(lambda: iter(rows)),
     )
     data = load("a/b", streaming=True, eval_examples=2)
-    with pytest.raises(InputError, match="^data: a/b, row 20: content must be text"):
+    with pytest.raises(InputError, match="^data: a/b, row 20: unknown role .x."):
         list(data.train)
 
 
@@ -194,3 +200,22 @@ def test_chitchat_without_its_package(monkeypatch):
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="^data: chitchat needs its package; pip install"):
         load("chitchat")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_is_text_from_the_hub(there, folder, streaming, capfd, monkeypatch):
+    monkeypatch.setattr(sources, "TOLD", set())
+    answers = ["NA", "None", "2024-03-01", "007"]
+    rows = [f"{n}?;{answers[n % 4]};x\n" for n in range(8)]
+    (folder / "a.csv").write_text("prompt;completion;id\n" + "".join(rows) + "9?;;x\n")
+    there.name = "csv"
+    files = {"train": [(folder / "a.csv").as_uri() if streaming else str(folder / "a.csv")]}
+    there.config = types.SimpleNamespace(data_files=files, sep=";")
+    data = load("a/b", streaming=streaming, eval_data=["chitchat"])
+    talks = [messages_of(row) for row in data.train]
+    assert sorted(talk[1]["content"] for talk in talks) == sorted(answers * 2)
+    said = capfd.readouterr().err
+    assert "a/b/a.csv, row 8" in said
+    assert "1 columns are not used: id" in said
+    with pytest.raises(InputError, match="^data: a/b has no split 'test', only train"):
+        load("a/b", split="test")

@@ -272,7 +272,7 @@ class Setting:
         if self.start is None:
             model = make_gpt2(self.tokenizer, **self.shape, seed=run.seed)
         else:
-            model = AutoModelForCausalLM.from_pretrained(self.start)
+            model = AutoModelForCausalLM.from_pretrained(self.start, trust_remote_code=False)
         own: dict[str, Any] = {"steps": self.steps, "evaluations": self.evaluations}
         own |= {"seed": run.seed, "watch": watch}
         return train_blocks(

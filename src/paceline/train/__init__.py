@@ -1,9 +1,11 @@
 """Training language models with the optimizers of this package; needs the extra `[train]`."""
 
+import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -34,6 +36,20 @@ def reporting(what: str, *errors: type[Exception]) -> Iterator[None]:
     except errors as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise InputError(f"{what}: {reason}") from error
+
+
+def read_small(path: Path, most: int = 10**6) -> str:
+    """The text of a file of a few pages; a device that never ends is not read to its end.
+
+    Raises:
+        OSError: it cannot be read, or has more than `most` characters.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    with path.open(encoding="utf-8") as file:
+        text = file.read(most + 1)
+    if len(text) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} characters")
+    return text
 
 
 class Options(BaseModel):

@@ -1,5 +1,6 @@
 """Build a trainer from a recipe: data, tokenizer, model, batches and steps."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from transformers import (
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from . import InputError, folder, reporting, sources, unknown
+from . import InputError, folder, read_small, reporting, sources, unknown
 from .chat import conversation_encoder, use_chatml
 from .data import make_tokenizer
 from .model import (
@@ -36,6 +37,7 @@ from .model import (
     one_line,
 )
 from .recipe import Recipe
+from .terminal import tell
 from .trainer import OneMethodTrainer
 
 # ---- the trainer --------------------------------------------------------------------------------
@@ -303,11 +305,26 @@ def _prepare(recipe: Recipe) -> Prepared:
     tokenizer = _tokenizer(recipe, data.train)
     if recipe.task == "pretrain":
         return Prepared(*data, tokenizer)
-    encode = conversation_encoder(tokenizer)
+    encode = conversation_encoder(tokenizer, recipe.date)
     train, evaluation = (
-        part.map(lambda row: encode(row["messages"]), remove_columns=["messages"]) for part in data
+        part.map(
+            lambda row: encode(**json.loads(row["conversation"])), remove_columns=["conversation"]
+        )
+        for part in data
     )
+    train, evaluation = (_within(part, recipe.context) for part in (train, evaluation))
     return Prepared(train, evaluation, tokenizer)
+
+
+def _within(data: Any, context: int) -> Any:
+    """The conversations of which something is learned within the context; says how many are not."""
+    kept = data.filter(lambda masks: any(masks[1:context]), input_columns=["assistant_masks"])
+    if isinstance(data, Dataset) and len(data) > len(kept) > 0:
+        tell(
+            f"data: {len(data) - len(kept)} of {len(data)} conversations are left out: nothing of "
+            f"their first {context} tokens (--context) is learned"
+        )
+    return kept
 
 
 def _without_first_labels(collator: Callable[[Any], Any], examples: Any) -> Any:
@@ -360,7 +377,12 @@ def _loading(what: str, name: str) -> Iterator[None]:
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise InputError(f"{what}: no such folder: {name}")
     with sources.from_hub(what, name, name, local=local):
-        yield
+        try:
+            yield
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise InputError(f"{what}: {name} needs code of its own, which is never run") from error
 
 
 def _tokenizer(recipe: Recipe, data: Any) -> PreTrainedTokenizerBase:
@@ -371,13 +393,19 @@ def _tokenizer(recipe: Recipe, data: Any) -> PreTrainedTokenizerBase:
         if recipe.task == "pretrain":
             texts = list(data["text"])
         else:
-            texts = [message["content"] for row in data for message in row["messages"]]
+            talks = map(json.loads, data["conversation"])
+            texts = [message["content"] for talk in talks for message in talk["messages"]]
         tokenizer = make_tokenizer(texts, recipe.vocabulary)
     else:
         name = recipe.tokenizer or recipe.model
         assert name is not None
         with _loading("tokenizer" if recipe.tokenizer else "model", name):
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if recipe.task == "sft" and not tokenizer.is_fast:
+        raise InputError(
+            "tokenizer: it has no fast version, which says which characters a token is of; name "
+            "another tokenizer"
+        )
     if tokenizer.eos_token is None:
         raise InputError("tokenizer: it has no token for the end of text; name another tokenizer")
     chosen = recipe.chat_template
@@ -388,7 +416,7 @@ def _tokenizer(recipe: Recipe, data: Any) -> PreTrainedTokenizerBase:
     elif chosen is not None:
         failed = f"chat_template: {chosen!r} is neither chatml nor a text file"
         with reporting(failed, OSError, UnicodeDecodeError):
-            tokenizer.chat_template = Path(chosen).read_text(encoding="utf-8")
+            tokenizer.chat_template = read_small(Path(chosen))
     return tokenizer
 
 

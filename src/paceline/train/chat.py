@@ -1,17 +1,20 @@
 """Conversations as tokens, with a mask of the assistant's turns, which count in the loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
-from typing import Any
+from copy import copy
+from datetime import date
+from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from . import InputError, reporting
+from . import InputError
+from .conversation import REASONING
+from .sandbox import clock
 
 START, END = "<|im_start|>", "<|im_end|>"
 # ChatML. The generation marks enclose the assistant's text and its end of turn.
@@ -28,9 +31,14 @@ CHATML = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 TURNS = {"Q1": "user", "A1": "assistant", "Q2": "user", "A2": "assistant"}
-PROBE = [{"role": role, "content": text} for text, role in TURNS.items()]
+PROBE: list[dict[str, Any]] = [{"role": role, "content": text} for text, role in TURNS.items()]
+FUNCTION = {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}
+CALL = {"type": "function", "id": "c12345678", "function": {"name": "look", "arguments": {}}}
+# Characters of a conversation's text: so many, and so many times as many as it has itself.
+MOST, MOST_TIMES = 10**7, 10
 
 Encoded = dict[str, list[int]]
+Message = dict[str, Any]
 
 
 def use_chatml(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -44,40 +52,73 @@ def use_chatml(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.eos_token = END
 
 
+class _Writer(NamedTuple):
+    """A chat template, and what is known of it."""
+
+    tokenizer: Any
+    template: str
+    marked: bool  # it has generation marks
+    day: date | None  # on its clock, if it has one
+    unknown: frozenset[str] = frozenset()  # parts of a conversation that it does not write
+
+    def render(
+        self, messages: Sequence[Message], *, prompt: bool = False, **extras: Any
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, with starts and ends of what is between generation marks.
+
+        Raises:
+            InputError: the template cannot write it.
+        """
+        render: Any = chat_template_utils.render_jinja_template
+        given = {**self.tokenizer.special_tokens_map, **extras.pop("chat_template_kwargs", {})}
+        try:
+            with clock(self.day):
+                texts, spans = render(
+                    [list(messages)],
+                    chat_template=self.template,
+                    return_assistant_tokens_mask=self.marked,
+                    add_generation_prompt=prompt,
+                    **extras,
+                    **given,
+                )
+        except Exception as error:  # a template can fail in any way
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"chat_template: {reason}") from error
+        text = texts[0]
+        own = len(str(messages)) + len(str(extras))
+        if len(text) > MOST + MOST_TIMES * own:
+            raise InputError(
+                f"chat_template: it writes {len(text)} characters for a conversation of {own}"
+            )
+        return text, [] if not spans else spans[0]
+
+
 def conversation_encoder(
-    tokenizer: PreTrainedTokenizerBase,
-) -> Callable[[list[dict[str, str]]], Encoded]:
+    tokenizer: PreTrainedTokenizerBase, day: date | None = None
+) -> Callable[..., Encoded]:
     """A function from messages to `input_ids` and `assistant_masks`, by the chat template.
 
-    The mask is 1 for each token of the assistant's turns, with the end of turn. They are found
+    Its arguments are the keys of a conversation: `messages`, and what `conversation_of` may add.
+    The mask is 1 for each token of the assistant's turns that are learned, with the end of turn.
+    They are found
 
     - by the template's own generation marks, or
     - by the marks of a training template that TRL has for it, or
     - by rendering the conversation turn by turn, if the template writes a turn in the same way
       whatever follows. Then an assistant's turn at the very start is not masked in.
 
+    Args:
+        tokenizer: a fast one.
+        day: on the clock of the template; None is today.
+
     Raises:
         InputError: none of the three is possible. The function raises it, too, if the template
-            refuses a conversation.
+            refuses a conversation or leaves a part of it out.
     """
-    template: Any = tokenizer.chat_template
-    marked = has_generation_markers(template)
-    if not marked:
-        # A ValueError: TRL has no such template.
-        with reporting("chat_template", TemplateError), suppress(ValueError):
-            template, marked = get_training_chat_template(tokenizer), True
+    plain, tools = (_writer(tokenizer, with_tools, day) for with_tools in (False, True))
 
-    def encode(messages: list[dict[str, str]]) -> Encoded:
-        with reporting("chat_template", TemplateError):
-            if not marked:
-                return _by_turns(tokenizer, messages)
-            encoded: Any = tokenizer.apply_chat_template(
-                messages,
-                chat_template=template,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-        return {name: encoded[name] for name in ("input_ids", "assistant_masks")}
+    def encode(messages: list[Message], **given: Any) -> Encoded:
+        return _encode(tools if given.get("tools") else plain, messages, **given)
 
     if not any(encode(PROBE)["assistant_masks"]):
         raise InputError(
@@ -86,26 +127,122 @@ def conversation_encoder(
     return encode
 
 
-def _by_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Encoded:
-    render: Any = partial(tokenizer.apply_chat_template, tokenize=False)
-    text, spans = render(messages), []  # start and end of each assistant's turn in the text
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant" and i:  # the turns before it cannot be empty
-            before = render(messages[:i], add_generation_prompt=True)
-            until = render(messages[: i + 1]).rstrip()
-            if not text.startswith(before) or not text.startswith(until):
-                raise InputError(
-                    "chat_template: the tokenizer's template writes a turn differently when others "
-                    "follow, so the assistant's turns cannot be found; give --chat-template FILE "
-                    "with {% generation %} marks, or --chat-template chatml"
-                )
-            spans.append((len(before), len(until)))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+def _writer(tokenizer: Any, with_tools: bool, day: date | None) -> _Writer:
+    given = tokenizer.chat_template
+    named = given if isinstance(given, dict) else {"default": given}
+    if "default" not in named:
+        raise InputError(f"chat_template: none of {', '.join(named)} is the default; give one")
+    name = "tool_use" if with_tools and "tool_use" in named else "default"
+    template, marked = named[name], has_generation_markers(named[name])
+    writer = _Writer(tokenizer, template, marked, None)
+    writer.render(PROBE)  # it can be used at all
+    if not marked:
+        one = copy(tokenizer)
+        one.chat_template = template
+        with suppress(Exception):  # TRL has no such template, or its trials of this one fail
+            template, marked = get_training_chat_template(one) or template, True
+    if "strftime_now" in template:
+        writer = writer._replace(day=day or date.today())
+    writer = writer._replace(template=template, marked=marked)
+    return writer._replace(unknown=_unknown(writer))
+
+
+def _unknown(writer: _Writer) -> frozenset[str]:
+    """The parts of conversations that a template does not write.
+
+    A template that fails at a part knows it; it will say itself what is wrong.
+    """
+    asked, (question, answer) = PROBE[:2], PROBE[2:]
+    calls = [*PROBE[:1], {**answer, "tool_calls": [CALL]}]
+    result = {"role": "tool", "tool_call_id": CALL["id"], "name": "look"}
+
+    def said(messages: list[Message], **extras: Any) -> str | None:
+        try:
+            return writer.render(messages, **extras)[0]
+        except InputError:
+            return None
+
+    def last(**extra: Any) -> str | None:
+        return said([*asked, question, {**answer, **extra}])
+
+    without = said(PROBE)
+    parts = {
+        "the turn of system": said([{"role": "system", "content": "S1"}, *PROBE]),
+        "tools": said(PROBE, tools=[{"type": "function", "function": FUNCTION}]),
+        "documents": said(PROBE, documents=[{"title": "D1", "text": "D2"}]),
+        "tool_calls": last(tool_calls=[CALL]),
+        "name": said([*asked, {**question, "name": "N1"}, answer]),
+        **{name: last(**{name: "R1"}) for name in REASONING},
+    }
+    unknown = {name for name, text in parts.items() if text is not None and text == without}
+    results = [said([*calls, {**result, "content": text}]) for text in ("T1", "T2")]
+    if results[0] is not None and results[0] == results[1]:
+        unknown.add("the turn of tool")
+    return frozenset(unknown)
+
+
+def _parts_of(messages: list[Message], extras: dict[str, Any]) -> set[str]:
+    """The parts of a conversation that its template must write."""
+    roles = {f"the turn of {message['role']}" for message in messages}
+    # The name of a tool is in its call, too.
+    keys = {key for x in messages for key in x if not (key == "name" and x["role"] == "tool")}
+    return roles | keys | extras.keys()
+
+
+def _encode(
+    writer: _Writer,
+    messages: list[Message],
+    *,
+    skip: Sequence[int] = (),
+    at: str | None = None,
+    **extras: Any,
+) -> Encoded:
+    where = f"data: {at}: " if at else ""
+    settings = extras.get("chat_template_kwargs", {})
+    lost = _parts_of(messages, extras) & writer.unknown
+    lost |= {name for name in settings if name not in writer.template}
+    if lost:
+        raise InputError(
+            f"{where}the chat template does not write {', '.join(sorted(lost))}; give "
+            "--chat-template FILE that does, or leave it out of the data"
+        )
+    try:
+        text, spans = _spans(writer, messages, skip, extras)
+    except InputError as error:
+        raise InputError(f"{error} ({at})" if at else str(error)) from error
+    encoded: Any = writer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     masks = [
         int(any(start < b and a < end for start, end in spans))  # also tokens across the border
         for a, b in encoded["offset_mapping"]
     ]
     return {"input_ids": encoded["input_ids"], "assistant_masks": masks}
+
+
+def _spans(
+    writer: _Writer, messages: list[Message], skip: Sequence[int], extras: dict[str, Any]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation, with starts and ends of what is learned."""
+    text, spans = writer.render(messages, **extras)
+    if writer.marked and not skip:
+        return text, spans
+    for i in skip if writer.marked else range(len(messages)):
+        if messages[i]["role"] != "assistant" or (not i and not writer.marked):
+            continue  # without marks, the turns before it cannot be empty
+        before = writer.render(messages[:i], prompt=not writer.marked, **extras)[0] if i else ""
+        before = before.rstrip() if writer.marked else before
+        until = writer.render(messages[: i + 1], **extras)[0].rstrip()
+        if not text.startswith(before) or not text.startswith(until):
+            raise InputError(
+                "chat_template: the tokenizer's template writes a turn differently when others "
+                "follow, so the assistant's turns cannot be found; give --chat-template FILE "
+                "with {% generation %} marks, or --chat-template chatml"
+            )
+        start, end = len(before), len(until)
+        if writer.marked:
+            spans = [span for span in spans if not start <= span[0] < end]
+        elif i not in skip:
+            spans.append((start, end))
+    return text, spans
 
 
 def show_example(

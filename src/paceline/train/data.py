@@ -4,7 +4,9 @@ import hashlib
 import random
 import sysconfig
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import NamedTuple
 
 import tokenizers
@@ -56,17 +58,26 @@ def files_below(paths: Iterable[Path]) -> list[Path]:
     """
     files: list[Path] = []
     for path in paths:
+        # Files may vanish while a folder is read.
         with reporting(f"no such file or folder: {path}", OSError):
-            path.stat()
-        if path.is_dir():
-            files += [
-                p
-                for p in sorted(path.rglob("*"))
-                if p.is_file() and not any(x.startswith(".") for x in p.relative_to(path).parts)
-            ]
-        else:
+            kind = path.stat().st_mode
+        if S_ISREG(kind):
             files.append(path)
+        elif not S_ISDIR(kind):
+            raise InputError(f"{path} is a device or a pipe; give files or folders")
+        else:
+            with reporting(f"cannot read the folder {path}", OSError):
+                files += [p for p in sorted(path.rglob("*")) if _has_data(p, path)]
     return files
+
+
+def _has_data(path: Path, folder: Path) -> bool:
+    """Whether it is a file below a folder, not hidden, and not empty, as files in /proc are."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    with suppress(OSError):  # it has vanished since
+        found = path.stat()
+        return not hidden and S_ISREG(found.st_mode) and found.st_size > 0
+    return False
 
 
 def read_corpus(files: Iterable[Path], max_characters: int, held_out: Iterable[str] = ()) -> Corpus:
@@ -128,7 +139,7 @@ def read_text(file: Path) -> str:
         InputError: it cannot be read.
     """
     try:
-        with reporting(f"cannot read {file}", OSError):
+        with reporting(f"cannot read {file}", OSError, MemoryError):
             text = file.read_bytes().decode()
     except UnicodeDecodeError:
         return ""

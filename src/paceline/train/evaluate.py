@@ -233,7 +233,7 @@ def _score(
 
     try:
         model: Any = load_model(path, dtype="auto")
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
+        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path} cannot be loaded: {_first_line(error)}") from error
     lm = HFLM(

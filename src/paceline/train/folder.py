@@ -350,7 +350,7 @@ def read_lines(path: Path) -> tuple[JsonLines, bool]:
             values = json.loads(line, parse_constant=lambda _: None)
             if not isinstance(values, dict):
                 raise ValueError("no object")
-        except ValueError as error:  # not UTF-8 among them
+        except (ValueError, RecursionError) as error:  # not UTF-8 among them
             if number > len(complete):
                 return lines, True
             raise InputError(

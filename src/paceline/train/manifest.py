@@ -64,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         with reporting(f"cannot read {path}", OSError):
             value = json.loads(path.read_bytes())
-    except ValueError as error:  # not UTF-8 among them
+    except (ValueError, RecursionError) as error:  # not UTF-8 among them
         raise InputError(f"{path} is not JSON ({error}); {advice}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object; {advice}")

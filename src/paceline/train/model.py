@@ -131,7 +131,9 @@ def new_model(config: Any, **options: Any) -> Any:
     """
     with one_line("model"):
         with torch.random.fork_rng(devices=()), torch.device("meta"):
-            parts = AutoModelForCausalLM.from_config(config, **options).parameters()
+            parts = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, **options
+            ).parameters()
         size = sum(x.numel() * x.element_size() for x in parts)
     memory = (
         os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if os.name == "posix" else size
@@ -141,7 +143,7 @@ def new_model(config: Any, **options: Any) -> Any:
             f"model: its weights need {size / 1e9:.3g} GB, and this machine has {memory / 1e9:.3g}"
         )
     with one_line("model"):
-        return AutoModelForCausalLM.from_config(config, **options)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
 
 
 def check_sizes(config: Any) -> None:

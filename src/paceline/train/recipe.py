@@ -1,7 +1,9 @@
 """Recipes: every setting of a training run, typed, with its role; and files of them."""
 
+import datetime
 import json
 import re
+from collections import Counter
 from enum import Enum
 from functools import cached_property
 from importlib.resources import files
@@ -24,6 +26,7 @@ from . import (
     Options,
     Positive,
     Power,
+    read_small,
     unknown,
 )
 from .methods import METHODS, Method, ScheduleName, parse_method
@@ -31,13 +34,35 @@ from .methods import METHODS, Method, ScheduleName, parse_method
 # ---- YAML ---------------------------------------------------------------------------------------
 
 
+MOST_VALUES = 10_000  # in a YAML text, those of an alias counted each time
+
+
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML in which 1e-3 is a number, and which refuses a key that is given twice."""
+    """YAML in which 1e-3 is a number, and which refuses a key that is given twice.
+
+    It refuses aliases that repeat each other to many values, or that hold themselves.
+    """
+
+    def get_single_node(self) -> Any:
+        root = super().get_single_node()
+        count, found = 0, [] if root is None else [root]
+        while found:
+            count += 1
+            if count > MOST_VALUES:
+                raise yaml.YAMLError(
+                    f"it has more than {MOST_VALUES:,} values, or a part that holds itself"
+                )
+            value = found.pop().value
+            if isinstance(value, list):  # of nodes, or of pairs of them
+                found += [
+                    x for part in value for x in (part if isinstance(part, tuple) else (part,))
+                ]
+        return root
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.items():
+            if count > 1:
                 raise yaml.YAMLError(f"{key!r} is given twice in one mapping")
         return super().construct_mapping(node, deep)
 
@@ -59,8 +84,8 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+    except Exception as error:  # PyYAML raises many kinds, as for !!bool x
+        raise ValueError(" ".join(f"{error}".split()) or type(error).__name__) from error
 
 
 # ---- the recipe ---------------------------------------------------------------------------------
@@ -117,6 +142,8 @@ class Recipe(Options):
     """Entries of --tokenizer bpe, from 260 to 2^20."""
     chat_template: Annotated[str | None, DATA] = None
     """chatml, or a Jinja file. Default: the tokenizer's own, or chatml if it has none."""
+    date: Annotated[datetime.date | None, DATA] = None
+    """Day on the clock of a chat template that has one, as in 2026-11-29. Default: the day a run begins."""
 
     data: Annotated[Annotated[tuple[str, ...], Names, Split] | None, DATA] = None
     """Separated by commas: files (JSONL, JSON, Parquet, CSV; text for pretrain), folders of them, names of Hub datasets, or built-in data that need no network: chitchat for sft, python and torch for pretrain. Default: chitchat or python. Conversations are messages (role, content), ShareGPT's conversations (from, value), or prompt and completion."""
@@ -306,7 +333,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     """
     path = shipped().get(name, Path(name))
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
+        values = parse_yaml(read_small(path))
     except FileNotFoundError as error:
         hint = unknown(name, shipped(), "recipe")
         raise InputError(f"{hint} (or give the path of a YAML file)") from error

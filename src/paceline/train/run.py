@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Self, TypeVar, cast
@@ -119,6 +119,8 @@ def train(
     processes()
     _require_reporters(recipe.report_to)
     run = _on_main(lambda: _run_folder(options))
+    if recipe.date is None:  # the run keeps the day of its start
+        recipe = recipe.model_copy(update={"date": _on_main(date.today)})
     with ExitStack() as stack:
         _on_main(lambda: stack.enter_context(folder.locked(run)))
         finished, checkpoint = _on_main(lambda: _starting_point(options, run))

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import os
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -14,10 +15,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import huggingface_hub
+import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
-from trl.data_utils import maybe_convert_to_chatml
 
-from . import InputError, reporting
+from . import InputError
+from .conversation import conversation_of, text_of
 from .data import (
     content_key,
     files_below,
@@ -27,6 +29,8 @@ from .data import (
     without_ends,
 )
 from .recipe import Recipe
+from .rows import rows_of
+from .terminal import tell
 
 Data: TypeAlias = Dataset | IterableDataset
 
@@ -35,15 +39,20 @@ BUILT_IN = {
     "python": "the sources of Python's standard library",
     "torch": "the sources of the installed torch",
 }
-SPEAKER = {"prompt": "user", "completion": "assistant"}  # of columns with plain text
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 # Files that may lie beside the data, as in the folder of a Hub dataset.
 BESIDE = {"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "dataset_infos.json"}
-TALKS = Features({"messages": [{"role": Value("string"), "content": Value("string")}]})
+ABOUT_ROWS = ("left_out", "at", "ignored")  # why a row is left out, where it is, other columns
+TOLD: set[tuple[str, str]] = set()  # of streams: what has been said of them
 SHUFFLED_AT_A_TIME = 10_000  # examples of a stream
 FEW = 10  # documents; of fewer, the last tenth of each is held out
 # datasets caches results by the names of the functions that made them; this adds their source.
-MADE_BY = content_key(Path(__file__).read_text(encoding="utf-8"))
+MADE_BY = content_key(
+    *(
+        Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+        for name in ("sources", "conversation", "rows")
+    )
+)
 # Addresses, numbers of ten digits and more, names on other services.
 CONTACT = re.compile(
     r"[\w.+-]+@[\w-]+\.\w|(?<!\d)\+?\d(?:[\s().-]{0,3}\d){9,}|(?<!\w)@[a-z_]\w{2,}", re.IGNORECASE
@@ -51,7 +60,7 @@ CONTACT = re.compile(
 
 
 class Sources(NamedTuple):
-    """Data to train and to evaluate on, with one column: `messages` or `text`."""
+    """Data to train and to evaluate on, with one column: `conversation`, as JSON, or `text`."""
 
     train: Data
     evaluation: Dataset
@@ -122,88 +131,156 @@ def _read_all(names: Iterable[str], recipe: Recipe, split: str, streaming: bool)
 def _read_source(name: str, recipe: Recipe, split: str, streaming: bool) -> Data:
     if name in BUILT_IN:
         return _built_in(name, recipe.task)
-    rows: Any
     if is_here(name):
-        rows = _here(name, recipe, split)
-        if isinstance(rows, list):
-            return _documents(name, rows)
+        found = _here(name, recipe, split)
+        if isinstance(found, list):
+            return _documents(name, found)
     elif name.startswith((".", "/", "~")) or Path(name).suffix.lower() in (*READERS, ".txt"):
         raise InputError(f"data: no such file or folder: {name}")
     else:
         failed = f"{name!r} is not a file here, and the Hub has no such dataset"
         with from_hub("data", name, failed):
-            rows = datasets.load_dataset(name, recipe.data_config, split=split, streaming=streaming)
-    with reporting(f"data: {name} is not UTF-8", UnicodeDecodeError):
-        # A stream may not know them.
-        columns = rows.column_names
-        columns = list(next(iter(rows))) if columns is None else columns
-        if recipe.task == "pretrain":
-            return _text_rows(rows, columns, name, recipe.text_column)
-        return _conversations(rows, columns, name)
+            found = _on_hub(name, recipe.data_config, split, streaming)
+    streaming = streaming and not is_here(name)
+    column = recipe.text_column if recipe.task == "pretrain" else None
+    features = Features(
+        dict.fromkeys(["text" if column else "conversation", *ABOUT_ROWS], Value("string"))
+    )
+    given: dict[str, Any] = {"column": column, "made_by": MADE_BY}
+    rows: Data
+    with _reading(name):
+        if isinstance(found, Plain):
+            stamps = None if streaming else tuple(map(_stamp, found.files))
+            given |= {**found._asdict(), "stamps": stamps}
+            kind = IterableDataset if streaming else Dataset
+            rows = kind.from_generator(_convert_plain, features=features, gen_kwargs=given)
+        else:
+            # A stream may not know its columns.
+            columns = found.column_names or list(next(iter(found)))
+            convert = functools.partial(_convert_typed, name=name, **given)
+            rows = found.map(convert, with_indices=True, remove_columns=columns, features=features)
+    return _usable(rows, name)
 
 
-def _text_rows(rows: Data, columns: list[str], name: str, column: str) -> Data:
-    if column not in columns:
-        raise InputError(
-            f"data: {name} has no column {column!r}, only {', '.join(columns)}; "
-            "name the column of the text by --text-column"
-        )
-    rows = rows.select_columns([column])
-    rows = rows.rename_column(column, "text") if column != "text" else rows
-    if rows.features is not None and rows.features["text"] == Value("large_string"):
-        rows = rows.cast_column("text", Value("string"))  # as other sources have it
-    return rows.filter(functools.partial(_has_text, name=name, made_by=MADE_BY), with_indices=True)
+# ---- rows -------------------------------------------------------------------------------------
 
 
-def _has_text(row: dict[str, Any], index: int, *, name: str, made_by: str) -> bool:
-    text = row["text"]
-    if text is not None and not isinstance(text, str):
-        raise InputError(f"data: {name}, row {index}: expected text, got {text!r:.80}")
-    return bool(text)
+class Plain(NamedTuple):
+    """Files of JSON or CSV, whose rows are read without guesses at types."""
+
+    files: list[str]  # paths or addresses
+    labels: list[str]  # what messages call them
+    kind: str  # json or csv
+    separator: str = ","  # of the fields in CSV
 
 
-def _conversations(rows: Data, columns: list[str], name: str) -> Data:
-    known = (["messages"], ["conversations"], list(SPEAKER))
-    given = next((names for names in known if set(names) <= set(columns)), None)
-    if given is None:
-        raise InputError(
-            f"data: {name} has none of the columns messages, conversations, or prompt and "
-            f"completion, only {', '.join(columns)}"
-        )
-    wrapped = functools.partial(_messages, given=given, name=name, made_by=MADE_BY)
-    rows = rows.map(wrapped, with_indices=True, remove_columns=columns, features=TALKS)
-    return rows.filter(lambda row: bool(row["messages"]))
+def _stamp(file: str) -> tuple[int, int]:
+    found = Path(file).stat()
+    return found.st_size, found.st_mtime_ns
 
 
-def _messages(
-    row: dict[str, Any], index: int, *, given: list[str], name: str, made_by: str
+def _convert_plain(
+    files: list[str],
+    labels: list[str],
+    kind: str,
+    separator: str,
+    column: str | None,
+    stamps: object,
+    made_by: str,
+) -> Iterator[dict[str, Any]]:
+    """The rows of files, converted; the last two arguments are for the cache."""
+    index = -1
+    for file, label in zip(files, labels, strict=True):
+        try:
+            for index, row in enumerate(rows_of(file, kind, separator)):
+                yield _convert(row, f"{label}, row {index}", column)
+        except UnicodeDecodeError as error:
+            raise InputError(f"data: {label} is not UTF-8: {error}") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"data: {label} cannot be read: {reason}") from error
+        if index < 0 and label == labels[-1]:
+            raise InputError(f"data: {label} has no rows")
+
+
+def _convert_typed(
+    row: dict[str, Any], index: int, *, name: str, column: str | None, made_by: str
 ) -> dict[str, Any]:
-    """The conversation of a row; empty if the assistant says nothing in it."""
-    where = f"data: {name}, row {index}"
-    parts = []
-    for column in given:
-        part = row[column]
-        if isinstance(part, str) and column in SPEAKER:
-            part = [{"role": SPEAKER[column], "content": part}]
-        if not isinstance(part, list | None):
-            raise InputError(f"{where}: {column} must be messages or text, got {part!r:.80}")
-        parts += part or []
-    messages = maybe_convert_to_chatml({"messages": parts})["messages"]
-    roles = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-    found = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InputError(f"{where}: a message needs a role and content, got {message!r:.80}")
-        if not isinstance(message.get("content"), str):
-            raise InputError(f"{where}: content must be text, got {message.get('content')!r:.80}")
-        role = roles.get(message["role"], message["role"])
-        if role not in ("system", "user", "assistant", "tool"):
-            raise InputError(
-                f"{where}: unknown role {role!r}; known: system, user, assistant, tool"
-            )
-        found.append({"role": role, "content": message["content"]})
-    speaks = any(m["role"] == "assistant" and m["content"].strip() for m in found)
-    return {"messages": found if speaks else []}
+    """A row of a format with types, converted.
+
+    All objects of a column have the same keys there, with nulls for those that one does not have.
+    """
+    row = {key: _without_nulls(value) for key, value in row.items()}
+    return _convert(row, f"{name}, row {index}", column)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return list(map(_without_nulls, value))
+    if isinstance(value, dict):
+        return {key: _without_nulls(x) for key, x in value.items() if x is not None}
+    return value
+
+
+def _convert(row: Any, where: str, column: str | None) -> dict[str, Any]:
+    """The conversation of a row, or its text; and ABOUT_ROWS."""
+    found = conversation_of(row, where) if column is None else text_of(row, where, column)
+    return {
+        "text" if column else "conversation": found.text,
+        "left_out": found.left_out,
+        "at": where if found.left_out else None,
+        "ignored": None if found.left_out else "\n".join(found.ignored) or None,
+    }
+
+
+def _usable(rows: Data, name: str) -> Data:
+    """The rows that are not left out; says how many are, and why, and what is not used of others.
+
+    Of a stream it says so at the first one.
+
+    Raises:
+        InputError: there are none.
+    """
+    (kept,) = set(rows.features) - set(ABOUT_ROWS)
+    if isinstance(rows, IterableDataset):
+        rows = rows.filter(functools.partial(_tell_of_stream, name=name))
+        return rows.select_columns([kept])
+    reasons, lost = [], 0
+    left_out = rows.data.column("left_out")
+    for reason, count in _counts(left_out).items():
+        lost += count
+        first = rows[pc.index(left_out, reason).as_py()]["at"]
+        reasons.append(f"{count} because {reason} (the first: {first})")
+    said = "; ".join(reasons[:3]) + "; ..." * (len(reasons) > 3)
+    if lost == len(rows):
+        raise InputError(f"data: {name} has no usable examples: {said or 'it is empty'}")
+    if lost:
+        tell(f"data: {name}: {lost} of {len(rows)} rows are left out: {said}")
+        rows = rows.filter(lambda reason: reason is None, input_columns=["left_out"])
+    _tell_ignored(name, _counts(rows.data.column("ignored")))
+    return rows.select_columns([kept])
+
+
+def _counts(column: Any) -> dict[str, int]:
+    """The texts of a column, with their numbers."""
+    return {x["values"]: x["counts"] for x in column.value_counts().to_pylist() if x["values"]}
+
+
+def _tell_ignored(name: str, ignored: Iterable[str]) -> None:
+    if names := sorted({x for names in ignored for x in names.split("\n")}):
+        tell(f"data: {name}: {len(names)} columns are not used: {', '.join(names)}")
+
+
+def _tell_of_stream(row: dict[str, Any], *, name: str) -> bool:
+    """Whether a row of a stream is kept; tells of the first that is not, and of the first."""
+    for what in ("left_out", "ignored"):
+        if row[what] and (name, what) not in TOLD:
+            TOLD.add((name, what))
+            if what == "ignored":
+                _tell_ignored(name, [row[what]])
+            else:
+                tell(f"data: {name}: rows are left out as {row['at']} is: {row[what]}")
+    return row["left_out"] is None
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -237,17 +314,21 @@ def _has_splits(name: str, config: str | None) -> bool:
     if not path.is_dir() or _saved(path):
         return False
     several = (path / "dataset_dict.json").is_file()
-    return several or (bool(_rows_in(path)) and len(_splits_of(path, config)) > 1)
+    return several or (bool(_rows_in(path)) and len(_splits_of(path, config)[0]) > 1)
 
 
-def _splits_of(path: Path, config: str | None) -> dict[str, list[Path]]:
-    """The splits of a folder by its README or the names of its files -> their files."""
+def _splits_of(path: Path, config: str | None) -> tuple[dict[str, list[Path]], str]:
+    """The splits of a folder by its README or the names of its files -> their files.
+
+    Also what separates fields in CSV.
+    """
     with _reading(str(path)):
-        found: Any = datasets.load_dataset_builder(str(path.resolve()), config).config.data_files
-    return {str(split): list(map(Path, part)) for split, part in found.items()}
+        found: Any = datasets.load_dataset_builder(str(path.resolve()), config).config
+    splits = {str(split): list(map(Path, part)) for split, part in found.data_files.items()}
+    return splits, getattr(found, "sep", ",")
 
 
-def _here(name: str, recipe: Recipe, split: str) -> Dataset | list[Path]:
+def _here(name: str, recipe: Recipe, split: str) -> Dataset | Plain | list[Path]:
     """The rows of a file or folder, or the files that are one document each."""
     path = Path(name)
     if (path / "dataset_dict.json").is_file():
@@ -258,10 +339,10 @@ def _here(name: str, recipe: Recipe, split: str) -> Dataset | list[Path]:
         # load_from_disk would let datasets write into the folder.
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         files = [path / part["filename"] for part in state["_data_files"]]
-        return _load_files(name, "arrow", files)
+        return _load_typed(name, "arrow", files)
     if files := _rows_in(path):
         if path.is_file():
-            return _load_files(name, READERS[path.suffix.lower()], files)
+            return _load_files(name, files, [name])
         return _split_of_folder(path, recipe.data_config, split, files)
     if recipe.task == "sft":
         raise InputError(
@@ -271,8 +352,10 @@ def _here(name: str, recipe: Recipe, split: str) -> Dataset | list[Path]:
     return files_below([path])
 
 
-def _split_of_folder(path: Path, config: str | None, split: str, files: list[Path]) -> Dataset:
-    found = _splits_of(path, config)
+def _split_of_folder(
+    path: Path, config: str | None, split: str, files: list[Path]
+) -> Dataset | Plain:
+    found, separator = _splits_of(path, config)
     used = {file for part in found.values() for file in part}
     left = [file for file in files if file.resolve() not in used]
     if left and not (path / "README.md").is_file():
@@ -282,16 +365,26 @@ def _split_of_folder(path: Path, config: str | None, split: str, files: list[Pat
         )
     if split not in found:
         raise InputError(f"data: {path} has no split {split!r}, only {', '.join(found)}")
+    labels = [str(path / os.path.relpath(file, path.resolve())) for file in found[split]]
+    return _load_files(str(path), found[split], labels, separator)
+
+
+def _load_files(
+    name: str, files: list[Path], labels: list[str], separator: str = ","
+) -> Dataset | Plain:
+    """The rows of files of one kind, or what is needed to read them."""
+    kind = READERS[files[0].suffix.lower()]
+    if kind != "parquet":
+        return Plain(list(map(str, files)), labels, kind, separator)
     try:
-        with _reading(str(path)):
-            return datasets.load_dataset(str(path.resolve()), config, split=split)
+        return _load_typed(name, kind, files)
     except InputError:
-        for file in found[split]:  # the message then names the broken file
-            _load_files(str(file), READERS[file.suffix.lower()], [file])
+        for file, label in zip(files, labels, strict=True):  # the message then names the broken one
+            _load_typed(label, kind, [file])
         raise
 
 
-def _load_files(name: str, reader: str, files: list[Path]) -> Dataset:
+def _load_typed(name: str, reader: str, files: list[Path]) -> Dataset:
     with _reading(name):
         return datasets.load_dataset(reader, data_files=list(map(str, files)), split="train")
 
@@ -304,6 +397,9 @@ def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        for cause in (error, error.__cause__):
+            if isinstance(cause, InputError):
+                raise cause from error.__cause__
         reason = " ".join(str(error.__cause__ or error).split())
         raise InputError(f"data: {name} cannot be read: {reason or 'it is empty'}") from error
 
@@ -325,7 +421,8 @@ def _built_in(name: str, task: str) -> Dataset:
     if name not in right:
         raise InputError(f"data: {name} is {BUILT_IN[name]}; this task takes {', '.join(right)}")
     if name == "chitchat":
-        return Dataset.from_list([{"messages": messages} for messages in chitchat()])
+        talks = ({"messages": messages} for messages in chitchat())
+        return Dataset.from_dict({"conversation": list(map(json.dumps, talks))})
     return _documents(name, standard_library_files() if name == "python" else torch_files())
 
 
@@ -369,6 +466,24 @@ def hub_is_there() -> bool:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True
     return not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def _on_hub(name: str, config: str | None, split: str, streaming: bool) -> Data | Plain:
+    """The rows of a dataset of the Hub, or what is needed to read them."""
+    builder = datasets.load_dataset_builder(name, config)
+    if builder.name not in ("json", "csv"):
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+    found = {str(x): list(map(str, files)) for x, files in builder.config.data_files.items()}
+    if split not in found:
+        raise InputError(f"data: {name} has no split {split!r}, only {', '.join(found)}")
+    files = found[split]
+    labels = [f"{name}/{file.rpartition('/')[2]}" for file in files]
+    if not streaming:
+        manager = datasets.DownloadManager()
+        folders = [list(manager.iter_files(x)) for x in manager.download_and_extract(files)]
+        labels = [label for label, part in zip(labels, folders, strict=True) for _ in part]
+        files = [file for part in folders for file in part]
+    return Plain(files, labels, builder.name, getattr(builder.config, "sep", ","))
 
 
 @contextmanager

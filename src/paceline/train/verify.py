@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +65,7 @@ def verify(options: Verify, console: Console) -> int:
 
 def _verify(options: Verify, out: Path, console: Console) -> int:
     recipe = options.plain
+    recipe = recipe.model_copy(update={"date": recipe.date or date.today()})  # of both runs
     (out / folder.RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     whole, killed = out / "whole", out / "killed"
     resumed_on = options.resume_processes or options.processes
