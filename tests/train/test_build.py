@@ -32,7 +32,7 @@ from training import (
     write_jsonl,
     write_recipe,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from paceline.cli import main
 from paceline.train import InputError
@@ -409,3 +409,34 @@ def test_a_batch_is_split_evenly_among_processes():
     for processes in (4, 12):
         with pytest.raises(InputError, match=f"batch: 6 .* on {processes} processes"):
             _split_batch(recipe, processes)
+
+
+# ---- tokenizers and models that cannot be used ---------------------------------------------------
+
+
+def test_a_slow_tokenizer_is_one_line(values, tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path / "bytes")
+    recipe = Recipe(**{**values, "tokenizer": str(tmp_path / "bytes")})
+    with pytest.raises(InputError, match="^tokenizer: it has no fast version"):
+        build_trainer(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize("part", ["config", "tokenizer"])
+def test_code_of_a_model_is_never_run(values, part, tmp_path, monkeypatch):
+    model, ran = tmp_path / "mine", tmp_path / "ran"
+    model.mkdir()
+    (model / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Mine: pass\n")
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine"}}
+    own = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["code.Mine", None]}}
+    (model / "config.json").write_text(json.dumps(config if part == "config" else {}))
+    (model / "tokenizer_config.json").write_text(json.dumps(own))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+    changes = {"model": str(model), "config": None, "tokenizer": "bpe"}
+    if part == "tokenizer":
+        changes = {"tokenizer": str(model)}
+    name = "model" if part == "config" else "tokenizer"
+    with pytest.raises(InputError, match=f"^{name}: .*mine needs code of its own, which is never"):
+        build_trainer(Recipe(**{**values, **changes}), tmp_path / "run")
+    assert not asked
+    assert not ran.exists()

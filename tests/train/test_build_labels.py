@@ -23,6 +23,7 @@ from conversing import (
     write_texts,
 )
 
+from paceline.train import InputError
 from paceline.train.build import build_trainer
 from paceline.train.chat import conversation_encoder
 from paceline.train.recipe import Recipe
@@ -97,13 +98,30 @@ def test_first_tokens_are_not_labels(tmp_path):
         assert labels == [-100, *ids[1:]]
 
 
-def test_rows_of_which_nothing_is_left_are_left_out(tmp_path):
+def test_rows_of_which_nothing_is_left_are_left_out(tmp_path, capsys):
     silent = [user("b " * 200), assistant("never")]
     write_lines("x.jsonl", [*MESSAGES, {"messages": silent}, {"messages": silent}])
     write_lines("y.jsonl", [{"messages": silent}, *MESSAGES[:3]])
     trainer = built(tmp_path, data=("x.jsonl",), eval_data=("y.jsonl",), context=64)
     assert len(trainer.train_dataset) == 20
     assert len(trainer.eval_dataset) == 3
+    said = capsys.readouterr().err
+    assert "paceline: data: 2 of 22 conversations are left out: nothing of their first 64" in said
+    write_lines("x.jsonl", [{"messages": silent}] * 4)
+    with pytest.raises(InputError, match="^data: nothing of the first 64 tokens of any conv"):
+        built(tmp_path, data=("x.jsonl",), context=64)
+
+
+def test_turns_that_are_marked_are_not_learned(tmp_path):
+    wrong = {**assistant("hello there"), "weight": 0}
+    messages = [user("a"), wrong, user("b"), {**assistant("c"), "weight": 1}]
+    write_lines("x.jsonl", [{"messages": messages}] * 4)
+    trainer = built(tmp_path, data=("x.jsonl",))
+    ((ids, labels),) = labels_of(trainer, [trainer.train_dataset[0]])
+    said = bracketed(trainer, ids, labels)
+    assert said == chatml([user("a"), assistant("hello there"), user("b"), assistant("c")]).replace(
+        "⟦hello there<|im_end|>⟧", "hello there<|im_end|>"
+    )
 
 
 @pytest.mark.parametrize("template", ["chatml", MARKED, UNMARKED], ids=["chatml", "marked", "not"])

@@ -211,9 +211,8 @@ def bomb(levels):
 
 
 def merging(levels):
-    return (
-        bomb(levels).replace(b"[x]", b"{x: 1}").replace(b"[*", b"{<<: [*").replace(b"]\n", b"]}\n")
-    )
+    lists = bomb(levels) + b"\n"
+    return lists.replace(b"[x]", b"{x: 1}").replace(b"[*", b"{<<: [*").replace(b"]\n", b"]}\n")
 
 
 def test_aliases_are_good_in_measure(folder):

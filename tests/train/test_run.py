@@ -1,5 +1,6 @@
 """`paceline train`: runs that go on, runs that cannot, and the demos."""
 
+import datetime
 import errno
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -38,7 +40,10 @@ from training import (
 from transformers import AutoModelForCausalLM
 
 from paceline.cli import main
+from paceline.train import chat, folder
+from paceline.train import run as run_module
 from paceline.train.build import RunTrainer
+from paceline.train.callbacks import JsonlMetrics
 from paceline.train.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -100,6 +105,45 @@ def test_stopped_and_resumed_as_if_not(
     assert f"Resuming from checkpoint-{step + 1}" in capsys.readouterr().out
     assert_ended_alike(whole, run)
     assert read(run / "manifest.json")["resumed"][0]["from"] == f"checkpoint-{step + 1}"
+
+
+CLOCK = "{{ strftime_now('%d %b %Y') }}\n"
+
+
+@pytest.mark.parametrize("given", [None, datetime.date(2024, 2, 29)])
+def test_a_run_keeps_its_day(values, given, tmp_path, monkeypatch):
+    """Also where the datasets' cache is empty, as on another machine."""
+
+    class Day(datetime.date):
+        now = 1
+
+        @classmethod
+        def today(cls):
+            return datetime.date(2025, 5, cls.now)
+
+    for module in (run_module, chat):
+        monkeypatch.setattr(module, "date", Day)
+    (tmp_path / "clock.jinja").write_text(CLOCK + chat.CHATML)
+    changes = {
+        "chat_template": str(tmp_path / "clock.jinja"),
+        "steps": 2,
+        "date": given,
+        "context": 64,
+    }
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, 0, interrupt)
+        assert not go(run, values, **changes)
+    day = given or datetime.date(2025, 5, 1)
+    assert Recipe(**folder.recipe_of(run)).date == day
+    Day.now = 2
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "other"))
+    seen = []
+    monkeypatch.setattr(JsonlMetrics, "on_train_begin", lambda *_, **x: seen.append(x))
+    assert go_on(run) == 0
+    loader = next(iter(seen[0]["train_dataloader"]))
+    said = seen[0]["processing_class"].decode(loader["input_ids"][0])
+    assert said.startswith(f"{day:%d %b %Y}")
 
 
 def test_a_second_signal_ends_at_once(values, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,9 @@ from ..train.run import Train
 from ..train.run import train as train_by
 from ..train.trainer import MethodTrainer, Watcher
 from .runs import Row, Run, Watch, finite_values, share_runs
+
+# On the clock of chat templates, where the recipe gives no date: cells may run on many days.
+DAY = date(2026, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ class Cell:
         own = self.trajectory
         changes: dict[str, Any] = {"method": own.written, "schedule": own.schedule, "lr": own.lr}
         changes |= {"seed": self.run.seed, "report_to": ("none",)}
+        changes["date"] = self.task.recipe.date or DAY
         if self.task.start_folder is not None:
             changes["model"] = str(self.task.start_folder)
         recipe = Recipe(**{**self.task.recipe.model_dump(), **changes})

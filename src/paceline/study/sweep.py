@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from rich.console import Console
 
 from ..files import write_text
-from ..train import InputError, Options, Positive, unknown
+from ..train import InputError, Options, Positive, read_small, unknown
 from ..train.folder import locked
 from ..train.methods import Method, parse_method
 from ..train.recipe import Recipe, parse_yaml, read_recipe
@@ -335,7 +335,7 @@ def read_study(path: Path) -> Study:
         InputError: it cannot be read, or is not a sweep.
     """
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
+        values = parse_yaml(read_small(path))
     except OSError as error:
         raise InputError(f"cannot read the sweep {path}: {error.strerror}") from error
     except ValueError as error:

@@ -313,6 +313,11 @@ def _prepare(recipe: Recipe) -> Prepared:
         for part in data
     )
     train, evaluation = (_within(part, recipe.context) for part in (train, evaluation))
+    if isinstance(train, Dataset) and not len(train):
+        raise InputError(
+            f"data: nothing of the first {recipe.context} tokens of any conversation is learned; "
+            "give a larger --context"
+        )
     return Prepared(train, evaluation, tokenizer)
 
 

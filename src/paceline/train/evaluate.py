@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import date
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +29,8 @@ from tyro.conf import Positional, arg
 from . import InputError, Options, Positive, folder, reporting
 from .manifest import environment, write_json
 from .model import load_model
-from .recipe import Names
+from .recipe import Names, Recipe
+from .sandbox import clock
 from .sources import hub_is_there
 from .terminal import progress_bars, say
 
@@ -97,10 +99,11 @@ def evaluate(options: Evaluation, console: Console) -> dict[str, Any]:
         tasks = _tasks(options)
         progress.remove_task(reading)
         tokenizer = [*models.values()][-1]
-        scored = {
-            name: _score(name, path, tokenizer, tasks, options, device, progress)
-            for name, path in models.items()
-        }
+        with clock(_day_of(Path(options.model))):
+            scored = {
+                name: _score(name, path, tokenizer, tasks, options, device, progress)
+                for name, path in models.items()
+            }
     last = [*scored.values()][-1]
     results = _by_task(scored)
     console.print(_score_table(results, last))
@@ -143,6 +146,12 @@ def _models(given: str) -> dict[str, str]:
             "(with config.json)"
         )
     return {"model": given}
+
+
+def _day_of(path: Path) -> date | None:
+    """The day of a run, or of the run that a model is a part of; None without one."""
+    run = next((part for part in (path, path.parent) if folder.is_begun(part)), None)
+    return None if run is None else Recipe(**folder.recipe_of(run)).date
 
 
 def _is_model(path: Path) -> bool:
