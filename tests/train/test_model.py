@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from paceline.train import InputError
-from paceline.train.build import _model
+from paceline.train.build import _model, _tokenizer
 from paceline.train.data import make_tokenizer
 from paceline.train.recipe import Recipe
 
@@ -53,9 +53,11 @@ def spoilt(saved, tmp_path):
 
 @pytest.fixture
 def start(tokenizer):
-    """The model that a recipe starts from."""
+    """The model that a recipe starts from, or the tokenizer."""
 
     def build(model=None, **keys):
+        if keys.pop("only_tokenizer", False):
+            return _tokenizer(Recipe(model=str(model)), None)
         values = {"model": model and str(model), "tokenizer": "bpe", "context": 16, **keys}
         return _model(Recipe(**values), tokenizer)
 
@@ -162,7 +164,11 @@ def test_damaged_files_of_weights(name, content, spoilt, start, capfd):
     assert "it ran" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("value", [{FIRST: Code()}, GPT2LMHeadModel, [1], {FIRST: 1}], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [{FIRST: Code()}, GPT2LMHeadModel, [1], {FIRST: 1}],
+    ids=["code", "class", "list", "number"],
+)
 def test_pickles_of_more_than_tensors(value, spoilt, start, capfd):
     pickled(spoilt, value)
     with pytest.raises(InputError, match=rf"^model: {spoilt}[^\n\x1b]+$") as refused:
@@ -200,7 +206,7 @@ def test_configurations_that_are_no_objects(name, content, spoilt, start):
         ({"n_head": 0}, "config: n_head must be a whole number from 1 to 2147483647, got 0"),
         ({"n_head": -2}, "config: n_head must be .*, got -2"),
         ({"quantization_config": []}, "model: "),
-        ({"auto_map": {"AutoConfig": "x.Y"}, "model_type": "own"}, "model: .*custom code"),
+        ({"auto_map": {"AutoConfig": "x.Y"}, "model_type": "own"}, "model: .* code "),
     ],
 )
 def test_configurations_that_cannot_be(changes, says, spoilt, start):
@@ -208,6 +214,24 @@ def test_configurations_that_cannot_be(changes, says, spoilt, start):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(InputError, match=rf"^[^\n]*{says}[^\n]*$"):
         start(spoilt)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", "{", '"' + "[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_tokenizers_whose_files_are_no_objects(name, content, spoilt, start, tokenizer):
+    tokenizer.save_pretrained(spoilt)
+    (spoilt / name).write_text(content)
+    with pytest.raises(InputError, match=rf"^model: [^\n]*{name}[^\n]+$"):
+        start(spoilt, only_tokenizer=True)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
+def test_tokenizers_whose_files_are_misshapen(name, spoilt, start, tokenizer):
+    tokenizer.save_pretrained(spoilt)
+    path = spoilt / name
+    path.write_text(json.dumps({key: [1] for key in json.loads(path.read_text())}))
+    with pytest.raises(InputError, match=r"^model: [^\n]+$"):
+        start(spoilt, only_tokenizer=True)
 
 
 def test_a_deep_configuration_and_an_index_without_a_map(spoilt, start):

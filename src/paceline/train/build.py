@@ -28,9 +28,9 @@ from . import InputError, folder, read_small, reporting, sources, unknown
 from .chat import conversation_encoder, use_chatml
 from .data import make_tokenizer
 from .model import (
+    check_files,
     check_output,
     check_sizes,
-    load_config,
     load_model,
     make_gpt2,
     new_model,
@@ -381,7 +381,11 @@ def _loading(what: str, name: str) -> Iterator[None]:
     local = sources.is_here(name)
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise InputError(f"{what}: no such folder: {name}")
-    with sources.from_hub(what, name, name, local=local):
+    with (
+        sources.from_hub(what, name, name, local=local),
+        one_line(f"{what}: {name}", but=(OSError, ValueError)),
+    ):
+        check_files(what, name)
         try:
             yield
         except ValueError as error:
@@ -438,7 +442,7 @@ def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     else:
         folder.require_whole(Path(recipe.model), "model")
         with _loading("model", recipe.model):
-            config = load_config(recipe.model)
+            config = AutoConfig.from_pretrained(recipe.model, trust_remote_code=False)
         for key, value in changes.items():
             if not hasattr(config, key):
                 raise InputError(f"config: {unknown(key, config.to_dict())}")

@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
@@ -24,8 +23,11 @@ from .manifest import read_json
 from .merge import QUANTIZED_NAME
 from .terminal import tell
 
-# Objects of JSON in a model's folder, which the libraries take for granted.
-OBJECTS = ("config.json", "generation_config.json", "adapter_config.json")
+# Objects of JSON in a folder, which the libraries take for granted.
+OBJECTS = (
+    *("config.json", "generation_config.json", "adapter_config.json"),
+    *("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"),
+)
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SIZES = (  # of a configuration, by the names that transformers has for all models; and some others
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
@@ -37,12 +39,15 @@ MAX_SIZE, MAX_LAYERS = 2**31 - 1, 10_000
 # ---- saved models -------------------------------------------------------------------------------
 
 
-def load_config(name: str) -> Any:
-    """The configuration of a model in a folder or on the Hub.
+def check_files(what: str, name: str) -> None:
+    """Look into the JSON files of a folder of a model or tokenizer; its libraries trust them.
+
+    Args:
+        what: begins the messages.
+        name: of the folder; other names are let through.
 
     Raises:
-        InputError: a file of the folder is not JSON, or not what it should be.
-        OSError, ValueError: it cannot be found, or is not known to transformers.
+        InputError: a file is not JSON, or not what it should be.
     """
     for file in (*OBJECTS, *INDEXES):
         path = Path(name, file)
@@ -51,13 +56,11 @@ def load_config(name: str) -> Any:
         try:
             values = read_json(path)
         except (InputError, RecursionError) as error:
-            raise InputError(f"model: {path}: {_short(error)}") from error
+            raise InputError(f"{what}: {path}: {_short(error)}") from error
         if not isinstance(values.get("model_type", ""), str):
-            raise InputError(f"model: model_type in {path} must be a text")
+            raise InputError(f"{what}: model_type in {path} must be a text")
         if file in INDEXES and not isinstance(values.get("weight_map"), dict):
-            raise InputError(f"model: {path} has no weight_map of tensors to files")
-    with one_line(f"model: {name}", but=(OSError, ValueError)):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+            raise InputError(f"{what}: {path} has no weight_map of tensors to files")
 
 
 def load_model(name: str, **options: Any) -> Any:
