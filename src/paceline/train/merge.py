@@ -254,6 +254,8 @@ def _read_headers(path: Path) -> Checkpoint:
     if missing := index.keys() - tensors.keys():
         name = min(missing)
         raise InputError(f"{path / INDEX} lists {name!r} in {index[name]}, which does not have it")
+    if not tensors:
+        raise InputError(f"{path} has no tensors")
     return Checkpoint(path, kind, tensors)
 
 
