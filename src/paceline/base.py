@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from . import shards, swap
+from . import memory, shards, swap
 from .averaging import Averaging
 from .options import Group, parse_returns, returns_text
-from .state import AVERAGE, OFFSET, RETURN, averages_of
+from .state import AVERAGE, FROZEN, OFFSET, RETURN, WIDE, averages_of, frozen_places
 from .update import squared_norm
 
 
@@ -43,7 +43,8 @@ class AveragedOptimizer(Optimizer):
         self._stats: dict[str, Any] | None = None
         self._counts: Tensor | None = None  # guarded coordinates, guarded steps, skipped steps
         self._state_is_provisional = False  # made by a step that only asked for state
-        self._frozen: list[Tensor] = []  # at the last step
+        self._spans: list[tuple[int, int, int]] = []  # of memory that does not overlap
+        self._checked: dict[int, list[Any]] = {}  # by the group's index: options as checked
         self._projections: OrderedDict[int, Callable[[], object]] = OrderedDict()
 
     # ---- the model to return ------------------------------------------------------------------
@@ -66,11 +67,18 @@ class AveragedOptimizer(Optimizer):
         texts = [returns_text(group["returns"]) for group in self.param_groups]
         return (*dict.fromkeys(name for text in texts for name in parse_returns(text)), AVERAGE)
 
+    def _name(self, param: Tensor) -> str:
+        """A parameter of this optimizer, for messages."""
+        places = ((g, i) for g, x in enumerate(self.param_groups) for i in range(len(x["params"])))
+        found = (x for x in places if self.param_groups[x[0]]["params"][x[1]] is param)
+        return describe(self.param_groups, *next(found))
+
     def _note_frozen(self) -> None:
-        """Remember, at a step, which parameters do not train."""
-        self._frozen = [
-            p for group in self.param_groups for p in group["params"] if not p.requires_grad
-        ]
+        """Keep in the groups, at a step, which parameters do not train."""
+        for group in self.param_groups:
+            places = [str(i) for i, p in enumerate(group["params"]) if not p.requires_grad]
+            if places or FROZEN in group:
+                group[FROZEN] = ",".join(places)
 
     def _average_keys(self, name: str | None) -> dict[Tensor, str]:
         """The key of the average of this name in the state of each parameter that has one.
@@ -86,7 +94,8 @@ class AveragedOptimizer(Optimizer):
         # Where all are frozen it is for evaluation, and those count that were at the last step.
         params = [p for group in self.param_groups for p in group["params"]]
         frozen = {p for p in params if not p.requires_grad}
-        frozen = frozen if len(frozen) < len(params) else set(self._frozen)
+        if len(frozen) == len(params):
+            frozen = {g["params"][i] for g in self.param_groups for i in frozen_places(g)}
         for group in self.param_groups:
             wanted = averages_of(group).returned if name is None else RETURN + name
             for p in group["params"]:
@@ -121,6 +130,8 @@ class AveragedOptimizer(Optimizer):
     def _swap_in(self, averages: dict[Tensor, str]) -> None:
         for p, key in averages.items():
             average = self.state[p][key]
+            if why := memory.fault(p, key, average):
+                raise RuntimeError(f"{self._name(p)} cannot hold its average: {why}")
             narrower = average.itemsize < p.itemsize
             if narrower != (key == OFFSET) or average.dtype not in (
                 torch.bfloat16,
@@ -131,11 +142,10 @@ class AveragedOptimizer(Optimizer):
                     f"with its {average.dtype} average; convert models before the first step"
                 )
         shards.drop_gathered_copies(averages)
-        swap.swap_in(self._pairs(averages))
         names = {p: key.partition(RETURN)[2] for p, key in averages.items()}
-        records = {p: swap.Swapped(str(p.dtype), name) for p, name in names.items()}
-        for group in self.param_groups:
-            group[swap.SWAPPED] = swap.write_record(map(records.get, group["params"]))
+        now = {p: swap.Swapped(str(p.dtype), name) for p, name in names.items()}
+        records = [(g, swap.write_record(map(now.get, g["params"]))) for g in self.param_groups]
+        swap.swap_in(self._pairs(averages), records)
 
     def _pairs(self, averages: dict[Tensor, str]) -> Iterator[tuple[Tensor, Tensor]]:
         return ((shards.local(p), shards.local(self.state[p][k])) for p, k in averages.items())
@@ -173,9 +183,7 @@ class AveragedOptimizer(Optimizer):
             return
         exchanged = self._swapped_in(checked=True)
         shards.drop_gathered_copies(exchanged)
-        swap.swap_back(self._pairs(exchanged))
-        for group in self.param_groups:
-            group[swap.SWAPPED] = ""
+        swap.swap_back(self._pairs(exchanged), [(group, "") for group in self.param_groups])
 
     @contextmanager
     def averaged(self, name: str | None = None) -> Iterator[None]:
@@ -264,9 +272,9 @@ class AveragedOptimizer(Optimizer):
 
         A change after `step()` comes too late: the average has taken in the weights before it. This
         one is made in the step, before averages take in, without gradients. It is made once now,
-        too, to the live weights and to each average, so that averages of convex sets stay in them;
-        register it anew when what it does changes, a mask for example. What LAWA and BEMA keep
-        besides the average is not projected, and BEMA's average may leave a set.
+        too, to the live weights, to each average, and to what LAWA and BEMA keep, so that averages
+        of convex sets stay in them; BEMA's, with negative coefficients, may leave one. Register it
+        anew when what it does changes, a mask for example.
 
         A step with a projection takes a second pass over memory, in which averages take in guarded
         coordinates, too. Checkpoints do not have it: register it before going on from one.
@@ -282,21 +290,13 @@ class AveragedOptimizer(Optimizer):
         """
         self._refuse_while_swapped("register_projection")
         projection()
-        for name in self.returns:
-            keys = self._average_keys(name)
-            live = {p: shards.local(p).clone() for p in keys}
-            averages = {p: shards.local(self.state[p][key]) for p, key in keys.items()}
-            for p, x in averages.items():
-                shards.local(p).copy_(live[p] + x if x.itemsize < p.itemsize else x)
-            unprojected = {p: shards.local(p).clone() for p in keys}
-            projection()
-            for p, x in averages.items():
-                now, was = shards.local(p), live[p]
-                if x.itemsize < p.itemsize:
-                    offset = (now - was).to(x.dtype)
-                    now = torch.where((was + offset) - offset == was, offset, 0.0)
-                x.copy_(torch.where(shards.local(p) == unprojected[p], x, now.to(x.dtype)))
-                shards.local(p).copy_(was)
+        groups = [] if self._state_is_provisional else self.param_groups
+        params = [p for group in groups for p in group["params"] if self.state.get(p)]
+        own = {AVERAGE, OFFSET}.union(*(averages_of(g).extra_keys for g in self.param_groups))
+        for key in sorted(own):
+            held = {p: self.state[p][key] for p in params if key in self.state[p]}
+            local = {shards.local(p): shards.local(x) for p, x in held.items()}
+            _project_held(local, projection)
         handle = RemovableHandle(self._projections)
         self._projections[handle.id] = projection
         return handle
@@ -311,7 +311,7 @@ class AveragedOptimizer(Optimizer):
         """Raises: RuntimeError: a gradient in this group is sparse, or not of real floats."""
         for i, p in enumerate(self.param_groups[group]["params"]):
             grad = p.grad
-            if grad is None or (grad.layout is torch.strided and grad.is_floating_point()):
+            if grad is None or (grad.layout is torch.strided and grad.dtype in WIDE):
                 continue
             kind = str(grad.dtype) if grad.layout is torch.strided else "sparse"
             kind = "complex" if grad.is_complex() else kind
@@ -435,6 +435,31 @@ class AveragedOptimizer(Optimizer):
             if group.get("state_dtype") is not None:
                 group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
         return state
+
+
+def _project_held(held: dict[Tensor, Tensor], projection: Callable[[], object]) -> None:
+    """Project what the state holds of parameters, by way of the parameters.
+
+    Args:
+        held: this rank's part of each parameter, with a tensor like it, or an offset from it.
+        projection: of the parameters.
+    """
+    live = {p: p.clone() for p in held}
+    try:
+        for p, x in held.items():
+            p.copy_(live[p] + x if x.itemsize < p.itemsize else x)
+        before = {p: p.clone() for p in held}
+        projection()
+        after = {p: p.clone() for p in held}
+    finally:
+        for p, weights in live.items():
+            p.copy_(weights)
+    for p, x in held.items():
+        now = after[p].to(x.dtype)
+        if x.itemsize < p.itemsize:
+            now = (after[p] - p).to(x.dtype)
+            now = torch.where((p + now) - now == p, now, 0.0)  # what an exchange gives back
+        x.copy_(torch.where(after[p] == before[p], x, now))
 
 
 def summarize(

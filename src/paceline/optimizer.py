@@ -5,23 +5,23 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, NoReturn, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import auto, kernels, rounding, shards
+from . import auto, kernels, memory, rounding, shards
 from .averaging import Averaging
 from .base import AveragedOptimizer, describe, summarize
 from .loading import StateCheck, check_count, check_is_dict, check_tensor, validated_checkpoint
-from .options import Group, check_betas, check_numbers, check_pace, expand_short
+from .options import Group, check_numbers, check_pace, expand_short
 from .state import (
     AVERAGE,
     COUNTS,
     EXP_AVG,
     EXP_AVG_SQ,
+    FROZEN,
     IDLE,
     OFFSET,
     PACE_KEYS,
@@ -34,6 +34,7 @@ from .state import (
     ensure,
     ensure_counters,
     extra_keys_in,
+    frozen_places,
     restore,
     shaped_keys,
     state_dtype,
@@ -211,7 +212,6 @@ class PACE(AveragedOptimizer):
         super()._forget()
         self._plans: dict[int, Plan] = {}  # by the group's index
         self._states: list[State] = []  # of all parameters, when the plans were made
-        self._spans: list[tuple[Any, ...]] = []  # of memory that does not overlap
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters with options of its own.
@@ -318,10 +318,7 @@ class PACE(AveragedOptimizer):
             self._state_is_provisional = False
         if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
             return loss
-        for group in self.param_groups:
-            names = ("lr", "eps", "weight_decay", "pullback")
-            check_numbers(group, names if group["pullback"] != auto.AUTO else names[:-1])
-            check_betas(group)
+        self._check_options()
 
         change = auto.expected_loss_change(self.param_groups, self.state)
         plans = self._completed(held, skip)
@@ -349,6 +346,17 @@ class PACE(AveragedOptimizer):
         self._count_faults(skipped, skip)
         self._stats = summarize(measured)
         return loss
+
+    def _check_options(self) -> None:
+        """Raises: ValueError: an option was set out of its range since the last step."""
+        for index, group in enumerate(self.param_groups):
+            check_numbers(group, ("lr",))
+            values = [x for name, x in group.items() if name not in ("lr", "params")]
+            if values != self._checked.get(index):
+                checked = {**group, "lr": 0.0}  # which may be on a device that nobody waits for
+                check_pace(checked)
+                group |= checked | {"lr": group["lr"]}
+                self._checked[index] = values
 
     def _to_project(
         self, work: list[list["Work"]]
@@ -398,23 +406,14 @@ class PACE(AveragedOptimizer):
 
     def _check_memory(self, plans: list["Plan"]) -> None:
         """Raises: RuntimeError: two of the tensors that a step writes share memory."""
-        written = [
-            (x, g, place)
-            for g, plan in enumerate(plans)
-            for place, x in plan.written
-            if _in_memory(x)
-        ]
-        spans = [
-            (x.data_ptr(), x.numel() and x.data_ptr() + x.nbytes, x.is_contiguous(), g, place)
-            for x, g, place in written
-        ]
+        written = [(x, plan, place) for plan in plans for place, x in plan.written]
+        tensors = [x for x, *_ in written]
+        spans = memory.spans(tensors)
         if spans == self._spans:  # those of the step before
             return
-        self._spans = []
-        for (at, end, whole, *one), (then, _, dense, *other) in pairwise(sorted(spans)):
-            if then == at < end or (then < end and whole and dense):
-                names = " and ".join(plans[g].name_of(place) for g, place in (one, other))
-                raise RuntimeError(f"{names} share memory; nothing was changed")
+        if found := memory.shared(tensors, spans):
+            names = [plan.name_of(place) for _, plan, place in (written[i] for i in found)]
+            raise RuntimeError(f"{' and '.join(names)} share memory; nothing was changed")
         self._spans = spans
 
     # ---- checkpoints --------------------------------------------------------------------------
@@ -557,10 +556,9 @@ class Plan:
         alike: dict[tuple[Any, ...], list[tuple[Slot, Tensor, int]]] = defaultdict(list)
         for place, p in members:
             state = states[p]
-            self._check_shapes(place, state)
+            self._check(place, state)
             ensure(state, p, group, self.averages)
             slot = self._slot(p, state)
-            self._check_storage(place, slot)
             idle = slot.grad is None
             written = slot.param, *slot[2:5], *slot.extra, state[IDLE if idle else STEP]
             self.written += [(place, x) for x in written]
@@ -605,20 +603,17 @@ class Plan:
     def _refuse(self, place: int, why: str) -> NoReturn:
         raise RuntimeError(f"{self.name_of(place)} cannot step: {why}; nothing was changed")
 
-    def _check_shapes(self, place: int, state: State) -> None:
+    def _check(self, place: int, state: State) -> None:
+        """Refuse a parameter that does not go together with its gradient and its state."""
         p = self.params[place - self.first]
         tensors = {key: state[key] for key in sorted(shaped_keys(state, self.averages))}
         if p.grad is not None:
             tensors["gradient"] = p.grad
+        why = "its memory has been freed" if memory.lacks_memory(p) else None
         for name, x in tensors.items():
-            if x.shape != p.shape:
-                self._refuse(place, f"its {name} has shape {tuple(x.shape)}")
-
-    def _check_storage(self, place: int, slot: Slot) -> None:
-        names = ("memory", "gradient", EXP_AVG, EXP_AVG_SQ, "average", *self.averages.extra)
-        for name, x in zip(names, (*slot[:5], *slot.extra), strict=True):
-            if x is not None and _lacks_memory(x):
-                self._refuse(place, f"its {name} has been freed")
+            why = why or memory.fault(p, name, x)
+        if why:
+            self._refuse(place, why)
 
     # ---- whether it holds
 
@@ -665,7 +660,7 @@ class Plan:
             grads = batch.grads or [p.grad for p in batch.params if p.grad is not None]
             for i, g in enumerate(grads):
                 # The bytes first, for that is quick, and few gradients are a view of more.
-                if g.nbytes != g.untyped_storage().nbytes() and _lacks_memory(g):
+                if g.nbytes != g.untyped_storage().nbytes() and memory.lacks_memory(g):
                     self._refuse(batch.places[i], "its gradient has been freed")
             device = batch.params[0].device
             # Counts that the host may not read: vectors, and vectors of scalars from them.
@@ -723,27 +718,19 @@ def _layout(tensors: list[Tensor]) -> tuple[list[Any], ...]:
         list(map(Tensor.data_ptr, tensors)),
         list(map(Tensor.numel, tensors)),
         list(map(Tensor.is_contiguous, tensors)),
+        [x.dtype for x in tensors],
     )
 
 
 def _kinds(tensors: list[Any]) -> tuple[list[Any], ...]:
     """What decides whether parameters and gradients can be stepped, and by which kernel."""
-    return [x.dtype for x in tensors], [x.layout for x in tensors], [x.shape for x in tensors]
-
-
-def _in_memory(x: Tensor) -> bool:
-    """Whether a tensor is just a place in memory."""
-    return type(x) in PLAIN and x.layout is torch.strided and x.device.type != "meta"
-
-
-def _lacks_memory(x: Tensor) -> bool:
-    """Whether a tensor's storage is smaller than what it says to be in it."""
-    if not _in_memory(x) or x.numel() == 0:
-        return False
-    needed = x.numel()
-    if not x.is_contiguous():
-        needed = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    return x.untyped_storage().nbytes() < (x.storage_offset() + needed) * x.itemsize
+    return (
+        [x.dtype for x in tensors],
+        [x.layout for x in tensors],
+        [x.shape for x in tensors],
+        list(map(type, tensors)),
+        list(map(Tensor.is_neg, tensors)),
+    )
 
 
 def _for_slot(x: Any, i: int) -> Any:
@@ -787,6 +774,9 @@ def _complete(saved: Group, mine: Group, index: int) -> Group:
     taken = saved.keys() - (set() if ours else ADAMW_ONLY)
     group = {**mine, **{key: saved[key] for key in taken}}
     check_pace(group)
+    if FROZEN in mine or FROZEN in saved:
+        group[FROZEN] = saved.get(FROZEN, "")
+    frozen_places(group | {"params": mine["params"]})
     return group
 
 

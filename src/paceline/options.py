@@ -164,6 +164,8 @@ def check_pace(options: Group) -> None:
     check_betas(options)
     betas = options["betas"]
     options["betas"] = tuple(b if isinstance(b, Tensor) else float(b) for b in betas)
+    if not options["eps"] and not options["clip"]:
+        raise ValueError("clip=False needs eps > 0, got eps=0.0: a gain would have no bound")
     for name in ("clip", "capturable", "stochastic_round", "maximize", "track_stats"):
         check(name, isinstance(options[name], bool), "True or False")
     fused = options["fused"]

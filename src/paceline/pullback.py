@@ -3,19 +3,14 @@
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import (
-    Optimizer,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-)
+from torch.optim.optimizer import Optimizer
 
-from . import shards
+from . import memory, shards
 from .averaging import Averaging
 from .base import AveragedOptimizer, describe, summarize
 from .loading import StateCheck, check_count, check_is_dict, check_tensor, validated_checkpoint
@@ -32,6 +27,7 @@ from .state import (
     AVERAGE,
     AVERAGE_STEP,
     COUNTS,
+    FROZEN,
     IDLE,
     OWN_EXP_AVG_SQ,
     PLAIN,
@@ -42,13 +38,14 @@ from .state import (
     averages_of,
     begin_extra,
     extra_keys_in,
+    frozen_places,
     new_count,
     restore,
     take_in,
     wide_dtype,
 )
 from .swap import SWAPPED, Swapped, write_record
-from .update import MovedSlot, in_batches, pull_
+from .update import TINY, MovedSlot, in_batches, pull_
 
 GAINS = ("adam", "own", "scalar")
 # State of bases whose `exp_avg_sq` is of gradients in another basis than the parameter's.
@@ -248,23 +245,35 @@ class Pullback(AveragedOptimizer):
         try:
             if closure is None:
                 plan = self._plan()
-                with _without_global_hooks():
-                    loss = self.base.step(**options)
+                loss = self._base_step(**options)
             else:
-                with _without_global_hooks():
-                    loss = self.base.step(evaluate, **options)
+                loss = self._base_step(evaluate, **options)
         except _Skipped:
             self._count_faults([], True)
             return loss
         self._follow(plan or [])
         return loss
 
+    def _base_step(self, *arguments: Any, **options: Any) -> Any:
+        """The base's step with its own hooks; those on all optimizers run around ours."""
+        base: Any = self.base
+        step = getattr(type(base).step, "__wrapped__", None)  # without torch's hooks
+        if step is None or "step" in vars(base):  # another has wrapped it
+            return base.step(*arguments, **options)
+        given: tuple[Any, ...] = (base, *arguments)
+        for hook in list(base._optimizer_step_pre_hooks.values()):
+            changed = hook(base, given, options)
+            given, options = (given, options) if changed is None else changed
+        loss = step(*given, **options)
+        for hook in list(base._optimizer_step_post_hooks.values()):
+            hook(base, given, options)
+        return loss
+
     def _make_provisional_state(self) -> None:
         """Have the base make its state by a step, add ours, and undo the rest of that step."""
         plan = self._plan()
         groups = [dict(group) for group in self.param_groups]
-        with _without_global_hooks():
-            self.base.step()
+        self._base_step()
         for x in plan:
             assert x.before is not None
             shards.local(x.param).copy_(shards.local(x.before))
@@ -280,8 +289,15 @@ class Pullback(AveragedOptimizer):
         Raises:
             _Skipped: the step is to be skipped.
         """
-        for group in range(len(self.param_groups)):
-            self._check_gradients(group)
+        for index, group in enumerate(self.param_groups):
+            self._check_gradients(index)
+            ours = [group[name] for name in self._ours]
+            if ours != self._checked.get(index):
+                checked = dict(group)
+                _check_options(checked)
+                group |= checked
+                self._checked[index] = [group[name] for name in self._ours]
+        self._check_memory()
         if bool(self._skips_step()):
             raise _Skipped
         if self._state_is_provisional:  # averages begin from what is in the parameters now
@@ -290,8 +306,8 @@ class Pullback(AveragedOptimizer):
         plan = []
         for group in self.param_groups:
             pulls, averages = group["pullback"] != 0, averages_of(group)
-            scaled = pulls and group["gain"] != "scalar"
-            check_numbers(group, ("pullback", "lr") if scaled else ("pullback",))
+            if pulls and group["gain"] != "scalar":
+                check_numbers(group, ("lr",))
             for p in group["params"]:
                 state = self.state.get(p, {})
                 idle = p.grad is None
@@ -310,6 +326,31 @@ class Pullback(AveragedOptimizer):
                 plan.append(_Planned(p, group, averages, float(done), idle, before, square))
         return plan
 
+    def _check_memory(self) -> None:
+        """Raises: RuntimeError: what a step reads and writes does not go together in memory."""
+        tensors: list[Tensor] = []
+        owners: list[Tensor] = []
+        for group in self.param_groups:
+            keys = {AVERAGE, OWN_EXP_AVG_SQ} | averages_of(group).extra_keys
+            for p in group["params"]:
+                state = self.state.get(p) or {}
+                if p.grad is None and AVERAGE not in state:
+                    continue
+                held = {key: state[key] for key in sorted(state.keys() & keys)}
+                beside = held | ({} if p.grad is None else {"gradient": p.grad})
+                why = "its memory has been freed" if memory.lacks_memory(p) else None
+                for name, x in beside.items():
+                    why = why or memory.fault(p, name, x)
+                if why:
+                    raise RuntimeError(f"{self._name(p)} cannot step: {why}; nothing was changed")
+                tensors += [shards.local(p), *(shards.local(x) for x in held.values())]
+                owners += [p] * (1 + len(held))
+        spans = memory.spans(tensors)
+        if spans != self._spans and (found := memory.shared(tensors, spans)):
+            names = " and ".join(self._name(owners[i]) for i in found)
+            raise RuntimeError(f"{names} share memory; nothing was changed")
+        self._spans = spans
+
     def _begin(self, x: "_Planned") -> None:
         """Make what its state lacks of ours.
 
@@ -320,6 +361,8 @@ class Pullback(AveragedOptimizer):
         if AVERAGE not in state:
             assert x.before is not None
             state |= {AVERAGE_STEP: new_count(x.done), AVERAGE: x.before.to(dtype, copy=True)}
+        if state[AVERAGE].dtype != dtype:
+            state[AVERAGE] = state[AVERAGE].to(dtype)
         for key in (AVERAGE_STEP, IDLE):  # float32 in what was saved otherwise
             state[key] = state.get(key, new_count()).double()
         if x.before is not None:
@@ -450,23 +493,10 @@ class Pullback(AveragedOptimizer):
             )
         group = {name: mine[name] for name in self._ours} | saved
         _check_options(group)
+        if FROZEN in mine or FROZEN in saved:
+            group[FROZEN] = saved.get(FROZEN, "")
+        frozen_places(group | {"params": mine["params"]})
         return group
-
-
-@contextmanager
-def _without_global_hooks() -> Iterator[None]:
-    """Keep torch's hooks on the steps of all optimizers from the base's: they run on ours."""
-    hooks: list[dict[int, Any]] = [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
-    kept = [dict(x) for x in hooks]
-    for x in hooks:
-        x.clear()
-    try:
-        yield
-    finally:
-        for x, before in zip(hooks, kept, strict=True):
-            added = dict(x)
-            x.clear()
-            x.update(before | added)
 
 
 class _Skipped(Exception):
@@ -528,6 +558,8 @@ def _check_options(options: Group) -> None:
     require(options, "gain_beta2", 0 <= number(options["gain_beta2"]) < 1, "in [0, 1)")
     require(options, "gain_eps", 0 <= number(options["gain_eps"]) < math.inf, "a number >= 0")
     require(options, "nonfinite", options["nonfinite"] != "guard", "one of skip, raise, ignore")
+    if not options["gain_eps"] and not options["gain_clip"]:
+        raise ValueError("gain_clip=False needs gain_eps > 0, got 0: a gain would have no bound")
     for name in ("gain_clip", "track_stats"):
         require(options, name, isinstance(options[name], bool), "True or False")
 
@@ -603,7 +635,7 @@ def _numbers(group: Group, averages: Averages, step: int, idle: int, own: bool) 
     return {
         "gain": gain,
         "root_bias2": math.sqrt(1.0 - beta2**step),
-        "eps": eps,
+        "eps": eps or TINY,
         "clip": group["gain_clip"],
         "weight": rule.weight(step + idle),
         "extra_weights": [averages.rules[key].weight(step + idle) for key in averages.extra],

@@ -45,6 +45,7 @@ COUNTS = frozenset({STEP, IDLE, AVERAGE_STEP})
 # The keys of each optimizer, besides those of its further averages (`Averages.extra_keys`).
 PACE_KEYS = frozenset({STEP, IDLE, EXP_AVG, EXP_AVG_SQ, AVERAGE, OFFSET})
 PULLBACK_KEYS = frozenset({AVERAGE, AVERAGE_STEP, IDLE, OWN_EXP_AVG_SQ})
+FROZEN = "frozen"  # of a group: the places of parameters that were frozen at the last step, as text
 
 WIDE = {
     torch.float16: torch.float32,
@@ -103,6 +104,22 @@ def averages_of(group: Group) -> Averages:
     own = rule if isinstance(rule, Averaging) else parse(rule)  # one that was set between steps
     others = parse_returns(returns_text(returns)).items()
     return Averages({AVERAGE: own} | {RETURN + name: rule for name, rule in others})
+
+
+def frozen_places(group: Group) -> list[int]:
+    """The places in a group of parameters that were frozen at the last step.
+
+    Raises:
+        ValueError: a checkpoint's text is none of this group's.
+    """
+    text = group.get(FROZEN) or ""
+    try:
+        places = [int(place) for place in text.split(",") if place]
+    except (AttributeError, ValueError):
+        places = [-1]
+    if any(not 0 <= place < len(group["params"]) for place in places):
+        raise ValueError(f"frozen must be places of parameters, got {text!r}")
+    return places
 
 
 def extra_keys_in(state: State) -> set[str]:
@@ -197,7 +214,7 @@ def ensure(state: State, param: Tensor, group: Group, averages: Averages) -> Non
             EXP_AVG: new(param, dtype).zero_(),
             EXP_AVG_SQ: new(param, dtype).zero_(),
         }
-    elif state[EXP_AVG].dtype != dtype:
+    else:
         state |= {key: state[key].to(dtype) for key in (EXP_AVG, EXP_AVG_SQ)}
     ensure_counters(state, param, group)
     if param.is_contiguous():  # the kernels go by places in memory

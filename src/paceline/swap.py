@@ -4,14 +4,15 @@ Also the record of it: what each parameter of a group holds. It is text, because
 checkpoint engines refuse other values.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 Exchange = Callable[[Tensor, Tensor], None]
+Records: TypeAlias = Sequence[tuple[dict[str, Any], str]]
 
 SWAPPED = "swapped"  # the option of a group that holds its record
 SLICE = 2**20  # elements exchanged at a time, which bounds the scratch
@@ -48,7 +49,7 @@ def read_record(record: str | None, count: int) -> list[Swapped | None]:
     return [Swapped(dtype, average) if dtype else None for dtype, _, average in parts]
 
 
-def swap_in(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+def swap_in(pairs: Iterable[tuple[Tensor, Tensor]], records: Records = ()) -> None:
     """Put each average into its parameter; the second tensor then keeps the live weights.
 
     Of equal dtypes the two trade contents. A second tensor narrower than the parameter holds the
@@ -59,32 +60,45 @@ def swap_in(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     the rounding left out, in float32 units in the last place.
 
     `swap_back` brings both back bit for bit, except that an average's NaN comes back as some NaN,
-    and a float16 parameter's average below 2^-16 to within 2^-25. An exception on the way undoes
-    what was done before it.
+    and a float16 parameter's average below 2^-16 to within 2^-25. An exception on the way,
+    Ctrl-C too, leaves everything as it was.
 
     Args:
         pairs: parameter and average, of equal shapes and dtypes, or 16-bit and float32; or
             parameter and narrower offset, such that (param + offset) - offset is param in the
             parameter's arithmetic. `update.step_` sees to that.
+        records: groups, each with what its record is to be at the end.
     """
-    _all(pairs, _exchange, _exchange_back)
+    _all(pairs, records, _exchange, _exchange_back)
 
 
-def swap_back(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+def swap_back(pairs: Iterable[tuple[Tensor, Tensor]], records: Records = ()) -> None:
     """Undo `swap_in` for the same pairs."""
-    _all(pairs, _exchange_back, _exchange)
+    _all(pairs, records, _exchange_back, _exchange)
 
 
-def _all(pairs: Iterable[tuple[Tensor, Tensor]], do: Exchange, undo: Exchange) -> None:
+def _all(
+    pairs: Iterable[tuple[Tensor, Tensor]], records: Records, do: Exchange, undo: Exchange
+) -> None:
+    earlier = [(group, group.get(SWAPPED, "")) for group, _ in records]
     done: list[tuple[Tensor, Tensor]] = []
+    doing: tuple[int, tuple[Tensor, Tensor], list[Tensor]] | None = None
     try:
         for pair in pairs:
             for part in _parts(*pair):
+                doing = (len(done), part, [x.clone() for x in part])
                 do(*part)
                 done.append(part)
+        for group, record in records:
+            group[SWAPPED] = record
     except BaseException:
+        if doing and doing[0] == len(done):  # it was at this part, and may have written half
+            for x, before in zip(doing[1], doing[2], strict=True):
+                x.copy_(before)
         for part in reversed(done):
             undo(*part)
+        for group, record in earlier:
+            group[SWAPPED] = record
         raise
 
 

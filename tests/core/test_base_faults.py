@@ -303,3 +303,36 @@ def test_an_interrupt_anywhere_in_a_step_leaves_an_optimizer_that_goes_on(make, 
             assert all(p.isfinite().all() for p in params)
         assert len({len(opt.state[p]) for p in params}) == 1
     assert n > 100
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["eval", "train", "averaged"])
+def test_an_interrupt_anywhere_in_a_swap_loses_nothing(method, dtype, state_dtype):
+    params = [Parameter(torch.randn(5).to(dtype)), Parameter(torch.randn(3, 2).to(dtype))]
+    opt = PACE(params, lr=0.1, pullback=0.1, state_dtype=state_dtype)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        opt.step()
+    live = [p.detach().clone() for p in params]
+    opt.eval()
+    average = [p.detach().clone() for p in params]
+    opt.train()
+    n, done = 0, False
+    while not done:
+        n += 3
+        if method == "train":
+            opt.eval()
+        with Interrupt(n) as interrupt:
+            if method == "averaged":
+                with opt.averaged():
+                    pass
+            else:
+                getattr(opt, method)()
+        done = interrupt.left > 0
+        expected = average if opt.swapped else live
+        assert all(map(torch.equal, params, expected))
+        opt.train()
+        assert all(map(torch.equal, params, live))
+    assert n > 60

@@ -91,3 +91,48 @@ def test_a_projection_is_refused_while_the_average_is_in_the_model():
         RuntimeError, match=r"register_projection\(\) was called while the averaged"
     ):
         opt.register_projection(lambda: p.zero_())
+
+
+@pytest.mark.parametrize("rule", ["lawa:window=5", "bema", "uniform"])
+@pytest.mark.parametrize("make", [pace, around])
+def test_what_rules_keep_is_projected_too(make, rule):
+    p = weights()
+    opt = make(p, averaging=rule)
+    run(opt, p, 6)
+    mask = torch.arange(200) % 10 == 0
+    opt.register_projection(lambda: p.mul_(mask))
+    run(opt, p, 1)
+    with opt.averaged():
+        assert (p[~mask] == 0).all()
+
+
+def test_averages_of_frozen_parameters_are_projected_too():
+    a, b = weights(n=4), weights(n=4)
+    opt = PACE([a, b], lr=0.01, pullback=0.1)
+    for p in (a, b):
+        p.grad = torch.ones(4)
+    opt.step()
+    b.requires_grad_(False)
+    opt.register_projection(lambda: b.clamp_(-BOUND, BOUND))
+    b.requires_grad_(True)
+    with opt.averaged():
+        assert b.abs().max() <= BOUND
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError])
+def test_a_projection_that_fails_on_an_average_leaves_the_live_weights(kind):
+    p = weights()
+    opt = pace(p)
+    run(opt, p, 3)
+    live, calls = p.detach().clone(), []
+
+    def fails():
+        calls.append(1)
+        if len(calls) > 1:
+            raise kind
+
+    with pytest.raises(kind):
+        opt.register_projection(fails)
+    assert torch.equal(p, live)
+    run(opt, p, 1)
+    assert len(calls) == 2

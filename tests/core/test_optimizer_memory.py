@@ -170,3 +170,99 @@ def test_no_epsilon_and_no_gradient_make_no_nan(dtype, fused, kernel):
     assert torch.equal(p[:4], torch.linspace(-1, 1, 8).to(dtype)[:4])
     assert p.isfinite().all()
     assert (p[4:] < torch.linspace(-1, 1, 8).to(dtype)[4:]).all()
+
+
+def to_bfloat16(key):
+    return lambda s: s.__setitem__(key, s[key].bfloat16())
+
+
+def other_bits(key):
+    def change(state):
+        state[key].data = state[key].data.view(torch.int32)
+
+    return change
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "average", "return_returned"])
+def test_state_of_another_dtype_is_cast_back(key, fused, kernel):
+    ends = []
+    for change in (lambda state: None, to_bfloat16(key)):
+        params, opt = made(fused)
+        change(opt.state[params[0]])
+        opt.step()
+        assert opt.state[params[0]][key].dtype == torch.float32
+        ends.append(params[0].detach().clone())
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "average"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s, key: s.__setitem__(key, s[key].to(torch.int8)),
+        lambda s, key: s.__setitem__(key, s[key].to("meta")),
+        lambda s, key: s.__setitem__(key, torch._neg_view(s[key])),
+        lambda s, key: other_bits(key)(s),
+    ],
+    ids=["int8", "meta", "negative", "bits"],
+)
+def test_state_of_another_kind_is_refused(change, key, fused, kernel):
+    params, opt = made(fused)
+    change(opt.state[params[0]], key)
+    with pytest.raises(RuntimeError, match=rf"^parameter 0 .* cannot step: its {key} is "):
+        opt.step()
+    assert opt.state[params[1]]["step"] == 1
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_gradient_that_is_a_negative_view_descends(fused, kernel):
+    params, opt = made(fused)
+    before = params[0].detach().clone()
+    params[0].grad = torch._neg_view(-torch.ones_like(params[0]))
+    opt.step()
+    assert (params[0] < before).all()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda w: w[:, :3], lambda w: w[:, 1:]),
+        (lambda w: w[:, 0], lambda w: w[2]),
+        (lambda w: w[0, :1].expand(4), lambda w: w[1]),
+    ],
+)
+def test_strided_parameters_that_share_memory_are_refused(one, other):
+    w = torch.ones(4, 4)
+    params = [Parameter(one(w)), Parameter(other(w))]
+    opt = PACE(params, pullback=0.1)
+    give(params)
+    with pytest.raises(RuntimeError, match="share memory; nothing was changed"):
+        opt.step()
+    assert (w == 1).all()
+
+
+def test_strided_parameters_side_by_side_step():
+    w = torch.ones(4, 4)
+    params = [Parameter(w[:, :2]), Parameter(w[:, 2:])]
+    opt = PACE(params, lr=0.1, pullback=0.1)
+    give(params)
+    opt.step()
+    assert (w < 1).all()
+
+
+@pytest.mark.parametrize("name", ["gain", "clip", "maximize", "seed", "nonfinite", "averaging"])
+def test_any_option_set_out_of_its_range_between_steps_is_refused(name):
+    params, opt = made(None, n=30)
+    opt.param_groups[0][name] = "rase"
+    with pytest.raises(ValueError, match=f"{name} must be|unknown average .rase"):
+        opt.step()
+    assert opt.state[params[0]]["step"] == 1
+
+
+def test_a_dtype_of_state_may_be_set_by_its_name():
+    params, opt = made(None, n=30)
+    opt.param_groups[0]["state_dtype"] = "bfloat16"
+    opt.step()
+    assert opt.state[params[0]]["exp_avg"].dtype == torch.bfloat16

@@ -97,11 +97,15 @@ def test_what_is_frozen_is_returned_as_it_is(make):
         exported = opt.averaged_state_dict(model, name)
         assert torch.equal(exported["1"], live[1])
         assert not torch.equal(exported["0"], live[0])
-    # Frozen as a whole, for evaluation: that says nothing of what has trained.
+    # Frozen as a whole, for evaluation: that says nothing of what has trained. Nor do copies.
     params[0].requires_grad_(False)
-    with opt.averaged():
-        assert torch.equal(params[1], live[1])
-        assert not torch.equal(params[0], live[0])
+    others = [Parameter(p.detach().clone(), requires_grad=False) for p in params]
+    resumed = make(others, returns={"slow": "uniform"})
+    resumed.load_state_dict(opt.state_dict())
+    for held, o in ((params, opt), copy.deepcopy((params, opt)), (others, resumed)):
+        with o.averaged():
+            assert torch.equal(held[1], live[1])
+            assert not torch.equal(held[0], live[0])
 
 
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])

@@ -64,6 +64,8 @@ def reason_against(
         return f"takes float32, bfloat16 and float64, not {param.dtype}"
     if grad is not None and grad.dtype != param.dtype:
         return f"takes gradients of the parameter's dtype, not {grad.dtype}"
+    if grad is not None and (type(grad) not in PLAIN or grad.is_neg()):
+        return f"takes plain gradients, not {type(grad).__name__} of another kind"
     return None
 
 
@@ -73,7 +75,7 @@ def reason_in_memory(param: Tensor) -> str | None:
         return f"takes plain tensors, not {type(param).__name__}"
     if param.layout != torch.strided:
         return "takes dense tensors, not sparse ones"
-    return None if param.is_contiguous() else "takes contiguous tensors"
+    return None if param.is_contiguous() and not param.is_neg() else "takes contiguous tensors"
 
 
 class Kernel:
