@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 from paceline.cli import main
 from paceline.train import InputError
 from paceline.train.build import _fingerprint, _split_batch, build_trainer
+from paceline.train.data import make_tokenizer
 from paceline.train.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -440,3 +441,20 @@ def test_code_of_a_model_is_never_run(values, part, tmp_path, monkeypatch):
         build_trainer(Recipe(**{**values, **changes}), tmp_path / "run")
     assert not asked
     assert not ran.exists()
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "text", [DEEP, DEEP.replace("[", '{"a":'), "[1]", "3", '{"model": 3}', "{"]
+)
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_one_line(values, file, text, tmp_path):
+    folder = tmp_path / "damaged"
+    make_tokenizer(["a"], 260).save_pretrained(folder)
+    (folder / file).write_text(text)
+    recipe = Recipe(**{**values, "tokenizer": str(folder)})
+    with pytest.raises(InputError, match="^tokenizer: .") as error:
+        build_trainer(recipe, tmp_path / "run", only_data=True)
+    assert "\n" not in str(error.value)

@@ -62,7 +62,7 @@ def test_of_few_documents_the_ends_are_held_out(count):
     assert 0.08 < share < 0.16
 
 
-def test_a_folder_of_documents():
+def test_a_folder_of_documents(capfd):
     write_texts("texts", 20)
     Path("texts", "copy.txt").write_text("text 3")
     Path("texts", "binary").write_bytes(b"\xff\xfe\x00")
@@ -70,6 +70,10 @@ def test_a_folder_of_documents():
     Path("texts", ".hidden").write_text("secret")
     Path("texts", "rows.json").write_text('{"not": "rows", "text 20": 1}')  # a document, too
     data = load("texts", task="pretrain")
+    assert capfd.readouterr().err == (
+        "paceline: data: texts: 3 of 24 files are left out: 2 are not UTF-8 text (the first: "
+        "texts/binary), 1 are copies of others\n"
+    )
     rows = [*data.train, *data.evaluation]
     assert len(rows) == 21
     assert not any("secret" in row["text"] for row in rows)

@@ -59,7 +59,7 @@ class _Writer(NamedTuple):
     template: str
     marked: bool  # it has generation marks
     day: date | None  # on its clock, if it has one
-    unknown: frozenset[str] = frozenset()  # parts of a conversation that it does not write
+    unknown: tuple[str, ...] = ()  # parts of a conversation that it does not write, sorted
 
     def render(
         self, messages: Sequence[Message], *, prompt: bool = False, **extras: Any
@@ -147,7 +147,7 @@ def _writer(tokenizer: Any, with_tools: bool, day: date | None) -> _Writer:
     return writer._replace(unknown=_unknown(writer))
 
 
-def _unknown(writer: _Writer) -> frozenset[str]:
+def _unknown(writer: _Writer) -> tuple[str, ...]:
     """The parts of conversations that a template does not write.
 
     A template that fails at a part knows it; it will say itself what is wrong.
@@ -178,7 +178,7 @@ def _unknown(writer: _Writer) -> frozenset[str]:
     results = [said([*calls, {**result, "content": text}]) for text in ("T1", "T2")]
     if results[0] is not None and results[0] == results[1]:
         unknown.add("the turn of tool")
-    return frozenset(unknown)
+    return tuple(sorted(unknown))
 
 
 def _parts_of(messages: list[Message], extras: dict[str, Any]) -> set[str]:
@@ -199,7 +199,7 @@ def _encode(
 ) -> Encoded:
     where = f"data: {at}: " if at else ""
     settings = extras.get("chat_template_kwargs", {})
-    lost = _parts_of(messages, extras) & writer.unknown
+    lost = _parts_of(messages, extras).intersection(writer.unknown)
     lost |= {name for name in settings if name not in writer.template}
     if lost:
         raise InputError(
@@ -211,10 +211,11 @@ def _encode(
     except InputError as error:
         raise InputError(f"{error} ({at})" if at else str(error)) from error
     encoded: Any = writer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    masks = [
-        int(any(start < b and a < end for start, end in spans))  # also tokens across the border
-        for a, b in encoded["offset_mapping"]
-    ]
+    marks = bytearray(len(text) + 1)
+    for start, end in spans:
+        marks[start:end] = b"\1" * (end - start)
+    # Also tokens across the border; and those of no character, which some tokenizers have.
+    masks = [int(1 in marks[a : max(b, a + 1)]) for a, b in encoded["offset_mapping"]]
     return {"input_ids": encoded["input_ids"], "assistant_masks": masks}
 
 

@@ -1,6 +1,7 @@
 """From text to blocks of tokens: documents, splits and a tokenizer, cached by content."""
 
 import hashlib
+import os
 import random
 import sysconfig
 from collections.abc import Iterable
@@ -58,7 +59,6 @@ def files_below(paths: Iterable[Path]) -> list[Path]:
     """
     files: list[Path] = []
     for path in paths:
-        # Files may vanish while a folder is read.
         with reporting(f"no such file or folder: {path}", OSError):
             kind = path.stat().st_mode
         if S_ISREG(kind):
@@ -66,9 +66,14 @@ def files_below(paths: Iterable[Path]) -> list[Path]:
         elif not S_ISDIR(kind):
             raise InputError(f"{path} is a device or a pipe; give files or folders")
         else:
-            with reporting(f"cannot read the folder {path}", OSError):
-                files += [p for p in sorted(path.rglob("*")) if _has_data(p, path)]
+            walk = os.walk(path, onerror=_refuse)
+            found = (Path(folder, name) for folder, _, names in walk for name in names)
+            files += [file for file in sorted(found) if _has_data(file, path)]
     return files
+
+
+def _refuse(error: OSError) -> None:
+    raise InputError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
 
 def _has_data(path: Path, folder: Path) -> bool:

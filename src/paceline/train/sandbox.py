@@ -18,7 +18,7 @@ from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils import chat_template_utils
 
-SECONDS = 10.0  # of computing for one conversation
+SECONDS = 5.0  # of computing for one conversation
 BYTES = 2**30  # of memory for one conversation, beside what the process has
 BITS = 2**14  # of an integer that a product or a power makes
 

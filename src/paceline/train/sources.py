@@ -406,9 +406,18 @@ def _reading(name: str) -> Iterator[None]:
 
 def _documents(name: str, files: list[Path]) -> Dataset:
     """The text files as documents, in a random order that is always the same."""
-    documents = [text for text in dict.fromkeys(map(read_text, files)) if text]
+    texts = {file: read_text(file) for file in files}
+    documents = [text for text in dict.fromkeys(texts.values()) if text]
     if not documents:
         raise InputError(f"data: {name} has no files of UTF-8 text")
+    if name not in BUILT_IN and len(documents) < len(files):
+        others = [str(file) for file, text in texts.items() if not text]
+        copies = len(files) - len(documents) - len(others)
+        first = f" (the first: {others[0]})" if others else ""
+        tell(
+            f"data: {name}: {len(files) - len(documents)} of {len(files)} files are left out: "
+            f"{len(others)} are not UTF-8 text{first}, {copies} are copies of others"
+        )
     random.Random(0).shuffle(documents)
     return Dataset.from_dict({"text": documents})
 
@@ -495,7 +504,10 @@ def from_hub(what: str, name: str, failed: str, *, local: bool = False) -> Itera
     there = local or hub_is_there()
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file of a model or tokenizer can raise any
+        memory = isinstance(error, RuntimeError) and not isinstance(error, RecursionError)
+        if memory or isinstance(error, InputError | MemoryError):
+            raise
         if there:
             raise InputError(f"{what}: {failed}: {' '.join(str(error).split())}") from error
         hub, kind = huggingface_hub.constants.ENDPOINT, "--repo-type dataset " * (what == "data")
