@@ -61,7 +61,7 @@ def test_what_is_beside_the_turns_reaches_it():
         },
     ):
         expected = {"messages": [system("Be brief."), *talk(1)]}
-        for name in ("system", "system_prompt"):
+        for name in ("system", "system_prompt", "system_message"):
             assert converted({**form, name: "Be brief."})[0] == expected
     assert converted({**expected, "system": "Be brief."})[0] == expected  # said twice
 
@@ -162,6 +162,11 @@ def test_what_is_about_a_row_or_a_message_is_ignored_aloud():
         ),
         ({"messages": [user("Q"), {**assistant("A"), "weight": [0]}]}, "weight must be 0 or 1"),
         ({"messages": [user("Q"), assistant("\ud800")]}, "it is nested too deeply, or its text"),
+        ({"prompt": "a", "completion": "b", "context": "c"}, "'context' cannot be obeyed"),
+        (
+            {"messages": [{"role": "user", "from": "gpt", "content": "a"}]},
+            "a message has a key in two",
+        ),
         (["messages"], "expected an object of columns, got"),
     ],
 )

@@ -76,7 +76,7 @@ FORMS = {
     "one": lambda path: write_lines(f"{path}/x.jsonl", MESSAGES),
     "card": lambda path: [
         write_lines(f"{path}/x.jsonl", MESSAGES),
-        Path(path, "README.md").write_text("# Without a head\n"),
+        Path(path, "README.md").write_text("# Without a head\n---\n: [no YAML\n"),
     ],
     "files": lambda path: [
         write_lines(f"{path}/{n % 2}/{n}.jsonl", MESSAGES[5 * n : 5 * n + 5]) for n in range(4)
@@ -458,3 +458,22 @@ def test_objects_keep_their_own_keys():
     Dataset.from_list(rows).to_parquet("x.parquet")
     for name in ("x.jsonl", "x.parquet"):
         assert list(map(messages_of, load(name, eval_data=[name]).train)) == talks
+
+
+# ---- damaged folders -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{}", '{"_data_files": [3]}', "{"])
+def test_a_damaged_saved_folder_is_one_line(text):
+    FORMS["saved"]("saved")
+    Path("saved/state.json").write_text(text)
+    with pytest.raises(InputError, match="^data: saved cannot be read: "):
+        load("saved")
+
+
+def test_a_card_with_too_many_aliases_is_one_line():
+    lists = [f"l{i + 1}: &l{i + 1} [{', '.join([f'*l{i}'] * 9)}]" for i in range(9)]
+    write_lines("d/x.jsonl", MESSAGES)
+    Path("d/README.md").write_text("\n".join(["---", "l0: &l0 [x]", *lists, "---", "# A"]))
+    with pytest.raises(InputError, match="^data: d cannot be read: it has more than 100,000 val"):
+        load("d")

@@ -10,7 +10,7 @@ from . import InputError, reporting
 # Where a row has its turns; of several the first that it fills counts.
 FORMS = (("messages",), ("conversations",), ("prompt", "completion"))
 SPEAKER = {"prompt": "user", "completion": "assistant"}  # of columns with plain text
-SYSTEM = ("system", "system_prompt")  # beside the turns: becomes the first turn
+SYSTEM = ("system", "system_prompt", "system_message")  # beside the turns: becomes the first turn
 EXTRAS = ("tools", "documents", "chat_template_kwargs")  # beside the turns: for the template
 RENAMED = {"from": "role", "value": "content"}  # ShareGPT's keys
 ROLES = {
@@ -48,6 +48,8 @@ REFUSED = {
     *("weights", "sample_weight", "loss_weight", "mask", "completion_mask", "assistant_masks"),
 }
 MARKS = {"0": 0, "1": 1, "false": 0, "true": 1}  # as CSV has them
+# Beside a prompt: they are probably a part of it.
+OF_PROMPT = {"context", "history", "input", "instruction", "suffix"}
 NOTHING_SAID = "the assistant says nothing that is to be learned"
 
 
@@ -96,7 +98,7 @@ def _converted(row: dict[str, Any], columns: dict[str, Any], where: str) -> Conv
         empty = [name for names in FORMS for name in names if name in {*columns} - {*row}]
         return Converted(None, f"{empty[0]} is empty" if empty else _no_form(columns), ignored)
     for name in row:
-        if name in REFUSED:
+        if name in REFUSED or (name in OF_PROMPT and "prompt" in form):
             raise InputError(f"data: {where}: {name!r} cannot be obeyed; leave the column out")
     if not _is_learned(row, where):
         return Converted(None, "it is marked as not to be learned", ignored)
@@ -147,6 +149,8 @@ def _turns(row: dict[str, Any], form: tuple[str, ...], where: str) -> list[dict[
     for turn in turns:
         if not isinstance(turn, dict):
             raise InputError(f"data: {where}: a message needs a role and content, got {turn!r:.80}")
+        if any({old, new} <= turn.keys() for old, new in RENAMED.items()):
+            raise InputError(f"data: {where}: a message has a key in two ways, got {turn!r:.80}")
     turns = [{RENAMED.get(name, name): x for name, x in turn.items()} for turn in turns]
     for name in (name for name in SYSTEM if name in row):
         if not isinstance(row[name], str):

@@ -34,7 +34,7 @@ from .methods import METHODS, Method, ScheduleName, parse_method
 # ---- YAML ---------------------------------------------------------------------------------------
 
 
-MOST_VALUES = 10_000  # in a YAML text, those of an alias counted each time
+MOST_VALUES = 100_000  # in a YAML text, those of an alias counted each time
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]

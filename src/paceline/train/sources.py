@@ -18,7 +18,7 @@ import huggingface_hub
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
 
-from . import InputError
+from . import InputError, read_small
 from .conversation import conversation_of, text_of
 from .data import (
     content_key,
@@ -28,7 +28,7 @@ from .data import (
     torch_files,
     without_ends,
 )
-from .recipe import Recipe
+from .recipe import Recipe, parse_yaml
 from .rows import rows_of
 from .terminal import tell
 
@@ -323,6 +323,9 @@ def _splits_of(path: Path, config: str | None) -> tuple[dict[str, list[Path]], s
     Also what separates fields in CSV.
     """
     with _reading(str(path)):
+        if (path / "README.md").is_file():
+            nothing, *head = read_small(path / "README.md", 10**7).split("---\n")[:2]
+            parse_yaml("" if nothing else "".join(head))  # which bounds its aliases
         found: Any = datasets.load_dataset_builder(str(path.resolve()), config).config
     splits = {str(split): list(map(Path, part)) for split, part in found.data_files.items()}
     return splits, getattr(found, "sep", ",")
@@ -337,8 +340,9 @@ def _here(name: str, recipe: Recipe, split: str) -> Dataset | Plain | list[Path]
             raise InputError(f"data: {name} has no split {split!r}")
     if _saved(path):
         # load_from_disk would let datasets write into the folder.
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        files = [path / part["filename"] for part in state["_data_files"]]
+        with _reading(name):
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            files = [path / part["filename"] for part in state["_data_files"]]
         return _load_typed(name, "arrow", files)
     if files := _rows_in(path):
         if path.is_file():
