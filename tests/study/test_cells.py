@@ -1,5 +1,6 @@
 """Cells: who trains what."""
 
+import datetime
 import json
 import pickle
 
@@ -131,6 +132,23 @@ def test_a_real_cell(data, monkeypatch):
     other = cell_of(BASE, **data, context=8)
     assert curve(other) != seen[:3]
     assert cell_of(BASE, **data).train(lambda step, losses: step >= 500) is None
+
+
+def test_cells_of_all_days_have_one_day(data, monkeypatch):
+    from paceline.study import cells as module
+
+    seen = []
+
+    def assemble(recipe, *_):
+        seen.append(recipe.date)
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "_assemble", assemble)
+    day = datetime.date(2024, 2, 29)
+    for changes in ({}, {"date": day}):
+        with pytest.raises(InterruptedError):
+            cell_of(BASE, **data, **changes).train(lambda *_: False)
+    assert seen == [module.DAY, day]
 
 
 def test_the_two_halves_share_nothing(data, tmp_path):
