@@ -189,9 +189,8 @@ def test_a_run_that_fails_does_not_stop_the_others(text, tmp_path, capsys, monke
 
     def block(folder):  # a file where the run's folder must be
         blocked.write_text("")
-        return folder
 
-    monkeypatch.setattr("paceline.study.compare.folders.make_empty", block)
+    monkeypatch.setattr("paceline.study.compare.folders.require_empty", block)
     assert main(["compare", *options, "--out", str(out)]) == 1
     said = capsys.readouterr().out
     assert "Failed: adamw-wsd-lr0.01-seed0: " in said

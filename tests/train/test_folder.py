@@ -17,16 +17,16 @@ from paceline.train.manifest import read_json, write_json
 
 
 def test_only_an_empty_or_new_folder_is_taken(tmp_path):
-    new = folder.make_empty(tmp_path / "a" / "b")
+    new = folder.make(tmp_path / "a" / "b")
     assert new.is_dir()
-    assert folder.make_empty(new) == new
+    folder.require_empty(new)
     (new / "x").touch()
     with pytest.raises(
         InputError, match=r"^out: .*b is not an empty folder; name another, or wait$"
     ):
         folder.require_empty(new, ", or wait")
     with pytest.raises(InputError, match="x is not an empty folder; name another$"):
-        folder.make_empty(new / "x")
+        folder.require_empty(new / "x")
     with pytest.raises(InputError, match="^out: cannot use .*: File name too long"):
         folder.require_empty(tmp_path / ("x" * 300))
     with pytest.raises(InputError, match="^out: cannot make the folder .*: Not a directory"):
@@ -78,6 +78,18 @@ def test_a_lock_is_held_by_one_and_names_it(tmp_path):
     with folder.locked(new):
         (new / "x").touch()
     assert [path.name for path in new.iterdir()] == ["x"]
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path):
+    (tmp_path / "file").touch()
+    for name, message in (
+        ("file", "file is not an empty folder"),
+        ("x" * 300, "^out: cannot use .*: File name too long"),
+        ("file/below", "^out: cannot make the folder .*: Not a directory"),
+    ):
+        with pytest.raises(InputError, match=message), folder.locked(tmp_path / name):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_those_who_share_a_lock_hold_out_others(tmp_path):

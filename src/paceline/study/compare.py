@@ -72,7 +72,7 @@ class Comparison(Options):
     """Seeds >= 0 of the order of the batches (and of the initial weights with --from-scratch), separated by commas; every method is run with each of them."""
     steps: Positive = 2000
     """Fine-tuning steps of each run, >= 1."""
-    minutes: Annotated[float, Field(gt=0)] | None = None
+    minutes: Annotated[float, Field(gt=0, le=10**9)] | None = None
     """Time for all fine-tuning runs together, minutes > 0. If they would take longer, a short measurement sets a smaller number of steps for all."""
     warmup: Annotated[int, Field(ge=0)] = 20
     """Steps of linear warm-up, >= 0 and less than four fifths of the steps."""
@@ -89,10 +89,10 @@ class Comparison(Options):
     """Files or folders to fine-tune on. Default: the sources of the installed torch package."""
     pretrain_text: tuple[Path, ...] | None = None
     """Files or folders to pretrain on. Default: the standard library's own sources."""
-    text_mb: Annotated[float, Field(gt=0)] = 16.0
-    """Million characters of each text to use at most, > 0; a random part of more."""
-    vocabulary: Annotated[int, Field(ge=257)] = 1024
-    """Entries of the byte-level BPE, >= 257."""
+    text_mb: Annotated[float, Field(gt=0, le=10**6)] = 16.0
+    """Million characters of each text to use at most, > 0 and at most 10^6; a random part of more."""
+    vocabulary: Annotated[int, Field(ge=257, le=2**20)] = 1024
+    """Entries of the byte-level BPE, from 257 to 2^20."""
     from_scratch: bool = False
     """Skip the pretraining and start from random weights."""
     pretrain_steps: Annotated[int, Field(ge=10)] = 2000

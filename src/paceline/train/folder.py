@@ -79,16 +79,6 @@ def require_empty(folder: Path, instead: str = "") -> None:
             raise InputError(f"out: {folder} is not an empty folder; name another{instead}")
 
 
-def make_empty(folder: Path) -> Path:
-    """Make an empty folder for results, with its parents; returns it.
-
-    Raises:
-        InputError: it is not empty, or cannot be made.
-    """
-    require_empty(folder)
-    return make(folder)
-
-
 def make(folder: Path) -> Path:
     """Make a folder for results, with its parents, unless it is there; returns it.
 
@@ -128,6 +118,8 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     Raises:
         InputError: another process holds it; the line names it. Or it cannot be made or written to.
     """
+    if not os.path.isdir(folder):  # noqa: PTH112 - a name of any length
+        require_empty(folder)
     made = [part for part in (folder, *folder.parents) if not part.exists()]
     path = make(folder) / LOCK
     try:

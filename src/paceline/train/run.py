@@ -231,10 +231,7 @@ def _run_folder(options: Train) -> Path:
         if options.from_checkpoint is not None:
             raise InputError("from: it needs the run to --resume")
         name = Path(options.recipe).stem if options.recipe else options.task
-        run = options.out or Path("runs") / f"{name}-{datetime.now():%Y-%m-%d_%H%M%S}"
-        if not run.is_dir():
-            folder.require_empty(run)
-        return run
+        return options.out or Path("runs") / f"{name}-{datetime.now():%Y-%m-%d_%H%M%S}"
     if options.out is not None or options.recipe is not None:
         raise InputError(
             "resume: a run continues in its own folder by its own recipe; leave out --out and "
