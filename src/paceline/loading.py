@@ -1,6 +1,7 @@
 """What an optimizer checkpoint must be to be loaded, said before anything is changed."""
 
 import math
+import re
 import reprlib
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,10 @@ from .state import (
 # By the options of a group: of torch's Adam and AdamW.
 ADAM = {"betas", "eps", "amsgrad", "capturable", "differentiable", "foreach"}
 SECOND_MOMENTS = frozenset({EXP_AVG_SQ, "max_exp_avg_sq", OWN_EXP_AVG_SQ})
+# What DDP, torch.compile, FSDP and activation checkpointing put into a name.
+WRAPPERS = re.compile(
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 StateCheck = Callable[[State, Tensor, swap.Swapped | None], None]
 
 
@@ -69,14 +74,11 @@ def validated_checkpoint(
     states, completed, others = dict(saved["state"]), [], set()
     for g, (theirs, mine) in enumerate(zip(saved["param_groups"], groups, strict=True)):
         found = [states.get(key, {}) for key in theirs["params"]]
-        names = theirs.get("param_names") or found
-        if not isinstance(names, list) or len(names) != len(found):
-            raise ValueError(
-                f"'param_names' of group {g} of the checkpoint must be a list of {len(found)} "
-                f"names, got {_shown(names)}; nothing was changed"
-            )
+        _check_names(theirs, mine, g)
         try:
             group = {**mine, **complete(theirs, mine, g)}
+            if mine.get("param_names"):
+                group["param_names"] = mine["param_names"]
             if keys is None:
                 _check_kinds(group, mine)
             group[swap.SWAPPED] = theirs.get(swap.SWAPPED) or ""
@@ -164,6 +166,27 @@ def _check_outline(saved: Any) -> None:
             own = state.get(key, {})
             named = isinstance(own, dict) and all(isinstance(name, str) for name in own)
             check(named, f"the state of {key!r}", "a dict of names", own)
+
+
+def _check_names(theirs: Group, mine: Group, index: int) -> None:
+    """Raises: ValueError: a saved group has other names than the optimizer's, or another order."""
+    count, names = len(theirs["params"]), theirs.get("param_names") or []
+    strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not strings or len(names) not in (0, count):
+        raise ValueError(
+            f"'param_names' of group {index} of the checkpoint must be a list of {count} names, "
+            f"got {_shown(names)}; nothing was changed"
+        )
+    if any(isinstance(key, str) for key in theirs["params"]):
+        return  # torch.distributed.checkpoint has put the states in order by these names
+    own = mine.get("param_names") or []
+    for i, (saved, name) in enumerate(zip(names, own, strict=False)):
+        if WRAPPERS.sub("", saved) != WRAPPERS.sub("", name):
+            raise ValueError(
+                f"parameter {i} of group {index} is {saved!r} in the checkpoint and {name!r} in "
+                "the optimizer: give it the same parameters in the same order, or take "
+                "'param_names' out of the checkpoint; nothing was changed"
+            )
 
 
 def _records(text: Any, count: int) -> list[swap.Swapped | None]:

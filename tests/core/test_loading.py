@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     get_state_dict,
+    set_optimizer_state_dict,
     set_state_dict,
 )
 
@@ -327,6 +328,39 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_changes(kind):
         opt.load_state_dict(broken(kind))
     assert_same(snapshot(model, opt), before[0])
     assert opt.state_dict()["param_groups"] == before[1]
+
+
+def pair(order, prefix="", **options):
+    """An optimizer of two named parameters after a step, in an order."""
+    values = {"a": torch.zeros(2), "b": torch.full((2,), 9.0)}
+    params = {name: torch.nn.Parameter(values[name]) for name in order}
+    opt = PACE([(prefix + name, p) for name, p in params.items()], pullback=0.1, **options)
+    for p in params.values():
+        p.grad = torch.ones(2)
+    opt.step()
+    return opt, params
+
+
+def test_names_in_another_order_are_refused_and_wrappers_are_not_another_name():
+    opt, _ = pair("ab")
+    other, params = pair("ba", lr=0.5)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="0 of group 0 is 'a' in the checkpoint and 'b' in the op"):
+        other.load_state_dict(opt.state_dict())
+    assert same(other.state_dict(), before)
+    wrapped, params = pair("ab", "module._orig_mod.", lr=0.5)
+    wrapped.load_state_dict(opt.state_dict())
+    assert wrapped.param_groups[0]["param_names"] == ["module._orig_mod.a", "module._orig_mod.b"]
+    assert (wrapped.state[params["b"]]["average"] > 5).all()
+
+
+def test_states_that_torch_orders_by_name_load_in_any_order():
+    (opt, saved), (other, params) = pair("ab"), pair("ba", lr=0.5)
+    old, new = torch.nn.ParameterDict(saved), torch.nn.ParameterDict(params)
+    state = copy.deepcopy(get_optimizer_state_dict(old, opt))
+    set_optimizer_state_dict(new, other, state)
+    assert same(other.state[params["b"]]["average"], opt.state[saved["b"]]["average"])
+    assert other.param_groups[0]["param_names"] == ["b", "a"]
 
 
 NAN, BELOW = float("nan"), torch.full((5,), -1e-9)
