@@ -9,7 +9,7 @@ import sys
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def load_checkpoint(
 
     Raises:
         ValueError: it is damaged, no such file, has other parts, or is of another model; or the
-            optimizer or a part refuses its state. Nothing has changed then.
+            model, the optimizer or a part refuses its state. Nothing has changed then.
         OSError: the file cannot be opened, or is none.
     """
     name = repr(os.fspath(path))
@@ -105,7 +105,7 @@ def load_checkpoint(
         raise ValueError(f"{name} has the parts {theirs}, got {sorted(parts)}")
     mine = model.state_dict()
     _check_model(run["model"], mine, name)
-    # What may refuse comes first, and is undone; the weights fit.
+    # Whatever refuses, all before it is undone.
     with ExitStack() as undo:
         what = "random states"
         try:
@@ -117,9 +117,10 @@ def load_checkpoint(
                 undo.callback(_set_state, part, before)
                 _set_state(part, run["states"][key])
             what = "model"
-            if any(map(_is_extra, run["model"].items())):
-                undo.callback(model.load_state_dict, copy.deepcopy(_extra(mine)), strict=False)
-                model.load_state_dict(_extra(run["model"]), strict=False)
+            tensors = *model.parameters(), *model.buffers()
+            held = [(x, x.detach().to("cpu", copy=True)) for x in tensors]
+            undo.callback(_put_back, model, held, copy.deepcopy(_extra(mine)))
+            model.load_state_dict(run["model"])
             what = "optimizer"
             if not isinstance(_averaging(optimizer), AveragedOptimizer):  # which changes nothing
                 undo.callback(optimizer.load_state_dict, optimizer.state_dict())
@@ -127,7 +128,6 @@ def load_checkpoint(
         except Exception as error:  # of any kind, for states of any kind
             raise ValueError(f"{name}: {what} cannot be loaded: {one_line(error)}") from error
         undo.pop_all()
-    model.load_state_dict(run["model"])
     _set_random_state(run["random"])
     values: dict[str, Any] = run["values"]
     return values
@@ -235,6 +235,16 @@ def _is_extra(item: tuple[str, Any]) -> bool:
 
 def _extra(state: dict[str, Any]) -> dict[str, Any]:
     return dict(filter(_is_extra, state.items()))
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, held: list[tuple[Tensor, Tensor]], extra: dict[str, Any]) -> None:
+    """Give a model its parameters, buffers and extra states of before, by no hook if it can be."""
+    for x, before in held:
+        x.copy_(before)
+    if extra:
+        with suppress(Exception):  # a hook that refuses every load has refused the other one, too
+            model.load_state_dict(extra, strict=False)
 
 
 # ---- parts -------------------------------------------------------------------------------------

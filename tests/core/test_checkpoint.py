@@ -508,6 +508,25 @@ def test_malformed_contents_change_nothing(kind, swapped, tmp_path):
     assert same(everything(), before)
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_model_that_refuses_its_weights_is_as_before_and_so_is_all_else(moment, tmp_path):
+    model, opt, parts = holder(0)
+    save_checkpoint(tmp_path / "run.pt", model, opt, **parts)
+    model, opt, parts = holder(1)
+
+    def refuse(*_):
+        raise RuntimeError("not this one\nof all")
+
+    if moment == "before":
+        model.register_load_state_dict_pre_hook(refuse)
+    else:
+        model[0].register_load_state_dict_post_hook(refuse)
+    before = copy.deepcopy((snapshot(model, opt), parts["reader"].state))
+    with pytest.raises(ValueError, match=r"model cannot be loaded: RuntimeError: not this one$"):
+        load_checkpoint(tmp_path / "run.pt", model, opt, **parts)
+    assert same((snapshot(model, opt), parts["reader"].state), before)
+
+
 def test_an_optimizer_of_torch_that_refuses_is_as_before(tmp_path):
     model, generator = problem()
     opt = torch.optim.AdamW(model.parameters(), lr=0.05)
