@@ -15,8 +15,10 @@ from .base import describe
 from .options import Group, number
 from .shards import is_sharded, local
 from .state import (
+    AVERAGE,
     EXP_AVG,
     EXP_AVG_SQ,
+    OFFSET,
     OWN_EXP_AVG_SQ,
     PLAIN,
     PULLBACK_KEYS,
@@ -47,7 +49,8 @@ def validated_checkpoint(
     """A checkpoint as it is to be loaded, with all options filled in.
 
     State that was saved before its first step is dropped. State that other tools have put in is
-    kept, with a warning.
+    kept, with a warning. So are NaN and infinity in averages and moments of a group that steps
+    with them, by nonfinite="ignore"; elsewhere they are refused.
 
     Args:
         saved: a `state_dict()`.
@@ -72,6 +75,7 @@ def validated_checkpoint(
     if len(set(params)) < len(params):
         raise ValueError("the checkpoint has a parameter twice in its groups; nothing was changed")
     states, completed, others = dict(saved["state"]), [], set()
+    nonfinite: list[str] = []
     for g, (theirs, mine) in enumerate(zip(saved["param_groups"], groups, strict=True)):
         found = [states.get(key, {}) for key in theirs["params"]]
         _check_names(theirs, mine, g)
@@ -80,12 +84,12 @@ def validated_checkpoint(
             if mine.get("param_names"):
                 group["param_names"] = mine["param_names"]
             if keys is None:
-                _check_kinds(group, mine)
+                _check_base_options(group, mine)
             group[swap.SWAPPED] = theirs.get(swap.SWAPPED) or ""
             check = checker(group, list(zip(mine["params"], found, strict=True)))
             records = _records(group[swap.SWAPPED], len(found))
-        except ValueError:
-            raise
+        except ValueError as error:  # in one line, also where it shows a tensor
+            raise ValueError(" ".join(str(error).split())) from error
         except Exception as error:  # of options of any kind
             raise ValueError(
                 f"group {g} of the checkpoint cannot be loaded: {one_line(error)}; nothing was "
@@ -98,6 +102,13 @@ def validated_checkpoint(
                 check(state, param, record)
                 if keys is None:
                     _check_base_state(state, param, group)
+                if wrong := _nonfinite_keys(state):
+                    if group["nonfinite"] != "ignore":
+                        raise ValueError(
+                            f"its {wrong[0]!r} is not finite; to go on with that, set nonfinite to "
+                            "'ignore' in the checkpoint's groups"
+                        )
+                    nonfinite += [f"{name!r} of {describe(groups, g, i)}" for name in wrong]
                 if record and record.average and RETURN + record.average not in state:
                     raise ValueError(
                         f"the checkpoint had its average {record.average!r} swapped in, and lacks "
@@ -117,6 +128,11 @@ def validated_checkpoint(
         raise ValueError(
             f"the checkpoint has state for {unknown[0]}, which is in none of its groups; nothing "
             "was changed"
+        )
+    if nonfinite:
+        warnings.warn(
+            f"the checkpoint has tensors that are not finite: {', '.join(nonfinite[:9])}",
+            stacklevel=4,
         )
     if others or unknown:
         warnings.warn(
@@ -201,12 +217,19 @@ def _records(text: Any, count: int) -> list[swap.Swapped | None]:
     return records
 
 
-def _check_kinds(group: Group, mine: Group) -> None:
-    """Raises: ValueError: an option that nobody else checks is of another kind than before."""
+def _check_base_options(group: Group, mine: Group) -> None:
+    """Raises: ValueError: an option that nobody else checks is of another kind than before.
+
+    Or it is a number that no optimizer of torch takes for it.
+    """
     for key in mine.keys() - {"params", "param_names", swap.SWAPPED}:
         own, theirs = _kind(mine[key]), _kind(group[key])
         if own not in (None, theirs) and (own != "flag" or group[key] is not None):
-            raise ValueError(f"{key} must be as {mine[key]!r}, got {_shown(group[key])}")
+            raise ValueError(f"{key} must be as {_shown(mine[key])}, got {_shown(group[key])}")
+        if own == "number" and key in ("lr", "weight_decay", "eps"):
+            tensors = key == "lr" or isinstance(mine[key], Tensor)
+            if not 0 <= number(group[key], tensors=tensors) < math.inf:
+                raise ValueError(f"{key} must be a finite number >= 0, got {_shown(group[key])}")
 
 
 def _kind(value: Any) -> Any:
@@ -259,11 +282,23 @@ def _check_not_negative(key: str, value: Any) -> None:
         raise ValueError(f"its {key!r} must not be negative")
 
 
+def _nonfinite_keys(state: State) -> list[str]:
+    """The averages and moments in a state that have NaN or infinity."""
+    keys = state.keys() & (SECOND_MOMENTS | {AVERAGE, OFFSET, EXP_AVG, "momentum_buffer"})
+    return [
+        key
+        for key in sorted(keys | extra_keys_in(state))
+        if (type(x := state[key]) in PLAIN or is_sharded(x))
+        and not bool(local(x.detach()).isfinite().all())
+    ]
+
+
 def check_count(key: str, value: Any, _: Tensor | None = None) -> None:
     """Raises: ValueError: a saved count of steps is not one whole number that float64 can count."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"its {key!r} must be one number, got shape {tuple(value.shape)}")
-    count = number(value, tensors=True)
-    if not 0 <= count <= 2**53 or not count.is_integer():
-        got = count if isinstance(value, Tensor | float) else _shown(value)
-        raise ValueError(f"its {key!r} must be a whole number >= 0, got {got}")
+    flag = isinstance(value, Tensor) and value.dtype == torch.bool
+    count = math.nan if flag else number(value, tensors=True)
+    if not 0 <= count < 2**53 or not count.is_integer():
+        got = count if isinstance(value, Tensor | float) and not flag else _shown(value)
+        raise ValueError(f"its {key!r} must be a whole number >= 0 and < 2**53, got {got}")

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from paceline import PACE
+from paceline import PACE, Pullback
 from paceline.averaging import parse
 
 # ---- state_dict ------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def test_states_that_torch_orders_by_name_load_in_any_order():
     assert other.param_groups[0]["param_names"] == ["b", "a"]
 
 
-NAN, BELOW = float("nan"), torch.full((5,), -1e-9)
+NAN, INF, BELOW = float("nan"), float("inf"), torch.full((5,), -1e-9)
 RUBBISH = {
     "no state": (("state",), "del", "'state' of the checkpoint must be a dict, got None"),
     "state": (("state",), [1], r"'state' of the checkpoint must be a dict, got \[1\]"),
@@ -382,7 +382,12 @@ RUBBISH = {
     ),
     "dtype": (("param_groups", 0, "swapped"), "a.b*6", r"swapped='a.b\*6' .* it names no dtype"),
     "betas": (("param_groups", 0, "betas"), [[], 1], "betas must be two numbers"),
-    "lr": (("param_groups", 0, "lr"), torch.ones(2), "lr must be a finite number"),
+    "lr": (("param_groups", 0, "lr"), torch.ones(9, 9), "lr must be a finite number"),
+    **{
+        f"{key} {value}": (("state", 2, key), BELOW + 1 + value, f"'1.weight' .* its {key!r} is no")
+        for key in ("exp_avg", "exp_avg_sq", "average")
+        for value in (NAN, INF)
+    },
     "own": (("state", 2), None, "the state of 2 of the checkpoint must be a dict of names, got"),
     "list": (("state", 2), [1], "the state of 2 of the checkpoint must be a dict of names, got"),
     "keys": (("state", 2, 5), 1, "the state of 2 of the checkpoint must be a dict of names, got"),
@@ -397,7 +402,8 @@ RUBBISH = {
                 (torch.tensor(1j), "got "),
                 (float("inf"), "got inf"),
             ),
-            (1e300, "got 1e.300"),
+            *((1e300, "got 1e.300"), (2.0**53, r"< 2\*\*53, got 9007199254740992")),
+            (torch.tensor(True), r"got tensor\(True\)"),
         )
     },
     "no data": (("state", 2, "step"), torch.ones((), device="meta"), "'1.weight' .* cannot be"),
@@ -427,6 +433,31 @@ def test_rubbish_is_refused_by_name_and_nothing_changes(kind):
     assert len(str(error.value).splitlines()) == 1
     assert_same(snapshot(model, opt), before[0])
     assert opt.state_dict()["param_groups"] == before[1]
+
+
+def test_a_run_that_steps_with_nan_goes_on_with_a_warning():
+    opt, params = pair("ab", nonfinite="ignore", returns={"slow": "ema:kappa=0.9"})
+    params["b"].grad = torch.tensor([1.0, NAN])
+    opt.step()
+    fresh, own = pair("ab")
+    with pytest.warns(UserWarning, match="not finite: 'average' of .* 'b' .*, 'exp_avg' of"):
+        fresh.load_state_dict(opt.state_dict())
+    assert fresh.state[own["b"]]["return_slow"].isnan().tolist() == [False, True]
+
+
+BASE = {"lr": -1, "weight_decay": INF, "eps": torch.ones(1), "betas": torch.ones(9, 9)}
+
+
+@pytest.mark.parametrize("option", BASE)
+def test_options_that_torch_would_refuse_are_refused_for_a_base(option):
+    params = [torch.nn.Parameter(torch.ones(2))]
+    opt = Pullback(torch.optim.AdamW(params, lr=0.1), pullback=0.1)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0][option] = BASE[option]
+    with pytest.raises(ValueError, match=f"{option} must be ") as error:
+        opt.load_state_dict(saved)
+    assert "\n" not in str(error.value)
+    assert opt.param_groups[0]["lr"] == 0.1
 
 
 @pytest.mark.parametrize("kind", [float, int, torch.float64, torch.int64, torch.float32])

@@ -201,7 +201,7 @@ OF_ADAM = {
     "no moment": (without("exp_avg"), r"'second' .* its state lacks \['exp_avg'\]"),
     "a list": (put("exp_avg", [0.0] * 3), "'exp_avg' must be a floating-point tensor, got list"),
     "a shape": (put("exp_avg", torch.ones(1)), r"its 'exp_avg' has shape \(1,\)"),
-    "a count": (put("step", torch.tensor(0.5)), "'step' must be a whole number >= 0, got 0.5"),
+    "a count": (put("step", torch.tensor(0.5)), "'step' must be a whole number >= 0 .* got 0.5"),
     "lr": (lambda x: x["param_groups"][0].update(lr="x"), "lr must be as 0.1, got 'x'"),
     "betas": (lambda x: x["param_groups"][0].update(betas=[0.9]), r"betas must be as \(0.9, 0"),
     "amsgrad": (
