@@ -73,9 +73,16 @@ def scratch(folder: Path, name: str) -> Iterator[Path]:
 
 
 def _remove_if_left(own: Path) -> None:
-    """Remove a `scratch` of a process that is no more, or of another day."""
+    """Remove a `scratch` whose process is no more: without locks, one that is a day old."""
+    lock = None
     with suppress(OSError):  # it is gone, in use, or another user's
-        lock = _lock(own) if time.time() - own.stat().st_mtime < DAY else None
+        try:
+            lock = _lock(own)
+        except BlockingIOError:
+            return
+        except OSError:  # no locks here
+            if time.time() - own.stat().st_mtime < DAY:
+                return
         shutil.rmtree(own, ignore_errors=True)
         if lock is not None:
             os.close(lock)

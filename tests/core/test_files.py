@@ -66,6 +66,14 @@ def test_without_locks_what_is_left_goes_after_a_day(tmp_path, monkeypatch):
     assert names(tmp_path) == [days[0], "file"]
 
 
+def test_with_locks_a_partial_in_use_stays_whatever_the_clock_says(tmp_path):
+    pytest.importorskip("fcntl")
+    with scratch(tmp_path, "file") as own:
+        os.utime(own, (time.time() - 3 * 86_400,) * 2)
+        with scratch(tmp_path, "file"):
+            assert own.exists()
+
+
 @pytest.mark.parametrize("moment", ["in use", "gone"])
 def test_a_partial_that_was_taken_for_left_is_made_again(moment, tmp_path, monkeypatch):
     make, made = files.tempfile.mkdtemp, []
