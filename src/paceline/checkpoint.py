@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import functools
 import io
 import os
 import random
@@ -30,7 +31,7 @@ PARTS = ("model", "optimizer", "random", "states", "values")
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, **parts: Any
+    path: str | bytes | os.PathLike[str], model: nn.Module, optimizer: Optimizer, **parts: Any
 ) -> None:
     """Write all that a run needs to go on exactly: under its final name whole, or not at all.
 
@@ -59,7 +60,7 @@ def save_checkpoint(
     """
     if any(is_sharded(p) for p in model.parameters()):
         raise ValueError("model must not be sharded; save it by torch.distributed.checkpoint")
-    path = Path(path)
+    path = Path(os.fsdecode(path))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     states = {name: _state(part) for name, part in parts.items() if _has_state(part)}
@@ -75,7 +76,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, **parts: Any
+    path: str | bytes | os.PathLike[str], model: nn.Module, optimizer: Optimizer, **parts: Any
 ) -> dict[str, Any]:
     """Go on from a file of `save_checkpoint`, in objects made as those that were saved.
 
@@ -96,7 +97,8 @@ def load_checkpoint(
             model, the optimizer or a part refuses its state. Nothing has changed then.
         OSError: the file cannot be opened, or is none.
     """
-    name = repr(os.fspath(path))
+    path = Path(os.fsdecode(path))
+    name = repr(str(path))
     run = _read(path, name)
     if not isinstance(run, dict) or not all(isinstance(run.get(key), dict) for key in PARTS):
         raise ValueError(f"{name} was not written by save_checkpoint")
@@ -152,9 +154,9 @@ def _write_run(run: dict[str, Any], path: Path) -> None:
         set_crc32_options(sums)
 
 
-def _read(path: str | os.PathLike[str], name: str) -> Any:
-    check_regular(Path(path))
-    with open(path, "rb") as file:  # noqa: PTH123 - a path of any kind
+def _read(path: Path, name: str) -> Any:
+    check_regular(path)
+    with path.open("rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 if any(part.compress_type for part in archive.infolist()):
@@ -253,35 +255,50 @@ def _put_back(model: nn.Module, held: list[tuple[Tensor, Tensor]], extra: dict[s
 def _plain(x: Any, part: str) -> Any:
     """The same in what `weights_only=True` reads back: NumPy's numbers become Python's."""
     try:
-        return _walk(x, part, part)
+        return _walk(x, part, part, {})
     except RecursionError:
         raise ValueError(f"part {part!r} holds itself, or is nested too deeply") from None
 
 
-def _walk(x: Any, part: str, where: str) -> Any:
+def _walk(x: Any, part: str, where: str, seen: dict[int, tuple[Any, Any]]) -> Any:
+    """One value of a part; `seen` holds dicts, lists and tuples, and what was made of them."""
     if not isinstance(x, Tensor) and getattr(x, "shape", None) == ():
         x = x.item()
+    if id(x) in seen:
+        return seen[id(x)][1]
     kind = type(x)
     if kind in (dict, OrderedDict, Counter):
         made: Any = kind()
         for key, value in x.items():
             at = f"{where}[{key!r}]"
-            made[_walk(key, part, f"the key of {at}")] = _walk(value, part, at)
+            made[_walk(key, part, f"the key of {at}", seen)] = _walk(value, part, at, seen)
         if kind is OrderedDict:  # of a model: the versions of its modules
-            vars(made).update(_walk(vars(x), part, f"vars({where})"))
+            vars(made).update(_walk(vars(x), part, f"vars({where})", seen))
+        seen[id(x)] = x, made
         return made
     if kind in (list, tuple):
-        return kind(_walk(value, part, f"{where}[{i}]") for i, value in enumerate(x))
+        made = kind(_walk(value, part, f"{where}[{i}]", seen) for i, value in enumerate(x))
+        seen[id(x)] = x, made
+        return made
     if x is None or kind in (bool, float, str) or (kind is int and x.bit_length() < 64):
         return x
-    if kind in PLAIN and not vars(x):
+    if kind in PLAIN and not vars(x) and _dtype_reads_back(x.dtype):
         return x
     if (isinstance(x, Tensor) or kind in SOMETIMES) and _reads_back(x):
         return x
+    what = f"Tensor of {x.dtype}" if kind in PLAIN and not vars(x) else kind.__name__
     raise ValueError(
-        f"part {part!r} holds a {kind.__name__}; a checkpoint takes tensors, numbers, strings, and "
+        f"part {part!r} holds a {what}; a checkpoint takes tensors, numbers, strings, and "
         f"lists and dicts of them, of just these types: {where}"
     )
+
+
+@functools.cache
+def _dtype_reads_back(dtype: torch.dtype) -> bool:
+    """Whether each tensor of this dtype can be read back; torch cannot write uint4."""
+    with suppress(RuntimeError):  # a quantized dtype, of which each tensor is tried
+        return _reads_back(torch.empty(0, dtype=dtype))
+    return False
 
 
 def _reads_back(x: Any) -> bool:

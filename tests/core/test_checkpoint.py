@@ -342,6 +342,7 @@ UNREADABLE = {
     "a set of such": ({Level.HIGH}, "a set"),
     "attributes": (torch.ones(1), r"a Tensor; .*: sampler"),
     "long double": (np.longdouble(1), "a longdouble"),
+    "uint4": ([torch.empty(2, dtype=torch.uint4)], r"a Tensor of torch.uint4; .*: sampler\[0\]$"),
     "a date": (np.datetime64("2020-01-01"), "a date"),
 }
 UNREADABLE["attributes"][0].of = random.Random(0)
@@ -373,6 +374,21 @@ def test_what_is_read_back_is_the_same(tmp_path):
     assert [list(map(type, x)) for x in read.values()] == [
         [float if type(x) is np.float64 else type(x) for x in values[key]] for key in read
     ]
+
+
+def test_what_is_shared_is_visited_once_and_stays_shared(tmp_path):
+    shared = [1, torch.ones(2)]
+    for _ in range(60):  # 2^60 visits one by one
+        shared = [shared, {"again": shared}]
+    model, opt, path = one_step(tmp_path, shared=shared)
+    read = load_checkpoint(path, model, opt)["shared"]
+    assert read[0] is read[1]["again"]
+
+
+def test_a_path_may_be_bytes(tmp_path):
+    model, opt, path = one_step(tmp_path)
+    save_checkpoint(os.fsencode(path), model, opt, step=5)
+    assert load_checkpoint(os.fsencode(path), model, opt) == {"step": 5}
 
 
 def test_a_part_that_holds_itself_is_refused(tmp_path):
