@@ -1,5 +1,6 @@
 """Running statistics, as BatchNorm's, of the weights that are in a model now."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +33,10 @@ def recomputed_statistics(model: nn.Module, batches: Iterable[Any]) -> Iterator[
     They are the means over one pass of the batches in training mode, as `update_bn` of
     `torch.optim.swa_utils` computes them. At the end, also after an exception, the model has its
     buffers and its modes of training back. Layers in evaluation mode beside others in training mode
-    are frozen: they keep their statistics. Random numbers are drawn as if there were no pass.
+    are frozen: they keep their statistics. So does a layer that no batch reaches, with a warning.
+
+    Torch's random numbers are drawn as if there were no pass. The pass moves Python's and NumPy's,
+    and a generator that the loader has of its own: give a loader that training does not use.
 
     Args:
         model: on any device; batches are moved to that of its first parameter. Without such layers
@@ -75,9 +79,11 @@ def _recompute(model: nn.Module, layers: list[Any], batches: Iterable[Any]) -> N
     device = next((p.device for p in model.parameters()), None)
     count = 0
     cuda = [device] if device is not None and device.type == "cuda" else []
+    before = [_copies(layer) for layer in layers]
     try:
         for layer in layers:
             layer.reset_running_stats()
+        fresh = [_copies(layer) for layer in layers]
         with torch.random.fork_rng(cuda):
             for count, batch in enumerate(batches, 1):
                 for layer in layers:  # a mean over all batches; without a momentum, BatchNorm's own
@@ -90,6 +96,22 @@ def _recompute(model: nn.Module, layers: list[Any], batches: Iterable[Any]) -> N
             layer.momentum = momentum
     if not count:
         raise ValueError("batches has no batch to compute running statistics from; is it used up?")
+    missed = []
+    for layer, old, new in zip(layers, before, fresh, strict=True):
+        if all(map(torch.equal, layer.buffers(), new)):
+            missed.append(layer)
+            for buffer, value in zip(layer.buffers(), old, strict=True):
+                buffer.copy_(value)
+    if missed:
+        names = sorted(repr(name) for name, layer in model.named_modules() if layer in missed)
+        warnings.warn(
+            f"no batch reached {', '.join(names)}, which keep the running statistics they had",
+            stacklevel=5,
+        )
+
+
+def _copies(layer: nn.Module) -> list[Tensor]:
+    return [buffer.clone() for buffer in layer.buffers()]
 
 
 def _moved(batch: Any, device: torch.device | None) -> Any:

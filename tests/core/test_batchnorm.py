@@ -143,6 +143,29 @@ def test_a_frozen_layer_keeps_its_statistics():
     assert same(everything(model), before)
 
 
+class Routed(nn.Module):
+    """Of two layers one is reached."""
+
+    def __init__(self):
+        super().__init__()
+        self.near, self.far = nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True)
+
+    def forward(self, x):
+        return self.near(x)
+
+
+def test_a_layer_that_no_batch_reaches_keeps_its_statistics_and_is_named():
+    model = Routed()
+    model.far.running_mean.fill_(7.0)
+    model.near.running_mean.fill_(7.0)
+    held = recomputed_statistics(model, batches())
+    with pytest.warns(UserWarning, match="no batch reached 'far', which keep the run") as warned:
+        held.__enter__()
+    assert (model.far.running_mean == 7).all()
+    assert (model.near.running_mean.abs() < 1).all()
+    assert warned[0].filename == __file__
+
+
 def test_a_model_without_such_layers_reads_no_batch():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False))
     with recomputed_statistics(model, failing()):
