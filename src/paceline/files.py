@@ -1,11 +1,13 @@
 """Files and folders that are there whole, or not at all."""
 
+import ctypes
 import errno
 import glob
 import os
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,15 +20,19 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 DAY = 86_400  # seconds
+TRIES = 20  # to replace a folder, while others replace it
+LOST = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A path to write a file or folder to, which is renamed to the final one at the end.
 
-    What is written is on the disk before it gets its name, and replaces what had it, whose mode it
-    keeps. Others may write the same path now: the last one's stays. After an exception nothing is
-    left; after a kill, one `.NAME.*.partial`, which the next call removes.
+    What is written is on the disk before it gets its name. It replaces a file or folder of that
+    name; a file takes over the old one's mode. Others may write the same path now: the last one's
+    stays. After an exception nothing is left. After a kill one `.NAME.*.partial` is left, which the
+    next call removes. Where a kill left an old folder as `.NAME.*.replaced` and none as NAME, the
+    next call first gives it its name back.
 
     Args:
         path: the final path; of a link, what it leads to is replaced.
@@ -38,6 +44,7 @@ def whole(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     with suppress(FileNotFoundError):
         check_regular(path)
+    _put_back(path)
     with scratch(path.parent, path.name) as own:
         yield own / "whole"
         put(own / "whole", path)
@@ -59,7 +66,7 @@ def scratch(folder: Path, name: str) -> Iterator[Path]:
         own, lock = Path(tempfile.mkdtemp(end, start, folder)), None
         try:
             lock = _lock(own)
-        except (BlockingIOError, FileNotFoundError):  # another has just taken it for left
+        except (BlockingIOError, FileNotFoundError):  # another call just removed it as a leftover
             continue
         except OSError:  # no locks here
             pass
@@ -116,25 +123,60 @@ def put(source: Path, target: Path) -> None:
     """Rename a file or folder once it is on the disk; replaces what has that name.
 
     Both paths are in one file system. A file keeps the mode of the one that it replaces; it does
-    not replace a folder, nor a folder a file.
+    not replace a folder, nor a folder a file. A folder trades names with the old one in one step on
+    Linux's own file systems. Elsewhere it takes two, and no folder has the name between them.
     """
     for part in (*source.rglob("*"), source):
         sync(part)
     if source.is_file() and target.is_file():
         _copy_mode(target, source)
-    replaced = target.with_name(f".{target.name}.{secrets.token_hex(4)}.replaced")
-    if folder := source.is_dir() and target.is_dir():  # which nothing can be renamed onto
-        target.replace(replaced)
-    try:
-        source.replace(target)
-    except BaseException:
-        if folder:
-            replaced.replace(target)
-        raise
+    folder = source.is_dir()
+    for left in reversed(range(TRIES)):
+        try:
+            _replace(source, target)
+            break
+        except OSError as error:  # another may have put a folder there meanwhile, or taken it
+            if not left or not folder or error.errno not in LOST:
+                raise
     sync(target.parent)
     if folder:
-        for old in target.parent.glob(f".{glob.escape(target.name)}.{'?' * 8}.replaced"):
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(source, ignore_errors=True)  # where they have traded names
+        for old in _replaced(target):
+            with suppress(OSError):  # renamed first: what is half removed is never put back
+                shutil.rmtree(old.replace(old.with_suffix(".partial")), ignore_errors=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    if not (source.is_dir() and target.is_dir()):
+        source.replace(target)
+    elif not _exchange(source, target):
+        old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.replaced")
+        target.replace(old)
+        try:
+            source.replace(target)
+        except BaseException:
+            with suppress(OSError):  # another has put one there
+                old.replace(target)
+            raise
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Whether two paths have traded what they name, by Linux's renameat2(2)."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return call is not None and call(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0
+
+
+def _replaced(path: Path) -> list[Path]:
+    """Folders that had a path's name until they were replaced, and are still there."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.replaced"))
+
+
+def _put_back(path: Path) -> None:
+    """Give a folder its name back if a process was killed while it replaced that."""
+    with suppress(OSError):  # another has done so
+        left = _replaced(path)
+        if left and not path.exists():
+            max(left, key=lambda old: old.stat().st_mtime).replace(path)
 
 
 def _copy_mode(source: Path, target: Path) -> None:

@@ -95,6 +95,75 @@ def test_a_partial_that_was_taken_for_left_is_made_again(moment, tmp_path, monke
     assert (tmp_path / "file").read_text() == "text"
 
 
+# ---- folders that replace one ------------------------------------------------------------------
+
+
+def write_folder(path, text):
+    with whole(path) as partial:
+        partial.mkdir()
+        (partial / text).write_text(text)
+
+
+@pytest.fixture
+def two_steps(monkeypatch):
+    """A file system that cannot have two folders trade names."""
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.usefixtures("two_steps")
+def test_a_folder_is_back_after_a_kill_between_two_renames(tmp_path, monkeypatch):
+    path = tmp_path / "folder"
+    write_folder(path, "old")
+    if not (child := os.fork()):
+        real = Path.replace
+        monkeypatch.setattr(
+            Path, "replace", lambda a, b: os._exit(0) if a.name == "whole" else real(a, b)
+        )
+        write_folder(path, "new")
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not path.exists()
+    with whole(path) as partial:
+        assert names(path) == ["old"]
+        partial.mkdir()
+        (partial / "new").write_text("text")
+    assert names(path) == ["new"]
+    assert names(tmp_path) == ["folder"]
+
+
+@pytest.mark.usefixtures("two_steps")
+def test_a_lost_race_for_a_folder_tries_again(tmp_path, monkeypatch):
+    path, real, others = tmp_path / "folder", Path.replace, ["second", "third"]
+    write_folder(path, "old")
+
+    def replace(a, b):
+        made = real(a, b)
+        if str(b).endswith(".replaced") and others:
+            write_folder(path, others.pop())  # and that one's is in the way
+        return made
+
+    monkeypatch.setattr(Path, "replace", replace)
+    write_folder(path, "first")
+    assert not others
+    assert names(path) == ["first"]
+    assert names(tmp_path) == ["folder"]
+
+
+def test_where_folders_can_trade_names_one_is_always_there(tmp_path, monkeypatch):
+    for name in ("a", "b", "folder"):
+        (tmp_path / name).mkdir()
+    if not files._exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("a file system that cannot")
+    monkeypatch.delattr(Path, "replace")
+    write_folder(tmp_path / "folder", "new")
+    assert names(tmp_path / "folder") == ["new"]
+    assert names(tmp_path) == ["a", "b", "folder"]
+
+
+# ---- names, modes and links --------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("length", [1, 255])
 def test_any_name(length, tmp_path):
     path = tmp_path / ("[" * length)
