@@ -95,7 +95,7 @@ def load_checkpoint(
     Raises:
         ValueError: it is damaged, no such file, has other parts, or is of another model; or the
             model, the optimizer or a part refuses its state. Nothing has changed then.
-        OSError: the file cannot be opened, or is none.
+        OSError: the file cannot be opened, or the path is a folder's or a device's.
     """
     path = Path(os.fsdecode(path))
     name = repr(str(path))
@@ -302,7 +302,7 @@ def _dtype_reads_back(dtype: torch.dtype) -> bool:
 
 
 def _reads_back(x: Any) -> bool:
-    """Whether `load_checkpoint` can read what is none of the usual."""
+    """Whether `load_checkpoint` can read a value of a rarer type, found by trying."""
     file = io.BytesIO()
     try:
         torch.save(x, file)
