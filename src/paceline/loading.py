@@ -25,6 +25,7 @@ from .state import (
     RETURN,
     State,
     extra_keys_in,
+    wide_dtype,
 )
 
 # By the options of a group: of torch's Adam and AdamW.
@@ -102,7 +103,7 @@ def validated_checkpoint(
                 check(state, param, record)
                 if keys is None:
                     _check_base_state(state, param, group)
-                if wrong := _nonfinite_keys(state):
+                if wrong := _nonfinite_keys(state, param):
                     if group["nonfinite"] != "ignore":
                         raise ValueError(
                             f"its {wrong[0]!r} is not finite; to go on with that, set nonfinite to "
@@ -226,6 +227,8 @@ def _check_base_options(group: Group, mine: Group) -> None:
         own, theirs = _kind(mine[key]), _kind(group[key])
         if own not in (None, theirs) and (own != "flag" or group[key] is not None):
             raise ValueError(f"{key} must be as {_shown(mine[key])}, got {_shown(group[key])}")
+        if key in ("foreach", "fused") and not isinstance(group[key], bool | None):
+            raise ValueError(f"{key} must be None, True or False, got {_shown(group[key])}")
         if own == "number" and key in ("lr", "weight_decay", "eps"):
             tensors = key == "lr" or isinstance(mine[key], Tensor)
             if not 0 <= number(group[key], tensors=tensors) < math.inf:
@@ -238,7 +241,11 @@ def _kind(value: Any) -> Any:
         return "flag"
     if isinstance(value, tuple | list):
         return tuple(map(_kind, value))
-    return None if math.isnan(number(value, tensors=True)) else "number"
+    return None if _is_flags(value) or math.isnan(number(value, tensors=True)) else "number"
+
+
+def _is_flags(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
 def _check_base_state(state: State, param: Tensor, group: Group) -> None:
@@ -282,14 +289,14 @@ def _check_not_negative(key: str, value: Any) -> None:
         raise ValueError(f"its {key!r} must not be negative")
 
 
-def _nonfinite_keys(state: State) -> list[str]:
-    """The averages and moments in a state that have NaN or infinity."""
+def _nonfinite_keys(state: State, param: Tensor) -> list[str]:
+    """The averages and moments in a state that have NaN or infinity, or would once loaded."""
     keys = state.keys() & (SECOND_MOMENTS | {AVERAGE, OFFSET, EXP_AVG, "momentum_buffer"})
     return [
         key
         for key in sorted(keys | extra_keys_in(state))
         if (type(x := state[key]) in PLAIN or is_sharded(x))
-        and not bool(local(x.detach()).isfinite().all())
+        and not bool(local(x.detach()).to(wide_dtype(param)).isfinite().all())
     ]
 
 
@@ -297,7 +304,7 @@ def check_count(key: str, value: Any, _: Tensor | None = None) -> None:
     """Raises: ValueError: a saved count of steps is not one whole number that float64 can count."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"its {key!r} must be one number, got shape {tuple(value.shape)}")
-    flag = isinstance(value, Tensor) and value.dtype == torch.bool
+    flag = _is_flags(value)
     count = math.nan if flag else number(value, tensors=True)
     if not 0 <= count < 2**53 or not count.is_integer():
         got = count if isinstance(value, Tensor | float) and not flag else _shown(value)

@@ -386,7 +386,7 @@ RUBBISH = {
     **{
         f"{key} {value}": (("state", 2, key), BELOW + 1 + value, f"'1.weight' .* its {key!r} is no")
         for key in ("exp_avg", "exp_avg_sq", "average")
-        for value in (NAN, INF)
+        for value in (NAN, INF, torch.tensor([1e300], dtype=torch.float64))
     },
     "own": (("state", 2), None, "the state of 2 of the checkpoint must be a dict of names, got"),
     "list": (("state", 2), [1], "the state of 2 of the checkpoint must be a dict of names, got"),
@@ -446,6 +446,7 @@ def test_a_run_that_steps_with_nan_goes_on_with_a_warning():
 
 
 BASE = {"lr": -1, "weight_decay": INF, "eps": torch.ones(1), "betas": torch.ones(9, 9)}
+BASE |= {"foreach": torch.ones(9, 9), "fused": "yes", "lr tensor": torch.tensor(True)}
 
 
 @pytest.mark.parametrize("option", BASE)
@@ -453,8 +454,9 @@ def test_options_that_torch_would_refuse_are_refused_for_a_base(option):
     params = [torch.nn.Parameter(torch.ones(2))]
     opt = Pullback(torch.optim.AdamW(params, lr=0.1), pullback=0.1)
     saved = copy.deepcopy(opt.state_dict())
-    saved["param_groups"][0][option] = BASE[option]
-    with pytest.raises(ValueError, match=f"{option} must be ") as error:
+    name = option.split()[0]
+    saved["param_groups"][0][name] = BASE[option]
+    with pytest.raises(ValueError, match=f"{name} must be ") as error:
         opt.load_state_dict(saved)
     assert "\n" not in str(error.value)
     assert opt.param_groups[0]["lr"] == 0.1
