@@ -264,7 +264,8 @@ class PACE(AveragedOptimizer):
         if not options["fused"]:
             return
         for index, p in members:
-            reason = kernels.reason_against(shards.local(p), state_dtype(p, options), p.grad)
+            grad = None if p.grad is None else shards.local(p.grad)
+            reason = kernels.reason_against(shards.local(p), state_dtype(p, options), grad)
             if reason:
                 raise error(
                     f"fused=True {reason}, got {describe(self.param_groups, group, index)}; "

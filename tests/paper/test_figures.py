@@ -23,7 +23,7 @@ from paceline.train.run import Train
         (["21"], "unknown figure '21'"),
         (["6", "--recipe", "tiny-gtp2"], "did you mean 'tiny-gpt2'?"),
         (["6", "--storage", "nothing://x"], "storage: nothing://x: "),
-        (["6", "--out", "FILE"], "out: cannot make the folder FILE: "),
+        (["6", "--out", "FILE"], "out: FILE is not an empty folder"),
     ],
 )
 def test_bad_input(arguments, message, tmp_path, capsys, monkeypatch):

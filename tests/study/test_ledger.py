@@ -383,7 +383,8 @@ def test_a_storage_that_stays_away_is_one_clear_line(worker, monkeypatch):
 @pytest.mark.parametrize("option", ["lr", "pullback"])
 @pytest.mark.parametrize("value", [1e-300, 1e300])
 def test_no_value_is_too_large_or_small_to_be_written_down(worker, option, value):
-    cell = cell_of(f"pace:pullback=1:lr=1:kappa=0.3:{option}={value}")
+    given = {"pullback": 1, "lr": 1, "kappa": 0.3} | {option: value}
+    cell = cell_of(":".join(["pace", *(f"{name}={x}" for name, x in given.items())]))
     a = worker(cell)
     finish(a, a.claim(), cell)
     assert a.left() == []
