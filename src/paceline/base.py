@@ -1,5 +1,6 @@
 """What PACE and Pullback share: averages in and out, export, faults, reports, checkpoints."""
 
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ class AveragedOptimizer(Optimizer):
         self._stats: dict[str, Any] | None = None
         self._counts: Tensor | None = None  # guarded coordinates, guarded steps, skipped steps
         self._state_is_provisional = False  # made by a step that only asked for state
+        self._announced: shards.Announcement | None = None
         self._spans: list[tuple[int, int, int]] = []  # of memory that does not overlap
         self._checked: dict[int, list[Any]] = {}  # by the group's index: options as checked
         self._projections: OrderedDict[int, Callable[[], object]] = OrderedDict()
@@ -60,6 +62,27 @@ class AveragedOptimizer(Optimizer):
                 f"{method}() was called while the averaged weights are in the model; call train() "
                 "first. Nothing was changed"
             )
+
+    def _compare_ranks(self) -> None:
+        """Say where another rank has other options, at one of the first steps.
+
+        Raises:
+            RuntimeError: they are such that ranks wait for each other.
+        """
+        if self._announced and not self._announced.looks:
+            return
+        options = "; ".join(
+            f"nonfinite={g['nonfinite']!r}, pullback={g['pullback']!r}" for g in self.param_groups
+        )
+        if self._announced is None:
+            sizes = ",".join(str(len(group["params"])) for group in self.param_groups)
+            self._announced = shards.Announcement(options, f"{type(self).__name__}/{sizes}")
+        waits = any(f"'{word}'" in options for word in ("skip", "raise", "auto"))
+        if found := self._announced.difference(wait=waits):
+            found = f"{type(self).__name__} has not the same options on all ranks: {found}"
+            if any(f"'{word}'" in found for word in ("skip", "raise", "auto")):
+                raise RuntimeError(f"{found}; they would wait for each other. Nothing was changed")
+            warnings.warn(found, stacklevel=5)
 
     @property
     def returns(self) -> tuple[str, ...]:

@@ -313,6 +313,7 @@ class PACE(AveragedOptimizer):
                 stepped = [x for x in enumerate(group["params"]) if x[1].grad is not None]
                 self._check_dtypes(index, stepped, RuntimeError)
                 self._check_gradients(index)
+        self._compare_ranks()
         skip = self._skips_step()
         if self._state_is_provisional:  # averages begin from what is in the parameters now
             self.state.clear()

@@ -298,6 +298,7 @@ class Pullback(AveragedOptimizer):
                 group |= checked
                 self._checked[index] = [group[name] for name in self._ours]
         self._check_memory()
+        self._compare_ranks()
         if bool(self._skips_step()):
             raise _Skipped
         if self._state_is_provisional:  # averages begin from what is in the parameters now

@@ -4,12 +4,19 @@ The step works on elements, so it works on each rank's own part (`torch.distribu
 memory to every kernel, without a word to the other ranks.
 """
 
+from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+LOOKS = 10  # steps in which other ranks' options are looked for
+WAIT = timedelta(seconds=10)  # for them, by a rank that will wait for the others anyway
+_announced: Counter[str] = Counter()  # in this process, by what they are of
 
 
 def is_sharded(x: Tensor) -> bool:
@@ -107,3 +114,45 @@ def on_any_rank(flags: Tensor) -> Tensor:
     up = flags.to(torch.int32)
     dist.all_reduce(up, op=dist.ReduceOp.MAX)
     return up > 0
+
+
+class Announcement:
+    """Options of this rank, told to the others by the process group's store, to be compared.
+
+    Args:
+        options: as text.
+        kind: what the same object on other ranks has in common with it.
+    """
+
+    def __init__(self, options: str, kind: str) -> None:
+        self.options, self.looks = options, 0
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        self.store, rank, count = _get_default_store(), dist.get_rank(), dist.get_world_size()
+        name = f"paceline/{kind}/{_announced[kind]}"
+        _announced[kind] += 1
+        self.store.set(f"{name}/{rank}", options)
+        # Of a ring with spokes one rank sees any difference, and each reads two.
+        self.others = {other: f"{name}/{other}" for other in {0, (rank + 1) % count} - {rank}}
+        self.looks = LOOKS
+
+    def difference(self, *, wait: bool) -> str | None:
+        """What another rank has that differs; None where nothing does, or is known yet.
+
+        Args:
+            wait: for the others, a while.
+        """
+        if not self.looks:
+            return None
+        self.looks -= 1
+        if wait and self.looks == LOOKS - 1:
+            with suppress(RuntimeError):  # it takes too long: they may have other optimizers
+                self.store.wait(list(self.others.values()), WAIT)
+        if not self.store.check(list(self.others.values())):
+            return None
+        self.looks = 0
+        theirs = {rank: self.store.get(key).decode() for rank, key in self.others.items()}
+        found = [f"rank {rank} has {x}" for rank, x in theirs.items() if x != self.options]
+        return f"{found[0]}, this rank {self.options}" if found else None
