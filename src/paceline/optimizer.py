@@ -1,5 +1,6 @@
 """PACE as a `torch.optim.Optimizer`: its arguments, its groups, the plan of a step."""
 
+import ctypes
 import operator
 import warnings
 from collections import defaultdict
@@ -505,17 +506,15 @@ class Batch:
     idle: bool  # whether they have no gradients: their averages alone go on
     counts: tuple[int, int] | None  # steps, and idle ones; None if the host must not read them
     kernels: list[kernels.Kernel]  # one for all; or one each where the host must not read counts
+    cells: list[ctypes.c_double]  # of a plan that is kept: the counts that move, in their memory
 
     def now(self, key: str) -> Tensor:
         """The counts of one kind, as a vector on their device."""
         return torch.stack([state[key] for state in self.states])
 
     def agrees(self) -> bool:
-        """Whether the counts that move are those that it was made for."""
-        if self.counts is None:
-            return True
-        key = IDLE if self.idle else STEP
-        return {state[key].item() for state in self.states} == {self.counts[self.idle]}
+        """Whether the counts that move, which are where they were, are those it was made for."""
+        return self.counts is None or {x.value for x in self.cells} == {self.counts[self.idle]}
 
 
 class Plan:
@@ -582,7 +581,9 @@ class Plan:
             grads = [] if self.may_be_kept or idle else [slot.grad for slot in slots]
             theirs = [states[p] for p in own]
             slots = [x._replace(grad=None) for x in slots]
-            self.batches.append(Batch(slots, own, places, theirs, grads, idle, counts, chosen))
+            cells = [ctypes.c_double.from_address(x.data_ptr()) for x in count * self.may_be_kept]
+            made = Batch(slots, own, places, theirs, grads, idle, counts, chosen, cells)
+            self.batches.append(made)
         self._remember()
 
     def _slot(self, param: Tensor, state: State) -> Slot:
@@ -626,7 +627,8 @@ class Plan:
         self.tensors = [x for _, x in self.written]
         if self.may_be_kept:
             self.layout = _layout(self.tensors)
-            self.kinds = _kinds(self.stepped), _kinds([p.grad for p in self.stepped])
+            self.shapes = [p.shape for p in self.stepped]
+            self.kinds = _kinds([p.grad for p in self.stepped])
 
     def holds(self, group: Group, first: int) -> bool:
         """Whether the coming step goes as this plan has it.
@@ -642,7 +644,8 @@ class Plan:
             and _identical([p for p in params if p.grad is not None], self.stepped)
             and _identical([x for state in self.states for x in state.values()], self.values)
             and _layout(self.tensors) == self.layout
-            and (_kinds(self.stepped), _kinds([p.grad for p in self.stepped])) == self.kinds
+            and [p.shape for p in self.stepped] == self.shapes
+            and _kinds([p.grad for p in self.stepped]) == self.kinds
             and all(batch.agrees() for batch in self.batches)
         )
 
@@ -724,14 +727,14 @@ def _layout(tensors: list[Tensor]) -> tuple[list[Any], ...]:
     )
 
 
-def _kinds(tensors: list[Any]) -> tuple[list[Any], ...]:
-    """What decides whether parameters and gradients can be stepped, and by which kernel."""
+def _kinds(grads: list[Any]) -> tuple[list[Any], ...]:
+    """What decides whether gradients can be stepped, and by which kernel."""
     return (
-        [x.dtype for x in tensors],
-        [x.layout for x in tensors],
-        [x.shape for x in tensors],
-        list(map(type, tensors)),
-        list(map(Tensor.is_neg, tensors)),
+        [x.dtype for x in grads],
+        [x.layout for x in grads],
+        [x.shape for x in grads],
+        list(map(type, grads)),
+        list(map(Tensor.is_neg, grads)),
     )
 
 
