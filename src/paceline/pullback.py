@@ -558,6 +558,8 @@ def _check_options(options: Group) -> None:
     require(options, "gain", options["gain"] in GAINS, f"one of {', '.join(GAINS)}")
     require(options, "gain_beta2", 0 <= number(options["gain_beta2"]) < 1, "in [0, 1)")
     require(options, "gain_eps", 0 <= number(options["gain_eps"]) < math.inf, "a number >= 0")
+    for name in ("gain_beta2", "gain_eps"):
+        options[name] = float(options[name])
     require(options, "nonfinite", options["nonfinite"] != "guard", "one of skip, raise, ignore")
     if not options["gain_eps"] and not options["gain_clip"]:
         raise ValueError("gain_clip=False needs gain_eps > 0, got 0: a gain would have no bound")
