@@ -37,17 +37,21 @@ def fault(param: Tensor, name: str, x: Tensor) -> str | None:
         return "its gradient has been freed" if lacks_memory(x) else None
     if not x.is_floating_point() or x.layout != param.layout or x.device != param.device:
         return f"its {name} is {x.dtype} and {x.layout} on {x.device}"
-    if (type(x) in PLAIN) != (type(param) in PLAIN) or x.is_neg():
+    # The state of a subclass of Parameter is plain.
+    if (type(x) not in PLAIN and type(param) in PLAIN) or x.is_neg():
         return f"its {name} is a {type(x).__name__} of another kind"
     return f"its {name} has been freed" if lacks_memory(x) else None
 
 
 def spans(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
-    """Where tensors begin and end, and their index, of those that are plain and not empty."""
+    """Where tensors begin and end, and their index, of those that are plain and not empty.
+
+    Devices that give no address, as TPUs, are left out.
+    """
     return [
-        (x.data_ptr(), x.data_ptr() + _extent(x) * x.itemsize, i)
+        (begin, begin + _extent(x) * x.itemsize, i)
         for i, x in enumerate(tensors)
-        if is_plain(x) and x.numel()
+        if is_plain(x) and x.numel() and (begin := x.data_ptr())
     ]
 
 

@@ -48,6 +48,7 @@ from .swap import SWAPPED, Swapped, write_record
 from .update import TINY, MovedSlot, in_batches, pull_
 
 GAINS = ("adam", "own", "scalar")
+HOOKED: Any = Optimizer.profile_hook_step(repr).__code__  # of each `step` that torch has hooks on
 # State of bases whose `exp_avg_sq` is of gradients in another basis than the parameter's.
 ROTATED = {"Q", "GG", "projector", "ortho_matrix"}
 # Options that LR schedulers add to groups.
@@ -257,9 +258,11 @@ class Pullback(AveragedOptimizer):
     def _base_step(self, *arguments: Any, **options: Any) -> Any:
         """The base's step with its own hooks; those on all optimizers run around ours."""
         base: Any = self.base
-        step = getattr(type(base).step, "__wrapped__", None)  # without torch's hooks
-        if step is None or "step" in vars(base):  # another has wrapped it
+        step: Any = type(base).step
+        torchs = getattr(step, "__code__", None) is HOOKED
+        if not torchs or "step" in vars(base):  # another has wrapped it
             return base.step(*arguments, **options)
+        step = step.__wrapped__  # without torch's hooks
         given: tuple[Any, ...] = (base, *arguments)
         for hook in list(base._optimizer_step_pre_hooks.values()):
             changed = hook(base, given, options)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from .files import check_regular
+
 SUMS = "checksums.json"
 CHUNK = 1 << 20  # bytes read at a time
 
@@ -47,12 +49,15 @@ def find_damage(path: Path, but: Sequence[str] = ()) -> str | None:
         if path not in (folder, file) or any(fnmatch(name, pattern) for pattern in but):
             continue
         try:
+            check_regular(file)  # a device may never end
             if _crc32(file) != value:
                 return f"{file} is damaged: it does not have its check sum in {SUMS}"
         except FileNotFoundError:
             return f"{file} is missing"
         except OSError as error:
             return f"{file} cannot be read: {error.strerror}"
+        except ValueError:
+            return f"{folder / SUMS} is damaged: it names {name!r}"
     return None
 
 

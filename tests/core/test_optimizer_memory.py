@@ -7,7 +7,7 @@ import torch
 from problems import same
 from torch.nn import Parameter
 
-from paceline import PACE
+from paceline import PACE, Pullback
 
 FUSED = [None, True, False]
 
@@ -266,3 +266,24 @@ def test_a_dtype_of_state_may_be_set_by_its_name():
     opt.param_groups[0]["state_dtype"] = "bfloat16"
     opt.step()
     assert opt.state[params[0]]["exp_avg"].dtype == torch.bfloat16
+
+
+class Named(Parameter):
+    """As libraries have them, which keep a note beside the weights."""
+
+
+@pytest.mark.parametrize("make", [PACE, lambda ps, **o: Pullback(torch.optim.AdamW(ps), **o)])
+@pytest.mark.parametrize("kind", ["a subclass of Parameter", "without an address"])
+def test_parameters_that_adamw_steps(make, kind, monkeypatch):
+    """A subclass of Parameter, whose state is plain; a device without addresses, as TPUs."""
+    if kind == "without an address":
+        monkeypatch.setattr(torch.Tensor, "data_ptr", lambda x: 0)
+    params = [(Named if kind != "without an address" else Parameter)(torch.ones(4)) for _ in "ab"]
+    opt = make(params, pullback=0.1)
+    for _ in range(2):
+        give(params)
+        opt.step()
+    before = [p.tolist() for p in params]
+    with opt.averaged():
+        assert all(p.tolist() != x for p, x in zip(params, before, strict=True))
+    assert [p.tolist() for p in params] == before

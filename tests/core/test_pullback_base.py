@@ -416,3 +416,26 @@ def test_what_is_no_dict_is_refused(saved):
     for opt in (PACE(params, pullback=0.1), Pullback(sgd(params))):
         with pytest.raises(ValueError, match=r"^the checkpoint must be a dict, got .*nothing was"):
             opt.load_state_dict(saved)
+
+
+def test_what_wraps_the_step_of_the_bases_class_is_called():
+    """It has torch's own step as `__wrapped__`, which must not be taken for it."""
+
+    class Base(torch.optim.SGD):
+        pass
+
+    Base([Parameter(torch.ones(1))], lr=0.1)  # torch puts its hooks around `step`
+    own, calls = Base.step, []
+
+    @functools.wraps(own)
+    def step(self, closure=None):
+        calls.append("wrapper")
+        return own(self, closure)
+
+    Base.step = step
+    p = Parameter(torch.ones(1))
+    opt = Pullback(Base([p], lr=0.1))
+    opt.base.register_step_post_hook(lambda *_: calls.append("hook"))
+    p.grad = torch.ones(1)
+    opt.step()
+    assert calls == ["wrapper", "hook"]

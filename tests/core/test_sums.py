@@ -1,6 +1,8 @@
 """Check sums: what they find, and in which files."""
 
+import json
 import os
+import re
 
 import pytest
 
@@ -66,3 +68,11 @@ def test_what_is_not_looked_at(saved):
     assert find_damage(saved) is None
     assert find_damage(saved / "nowhere") is None
     assert find_damage(saved / ("x" * 300)) is None
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "below", "x\0", "x" * 999])
+def test_names_of_what_is_no_file(name, tmp_path):
+    """A device that never ends would be read for ever."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / SUMS).write_text(json.dumps({"crc32": {name: "00000000"}}))
+    assert re.search("it names|cannot be read", find_damage(tmp_path))

@@ -412,7 +412,8 @@ def test_adapters(tmp_path, capsys):
     assert (tmp_path / "out" / "adapter_config.json").exists()
     config = folders[1] / "adapter_config.json"
     kept = config.read_text()
-    for key, value in (("lora_alpha", 99), ("use_rslora", True), ("alpha_pattern", {"x": 2})):
+    others = {"use_rslora": True, "alpha_pattern": {"x": 2}, "alpha": 8, "projection_prng_key": 1}
+    for key, value in ({"lora_alpha": 99} | others).items():
         config.write_text(json.dumps(json.loads(kept) | {key: value}))
         capsys.readouterr()
         average(*folders, "--out", tmp_path / "scaled", status=2)

@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from paceline.train import InputError
 from paceline.train.build import _model, _tokenizer
 from paceline.train.data import make_tokenizer
+from paceline.train.model import load_model
 from paceline.train.recipe import Recipe
 
 NEW = {"model_type": "gpt2", "n_positions": 64, "n_embd": 8, "n_layer": 2, "n_head": 2}
@@ -23,6 +24,7 @@ LLAMA = {
     **{"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64},
 }
 FIRST = "transformer.h.0.mlp.c_fc.weight"
+LORA = f"base_model.model.{FIRST}".replace("weight", "lora_B.weight")
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -131,6 +133,47 @@ def test_tensors_that_are_not_as_the_configuration_says(name, spoilt, start):
     with pytest.raises(InputError, match=r"^model: [^\n]+$") as refused:
         start(spoilt)
     assert says.format(spoilt) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter", "says"),
+    [
+        ({}, {}, None),
+        ({FIRST: None}, {}, f"no tensor '{FIRST}', which"),
+        ({FIRST: torch.ones(4, 4)}, {}, r"is of shape \(4, 4\), and its configuration needs"),
+        ({}, {LORA: None}, "no tensor '.*lora_B.*', which"),
+    ],
+)
+def test_adapters_and_their_base_models(base, adapter, says, saved, spoilt, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, target_modules=["c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(spoilt), config)
+    for x in model.parameters():
+        torch.nn.init.normal_(x) if x.requires_grad else None
+    model.save_pretrained(tmp_path / "adapter")
+    change(spoilt / "model.safetensors", base)
+    change(tmp_path / "adapter" / "adapter_model.safetensors", adapter)
+    if says:
+        with pytest.raises(InputError, match=says):
+            load_model(str(tmp_path / "adapter"), dtype="auto")
+        return
+    loaded, ids = load_model(str(tmp_path / "adapter"), dtype="auto"), torch.tensor([[1, 2]])
+    torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+
+
+def change(file, changes):
+    tensors = {k: x for k, x in (load_file(file) | changes).items() if x is not None}
+    save_file(tensors, file, {"format": "pt"})
+
+
+def test_integers_under_the_names_of_a_model_without_a_head(saved, tmp_path):
+    GPT2LMHeadModel.from_pretrained(saved).transformer.save_pretrained(tmp_path)
+    name = FIRST.removeprefix("transformer.")
+    change(tmp_path / "model.safetensors", {name: torch.ones(8, 32, dtype=torch.int8)})
+    with pytest.raises(InputError, match=f"'{name}' of .* is quantized to I8"):
+        load_model(str(tmp_path))
 
 
 def test_what_is_whole_is_loaded(saved, start, capfd):

@@ -66,8 +66,10 @@ NUMBERS = [
     for digits in (r"\d+", r"(?:\d{1,3}(?:[_,]\d{3})+(?!\d)|\d+)")
 ]
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
-# Of adapter_config.json: by how much the product of an adapter's factors counts.
-ADAPTER_SCALES = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+# Of adapter_config.json: by how much the product of an adapter's factors counts; and the ends of
+# such keys, and of those that say which random factors or places are not in the file.
+ADAPTER_SCALES = ("peft_type", "r", "use_rslora", "rank_pattern", "alpha_pattern")
+ADAPTER_ENDS = ("alpha", "scaling", "seed", "prng_key")
 CHECKPOINTS = arg(metavar="CHECKPOINT…", help_behavior_hint="(required)")
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -286,7 +288,8 @@ def _check_mergeable(checkpoints: Sequence[Checkpoint], out: Path) -> None:
                 raise InputError(f"tensor {name!r} is {a} in {first.path} and {b} in {other.path}")
         if first.kind == "an adapter folder":
             ours, theirs = (_adapter_config(checkpoint.path) for checkpoint in (first, other))
-            for key in ADAPTER_SCALES:
+            keys = [x for x in ours | theirs if x in ADAPTER_SCALES or x.endswith(ADAPTER_ENDS)]
+            for key in keys:
                 if ours.get(key) != theirs.get(key):
                     raise InputError(
                         f"{key!r} is {ours.get(key)} in {first.path} and {theirs.get(key)} in "

@@ -17,6 +17,7 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from . import InputError
 from .manifest import read_json
@@ -67,22 +68,34 @@ def load_model(name: str, **options: Any) -> Any:
     """A causal language model from a folder or the Hub, with all weights as they are there.
 
     Args:
-        name: of the folder, or on the Hub.
+        name: of the folder, or on the Hub; of an adapter, its base model is checked, too.
         options: of `from_pretrained`.
 
     Raises:
         InputError: a tensor is missing, of another shape, or not finite; or its files are damaged.
         OSError, ValueError: it cannot be found, or transformers refuses it.
     """
-    with one_line(f"model: {name} cannot be loaded", but=(OSError, ValueError)):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused here, by name
-            trust_remote_code=False,
-            **options,
-        )
-    model, info = loaded
+    cannot = f"model: {name} cannot be loaded"
+    model: Any
+    # What transformers says of an adapter's loading says nothing of its base model.
+    adapter = None if Path(name, "config.json").is_file() else find_adapter_config_file(name)
+    if adapter is not None:
+        base = read_json(Path(adapter)).get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise InputError(f"model: {adapter} names no base_model_name_or_path")
+        model = load_model(base, **options)
+        with one_line(cannot, but=(OSError, ValueError)):
+            info = model.load_adapter(name).to_dict()
+    else:
+        with one_line(cannot, but=(OSError, ValueError)):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused here, by name
+                trust_remote_code=False,
+                **options,
+            )
+        model, info = loaded
     unused = sorted(info["unexpected_keys"])
     for tensor in unused:
         if QUANTIZED_NAME.search(tensor):
@@ -102,6 +115,8 @@ def load_model(name: str, **options: Any) -> Any:
     for error in info["error_msgs"]:
         raise InputError(f"model: {name}: {_short(error)}")
     weights = {tensor for tensor, _ in model.named_parameters()}
+    prefix = f"{model.base_model_prefix}."  # which files of a model without a head lack
+    weights |= {tensor.removeprefix(prefix) for tensor in weights}
     for file in Path(name).glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
             for tensor in weights.intersection(opened.keys()):
