@@ -300,7 +300,8 @@ class AveragedOptimizer(Optimizer):
         anew when what it does changes, a mask for example.
 
         A step with a projection takes a second pass over memory, in which averages take in guarded
-        coordinates, too. Checkpoints do not have it: register it before going on from one.
+        coordinates, too. Copies and checkpoints do not have it: register it after loading one,
+        which projects what was loaded.
 
         Args:
             projection: changes parameters of this optimizer in place; twice is as once.
@@ -323,6 +324,15 @@ class AveragedOptimizer(Optimizer):
         handle = RemovableHandle(self._projections)
         self._projections[handle.id] = projection
         return handle
+
+    def _tell_of_projections(self) -> None:
+        """Warn, at a load, that projections have not seen the averages that came in."""
+        if self._projections:
+            warnings.warn(
+                "averages were loaded after register_projection(), and are as they were saved; "
+                "register the projection anew, which projects them",
+                stacklevel=4,
+            )
 
     def _project(self) -> None:
         for projection in self._projections.values():

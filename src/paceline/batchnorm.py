@@ -75,7 +75,7 @@ def _recompute(model: nn.Module, layers: list[Any], batches: Iterable[Any]) -> N
     if not any(layer.training for layer in layers):
         model.train()
     layers = [layer for layer in layers if layer.training]
-    momenta = [(layer, layer.momentum) for layer in layers]
+    momenta = [(layer, getattr(layer, "momentum", None)) for layer in layers]
     device = next((p.device for p in model.parameters()), None)
     count = 0
     cuda = [device] if device is not None and device.type == "cuda" else []

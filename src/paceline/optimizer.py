@@ -476,6 +476,7 @@ class PACE(AveragedOptimizer):
             for hook in hooks:
                 hook.remove()
         self._stats, self._state_is_provisional = None, False
+        self._tell_of_projections()
         self._plans, self._states = {}, []
         states = [self.state.get(p) for group in self.param_groups for p in group["params"]]
         if any(state and not {AVERAGE, OFFSET} & state.keys() for state in states):
@@ -581,7 +582,8 @@ class Plan:
             grads = [] if self.may_be_kept or idle else [slot.grad for slot in slots]
             theirs = [states[p] for p in own]
             slots = [x._replace(grad=None) for x in slots]
-            cells = [ctypes.c_double.from_address(x.data_ptr()) for x in count * self.may_be_kept]
+            places_of_counts = [x.data_ptr() for x in count] if self.may_be_kept else []
+            cells = [ctypes.c_double.from_address(at) for at in places_of_counts if at]
             made = Batch(slots, own, places, theirs, grads, idle, counts, chosen, cells)
             self.batches.append(made)
         self._remember()

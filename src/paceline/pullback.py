@@ -475,6 +475,7 @@ class Pullback(AveragedOptimizer):
                 if source := saved["state"].get(key, {}):
                     restore(self.state[p], source, keys, p, averages, wide_dtype(p))
         self._stats, self._state_is_provisional = None, False
+        self._tell_of_projections()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
         states = [saved["state"].get(key, {}) for g in saved["param_groups"] for key in g["params"]]

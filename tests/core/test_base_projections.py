@@ -136,3 +136,18 @@ def test_a_projection_that_fails_on_an_average_leaves_the_live_weights(kind):
     assert torch.equal(p, live)
     run(opt, p, 1)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("make", [pace, around])
+def test_averages_that_are_loaded_after_it_are_told_of(make):
+    p = weights()
+    opt = make(p)
+    run(opt, p, 3)
+    saved = opt.state_dict()
+    mask = torch.arange(200) % 10 == 0
+    opt.register_projection(lambda: p.mul_(mask))
+    with pytest.warns(UserWarning, match="register the projection anew, which projects them"):
+        opt.load_state_dict(saved)
+    opt.register_projection(lambda: p.mul_(mask))
+    with opt.averaged():
+        assert (p[~mask] == 0).all()

@@ -350,7 +350,10 @@ class PaceTrainer(Trainer):
             ValueError: a file is damaged or missing; the message names it.
         """
         if self.is_local_process_zero() and (damage := find_damage(Path(checkpoint))):
-            raise ValueError(f"{damage}; resume from another checkpoint")
+            raise ValueError(
+                f"{damage}; resume from another checkpoint, or delete its checksums.json if it was "
+                "changed on purpose"
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.check_checkpoint(resume_from_checkpoint)
