@@ -81,7 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stop.__context__, BrokenPipeError):
             return 141
         raise
-    except Exception as error:
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            _say("interrupted before there were results")
+        return 130
+    except BaseException as error:  # of libraries in Rust, a panic is no Exception
         if traced:
             traceback.print_exception(error)
         else:
@@ -128,10 +132,6 @@ def _main(arguments: list[str], traced: bool) -> int:
         if prints:
             _say(str(error))
         return 2
-    except KeyboardInterrupt:
-        if prints:
-            _say("interrupted before there were results")
-        return 130
 
 
 def _say(message: str) -> None:
@@ -141,7 +141,7 @@ def _say(message: str) -> None:
         print(f"paceline: {line}", file=sys.stderr, flush=True)
 
 
-def _unforeseen(error: Exception) -> str:
+def _unforeseen(error: BaseException) -> str:
     """The message for an error without one of its own: what it is, and where it arose."""
     frames = traceback.extract_tb(error.__traceback__)
     places = [f"{frame.filename}:{frame.lineno}" for frame in frames]

@@ -363,7 +363,7 @@ def steps_of(values, tmp_path, **changes):
     return trainer.args.max_steps, trainer
 
 
-def test_epochs_and_tokens_are_numbers_of_steps(values, tmp_path):
+def test_epochs_and_tokens_are_numbers_of_steps(values, tmp_path, capfd):
     steps, trainer = steps_of(values, tmp_path)
     assert steps == SEQUENCES // 4
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
@@ -373,6 +373,7 @@ def test_epochs_and_tokens_are_numbers_of_steps(values, tmp_path):
     steps, trainer = steps_of(values, tmp_path, batch=5, epochs=2.0)  # each leaves out the same few
     assert steps == 2 * (SEQUENCES // 5)
     assert len(trainer.train_dataset) == SEQUENCES // 5 * 5
+    assert f"data: {SEQUENCES % 5} of {SEQUENCES} sequences are left out" in capfd.readouterr().err
     per_step = 4 * sum(lengths) / len(lengths)
     assert steps_of(values, tmp_path, tokens=3.0 * sum(lengths))[0] == 3 * SEQUENCES // 4
     assert steps_of(values, tmp_path, tokens=2.5 * per_step)[0] == 3

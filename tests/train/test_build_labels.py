@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 
 pytest.importorskip("transformers")
@@ -23,7 +24,7 @@ from conversing import (
     write_texts,
 )
 
-from paceline.train import InputError
+from paceline.train import InputError, build
 from paceline.train.build import build_trainer
 from paceline.train.chat import conversation_encoder
 from paceline.train.recipe import Recipe
@@ -148,3 +149,13 @@ def test_labels_of_text_are_all_but_the_first(tmp_path):
     assert len(texts) > 40
     assert all(re.fullmatch(r"text \d+", text) for text in texts[:-1])
     assert len(set(texts)) == len(texts)
+
+
+def test_a_stream_says_once_that_it_leaves_out_what_is_not_learned(capfd):
+    rows = [{"input_ids": [1] * 9, "assistant_masks": [0] * i + [1]} for i in range(9)]
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    assert len(list(build._within(stream, 4))) == 3
+    assert capfd.readouterr().err == (
+        "paceline: data: conversations are left out of whose first 4 tokens (--context) nothing is "
+        "learned\n"
+    )

@@ -211,6 +211,51 @@ def test_calls_and_tools_are_written_and_calls_are_learned():
     assert said.endswith("Yes.<|im_end|>\n⟧")
 
 
+def trl_encoder(name):
+    return encoder_of((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3_1", "gptoss", "lfm2_v2", "deepseekv3"])
+def test_arguments_of_calls_may_be_text_or_objects(name):
+    """OpenAI's data have them as JSON in a text, which many templates would quote again."""
+    tokenizer, encode = trl_encoder(name)
+    said = []
+    for arguments in ({"at": "sky"}, '{"at": "sky"}'):
+        call = {**CALL, "function": {"name": "look", "arguments": arguments}}
+        turns = [user("Blue?"), {**assistant(""), "tool_calls": [call]}, *CALLING[2:]]
+        said.append(in_brackets(tokenizer, encode(turns)))
+    assert said[0] == said[1]
+    assert "sky" in said[0].partition("⟦")[2]
+    assert '\\"at' not in said[0]
+    assert "'at'" not in said[0]
+
+
+def test_arguments_that_are_not_json_are_refused():
+    call = {**CALL, "function": {"name": "look", "arguments": "{at: sky"}}
+    with pytest.raises(InputError, match=r"^the arguments of a call are not JSON: .* \(x, row 3\)"):
+        trl_encoder("qwen2_5")[1](
+            [user("Q"), {**assistant(""), "tool_calls": [call]}], at="x, row 3"
+        )
+
+
+LATE = [*talk(1), system("Late."), *talk(2)]
+TWO = {**CALLING[1], "tool_calls": [CALL, {**CALL, "function": {"name": "b", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "lost"),
+    [
+        ("llama3_1", [user("Q"), {**CALLING[1], "content": "I look."}, *CALLING[2:]], "content"),
+        ("gptoss", LATE, "content of turn 2 (system)"),
+        ("gptoss", [user("Q"), TWO], "last of the tool_calls of turn 1 (assistant)"),
+    ],
+)
+def test_what_is_left_out_of_one_conversation_is_refused(name, messages, lost):
+    with pytest.raises(InputError) as error:
+        trl_encoder(name)[1](messages, at="x.jsonl, row 3")
+    assert f"data: x.jsonl, row 3: the chat template does not write the {lost}" in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_is_written_and_learned(name):
     tokenizer, encode = encoder_of(QWEN3)

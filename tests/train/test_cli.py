@@ -1,6 +1,7 @@
 """The command line: errors that nothing foresaw, outputs that nobody reads, and no telemetry."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ pytest.importorskip("transformers")
 from paceline import cli
 from paceline.cli import main
 from paceline.train import InputError, Options, run
+from paceline.train.data import make_tokenizer
 from paceline.train.recipe import Recipe, read_recipe
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -53,6 +55,31 @@ def test_an_error_that_nothing_foresaw_is_one_line_with_its_place(error, monkeyp
     assert f"({__file__}:" in said
     assert f", from {Path(cli.__file__)}:" in said
     assert said.endswith("; --trace shows the whole trace)\n")
+
+
+def test_a_panic_of_a_library_in_rust_is_one_line(folder, capfd):
+    """A pattern in tokenizer.json that its engine gives up; a panic is no Exception."""
+    make_tokenizer(["a b c"] * 9, 300).save_pretrained("model")
+    file = folder / "model" / "tokenizer.json"
+    values = json.loads(file.read_text())
+    pattern = {"Regex": "(?:a|aa)+(?=[^ab])"}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    file.write_text(json.dumps({**values, "pre_tokenizer": split}))
+    rows = [{"prompt": f"question {i}", "completion": "a" * 60 + "b"} for i in range(9)]
+    (folder / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", "demo-sft", "--data", "x.jsonl", "--tokenizer", "model"]) == 1
+    said = capfd.readouterr().err
+    assert "\npaceline: PanicException: Onig: Regex search error" in f"\n{said}"
+    assert "Traceback" not in said
+
+
+def test_ctrl_c_while_it_starts_is_one_line(monkeypatch, capfd):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_main", interrupted)
+    assert main(["data", "demo-sft"]) == 130
+    assert capfd.readouterr().err == "paceline: interrupted before there were results\n"
 
 
 @pytest.mark.parametrize("how", ["option", "variable"])

@@ -91,6 +91,17 @@ def test_marks_of_turns_are_obeyed(mark):
     assert of_row.left_out == "it is marked as not to be learned"
 
 
+def test_of_a_prompt_nothing_is_learned():
+    turns = [*talk(1), *talk(2)]
+    row = {"prompt": turns[:3], "completion": turns[3:]}
+    assert converted(row)[0] == {"messages": turns, "skip": [1]}
+    assert converted({**row, "completion": "answer 2"})[0] == {"messages": turns, "skip": [1]}
+    told = {"messages": [system("Be brief."), *turns], "skip": [2]}
+    assert converted({**row, "system": "Be brief."})[0] == told
+    only = conversation_of({"prompt": turns, "completion": turns[:1]}, "")
+    assert only.left_out == "the assistant says nothing that is to be learned"
+
+
 @pytest.mark.parametrize("label", [False, "False"])
 def test_undesirable_completions_are_left_out(label):
     row = {"prompt": "a", "completion": "b"}
@@ -173,6 +184,12 @@ def test_what_is_about_a_row_or_a_message_is_ignored_aloud():
 def test_anything_else_is_refused_by_name_and_row(row, message):
     with pytest.raises(InputError, match=f"^data: x.jsonl, row 7: {message}"):
         converted(row)
+
+
+def test_json_in_a_text_is_read_as_json_is():
+    for text, reason in (('[{"name": 1, "name": 2}]', "a key is given twice"), ("[NaN]", "NaN is")):
+        with pytest.raises(InputError, match=f"^data: row 7: tools is not JSON: {reason}"):
+            conversation_of({"messages": talk(1), "tools": text}, "row 7")
 
 
 def test_deep_values_are_one_line():

@@ -18,6 +18,7 @@ from paceline.train.data import (
     files_below,
     make_tokenizer,
     read_corpus,
+    read_text,
     standard_library_files,
     tokenize,
 )
@@ -126,3 +127,8 @@ def test_a_file_that_is_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", fails)
     with pytest.raises(InputError, match="^cannot read .*: "):
         read_corpus([tmp_path / "x"], 100)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8-sig")
+    assert read_text(tmp_path / "a.txt") == "text"

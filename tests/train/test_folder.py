@@ -205,7 +205,7 @@ def test_newer_checkpoints_are_set_aside(tmp_path):
     assert (aside.name, (aside / "optimizer.pt").exists()) == ("set-aside-checkpoint-9", True)
     assert folder.last_checkpoint(tmp_path).name == "checkpoint-6"
     saved(tmp_path, 9)  # the run has come by there again
-    assert folder.set_aside_newer(last.with_name("checkpoint-6")) == [aside]
+    assert folder.set_aside_newer(last.with_name("checkpoint-6"))[0].name == f"{aside.name}.2"
 
 
 def test_a_model_that_is_read_is_whole_and_its_training_state_may_not_be(tmp_path):
@@ -257,3 +257,15 @@ def test_objects_in_files(tmp_path):
     path.unlink()
     with pytest.raises(InputError, match=r"^cannot read .*manifest\.json: No such file"):
         folder.manifest_of(tmp_path)
+
+
+def test_what_was_set_aside_before_is_kept(tmp_path):
+    for number in range(3):
+        for step in (10, 20):
+            folder.make(tmp_path / f"checkpoint-{step}")
+        (tmp_path / "checkpoint-20" / "file").write_text(str(number))
+        (aside,) = folder.set_aside_newer(tmp_path / "checkpoint-10")
+        assert aside.name == "set-aside-checkpoint-20" + ("", ".2", ".3")[number]
+    found = sorted(tmp_path.glob("set-aside-*/file"))
+    assert [file.read_text() for file in found] == ["0", "1", "2"]
+    assert folder.checkpoints_in(tmp_path) == [tmp_path / "checkpoint-10"]

@@ -180,6 +180,15 @@ def test_rows_where_no_assistant_speaks_are_left_out():
         load("p.jsonl")
 
 
+def test_a_folder_with_the_name_of_built_in_data_is_passed_over_aloud(capfd):
+    write_lines("python/x.jsonl", [{"text": f"text {i}"} for i in range(20)])
+    load("python", task="pretrain", examples=1)
+    assert "data: python is the built-in one; what has this name here is ./python" in (
+        capfd.readouterr().err
+    )
+    assert len(numbers(load("./python", task="pretrain").train)) == 18
+
+
 def test_files_that_change_are_read_again():
     write_lines("x.jsonl", MESSAGES)
     write_lines("f/x.jsonl", MESSAGES)

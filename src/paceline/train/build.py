@@ -285,6 +285,11 @@ def build_trainer(
             )
         # Whole batches only: a smaller last one would count as a step. Each epoch leaves out the
         # same few sequences.
+        if rest := count % recipe.batch:
+            tell(
+                f"data: {rest} of {count} sequences are left out: they do not fill a batch of "
+                f"{recipe.batch}"
+            )
         trainer.train_dataset = trainer.train_dataset.select(range(count - count % recipe.batch))
         steps = steps or _steps_of_data(recipe, trainer.train_dataset)
     assert steps is not None
@@ -323,7 +328,19 @@ def _prepare(recipe: Recipe) -> Prepared:
 
 def _within(data: Any, context: int) -> Any:
     """The conversations of which something is learned within the context; says how many are not."""
-    kept = data.filter(lambda masks: any(masks[1:context]), input_columns=["assistant_masks"])
+    told = isinstance(data, Dataset)
+
+    def is_learned(masks: list[int]) -> bool:
+        nonlocal told
+        if not any(masks[1:context]) and not told:  # of a stream, at the first one
+            tell(
+                "data: conversations are left out of whose first "
+                f"{context} tokens (--context) nothing is learned"
+            )
+            told = True
+        return any(masks[1:context])
+
+    kept = data.filter(is_learned, input_columns=["assistant_masks"])
     if isinstance(data, Dataset) and len(data) > len(kept) > 0:
         tell(
             f"data: {len(data) - len(kept)} of {len(data)} conversations are left out: nothing of "

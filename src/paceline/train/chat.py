@@ -1,5 +1,6 @@
 """Conversations as tokens, with a mask of the assistant's turns, which count in the loss."""
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import copy
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from . import InputError
+from . import InputError, reporting
 from .conversation import REASONING
 from .sandbox import clock
 
@@ -33,7 +34,11 @@ CHATML = """\
 TURNS = {"Q1": "user", "A1": "assistant", "Q2": "user", "A2": "assistant"}
 PROBE: list[dict[str, Any]] = [{"role": role, "content": text} for text, role in TURNS.items()]
 FUNCTION = {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}
-CALL = {"type": "function", "id": "c12345678", "function": {"name": "look", "arguments": {}}}
+CALL: dict[str, Any] = {
+    "type": "function",
+    "id": "c12345678",
+    "function": {"name": "look", "arguments": {}},
+}
 # Characters of a conversation's text: so many, and so many times as many as it has itself.
 MOST, MOST_TIMES = 10**7, 10
 
@@ -60,6 +65,7 @@ class _Writer(NamedTuple):
     marked: bool  # it has generation marks
     day: date | None  # on its clock, if it has one
     unknown: tuple[str, ...] = ()  # parts of a conversation that it does not write, sorted
+    as_text: bool = False  # it takes the arguments of calls as JSON in a text, not as objects
 
     def render(
         self, messages: Sequence[Message], *, prompt: bool = False, **extras: Any
@@ -144,7 +150,62 @@ def _writer(tokenizer: Any, with_tools: bool, day: date | None) -> _Writer:
     if "strftime_now" in template:
         writer = writer._replace(day=day or date.today())
     writer = writer._replace(template=template, marked=marked)
-    return writer._replace(unknown=_unknown(writer))
+    return writer._replace(unknown=_unknown(writer), as_text=_takes_text(writer))
+
+
+def _takes_text(writer: _Writer) -> bool:
+    """Whether a template can write the arguments of calls only where they are a text."""
+    function = {**CALL["function"], "arguments": {"at": "sky"}}
+    answer = {**PROBE[1], "content": "", "tool_calls": [{**CALL, "function": function}]}
+    try:
+        return "{'at'" in writer.render([PROBE[0], answer])[0]
+    except InputError:
+        function["arguments"] = json.dumps(function["arguments"])
+        with suppress(InputError):
+            writer.render([PROBE[0], answer])
+            return True
+    return False
+
+
+def _prepared(message: Message, writer: _Writer) -> Message:
+    """A message with the arguments of its calls as the template takes them; data have both."""
+    calls = []
+    for call in message.get("tool_calls", ()):
+        part = call.get("function", call)
+        given = part.get("arguments") if isinstance(part, dict) else None
+        if isinstance(given, str) and not writer.as_text:
+            with reporting("the arguments of a call are not JSON", ValueError):
+                given = json.loads(given or "{}")
+        elif isinstance(given, dict) and writer.as_text:
+            given = json.dumps(given, ensure_ascii=False)
+        if given is not None:
+            part = {**part, "arguments": given}
+            call = {**call, "function": part} if "function" in call else part
+        calls.append(call)
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _left_out(
+    writer: _Writer, messages: list[Message], text: str, extras: dict[str, Any]
+) -> set[str]:
+    """Turns of whose content, or of whose last calls, nothing is in the text.
+
+    A part that the text does not have as it is must change it when it changes.
+    """
+    lost = set()
+    for i, message in enumerate(messages):
+        said, calls = message["content"].strip(), message.get("tool_calls", [])
+        changes: dict[str, Message] = {}
+        if said and said not in text:
+            changes["content"] = {"content": said + "0"}
+        if len(calls) > 1:
+            changes["last of the tool_calls"] = {"tool_calls": calls[:-1]}
+        for part, change in changes.items():
+            with suppress(InputError):  # it knows what it refuses
+                changed = [*messages[:i], {**message, **change}, *messages[i + 1 :]]
+                if writer.render(changed, **extras)[0] == text:
+                    lost.add(f"the {part} of turn {i} ({message['role']})")
+    return lost
 
 
 def _unknown(writer: _Writer) -> tuple[str, ...]:
@@ -201,15 +262,17 @@ def _encode(
     settings = extras.get("chat_template_kwargs", {})
     lost = _parts_of(messages, extras).intersection(writer.unknown)
     lost |= {name for name in settings if name not in writer.template}
+    try:
+        messages = [_prepared(message, writer) for message in messages]
+        text, spans = _spans(writer, messages, skip, extras) if not lost else ("", [])
+        lost = lost or (_left_out(writer, messages, text, extras) if at else set())
+    except InputError as error:
+        raise InputError(f"{error} ({at})" if at else str(error)) from error
     if lost:
         raise InputError(
             f"{where}the chat template does not write {', '.join(sorted(lost))}; give "
             "--chat-template FILE that does, or leave it out of the data"
         )
-    try:
-        text, spans = _spans(writer, messages, skip, extras)
-    except InputError as error:
-        raise InputError(f"{error} ({at})" if at else str(error)) from error
     encoded: Any = writer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     marks = bytearray(len(text) + 1)
     for start, end in spans:

@@ -4,6 +4,7 @@ import json
 from typing import Any, NamedTuple
 
 from . import InputError, reporting
+from .rows import parse_json
 
 # ---- what is known -------------------------------------------------------------------------------
 
@@ -107,7 +108,14 @@ def _converted(row: dict[str, Any], columns: dict[str, Any], where: str) -> Conv
     for turn in turns:
         messages.append(_message(turn, where))
         ignored += [f"{form[-1]}.{name}" for name in turn if name in ABOUT]
-    skip = [i for i, turn in enumerate(turns) if not _is_learned(turn, where)]
+    learned = [_is_learned(turn, where) for turn in turns]
+    completion = row[form[-1]] if form[-1] == "completion" else turns
+    given = len(turns) - (len(completion) if isinstance(completion, list) else 1)
+    skip = [
+        i
+        for i, message in enumerate(messages)
+        if not learned[i] or (i < given and message["role"] == "assistant")  # of a prompt
+    ]
     says = ("content", "tool_calls", *REASONING)
     if not any(
         message["role"] == "assistant" and i not in skip and any(_says(message, x) for x in says)
@@ -210,8 +218,8 @@ def _is_learned(marked: dict[str, Any], where: str) -> bool:
 def _extra(value: Any, name: str, where: str) -> Any:
     """A list of objects, or an object; data often have them as JSON in a text."""
     if isinstance(value, str):
-        with reporting(f"data: {where}: {name} is not JSON", ValueError):
-            value = json.loads(value)
+        with reporting(f"data: {where}", ValueError):
+            value = parse_json(value, name)
     if name == "chat_template_kwargs":
         if not isinstance(value, dict):
             raise InputError(f"data: {where}: {name} must be an object, got {value!r:.80}")

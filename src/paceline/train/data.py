@@ -145,7 +145,7 @@ def read_text(file: Path) -> str:
     """
     try:
         with reporting(f"cannot read {file}", OSError, MemoryError):
-            text = file.read_bytes().decode()
+            text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         return ""
     return "" if "\0" in text else text.strip()

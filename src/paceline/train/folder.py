@@ -27,6 +27,7 @@ metrics.jsonl and their own files. A file is complete or missing (`paceline.file
 metrics.jsonl: lines are appended to it, and a kill may tear its last line.
 """
 
+import itertools
 import json
 import math
 import os
@@ -285,10 +286,16 @@ def set_aside_newer(checkpoint: Path) -> list[Path]:
     """Rename the checkpoints after this one, so that they no longer count; returns the paths."""
     found = checkpoints_in(checkpoint.parent)
     newer = found[found.index(checkpoint) + 1 :]
-    aside = [path.with_name(SET_ASIDE + path.name) for path in newer]
+    aside = [_free(path.with_name(SET_ASIDE + path.name)) for path in newer]
     for path, target in zip(newer, aside, strict=True):
         put(path, target)
     return aside
+
+
+def _free(path: Path) -> Path:
+    """The path, or with .2, .3, ... at its end where something has it."""
+    numbered = (path.with_name(f"{path.name}.{i}") for i in itertools.count(2))
+    return next(one for one in itertools.chain([path], numbered) if not one.exists())
 
 
 def require_whole(path: Path, what: str, then: str = "") -> None:

@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import date, datetime
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Self, TypeVar, cast
 
 import datasets
+import pyarrow.compute as pc
 import torch
 import tyro
 import yaml
@@ -35,7 +37,6 @@ from . import InputError, Positive, folder, reporting
 from .build import RunTrainer, build_trainer, processes
 from .callbacks import EvalAndSaveAtEnd, JsonlMetrics, ProgressBar, Stop
 from .chat import show_example
-from .data import content_key
 from .manifest import environment, write_json
 from .page import write_page
 from .recipe import RESUMABLE_CHANGES, Recipe, RecipeCommand
@@ -275,12 +276,12 @@ def _start(
     model: Any = trainer.model
     data: Any = trainer.train_dataset
     evaluation: Any = trainer.eval_dataset
-    digest = _digest(data)
+    digest, evaluated = _digest(data), _digest(evaluation)
     facts: dict[str, Any] = {}
     if resumed := (run / folder.MANIFEST).is_file():
         facts = folder.manifest_of(run)
         _require_same(recipe, facts["recipe"], RESUMABLE_CHANGES)
-        if facts["data"]["digest"] != digest:
+        if (facts["data"]["digest"], facts["data"]["evaluation_digest"]) != (digest, evaluated):
             raise InputError(
                 "data: they have changed since the run began; restore them to continue exactly, or "
                 f"start a new run from one of {run / folder.CHECKPOINTS} as its --model"
@@ -298,6 +299,7 @@ def _start(
                 "sequences": len(data) if isinstance(data, Dataset) else None,
                 "digest": digest,
                 "evaluation_sequences": len(evaluation),
+                "evaluation_digest": evaluated,
             },
             "seconds": 0.0,
             "resumed": [],
@@ -367,11 +369,16 @@ def _fit(
 
 
 def _digest(data: Any) -> str | None:
-    """A hash of the number of sequences, and of the tokens of the first and last thousand."""
+    """A hash of all sequences: tokens, and which of them are learned; None of a stream."""
     if not isinstance(data, Dataset):
         return None
-    ends = {*range(min(1000, len(data))), *range(max(0, len(data) - 1000), len(data))}
-    return content_key(len(data), data.select(sorted(ends)).to_dict())
+    sha = sha256()
+    for rows in data.with_format("arrow").iter(1000):
+        for name in sorted(rows.column_names):
+            column = rows[name].combine_chunks()
+            for part in (pc.list_value_length(column), column.flatten()):
+                sha.update(part.cast("int64").to_numpy(zero_copy_only=False).tobytes())
+    return sha.hexdigest()
 
 
 # ---- the end ------------------------------------------------------------------------------------

@@ -130,6 +130,8 @@ def _read_all(names: Iterable[str], recipe: Recipe, split: str, streaming: bool)
 
 def _read_source(name: str, recipe: Recipe, split: str, streaming: bool) -> Data:
     if name in BUILT_IN:
+        if is_here(name):
+            tell(f"data: {name} is the built-in one; what has this name here is ./{name}")
         return _built_in(name, recipe.task)
     if is_here(name):
         found = _here(name, recipe, split)
