@@ -77,10 +77,13 @@ class AveragedOptimizer(Optimizer):
         if self._announced is None:
             sizes = ",".join(str(len(group["params"])) for group in self.param_groups)
             self._announced = shards.Announcement(options, f"{type(self).__name__}/{sizes}")
-        waits = any(f"'{word}'" in options for word in ("skip", "raise", "auto"))
-        if found := self._announced.difference(wait=waits):
-            found = f"{type(self).__name__} has not the same options on all ranks: {found}"
-            if any(f"'{word}'" in found for word in ("skip", "raise", "auto")):
+
+        def wait_for_each_other(said: str) -> bool:
+            return any(f"'{word}'" in said for word in ("skip", "raise", "auto"))
+
+        if found := self._announced.difference(wait=wait_for_each_other(options)):
+            found = f"{type(self).__name__} must have the same options on all ranks: {found}"
+            if wait_for_each_other(found):
                 raise RuntimeError(f"{found}; they would wait for each other. Nothing was changed")
             warnings.warn(found, stacklevel=5)
 

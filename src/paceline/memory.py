@@ -43,6 +43,14 @@ def fault(param: Tensor, name: str, x: Tensor) -> str | None:
     return f"its {name} has been freed" if lacks_memory(x) else None
 
 
+def first_fault(param: Tensor, tensors: dict[str, Tensor]) -> str | None:
+    """The first `fault` of a parameter with its gradient and state, by their names; or None."""
+    if lacks_memory(param):
+        return "its memory has been freed"
+    faults = (fault(param, name, x) for name, x in tensors.items())
+    return next((why for why in faults if why), None)
+
+
 def spans(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
     """Where tensors begin and end, and their index, of those that are plain and not empty.
 

@@ -16,7 +16,7 @@ from . import auto, kernels, memory, rounding, shards
 from .averaging import Averaging
 from .base import AveragedOptimizer, describe, summarize
 from .loading import StateCheck, check_count, check_is_dict, check_tensor, validated_checkpoint
-from .options import Group, check_numbers, check_pace, expand_short
+from .options import Group, check_lr, check_pace, expand_short
 from .state import (
     AVERAGE,
     COUNTS,
@@ -353,7 +353,7 @@ class PACE(AveragedOptimizer):
     def _check_options(self) -> None:
         """Raises: ValueError: an option was set out of its range since the last step."""
         for index, group in enumerate(self.param_groups):
-            check_numbers(group, ("lr",))
+            check_lr(group)
             values = [x for name, x in group.items() if name not in ("lr", "params")]
             if values != self._checked.get(index):
                 checked = {**group, "lr": 0.0}  # which may be on a device that nobody waits for
@@ -614,10 +614,7 @@ class Plan:
         tensors = {key: state[key] for key in sorted(shaped_keys(state, self.averages))}
         if p.grad is not None:
             tensors["gradient"] = p.grad
-        why = "its memory has been freed" if memory.lacks_memory(p) else None
-        for name, x in tensors.items():
-            why = why or memory.fault(p, name, x)
-        if why:
+        if why := memory.first_fault(p, tensors):
             self._refuse(place, why)
 
     # ---- whether it holds

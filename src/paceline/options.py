@@ -6,7 +6,7 @@ Checked options are plain numbers, booleans and text, so that checkpoints load w
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from numbers import Real
 from typing import Any, TypeAlias
@@ -40,25 +40,16 @@ def number(value: object, *, tensors: bool = False) -> float:
     return math.nan
 
 
-def check_numbers(options: Group, names: Iterable[str]) -> None:
-    """Check numbers that may have been set between steps, where that waits for no device.
+def check_lr(options: Group) -> None:
+    """Check a learning rate that may have been set between steps; one on a device is not read.
 
     Raises:
-        ValueError: one is not a finite number >= 0; the message names it.
+        ValueError: it is not a finite number >= 0.
     """
-    for name in names:
-        value = options[name]
-        if not (isinstance(value, Tensor) and value.device.type != "cpu"):
-            fine = 0 <= number(value, tensors=True) < math.inf
-            require(options, name, fine, "a finite number >= 0")
-
-
-def check_betas(options: Group) -> None:
-    """Raises: ValueError: `betas` are not two numbers in [0, 1)."""
-    betas = options["betas"]
-    pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
-    fine = pair and all(0 <= number(b, tensors=True) < 1 for b in betas)
-    require(options, "betas", fine, "two numbers in [0, 1)")
+    lr = options["lr"]
+    if not (isinstance(lr, Tensor) and lr.device.type != "cpu"):
+        fine = 0 <= number(lr, tensors=True) < math.inf
+        require(options, "lr", fine, "a finite number >= 0")
 
 
 def expand_short(options: Group) -> None:
@@ -161,8 +152,10 @@ def check_pace(options: Group) -> None:
         check(name, 0 <= number(options[name]) < math.inf, "a finite number >= 0")
         options[name] = float(options[name])
     check("gain", options["gain"] in ("adam", "scalar"), "one of adam, scalar")
-    check_betas(options)
     betas = options["betas"]
+    pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
+    fine = pair and all(0 <= number(b, tensors=True) < 1 for b in betas)
+    check("betas", fine, "two numbers in [0, 1)")
     options["betas"] = tuple(b if isinstance(b, Tensor) else float(b) for b in betas)
     if not options["eps"] and not options["clip"]:
         raise ValueError("clip=False needs eps > 0, got eps=0.0: a gain would have no bound")

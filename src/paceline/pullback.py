@@ -18,7 +18,7 @@ from .options import (
     SHORT,
     Group,
     check_average_and_pull,
-    check_numbers,
+    check_lr,
     expand_short,
     number,
     require,
@@ -311,7 +311,7 @@ class Pullback(AveragedOptimizer):
         for group in self.param_groups:
             pulls, averages = group["pullback"] != 0, averages_of(group)
             if pulls and group["gain"] != "scalar":
-                check_numbers(group, ("lr",))
+                check_lr(group)
             for p in group["params"]:
                 state = self.state.get(p, {})
                 idle = p.grad is None
@@ -323,9 +323,8 @@ class Pullback(AveragedOptimizer):
                 begins = AVERAGE not in state or extra_keys_in(state) != averages.extra_keys
                 before = p.detach().clone() if begins or (pulls and not idle) else None
                 square = None
-                if (
-                    pulls and not idle and not _has_second_moment(p, state, group)
-                ):  # at a first step: yet
+                pulled = pulls and not idle
+                if pulled and not _has_second_moment(p, state, group):  # at a first step: yet
                     square = shards.local_grad(p).to(wide_dtype(p)).square()
                 plan.append(_Planned(p, group, averages, float(done), idle, before, square))
         return plan
@@ -342,10 +341,7 @@ class Pullback(AveragedOptimizer):
                     continue
                 held = {key: state[key] for key in sorted(state.keys() & keys)}
                 beside = held | ({} if p.grad is None else {"gradient": p.grad})
-                why = "its memory has been freed" if memory.lacks_memory(p) else None
-                for name, x in beside.items():
-                    why = why or memory.fault(p, name, x)
-                if why:
+                if why := memory.first_fault(p, beside):
                     raise RuntimeError(f"{self._name(p)} cannot step: {why}; nothing was changed")
                 tensors += [shards.local(p), *(shards.local(x) for x in held.values())]
                 owners += [p] * (1 + len(held))

@@ -134,7 +134,7 @@ class Announcement:
         name = f"paceline/{kind}/{_announced[kind]}"
         _announced[kind] += 1
         self.store.set(f"{name}/{rank}", options)
-        # Of a ring with spokes one rank sees any difference, and each reads two.
+        # Rank 0 and the next one: each rank reads two, and some rank sees any difference.
         self.others = {other: f"{name}/{other}" for other in {0, (rank + 1) % count} - {rank}}
         self.looks = LOOKS
 

@@ -328,7 +328,7 @@ def pull_(
 
 
 def rest_(slots: list[Slot], s: Scalars, before: tuple[Tensor, Tensor] | None = None) -> None:
-    """Have averages alone take in weights, that stood still or were moved by something else.
+    """Have averages take in weights that stood still, or that something else has moved.
 
         ema_t = (1 - β_t)·ema_{t-1} + β_t·θ,     d_t = (1 - β_t)·(d_{t-1} - (θ - θ_{t-1}))
 
