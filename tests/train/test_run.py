@@ -518,3 +518,27 @@ def test_the_demos_run(name, tmp_path):
     assert rows[-1]["eval_live_loss"] < rows[0]["eval_live_loss"]
     assert list((run / "tensorboard").iterdir())
     assert AutoModelForCausalLM.from_pretrained(run / "model").num_parameters() > 0
+
+
+def test_the_rate_is_found_by_a_short_run(tmp_path, values, capsys):
+    """It is in the run's recipe, and the run is that of this rate; the short run leaves nothing."""
+    own = {**values, "method": "pace:gain=scalar:pullback=1", "steps": 4}
+    recipe = write_recipe(tmp_path / "recipe.yaml", own)
+    assert main(["train", str(recipe), "--find-lr", "--out", str(tmp_path / "found")]) == 0
+    rate = yaml.safe_load((tmp_path / "found" / folder.RECIPE).read_text())["lr"]
+    assert f"Learning rate {rate:g}" in capsys.readouterr().out
+    assert 1e-5 < rate < 1
+    assert main(["train", str(recipe), f"--lr={rate}", "--out", str(tmp_path / "given")]) == 0
+    assert_ended_alike(tmp_path / "found", tmp_path / "given")
+    assert sorted(p.name for p in (tmp_path / "found").iterdir()) == sorted(
+        p.name for p in (tmp_path / "given").iterdir()
+    )
+
+
+def test_a_rate_that_cannot_be_looked_for(tmp_path, values, finished, capsys):
+    own = write_recipe(tmp_path / "own.yaml", {**values, "method": "pace:lr=0.02"})
+    assert main(["train", str(own), "--find-lr", "--out", str(tmp_path / "run")]) == 2
+    one_line(capsys, "find_lr", "leave its lr out")
+    assert not (tmp_path / "run" / folder.RECIPE).exists()
+    assert main(["train", "--resume", str(finished), "--find-lr"]) == 2
+    one_line(capsys, "find_lr", "keeps its rate")

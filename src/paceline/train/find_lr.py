@@ -10,8 +10,20 @@ lowest loss is near the best rate of a saturated pull, and above that of AdamW, 
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+from rich.console import Console
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from . import InputError
+from .build import RunTrainer, build_trainer
+from .recipe import Recipe
+from .terminal import say
 
 LOWEST, HIGHEST, STEPS = 1e-5, 1.0, 125
 WIDTH = 0.3  # decades; standard deviation of the weights that losses are smoothed with
@@ -38,3 +50,49 @@ def suggested_rate(rates: Sequence[float], losses: Sequence[float]) -> float | N
     weights = np.exp(-0.5 * ((x[:, None] - x) / WIDTH) ** 2)
     best = int((weights @ y / weights.sum(axis=1)).argmin())
     return None if best in (0, len(x) - 1) else float(f"{math.pow(10, x[best]):.2g}")
+
+
+class RisingTrainer(RunTrainer):
+    """Trains a recipe's method for a few steps at rising rates, and measures nothing else."""
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Optimizer | None = None
+    ) -> LambdaLR:
+        """The rising rates in place of the method's schedule."""
+        if self.lr_scheduler is None:
+            made: Any = optimizer or self.optimizer
+            rates, base = rising_rates(num_training_steps), self.method.lr
+            # The scheduler asks for one more than the steps.
+            self.lr_scheduler = LambdaLR(made, lambda k: rates[min(k, len(rates) - 1)] / base)
+        return self.lr_scheduler
+
+
+def with_found_rate(recipe: Recipe, console: Console) -> Recipe:
+    """The recipe with the learning rate that a short run over rising rates suggests.
+
+    The run has the recipe's model, data, batches, method and seed, and leaves nothing behind.
+
+    Raises:
+        InputError: the method has a rate of its own, or no lowest loss was found inside the rates.
+    """
+    if recipe.parsed.lr != recipe.lr:
+        raise InputError(f"find_lr: {recipe.method!r} has a rate of its own; leave its lr out")
+    short: dict[str, Any] = {"steps": STEPS, "epochs": None, "tokens": None, "warmup": 0.0}
+    short |= {"log_every": 1, "report_to": ("none",)}
+    say(console, f"Looking for a learning rate: {STEPS} steps from {LOWEST:g} to {HIGHEST:g}.")
+    with TemporaryDirectory() as scratch:
+        trainer = build_trainer(
+            Recipe(**{**recipe.model_dump(), **short}), Path(scratch), RisingTrainer
+        )
+        trainer.args.eval_strategy = IntervalStrategy.NO
+        trainer.args.save_strategy = SaveStrategy.NO
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    rate = suggested_rate(rising_rates(), losses)
+    if rate is None:
+        raise InputError(
+            f"find_lr: the loss was lowest at an end of the rates from {LOWEST:g} to {HIGHEST:g}; "
+            "give --lr"
+        )
+    say(console, f"Learning rate {rate:g}: there the loss of the short run was lowest.")
+    return Recipe(**{**recipe.model_dump(), "lr": rate})

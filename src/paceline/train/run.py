@@ -37,6 +37,7 @@ from . import InputError, Positive, folder, reporting
 from .build import RunTrainer, build_trainer, processes
 from .callbacks import EvalAndSaveAtEnd, JsonlMetrics, ProgressBar, Stop
 from .chat import show_example
+from .find_lr import with_found_rate
 from .manifest import environment, write_json
 from .page import write_page
 from .recipe import RESUMABLE_CHANGES, Recipe, RecipeCommand
@@ -75,6 +76,8 @@ class Train(RecipeCommand):
     """Folder of a run to continue exactly, by its own recipe."""
     from_checkpoint: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Name of the checkpoint to resume from, checkpoint-STEP; newer ones are set aside. Default: the newest."""
+    find_lr: bool = False
+    """Find the learning rate first, by a short run over rising rates. Made for a pull of gain 1: --method pace:gain=scalar:pullback=1."""
     print_recipe: Annotated[bool, tyro.conf.arg(name="print")] = False
     """Print the complete recipe and stop."""
 
@@ -132,6 +135,8 @@ def train(
         is_new = not checkpoints.exists()
         with _one_line_errors(run):
             try:
+                if options.find_lr:
+                    recipe = with_found_rate(recipe, console)
                 trainer = build_trainer(recipe, checkpoints)
                 facts = _start(trainer, recipe, run, checkpoint, console)
             except BaseException:
@@ -233,6 +238,8 @@ def _run_folder(options: Train) -> Path:
             raise InputError("from: it needs the run to --resume")
         name = Path(options.recipe).stem if options.recipe else options.task
         return options.out or Path("runs") / f"{name}-{datetime.now():%Y-%m-%d_%H%M%S}"
+    if options.find_lr:
+        raise InputError("find_lr: a run that is resumed keeps its rate; leave it out")
     if options.out is not None or options.recipe is not None:
         raise InputError(
             "resume: a run continues in its own folder by its own recipe; leave out --out and "
