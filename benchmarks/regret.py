@@ -205,6 +205,7 @@ def widened(done: dict[Cell, dict[str, list[float]]], asked: list[Cell]) -> list
 def run(out: Path, tasks: list[str], methods: list[str], workers: int) -> None:
     """Run the trainings that are left; then higher rates, until each method's best is inside."""
     out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # as in the workers
     for name in tasks:
         ALL_TASKS[name].start(0)  # what it is made of is made once, before many want it
     spawn = multiprocessing.get_context("spawn")

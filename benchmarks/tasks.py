@@ -104,15 +104,17 @@ def texts() -> tuple[Any, dict[str, Data]]:
     return tokenizer, in_blocks(tokenizer, {"code": code, "talk": talk})
 
 
-def language(model: nn.Module, data: Data, seed: int) -> Problem:
+def language(model: nn.Module, data: Data, seed: int, *, bf16: bool = False) -> Problem:
     """A causal language model on blocks of tokens in the order that a seed gives."""
     order = torch.Generator().manual_seed(seed)
 
     def nats(inputs: Tensor, labels: Tensor) -> Tensor:
         name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
-        hidden = model.base_model(**{name: inputs}, use_cache=False)[0][:, :-1]
         said = labels[:, 1:] >= 0  # logits only where there is a loss
-        return F.cross_entropy(model.lm_head(hidden[said]), labels[:, 1:][said])
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            hidden = model.base_model(**{name: inputs}, use_cache=False)[0][:, :-1]
+            logits = model.lm_head(hidden[said])
+        return F.cross_entropy(logits.float(), labels[:, 1:][said])
 
     def loss() -> Tensor:
         chosen = torch.randint(len(data.train[0]), (BATCH,), generator=order)
@@ -172,46 +174,63 @@ def pretrained(model: nn.Module, tokenizer: Any, data: Data) -> dict[str, Tensor
     return torch.load(path, weights_only=True)
 
 
-LAST, TURNS, CHATS, HELD_OUT_CHATS = 4, 64, 480, 24  # layers; tokens; the last of each half
+CHATS, HELD_OUT_CHATS = 480, 24  # the last of each half
+LAST = 4  # layers
 
 
-@functools.cache
-def smollm2_parts() -> tuple[nn.Module, dict[str, Tensor], Data]:
-    """The last layers of SmolLM2-135M-Instruct, and the outputs of its frozen layers as data.
+def conversations(tokenizer: Any, tokens: int) -> tuple[Tensor, Tensor]:
+    """Ids and labels of the first tokens of conversations, (n, tokens).
 
-    Labels are the assistant's turns.
+    Labels are the assistant's turns, at least a quarter of the tokens.
     """
-    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
-    model = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
     encode = conversation_encoder(tokenizer)
     chats = list(chitchat())
     random.Random(0).shuffle(chats)
     inputs, labels = [], []
     for messages in chats:
-        ids, said = (torch.tensor(x[:TURNS]) for x in encode(messages).values())
-        if len(ids) == TURNS and said.sum() >= TURNS // 4:
+        ids, said = (torch.tensor(x[:tokens]) for x in encode(messages).values())
+        if len(ids) == tokens and said.sum() >= tokens // 4:
             inputs.append(ids)
             labels.append(torch.where(said.bool(), ids, -100))
         if len(inputs) == CHATS + 2 * HELD_OUT_CHATS:
             break
-    with torch.no_grad():
-        states = [
-            model(input_ids=x[None], output_hidden_states=True, logits_to_keep=1).hidden_states
-            for x in inputs
-        ]
-    frozen = torch.cat([layers[-1 - LAST] for layers in states])
-    model.requires_grad_(False)
-    model.model.layers = model.model.layers[-LAST:].requires_grad_(True)
+    return torch.stack(inputs), torch.stack(labels)
+
+
+@functools.cache
+def smollm2_parts(tokens: int, layers: int | None) -> tuple[nn.Module, dict[str, Tensor], Data]:
+    """SmolLM2-135M-Instruct, its weights, and conversations.
+
+    With a number of layers only the last ones are left, and the data are the outputs of the others.
+    """
+    model = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
+    inputs, labels = conversations(AutoTokenizer.from_pretrained(SMOLLM2), tokens)
+    if layers is not None:
+        with torch.no_grad():
+            states = [
+                model(input_ids=x[None], output_hidden_states=True, logits_to_keep=1).hidden_states
+                for x in inputs
+            ]
+        inputs = torch.cat([outputs[-1 - layers] for outputs in states])
+        model.requires_grad_(False)
+        model.model.layers = model.model.layers[-layers:].requires_grad_(True)
     train, held_out = (slice(CHATS), slice(CHATS, None))
-    data = Data(*((frozen[part], torch.stack(labels)[part]) for part in (train, held_out)))
+    data = Data(*((inputs[part], labels[part]) for part in (train, held_out)))
     return model, copy.deepcopy(model.state_dict()), data
 
 
 def smollm2(seed: int) -> Problem:
-    """SmolLM2-135M-Instruct's last four layers, 14M parameters, on conversations."""
-    model, start, data = smollm2_parts()
+    """SmolLM2-135M-Instruct's last four layers, 14M parameters, on conversations of 64 tokens."""
+    model, start, data = smollm2_parts(64, LAST)
     model.load_state_dict(start)
     return language(model, data, seed)
+
+
+def smollm2_whole(seed: int) -> Problem:
+    """All of SmolLM2-135M-Instruct, in bfloat16 autocast, on conversations of 128 tokens."""
+    model, start, data = smollm2_parts(128, None)
+    model.load_state_dict(start)
+    return language(model, data, seed, bf16=True)
 
 
 # ---- small models -------------------------------------------------------------------------------
@@ -299,6 +318,7 @@ TASKS = {
         clip=math.inf,
     ),
     "smollm2": Task((3e-4, 1e-3), (60,), smollm2),
+    "smollm2-whole": Task((1e-4, 3e-4, 1e-3, 3e-3), (60,), smollm2_whole),
 }
 
 
