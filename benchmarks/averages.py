@@ -3,8 +3,11 @@
     python benchmarks/averages.py [--out FOLDER]
 
 Settings are chosen by their returned loss with seed 5, and compared over seeds 0 to 4, paired, with
-95 % intervals of Student's t. The table is printed as Markdown. FOLDER gets both comparisons;
-a comparison that is already there is read and not run. Default: runs/averages.
+95 % intervals of Student's t; * marks differences that hold after Holm's correction for the table.
+A setting at the edge of its grid is named: there no best was found.
+
+The table is printed as Markdown. FOLDER gets both comparisons; a comparison that is already there
+is read and not run. Default: runs/averages.
 """
 
 import argparse
@@ -12,11 +15,12 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 from rich.console import Console
 
 from paceline.study.compare import Comparison, compare
+from paceline.study.statistics import edges, holds, holm, interval, p_value
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 KAPPAS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -41,7 +45,6 @@ GRID = {
     "Muon": [f"pullback:muon:pullback=0:kappa={k}" for k in (0.5, 0.7)],
     "Muon, pulled": [f"pullback:muon:pullback={c}:kappa=0.3" for c in STRENGTHS],
 }
-T95 = 2.776  # of Student's t, 4 degrees of freedom
 
 
 def losses(folder: Path, methods: list[str], seeds: tuple[int, ...], rates: tuple[float, ...]):
@@ -56,6 +59,11 @@ def losses(folder: Path, methods: list[str], seeds: tuple[int, ...], rates: tupl
         found[row["label"], row["lr"]][row["seed"]] = math.nan if loss is None else loss
     texts = {(m.label, m.lr): text for text in methods for m in labelled(text, rates)}
     return {texts[key] if len(rates) == 1 else (texts[key], key[1]): x for key, x in found.items()}
+
+
+def mean_of(values: list[float]) -> str:
+    ends = interval(values)
+    return f"{fmean(values):.4f} ±{(ends[1] - ends[0]) / 2:.4f}" if ends else "diverged"
 
 
 def labelled(text: str, rates: tuple[float, ...]):
@@ -73,23 +81,25 @@ def main() -> None:
         loss = fmean(tuned[key].values())
         return loss if math.isfinite(loss) else math.inf
 
-    best = {}
+    best, edge = {}, {}
     for family, settings in GRID.items():
         text, rate = min(((s, lr) for s in settings for lr in RATES), key=score)
         best[family] = f"{text}:lr={rate:g}"
+        (chosen,) = labelled(text, (rate,))
+        edge[family] = edges(chosen.row, [x.row for s in settings for x in labelled(s, RATES)])
     final = losses(out / "final", list(best.values()), (0, 1, 2, 3, 4), (1.0,))
     reference = final[best["EMA, power"]]
-    print("| method | best of | setting | returned loss | against the power EMA |")
-    print("|---|---:|---|---:|---:|")
+    against = {f: [final[best[f]][s] - reference[s] for s in reference] for f in best}
+    corrected = dict(zip(against, holm(map(p_value, against.values())), strict=True))
+    print("| method | best of | setting | edge | returned loss | against the power EMA |")
+    print("|---|---:|---|---|---:|---:|")
     for family in sorted(best, key=lambda f: fmean(final[best[f]].values())):
-        own = final[best[family]]
-        differences = [own[seed] - reference[seed] for seed in own]
-        half = T95 * stdev(differences) / math.sqrt(len(differences))
-        spread = T95 * stdev(own.values()) / math.sqrt(len(own))
-        shown = "" if family == "EMA, power" else f"{fmean(differences):+.4f} ±{half:.4f}"
+        own = list(final[best[family]].values())
+        shown = mean_of(against[family]) + "*" * holds(corrected[family])
+        shown = "" if family == "EMA, power" else shown
         print(
-            f"| {family} | {len(GRID[family]) * len(RATES)} | `{best[family]}` "
-            f"| {fmean(own.values()):.4f} ±{spread:.4f} | {shown} |"
+            f"| {family} | {len(GRID[family]) * len(RATES)} | `{best[family]}` | {edge[family]} "
+            f"| {mean_of(own)} | {shown} |"
         )
 
 

@@ -5,16 +5,21 @@
 Writes losses.csv with all runs of the folder, and tables.md.
 """
 
+import functools
+import itertools
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
-from regret import SATURATED, SEEDS, Cell, written
+from regret import READ_OUTS, SATURATED, SEEDS, Cell, written
 from tasks import TASKS
 
-from paceline.study.statistics import DIFFERENCE, Listing, interval
+from paceline.study.statistics import DIFFERENCE, Listing, edges, holds, holm, interval, p_value
+from paceline.train.methods import parse_method
 
 AUTO = ("pace:pullback=auto:kappa=0.3", "k60")  # a method, and the average that it returns
 UNTUNED = {
@@ -103,18 +108,63 @@ def best_settings(losses: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
 
 
 def difference(these: pd.DataFrame, those: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
-    """Mean difference of reported losses over seeds, with its interval.
+    """Mean difference of reported losses over seeds, with its interval and p-value.
 
     A cell is left out if a seed is missing, or if both diverged.
     """
     one, other = (x.set_index([*over, "seed"]).report for x in (these, those))
     rows = {
-        cell: (x.mean(), *(interval(list(x)) or (math.nan, math.nan)))
+        cell: (x.mean(), *(interval(list(x)) or (math.nan, math.nan)), p_value(list(x)))
         for cell, x in (one - other).dropna().groupby(over)
         if len(x) == len(SEEDS)
     }
     index = pd.MultiIndex.from_tuples(rows, names=over)
-    return pd.DataFrame(rows.values(), index=index, columns=DIFFERENCE)
+    return pd.DataFrame(rows.values(), index=index, columns=DIFFERENCE, dtype=float)
+
+
+class Setting(NamedTuple):
+    """What is chosen: a method, the average that it returns, and a rate."""
+
+    method: str
+    average: str
+    lr: float
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Values by option; κ of the average is `return_kappa`, of the live weights 0."""
+        average = (
+            parse_method(READ_OUTS[self.average], lr=1.0) if self.average in READ_OUTS else None
+        )
+        kappa = {"live": 0.0}.get(self.average, average and average.kappa)
+        return {**_parsed(self.method, self.lr), "return_kappa": kappa}
+
+
+@functools.cache
+def _parsed(method: str, lr: float) -> dict[str, Any]:
+    return parse_method(method.partition("+")[0], lr=lr).row
+
+
+def settings_in(x: pd.DataFrame) -> list[Setting]:
+    return [Setting(*values) for values in x[list(Setting._fields)].itertuples(index=False)]
+
+
+def chosen_by_most(chosen: pd.DataFrame, over: list[str]) -> dict[tuple[Any, ...], Setting]:
+    """The setting that most seeds chose, of a tie the first, by task, horizon and rate."""
+    counts = {cell: Counter(settings_in(x)) for cell, x in chosen.groupby(over)}
+    return {cell: max(sorted(x), key=x.__getitem__) for cell, x in counts.items()}
+
+
+def edges_of(chosen: pd.DataFrame, tried: pd.DataFrame, over: list[str]) -> pd.DataFrame:
+    """Options of the settings that most seeds chose which are at an edge of what was tried."""
+    grids = {
+        cell: [x.options for x in set(settings_in(rows))] for cell, rows in tried.groupby(over)
+    }
+    found = {
+        cell: edges(setting.options, grids[cell])
+        for cell, setting in chosen_by_most(chosen, over).items()
+    }
+    index = pd.MultiIndex.from_tuples(found, names=over)
+    return pd.DataFrame({"edge": found.values()}, index)
 
 
 def by_task(
@@ -150,53 +200,86 @@ def regrets(
     there = distance(losses, tuned)
 
     def loss(x: pd.DataFrame) -> str:
-        return f"{x.difference.median():.3f}, {x.difference.max():.3f}"
+        numbers = (x.difference.mean(), x.difference.median(), x.difference.max())
+        return ", ".join(f"{number:.3f}" for number in numbers)
 
     def share(x: pd.DataFrame) -> str:
         shares = (x.difference / there).dropna()
-        return f"{shares.median():.0%}, {shares.max():.0%} ({len(shares)})" if len(shares) else ""
+        numbers = ", ".join(f"{x:.0%}" for x in (shares.mean(), shares.median(), shares.max()))
+        return f"{numbers} ({len(shares)})" if len(shares) else ""
 
     untuned = {name: rows_of(losses, *setting) for name, setting in UNTUNED.items()}
     untuned |= {name: chosen_after(losses, *setting) for name, setting in CHOSEN_AFTER.items()}
     chosen = {name: best_settings(x) for name, x in families.items()}
     for title, compared in {"Not tuned": untuned, "Tuned at each rate": chosen}.items():
         found = {name: difference(x, tuned) for name, x in compared.items()}
-        title += ": regret, median and worst, "
+        title += ": regret, mean, median and worst, "
         yield by_task(title + "in the loss", found, loss, nats=True)
         title += "as shares of the distance (of so many settings)"
         yield by_task(title, found, share, nats=False)
+
+    def at_an_edge(x: pd.DataFrame) -> str:
+        return f"{(x.edge != '').sum()} of {len(x)}"
+
+    at = {name: edges_of(x, families[name], CELL) for name, x in chosen.items()}
+    title = "Tuned at each rate: settings where no best was found, as it is at the edge of its grid"
+    yield by_task(title, at, at_an_edge, nats=False)
 
 
 def rate_tuned(
     losses: pd.DataFrame, rivals: pd.DataFrame, families: dict[str, pd.DataFrame]
 ) -> Iterator[Listing]:
-    tuned = best_settings(rivals, HORIZON)
-    compared = {name: rows_of(losses, *UNTUNED[name]) for name in ("auto", "EMA κ 0.6")} | families
-    chosen = {"best": tuned} | {name: best_settings(x, HORIZON) for name, x in compared.items()}
+    tried = {name: rows_of(losses, *UNTUNED[name]) for name in ("auto", "EMA κ 0.6")} | families
+    compared = list(tried)
+    tried = {"best": rivals} | tried
+    chosen = {name: best_settings(x, HORIZON) for name, x in tried.items()}
+    most = {name: chosen_by_most(x, HORIZON) for name, x in chosen.items()}
+    edge = {name: edges_of(x, tried[name], HORIZON).edge for name, x in chosen.items()}
 
     def by_horizon(title: str, columns: dict[str, pd.Series]) -> Listing:
-        found = pd.DataFrame(columns, index=tuned.groupby(HORIZON).size().index).fillna("")
+        found = pd.DataFrame(columns, index=chosen["best"].groupby(HORIZON).size().index).fillna("")
         rows = [[task, str(steps), *texts] for (task, steps), *texts in found.itertuples()]
         return Listing("Tuned, the rate too: " + title, [*HORIZON, *columns], rows)
 
-    def said(these: str, those: str, say: Callable[..., str]) -> pd.Series:
-        found = difference(chosen[these], chosen[those], HORIZON)
-        return pd.Series([say(*row) for row in found.to_numpy()], found.index, dtype=object)
+    def marked(found: pd.DataFrame, names: tuple[str, ...], say: Callable[[Any], str]) -> pd.Series:
+        """The text on each row, with a † where one of the methods is at the edge of its grid."""
+        texts = {
+            row.Index: say(row) + "†" * any(edge[name].get(row.Index) for name in names)
+            for row in found.itertuples()
+        }
+        return pd.Series(list(texts.values()), found.index, dtype=object)
 
-    def regret(x: float, low: float, high: float) -> str:
-        return f"{x:.3f}{'*' if low > 0 else ''}"
+    def regret(row: Any) -> str:
+        return f"{row.difference:.3f}{'*' if row.low > 0 else ''}"
 
-    def with_interval(x: float, low: float, high: float) -> str:
-        return f"{x:+.3f} [{low:+.3f}, {high:+.3f}]"
+    def with_interval(row: Any) -> str:
+        text = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+        return text + "*" * holds(row.corrected)
 
-    loss = tuned.groupby(HORIZON).report.mean()
-    columns = {"best's loss": loss} | {name: said(name, "best", regret) for name in compared}
-    yield by_horizon("regret (*: beyond its interval)", columns)
-    yield by_horizon(
-        "one less another", {f"{x} − {y}": said(x, y, with_interval) for x, y in VERSUS}
-    )
-    settings = {name: most_chosen(x, HORIZON, rate=True) for name, x in chosen.items()}
-    yield by_horizon("what the most seeds chose, of a tie the first", settings)
+    loss = chosen["best"].groupby(HORIZON).report.mean()
+    regrets = {x: difference(chosen[x], chosen["best"], HORIZON) for x in compared}
+    columns = {x: marked(found, (x, "best"), regret) for x, found in regrets.items()}
+    title = "regret (*: beyond its interval, †: one of the two is at the edge of its grid)"
+    yield by_horizon(title, {"best's loss": loss} | columns)
+    pairs = {pair: difference(*(chosen[x] for x in pair), HORIZON) for pair in VERSUS}
+    ps = itertools.chain(*(found[DIFFERENCE[-1]] for found in pairs.values()))
+    corrected = iter(holm(None if math.isnan(p) else p for p in ps))
+    for found in pairs.values():
+        found["corrected"] = list(itertools.islice(corrected, len(found)))
+    columns = {" − ".join(x): marked(found, x, with_interval) for x, found in pairs.items()}
+    title = "one less another (*: holds after Holm's correction for the table, † as above)"
+    yield by_horizon(title, columns)
+    settings = {
+        name: pd.Series(
+            {
+                cell: f"{x.method} {x.average} at {x.lr}"
+                + (f" ({edge[name][cell]})" if edge[name][cell] else "")
+                for cell, x in found.items()
+            }
+        )
+        for name, found in most.items()
+    }
+    yield by_horizon("what the most seeds chose, of a tie the first (edge of its grid)", settings)
 
 
 def differences(losses: pd.DataFrame) -> Iterator[Listing]:
@@ -216,17 +299,28 @@ def at_each_rate(losses: pd.DataFrame, tuned: pd.DataFrame) -> Listing:
     settings = (("adamw", "live"), AUTO, UNTUNED["EMA κ 0.6"])
     adamw, auto, ema = (rows_of(losses, *x) for x in settings)
     there, against = distance(losses, tuned), difference(auto, ema)
-    regret, which = difference(auto, tuned).difference, most_chosen(tuned, CELL)
+    regret, which = difference(auto, tuned).difference, chosen_by_most(tuned, CELL)
     rows = []
     for cell in against.index:
         at = [x.set_index(CELL).loc[[cell]] for x in (adamw, tuned, auto)]
         share = f"{regret[cell] / there[cell]:.0%}" if cell in there else ""
         task, steps, lr = cell
-        said = [which[cell], share, *against.loc[cell]]
-        rows.append([task, str(steps), f"{lr:.3g}", *(x.report.mean() for x in at), *said])
-    means, said = ["AdamW, live", "best tuned", "auto"], ["which", "regret"]
-    names = [*means, *said, *DIFFERENCE]
-    return Listing("auto at each rate; difference to the EMA κ 0.6", [*CELL, *names], rows)
+        setting = f"{which[cell].method} {which[cell].average}"
+        compared = [None if math.isnan(x) else x for x in against.loc[cell]]
+        rows.append(
+            [
+                task,
+                str(steps),
+                f"{lr:.3g}",
+                *(x.report.mean() for x in at),
+                setting,
+                share,
+                *compared,
+            ]
+        )
+    names = ["AdamW, live", "best tuned", "auto", "which", "regret"]
+    title = "auto at each rate; difference to the EMA κ 0.6"
+    return Listing.of_differences(title, [*CELL, *names], rows)
 
 
 def rivals_of(losses: pd.DataFrame) -> pd.DataFrame:
@@ -248,14 +342,6 @@ def tables(losses: pd.DataFrame) -> Iterator[Listing]:
     yield from rate_tuned(losses, rivals, families)
     yield from differences(losses)
     yield at_each_rate(losses, tuned)
-
-
-def most_chosen(chosen: pd.DataFrame, over: list[str], rate: bool = False) -> pd.Series:
-    """The setting that most seeds chose."""
-    said = chosen.method + " " + chosen.average
-    if rate:
-        said += " at " + chosen.lr.astype(str)
-    return said.groupby([chosen[key] for key in over]).agg(lambda x: x.mode()[0])
 
 
 def write(out: Path, tables: Callable[[pd.DataFrame], Iterator[Listing]]) -> None:

@@ -5,22 +5,35 @@
 Writes losses.csv with all runs of the folder, and tables.md.
 """
 
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 from regret import FOUND, SATURATED
-from regret_tables import HORIZON, best_settings, difference, most_chosen, rows_of, write
+from regret_tables import (
+    HORIZON,
+    best_settings,
+    chosen_by_most,
+    difference,
+    edges_of,
+    rows_of,
+    write,
+)
 from tasks import BLIND_RATES
 
-from paceline.study.statistics import DIFFERENCE, Listing, interval
+from paceline.study.statistics import EDGE, Listing, paired
 
 AVERAGES = ("k20", "k30", "k50", "k60", "k70", "k85", "k95")
 TEN, AUTO = "pace:pullback=10:kappa=0.3", "pace:pullback=auto:kappa=0.3"
 POWER, TWIN = "adamw:power:kappa=0.3", "adamw:twin:twin_gain=0.5:kappa=0.3"
+TEN_PACE, ONE, FOUND_RATE, OWN = (
+    "PACE, c = 10",
+    "PACE, gain 1",
+    "PACE, gain 1, rate found",
+    "PACE, auto",
+)
 
 
 class Family(NamedTuple):
@@ -41,46 +54,42 @@ FAMILIES = {
     "power or twin, and average": Family((POWER, TWIN)),
     "power, and average": Family((POWER,)),
     "Schedule-Free": Family(("schedule-free",), ("own",)),
-    "PACE, c = 10": Family((TEN,)),
-    "PACE, gain 1": Family((SATURATED,)),
-    "PACE, gain 1, rate found": Family((FOUND,)),
-    "PACE, auto": Family((AUTO,)),
+    TEN_PACE: Family((TEN,)),
+    ONE: Family((SATURATED,)),
+    FOUND_RATE: Family((FOUND,)),
+    OWN: Family((AUTO,)),
 }
-COMPARED = {  # claim: one family, and another that it is compared with
-    "1a": ("PACE, c = 10", "AdamW, best schedule"),
-    "1b": ("PACE, c = 10", "EMA"),
-    "1c": ("PACE, c = 10", "power or twin, and average"),
-    "1d": ("PACE, c = 10", "Schedule-Free"),
-    "2": ("PACE, gain 1", "power, and average"),
-    "4a": ("PACE, gain 1, rate found", "PACE, gain 1"),
-    "4b": ("PACE, gain 1, rate found", "AdamW, best schedule"),
-    "5b": ("PACE, auto", "PACE, c = 10"),
+RIVALS = ("AdamW, best schedule", "EMA", "power or twin, and average", "Schedule-Free")
+CLAIMS = {  # one family less another
+    "1": [(TEN_PACE, rival) for rival in RIVALS],
+    "2": [(ONE, "power, and average")],
+    "4": [(FOUND_RATE, ONE), (FOUND_RATE, "AdamW, best schedule")],
+    "5b": [(OWN, TEN_PACE)],
 }
 NEAR = 0.05  # nats above the best of all, up to which a rate counts as near it
 
 
-def by_task(these: pd.DataFrame, those: pd.DataFrame) -> pd.DataFrame:
-    """Mean differences over seeds of what was chosen for each task, with intervals."""
-    return difference(these, those, HORIZON)
-
-
-def over_tasks(differences: pd.Series) -> list[float]:
-    """Mean over tasks, and its interval."""
-    return [differences.mean(), *(interval(list(differences)) or (math.nan, math.nan))]
+def over_tasks(these: pd.Series, those: pd.Series | None = None) -> list[float | None]:
+    """Mean over tasks of a difference, its interval and its p-value."""
+    others = those if those is not None else 0 * these
+    return paired(dict(enumerate(these)), dict(enumerate(others)))
 
 
 def compared(chosen: dict[str, pd.DataFrame]) -> Iterator[Listing]:
-    """Claims 1, 2, 4 and 5b: for each task over seeds, and over tasks."""
-    rows, means = [], []
-    for claim, (one, other) in COMPARED.items():
-        found = by_task(chosen[one], chosen[other])
-        rows += [
-            [claim, task, *row]
-            for (task, _), row in zip(found.index, found.to_numpy(), strict=True)
+    """Claims 1, 2, 4 and 5b: over tasks, then for each task over seeds."""
+    for claim, pairs in CLAIMS.items():
+        found = {
+            f"{one} − {other}": difference(chosen[one], chosen[other], HORIZON)
+            for one, other in pairs
+        }
+        means = [[x, len(each), *over_tasks(each.difference)] for x, each in found.items()]
+        yield Listing.of_differences(f"Claim {claim}, over tasks", ["", "tasks"], means)
+        rows = [
+            [name, task, *row]
+            for name, each in found.items()
+            for (task, _), row in zip(each.index, each.to_numpy().tolist(), strict=True)
         ]
-        means.append([claim, f"{one} − {other}", len(found), *over_tasks(found.difference)])
-    yield Listing("Over tasks: one less another", ["claim", "", "tasks", *DIFFERENCE], means)
-    yield Listing("For each task, over seeds", ["claim", "task", *DIFFERENCE], rows)
+        yield Listing.of_differences(f"Claim {claim}, for each task", ["", "task"], rows)
 
 
 def excess(losses: pd.DataFrame, best: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -89,28 +98,25 @@ def excess(losses: pd.DataFrame, best: pd.DataFrame) -> dict[str, pd.DataFrame]:
     At each rate it is the best of the family's methods and averages, chosen by the other seeds.
     """
     lowest = best.groupby("task").report.mean()
+    rates = [float(f"{lr:.3g}") for lr in BLIND_RATES]
     found = {}
     for name, family in FAMILIES.items():
-        if name != "PACE, gain 1, rate found":
-            own = best_settings(family.of(losses))
-            at = own.groupby(["task", "lr"]).report.mean().unstack()
-            found[name] = at.sub(lowest, axis=0)[[float(f"{x:.3g}") for x in BLIND_RATES]]
+        if name != FOUND_RATE:
+            own = best_settings(family.of(losses)).groupby(["task", "lr"]).report.mean().unstack()
+            found[name] = own[rates].sub(lowest, axis=0)
     return found
 
 
 def near(above: dict[str, pd.DataFrame]) -> Iterator[Listing]:
-    """Claim 3 and the picture's numbers."""
+    """The picture's numbers, and claim 3."""
     columns = ["", *(f"{lr:g}" for lr in BLIND_RATES)]
-    rows = [[name, *x.mean()] for name, x in above.items()]
+    rows = [[name, *map(float, x.mean())] for name, x in above.items()]
     yield Listing("Loss above the best of all, mean over tasks, by learning rate", columns, rows)
     counts = {name: (x <= NEAR).sum(axis=1) for name, x in above.items()}
-    ours = counts["PACE, c = 10"]
-    rows = [
-        [name, float(x.mean()), *(over_tasks(ours - x) if name != "PACE, c = 10" else [None] * 3)]
-        for name, x in counts.items()
-    ]
-    title = f"Rates within {NEAR} nats of the best of all; PACE, c = 10, less each"
-    yield Listing(title, ["", "rates", *DIFFERENCE], rows)
+    rows = [[x, float(counts[x].mean()), *over_tasks(counts[TEN_PACE], counts[x])] for x in RIVALS]
+    title = f"Claim 3: rates within {NEAR} nats of the best of all; {TEN_PACE} "
+    title += f"({counts[TEN_PACE].mean():.2f} of {len(BLIND_RATES)}) less each"
+    yield Listing.of_differences(title, ["", "rates"], rows)
 
 
 def untuned(losses: pd.DataFrame) -> Listing:
@@ -118,31 +124,33 @@ def untuned(losses: pd.DataFrame) -> Listing:
     found = difference(*(rows_of(losses, method, "k60") for method in (AUTO, "adamw")))
     by_rate = found.difference.groupby("lr")
     rows = [[f"{lr:g}", len(x), *over_tasks(x)] for lr, x in by_rate]
-    return Listing(
-        "auto less the EMA, κ 0.6, at each rate, over tasks", ["lr", "tasks", *DIFFERENCE], rows
-    )
+    title = "Claim 5a: auto less the EMA, κ 0.6 of both, at each rate, over tasks"
+    return Listing.of_differences(title, ["lr", "tasks"], rows)
 
 
-def settings(chosen: dict[str, pd.DataFrame]) -> Listing:
+def settings(chosen: dict[str, pd.DataFrame], tried: dict[str, pd.DataFrame]) -> Listing:
     """What the most seeds chose, with the mean loss."""
-    names = list(chosen)
-    means = pd.DataFrame({name: x.groupby("task").report.mean() for name, x in chosen.items()})
-    said = pd.DataFrame({name: most_chosen(x, ["task"], rate=True) for name, x in chosen.items()})
-    rows: list[list[Any]] = [
-        [task, name, said[name][task], means[name][task]] for task in means.index for name in names
-    ]
-    return Listing("Chosen settings", ["task", "family", "setting", "loss"], rows)
+    rows = []
+    for name, own in chosen.items():
+        edge, means = edges_of(own, tried[name], HORIZON).edge, own.groupby(HORIZON).report.mean()
+        for cell, setting in chosen_by_most(own, HORIZON).items():
+            said = f"{setting.method} {setting.average}"
+            rows.append([cell[0], name, said, f"{setting.lr:g}", edge[cell], float(means[cell])])
+    columns = ["task", "family", "setting", "lr", EDGE, "loss"]
+    return Listing("What the most seeds chose", columns, sorted(rows, key=lambda row: row[0]))
 
 
 def tables(losses: pd.DataFrame) -> Iterator[Listing]:
     losses = losses.copy()
-    losses.loc[losses.method == FOUND, "lr"] = 0.0  # not chosen, and another for each seed
-    chosen = {name: best_settings(x.of(losses), HORIZON) for name, x in FAMILIES.items()}
+    found = losses.method == FOUND  # another rate for each seed: their median stands for all
+    losses.loc[found, "lr"] = losses[found].groupby(HORIZON).lr.transform("median")
+    tried = {name: family.of(losses) for name, family in FAMILIES.items()}
+    chosen = {name: best_settings(x, HORIZON) for name, x in tried.items()}
     best = best_settings(losses[losses.method != FOUND], HORIZON)
     yield from compared(chosen)
     yield from near(excess(losses, best))
     yield untuned(losses)
-    yield settings(chosen)
+    yield settings(chosen, tried)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """`paceline report`: what is read, and what is computed of it."""
 
-import itertools
 import json
 import math
 import re
@@ -42,6 +41,7 @@ from paceline.study.explore import (
     tables,
     tell_apart,
 )
+from paceline.study.statistics import WIDEN
 from paceline.train import InputError
 from paceline.train.methods import all_options
 
@@ -244,31 +244,60 @@ def cell_from(folder, method, losses, **more):
     return found
 
 
-def resampled(pairs):
-    """Ends of the bootstrap interval of the mean, from its definition."""
-    if len(pairs) > 5:
-        means = np.random.default_rng(5).choice(pairs, size=(200_000, len(pairs))).mean(1)
-    else:
-        means = [fmean(resample) for resample in itertools.product(pairs, repeat=len(pairs))]
-    return list(np.quantile(means, [0.025, 0.975], method="inverted_cdf"))
-
-
 def numbers(text):
     """Those in a cell of a table."""
     return [float(x) for x in re.findall(r"[+-]\d+\.\d+", text.replace("−", "-"))]
 
 
-@pytest.mark.parametrize("count", [2, 3, 5, 9])
-def test_differences_are_paired_and_have_a_bootstrap_interval(tmp_path, count):
+T95 = {2: 12.7062, 3: 4.30265, 5: 2.77645, 9: 2.30600}  # of Student's t with n - 1 degrees
+
+
+@pytest.mark.parametrize("count", T95)
+def test_differences_are_paired_and_have_an_interval(tmp_path, count):
     mine, its = np.random.default_rng(count).normal(5, 0.1, size=(2, count))
     a = cell_from(tmp_path / "a", "ema", dict(enumerate(mine)))
     b = cell_from(tmp_path / "b", "adamw", {**dict(enumerate(its)), 77: 1.0})
-    key, text = difference(a, b)
-    assert float(key) == pytest.approx(fmean(mine - its))
-    expected = [fmean(mine - its), *resampled(mine - its)]
-    assert numbers(text) == pytest.approx(expected, abs=6e-5 if count < 7 else 2e-3)
+    key, text, _ = difference(a, b)
+    mean, half = fmean(mine - its), T95[count] * np.std(mine - its, ddof=1) / math.sqrt(count)
+    assert float(key) == pytest.approx(mean)
+    assert numbers(text) == pytest.approx([mean, mean - half, mean + half], abs=6e-5)
     assert text.endswith(f"], {count} seeds")
-    assert numbers(difference(b, a)[1])[0] == pytest.approx(-expected[0], abs=6e-5)
+    assert numbers(difference(b, a).text)[0] == pytest.approx(-mean, abs=6e-5)
+
+
+def test_differences_that_hold_for_all_lines_are_marked(tmp_path):
+    """Of two lines, one has p = 0.003, and one p = 0.03, which is not enough after it."""
+    seeds = range(4)
+    noise = [-0.01, 0.01, -0.02, 0.02]
+    adamw = cell_from(tmp_path / "a", "adamw", dict.fromkeys(seeds, 2.0))
+    others = {
+        f"pace:pullback={c}": {s: 2 - c * x + noise[s] for s in seeds}
+        for c, x in ((1, 0.08), (2, 0.015), (3, 0.001))
+    }
+    cells = [adamw, *(cell_from(tmp_path / n, n, losses) for n, losses in others.items())]
+    found = next(table for table in tables(cells) if len(table.entries) == 4)
+    marked = {
+        x.name: text for x, (_, text) in zip(found.entries, found.differences[0], strict=True)
+    }
+    ps = {cell.label: difference(cell, adamw).p for cell in cells[1:]}
+    assert ps["pace pullback=1 kappa=0.3"] < 0.05 / 3
+    assert 0.025 < ps["pace pullback=2 kappa=0.3"] < 0.05
+    assert {name for name, text in marked.items() if text.endswith("*")} == {
+        "pace pullback=1 kappa=0.3"
+    }
+
+
+def test_a_best_at_the_edge_of_its_grid_is_named(tmp_path):
+    cells = [
+        cell_from(tmp_path / str(c), f"pace:pullback={c}", {0: loss}, selection=loss)
+        for c, loss in ((1, 3.0), (2, 2.0), (3, 2.5))
+    ]
+    kinds = tables(cells)[0]
+    assert [(x.cell.label, x.edge) for x in kinds.entries] == [("pace pullback=2 kappa=0.3", "")]
+    assert WIDEN not in kinds.notes
+    kinds = tables(cells[:2])[0]
+    assert [x.edge for x in kinds.entries] == ["pullback at the top"]
+    assert WIDEN in kinds.notes
 
 
 @pytest.mark.parametrize(
@@ -284,8 +313,8 @@ def test_differences_are_paired_and_have_a_bootstrap_interval(tmp_path, count):
 )
 def test_differences_that_have_no_interval(tmp_path, mine, its, key, text):
     a, b = cell_from(tmp_path / "a", "ema", mine), cell_from(tmp_path / "b", "adamw", its)
-    assert difference(a, b) == (key, text)
-    assert difference(b, b) == ("0", "baseline")
+    assert difference(a, b) == (key, text, None)
+    assert difference(b, b) == ("0", "baseline", None)
 
 
 def test_the_best_is_chosen_by_the_selection_loss_over_common_seeds(tmp_path):
@@ -311,7 +340,7 @@ def test_tables_compare_the_best_and_the_equal(tmp_path):
         for name, differences in zip(table.baselines, table.differences, strict=True):
             for entry, shown in zip(table.entries, differences, strict=True):
                 there = [b for b in table.entries if (b.group, b.name) == (entry.group, name)]
-                expected = [difference(entry.cell, b.cell) for b in there]
+                expected = [difference(entry.cell, b.cell)[:2] for b in there]
                 assert [shown] == (expected or [("", f"no {name} here")])
     first = kinds.entries[0]
     assert (first.cell.setting, first.cell.label) == (
@@ -319,14 +348,17 @@ def test_tables_compare_the_best_and_the_equal(tmp_path):
         "pace pullback=10 kappa=0.7",
     )
     assert (first.name, first.best, first.cell.lr) == ("pace", True, 0.003)
+    half = T95[2] * 0.35 / 2  # of -0.35 and -0.7
     # pace at c=10, kappa=0.7 is lower than adamw by 0.35 with seed 0 and 0.7 with seed 1
     key, text = kinds.differences[0][0]
     assert float(key) == pytest.approx(-0.525)
-    assert numbers(text) == pytest.approx([-0.525, *resampled([-0.35, -0.7])], abs=6e-5)
+    assert numbers(text) == pytest.approx([-0.525, -0.525 - half, -0.525 + half], abs=6e-5)
     assert kinds.notes == [
         "tiny-sft on smol; tiny-pretrain on nano: chosen by the returned model's loss on another "
-        "split than the losses shown."
+        "split than the losses shown, of the same runs.",
+        WIDEN,
     ]
+    assert first.edge == "lr at the bottom, kappa at the top, pullback at the top"  # of two each
     lost = [entry for entry in equal.entries if entry.cell.show() == "diverged in 1 of 2"]
     assert {entry.cell.label for entry in lost} == {
         "pace pullback=1 kappa=0.3",

@@ -71,7 +71,7 @@ def test_the_terminal_shows_the_first_table_and_where_the_page_is(made):
     lines = made.said.splitlines()
     assert "Each kind of method at its best" in lines[0]
     [line] = [line for line in lines if "tiny-sft" in line and "pace pullback=10 kappa=0.7" in line]
-    assert "−0.5250 [−0." in line
+    assert "−0.5250 [−2." in line
     assert "x failed: <i>no</i>" in made.said
     assert "[red]" in made.said
     assert lines[-1].startswith(f"Report: {made.out} (2.")

@@ -38,19 +38,21 @@ def test_verdict_says_who_won_by_how_much_over_how_many_seeds():
     adamw = [row("adamw", 0.01, 0, None), row("adamw", 0.01, 1, 2.5)]
     assert verdict_of(*pace, *ema, *adamw, *twin) == [
         "At learning rate 0.01: ema twin has the lowest loss, 2.000 ±0.000, 0.050 nats lower "
-        "(-0.100 to +0.000, lower in 1 of 2 seeds) than pace.",
+        "(95 % interval -0.685 to +0.585, lower in 1 of 2 seeds) than pace.",
         "Against the same average without the pull, the loss of pace is 0.200 nats lower "
-        "(-0.300 to -0.100, lower in 2 of 2 seeds) than ema.",
+        "(95 % interval -1.471 to +1.071, lower in 2 of 2 seeds) than ema.",
         "Against the schedule of a gain of 0.9, the loss of pace is 0.050 nats "
-        "higher (+0.000 to +0.100, higher in 1 of 2 seeds) than ema twin.",
+        "higher (95 % interval -0.585 to +0.685, higher in 1 of 2 seeds) than ema twin.",
         "At the end, the mean gain of pace is 0.85, and 50.0% of the coordinates are clipped.",
         "At learning rate 0.01 adamw diverged.",
+        "Each interval is for its difference alone: which method has the lowest loss was not known "
+        "before.",
     ]
     amounts_to = [row("ema eps=0.02", 0.01, s, 2.1, eps=0.02) for s in (0, 1)]  # 0.01 · 2
     other = [row("ema eps=0.03", 0.01, s, 2.2, eps=0.03) for s in (0, 1)]
     assert verdict_of(*pace, *amounts_to, *other)[1:3] == [
         "Against the ε that its pull amounts to, the loss of pace is 0.050 nats lower "
-        "(-0.100 to +0.000, lower in 1 of 2 seeds) than ema eps=0.02.",
+        "(95 % interval -0.685 to +0.585, lower in 1 of 2 seeds) than ema eps=0.02.",
         "At the end, the mean gain of pace is 0.85, and 50.0% of the coordinates are clipped.",
     ]
     one = verdict_of(pace[0], ema[0])
@@ -78,15 +80,34 @@ def test_verdict_on_ties_and_divergence():
     assert "2.000, not comparable with ema, as a run diverged" in said[0]
 
 
+def best_of(said):
+    return next(sentence for sentence in said if sentence.startswith("Each method at its best"))
+
+
 def test_verdict_over_rates():
-    rows = [row("pace", 0.1, 0, 2.0), row("ema", 0.1, 0, 2.5), row("ema", 0.2, 0, 1.5)]
-    said = verdict_of(*rows)
+    rows = [row("pace", lr, 0, loss) for lr, loss in ((0.1, 2.4), (0.2, 2.0), (0.3, 2.2))]
+    rows += [row("ema", lr, 0, loss) for lr, loss in ((0.1, 2.1), (0.2, 1.5), (0.3, None))]
+    said = best_of(verdict_of(*rows, row("adamw", 0.4, 0, 2.5)))
+    assert "ema at 0.2 has the lowest loss, 1.500, 0.500 nats lower than pace at 0.2" in said
+    assert "All: ema at 0.2 1.500, pace at 0.2 2.000, adamw at 0.4 2.500." in said
+    assert "rates were chosen" in said
+    said = verdict_of(rows[0], rows[4])  # each had one rate: nothing was picked
     assert not any("rate 0.2:" in sentence for sentence in said)  # nothing to compare there
-    best = next(sentence for sentence in said if sentence.startswith("Each method at its best"))
-    assert "ema at 0.2 has the lowest loss, 1.500, 0.500 nats lower than pace at 0.1" in best
-    assert "rates were chosen" in best
-    fixed = verdict_of(rows[0], rows[2])  # each had one rate: nothing was picked
-    assert not any("rates were chosen" in sentence for sentence in fixed)
+    assert "rates were chosen" not in best_of(said)
+    assert "ema at 0.2 has the lowest loss" in best_of(said)
+
+
+def test_no_verdict_where_the_best_rate_is_the_last_that_was_tried():
+    rows = [row("ema", lr, 0, loss) for lr, loss in ((0.1, 2.1), (0.2, 1.5), (0.3, 1.6))]
+    rows += [row("pace", lr, 0, lr) for lr in (0.1, 0.2, 0.3)]
+    rows += [row("adamw", lr, 0, -lr) for lr in (0.1, 0.2, 0.3)]
+    rows += [row("bema", lr, 0, -lr) for lr in (0.1, 0.3)]
+    said = best_of(verdict_of(*rows))
+    assert said.startswith(
+        "Each method at its best learning rate: no best was found for pace (lr at the bottom of "
+        "its grid); adamw, bema (lr at the top of its grid): widen the grid with --lr. All: adamw"
+    )
+    assert "has the lowest loss" not in said
 
 
 def test_pull_alone_means_that_nothing_else_differs():
@@ -95,6 +116,9 @@ def test_pull_alone_means_that_nothing_else_differs():
         row("ema twin", 1, 0, 2.1, schedule="twin", twin_gain=1.0),
         row("ema slow", 1, 0, 2.1, kappa=0.7),
     )
+    assert not any("without the pull" in sentence for sentence in said)
+    slower = row("pace slower", 1, 0, 2.0, return_kappa=0.7)
+    said = verdict_of(slower, row("ema", 1, 0, 2.1))  # another average is returned
     assert not any("without the pull" in sentence for sentence in said)
 
 

@@ -30,7 +30,7 @@ NOTHING = Outcomes({}, {})
 # ---- what is tried ---------------------------------------------------------------------------
 
 
-def test_a_grid_is_all_of_each_family_and_then_the_chosen_on_all_seeds(tmp_path):
+def test_a_grid_is_all_of_each_family_and_then_the_chosen_on_other_seeds(tmp_path):
     plan = Tuning(study_in(tmp_path))
     first = plan.wanted(NOTHING)
     assert [cell.run.seed for cell in first] == [0] * 8
@@ -63,6 +63,7 @@ def test_settings_may_be_tried_with_several_seeds(tmp_path):
     outcomes = worked_off(plan, losses)
     assert [chosen.method.lr for chosen in plan.chosen(outcomes)] == [0.01] * 3
     assert [chosen.selection for chosen in plan.chosen(outcomes)] == [4.0] * 3
+    assert {cell.run.seed for cell in plan.wanted(outcomes)[16:]} == {2}
 
 
 @needs_fork
@@ -243,7 +244,7 @@ GOOD = {"recipe": "RECIPE", "methods": {"adamw": {"lr": [1e-3, 1e-2]}, "ema": {}
         ({"seeds": [0, 0]}, "seeds: give each only once"),
         ({"seeds": [-1]}, "seeds: .*greater than or equal to 0"),
         ({"seeds": 3}, "seeds: .*tuple"),
-        ({"tuning_seeds": 4}, "tuning_seeds: 4 are more than the 3 seeds"),
+        ({"tuning_seeds": 4}, "tuning_seeds: 4 leaves none of the 4 seeds to report; give more"),
         ({"baseline": "adam"}, "baseline: unknown method 'adam'; did you mean 'adamw'?"),
         ({"methdos": {}}, "unknown key 'methdos'; did you mean 'methods'?"),
     ],

@@ -13,7 +13,7 @@ from sweeping import result_of
 
 from paceline.study import sweep
 from paceline.study.ledger import Outcomes
-from paceline.study.statistics import DIFFERENCE, Listing, interval
+from paceline.study.statistics import EDGE, WIDEN, holm, interval, p_value
 from paceline.study.sweep import Tuning
 
 
@@ -28,8 +28,53 @@ def test_settings_are_chosen_by_one_half_and_numbers_are_from_the_other(tmp_path
     table = sweep.best_table(plan, outcomes)
     facts = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
     assert [(row["selection loss"], row["loss"], row["seeds"]) for row in facts] == [
-        (1.0, 7.5, 2)
+        (1.0, 8.0, 1)  # of seed 1; seed 0 chose
     ] * 3
+
+
+def test_a_seed_that_chose_is_not_reported(tmp_path):
+    plan = Tuning(study_in(tmp_path, SWEEP.replace("seeds: [0, 1]", "seeds: [5, 0, 7]")))
+    outcomes = worked_off(plan, lambda method, seed: (1.0, {5: 1.0, 0: 2.0, 7: 4.0}[seed]))
+    table = sweep.best_table(plan, outcomes)
+    assert {(row[-6], row[-5]) for row in table.rows} == {(2, 3.0)}
+    said = sweep.protocol(plan, outcomes)
+    assert "tried with seed 5." in said[1]
+    assert "with seed 0, 7. These seeds chose nothing." in said[2]
+
+
+def test_one_seed_alone_chooses_and_is_reported(tmp_path):
+    plan = Tuning(study_in(tmp_path, SWEEP.replace("seeds: [0, 1]", "seeds: [3]")))
+    outcomes = worked_off(plan)
+    assert {row[-6] for row in sweep.best_table(plan, outcomes).rows} == {1}
+    assert "This seed also chose the settings, so" in sweep.protocol(plan, outcomes)[2]
+
+
+def test_no_best_at_the_edge_of_a_grid(tmp_path):
+    text = SWEEP.replace("[1e-3, 1e-2], kappa", "[1e-3, 1e-2, 1e-1], kappa")
+    plan = Tuning(study_in(tmp_path, text))
+    outcomes = worked_off(plan)  # a rate of 1e-2 is best, and more of the pull
+    table = sweep.best_table(plan, outcomes)
+    at = table.columns.index(EDGE)
+    assert {row[0]: row[at] for row in table.rows} == {
+        "adamw": "lr at the top",
+        "ema": "kappa at the bottom",
+        "pace": "lr at the top, pullback at the top",
+    }
+    assert WIDEN in table.markdown()
+    assert sweep.protocol(plan, outcomes)[-3:] == [
+        f"No best was found for {name}: {edge} of its grid. Widen the grid."
+        for name, edge in (
+            ("adamw", "lr at the top"),
+            ("ema", "kappa at the bottom"),
+            ("pace", "lr at the top, pullback at the top"),
+        )
+    ]
+    wider = text.replace("[0.3, 0.7]", "[0.1, 0.3, 0.7]")
+    plan = Tuning(study_in(tmp_path, wider))
+    chosen = plan.chosen(worked_off(plan))
+    assert [(x.method.kappa, x.edge) for x in chosen if x.name == "ema"] == [
+        (0.1, "kappa at the bottom")
+    ]
 
 
 def test_a_setting_that_diverges_is_not_chosen_and_counts_as_infinite(tmp_path):
@@ -49,7 +94,7 @@ def test_a_setting_that_diverges_is_not_chosen_and_counts_as_infinite(tmp_path):
     table = sweep.best_table(plan, outcomes)
     rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     assert rows["ema"]["loss"] == math.inf
-    assert rows["ema"]["seeds"] == 2
+    assert rows["ema"]["seeds"] == 1
     assert rows["ema"]["difference"] is rows["ema"]["low"] is None
     assert table.rows[-1][0] == "ema"  # the last
     assert "inf" in table.markdown()
@@ -74,12 +119,13 @@ def test_a_method_of_which_nothing_was_finished_is_in_the_table(tmp_path):
 
 
 def test_differences_are_paired_by_seed(tmp_path):
-    text = SWEEP.replace("seeds: [0, 1]", "seeds: [0, 1, 2, 3]\nbaseline: ema")
+    text = SWEEP.replace("seeds: [0, 1]", "seeds: [4, 0, 1, 2, 3]\nbaseline: ema")
     plan = Tuning(study_in(tmp_path, text))
     harder = [0.0, 5.0, 1.0, 9.0]  # seeds
     better = [0.1, 0.3, 0.2, 0.4]  # than the EMA with each of them
 
     def losses(method, seed):
+        seed = seed % 4
         pull = 1 + better[seed] if method.get("pullback") == 1 and method.lr == 0.01 else 0
         return 3 - pull, 4 + harder[seed] - (better[seed] if pull else 0)
 
@@ -92,11 +138,13 @@ def test_differences_are_paired_by_seed(tmp_path):
     low, high = interval([-x for x in better])
     assert (rows["pace"]["low"], rows["pace"]["high"]) == pytest.approx((low, high))
     assert [rows["ema"][name] for name in ("difference", "low", "high")] == [0.0, 0.0, 0.0]
+    assert rows["ema"]["Holm p"] is rows["adamw"]["Holm p"] is None  # of equal differences
+    assert rows["pace"]["Holm p"] == pytest.approx(holm([p_value(better)])[0])
     assert table.rows[0][0] == "pace"
 
 
 def equal_of(plan, outcomes):
-    table = sweep.equal_table(plan.losses(outcomes))
+    table = sweep.equal_table(plan, outcomes)
     return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
 
 
@@ -114,7 +162,9 @@ def test_at_equal_rate_and_average_only_the_pull_differs(tmp_path):
         c = float(re.search(r"pullback=([\d.]+)", row["method"])[1])
         assert row["difference"] == pytest.approx(-0.1 * c)
         assert row["loss"] - row["without"] == pytest.approx(row["difference"])  # of equal seeds
-    assert [row["seeds"] for row in rows] == [1, 1, 1, 2]
+    assert [row["seeds"] for row in rows] == [1, 1, 1, 1]
+    # The chosen one with seed 1, which is 0.01 harder; the others with seed 0.
+    assert rows[3]["loss"] - rows[2]["loss"] == pytest.approx(0.01 - 0.09)
 
 
 def test_equal_means_that_nothing_else_differs(tmp_path):
@@ -155,33 +205,3 @@ def test_methods_whose_labels_are_the_same_are_told_apart():
     outcomes = Outcomes({cell.key: result_of(cell)._replace(rows=rows)}, {})
     ends = [sweep.last_row(outcomes, cell, method) for method in (first, second)]
     assert [row["kappa"] for row in ends] == [0.3, 0.30000001]
-
-
-def test_a_difference_is_shown_with_its_interval(tmp_path):
-    rows = [["one", -0.1, -0.2, 0.0], ["two", 0.5, None, None], ["three", None, None, None]]
-    table = Listing("title", ["a", *DIFFERENCE], rows)
-    assert table.markdown().splitlines() == [
-        "| a | difference [95 %] |",
-        "| --- | ---: |",
-        "| one | -0.1000 [-0.2000, 0.0000] |",
-        "| two | 0.5000 |",
-        "| three |  |",
-    ]
-    table.write(tmp_path / "table.csv")
-    assert (tmp_path / "table.csv").read_text().startswith("a,difference,low,high\none,-0.1,-0.2,0")
-
-
-def test_tables_as_text(tmp_path):
-    rows = [["one", "3e-05", None], ["two", "0.01", math.inf], ["three", "1", 0.123456]]
-    table = Listing("title", ["a", "lr", "x"], rows)
-    assert table.markdown().splitlines() == [
-        "| a | lr | x |",
-        "| --- | ---: | ---: |",
-        "| one | 3e-05 |  |",
-        "| two | 0.01 | inf |",
-        "| three | 1 | 0.1235 |",
-    ]
-    table.write(tmp_path / "table.csv")
-    assert (tmp_path / "table.csv").read_text() == (
-        "a,lr,x\none,3e-05,\ntwo,0.01,inf\nthree,1,0.123456\n"
-    )

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from ..study.cells import Task
-from ..study.statistics import DIFFERENCE, Listing, interval, paired
+from ..study.statistics import Listing, paired
 from ..train.methods import Method
 from ..train.page import COLOURS
 from .plans import NAMES, SCHEDULES, TUNING, Grid, ScaleRuns, shortened
@@ -210,8 +210,8 @@ def _listed(
             ends = [len(losses[label]), mean if math.isfinite(mean) else "diverged"]
             compared = [*ends, *paired(losses[label], baseline)]
             rows.append([f"{task.name}: {label}", method.label, f"{method.lr:g}", *compared])
-    columns = ["method", "setting", "lr", "seeds", "loss", *DIFFERENCE]
-    return Listing(f"Difference to {to}", columns, rows)
+    columns = ["method", "setting", "lr", "seeds", "loss"]
+    return Listing.of_differences(f"Difference to {to}", columns, rows)
 
 
 # ---- figures ------------------------------------------------------------------------------------
@@ -396,7 +396,7 @@ def _draw_budgets(runs: ScaleRuns, task: Task, axis: Axes) -> tuple[list[pd.Data
             rows.append([label, other, *means, len(there), *paired(decayed, there)])
     _dress(axis, "step", title=task.name)
     columns = ["decay", "constant run at the same step", "decay's loss", "constant's loss", "seeds"]
-    return parts, Listing("Decay less constant run", [*columns, *DIFFERENCE], rows)
+    return parts, Listing.of_differences("Decay less constant run", columns, rows)
 
 
 def schedule_free(runs: ScaleRuns) -> Drawn:
@@ -571,7 +571,7 @@ def under_schedules(runs: ScaleRuns, *, by_kappa: bool) -> Drawn:
 
 def twins(runs: ScaleRuns) -> Drawn:
     """PACE less its own twin: the EMA at the twin's rate for PACE's measured mean gain."""
-    found: list[dict[str, Any]] = []
+    found: list[list[Any]] = []
     for task, grid in runs.scale.twinned:
         for lr in grid.rates:
             pace = runs.best_pace(task, lr=lr)
@@ -580,12 +580,11 @@ def twins(runs: ScaleRuns) -> Drawn:
                 _ends_of(runs, task, x, runs.scale.seeds).set_index("seed").returned_loss
                 for x in (pace, twin)
             )
-            pairs = [mine[seed] - its[seed] for seed in mine.index if seed in its.index]
-            low, high = interval(pairs) or (math.nan, math.nan)
-            row = {"setting": task.name, "lr": lr, "pace": pace.label, "twin": twin.label}
-            row |= {"pace_loss": mine.mean(), "twin_loss": its.mean(), "seeds": len(pairs)}
-            found.append({**row, "difference": float(np.mean(pairs)), "low": low, "high": high})
-    table = pd.DataFrame(found)
+            row = [task.name, f"{lr:g}", pace.label, twin.label, mine.mean(), its.mean(), len(mine)]
+            found.append([*row, *paired(mine.to_dict(), its.to_dict())])
+    columns = ["setting", "lr", "pace", "twin", "pace_loss", "twin_loss", "seeds"]
+    ends = Listing.of_differences("PACE less its own twin", columns, found)
+    table = pd.DataFrame(ends.rows, columns=ends.columns).astype({"lr": float})
     figure, axes = _panels(1, 1, 7.0, 4.0)
     axis = axes[0][0]
     for index, (setting, group) in enumerate(table.groupby("setting", sort=False)):
@@ -596,6 +595,4 @@ def twins(runs: ScaleRuns) -> Drawn:
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xscale("log")
     _dress(axis, "learning rate", "PACE less its twin, nats a token")
-    rows = table.assign(lr=table.lr.map("{:g}".format)).astype(object)
-    ends = Listing("PACE less its own twin", list(rows.columns), rows.to_numpy().tolist())
     return _finished(figure, [table], ends, columns=table.columns)

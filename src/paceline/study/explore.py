@@ -7,10 +7,10 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import tyro
@@ -28,10 +28,9 @@ from ..train.folder import METRICS, JsonLines
 from ..train.methods import all_options
 from ..train.page import COLOURS, render
 from ..train.recipe import MEASURING, METHOD, RESUMABLE, Recipe, keys_with
-from .statistics import interval
+from .statistics import WIDEN, WORDS, edges, holds, holm, interval, p_value
 
 LINKED_FILES = (METRICS, folders.MANIFEST, folders.RECIPE, folders.TRAINING, folders.REPORT)
-WORDS = ("name", "schedule", "base", "gain", "state")
 AXES = tuple(name for name in all_options() if name not in WORDS)  # numeric options
 # Keys that may differ within a setting: they belong to a method or a seed, or change no loss.
 WITHIN_SETTING = keys_with(METHOD, RESUMABLE, MEASURING) | {
@@ -94,6 +93,11 @@ class Point(BaseModel):
         gain = self.gain and f"gain={self.gain}"
         state = "state=bf16" if self.state == "bf16" else None
         return " ".join(filter(None, (self.name, self.base, schedule, gain, state)))
+
+    @property
+    def setting_values(self) -> dict[str, Any]:
+        """Every option of its method."""
+        return {**self.options, **{word: getattr(self, word) for word in WORDS}}
 
 
 @dataclass
@@ -333,28 +337,33 @@ def gather(sources: Iterable[Source]) -> list[MethodRuns]:
     return gathered
 
 
-Shown = tuple[str, str]  # the number that a table sorts by, or ""; and the text that it shows
+class Shown(NamedTuple):
+    """A difference in a table."""
+
+    key: str  # the number that the table sorts by, or ""
+    text: str
+    p: float | None = None  # not corrected
 
 
 def difference(a: MethodRuns, b: MethodRuns) -> Shown:
     """Returned loss of `a` less that of `b`, paired over the seeds of both, nats a token."""
     if a is b:
-        return "0", "baseline"
+        return Shown("0", "baseline")
     mine, its = a.losses(), b.losses()
     seeds = sorted(mine.keys() & its.keys())
     if not seeds:
-        return "", "no seed in common"
+        return Shown("", "no seed in common")
     if any(math.isinf(mine[seed]) for seed in seeds):
-        return "Infinity", "diverged"
+        return Shown("Infinity", "diverged")
     if any(math.isinf(its[seed]) for seed in seeds):
-        return "-Infinity", "baseline diverged"
+        return Shown("-Infinity", "baseline diverged")
     pairs = [mine[seed] - its[seed] for seed in seeds]
     within = interval(pairs)
     text = f"{fmean(pairs):+.4f}"
     text += f" [{within[0]:+.4f},\N{NO-BREAK SPACE}{within[1]:+.4f}]" if within else ", one seed"
     if within and len(pairs) < max(len(mine), len(its)):
         text += f", {len(pairs)} seeds"
-    return repr(fmean(pairs)), text.replace("-", "−")
+    return Shown(repr(fmean(pairs)), text.replace("-", "−"), p_value(pairs))
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -368,6 +377,7 @@ class TableLine:
     name: str  # its name as the baseline of its group
     group: tuple[Any, ...]
     best: bool  # of its group
+    edge: str = ""  # options at an edge of the grid that it was chosen from
 
 
 @dataclass
@@ -386,15 +396,23 @@ class Table:
         return sorted(names, key=lambda name: name != DEFAULT_BASELINE)
 
     @functools.cached_property
-    def differences(self) -> list[list[Shown]]:
-        """The difference of each line to each baseline."""
+    def differences(self) -> list[list[tuple[str, str]]]:
+        """The difference of each line to each baseline: what to sort by, and the text.
+
+        A * marks those that hold after Holm's correction for all lines.
+        """
         cells = {(entry.group, entry.name): entry.cell for entry in self.entries}
 
         def to(name: str, entry: TableLine) -> Shown:
             baseline = cells.get((entry.group, name))
-            return difference(entry.cell, baseline) if baseline else ("", f"no {name} here")
+            return difference(entry.cell, baseline) if baseline else Shown("", f"no {name} here")
 
-        return [[to(name, entry) for entry in self.entries] for name in self.baselines]
+        def marked(found: list[Shown]) -> list[tuple[str, str]]:
+            corrected = holm(shown.p for shown in found)
+            marks = ["*" if holds(p) else "" for p in corrected]
+            return [(x.key, x.text + mark) for x, mark in zip(found, marks, strict=True)]
+
+        return [marked([to(name, entry) for entry in self.entries]) for name in self.baselines]
 
 
 def tables(cells: Iterable[MethodRuns]) -> list[Table]:
@@ -420,19 +438,30 @@ def _at_the_best(
 ) -> Table:
     """The best runs of each name in each setting, and a note on how they were chosen."""
     groups = _grouped(cells, lambda cell: (cell.setting, name(cell)))
-    entries = _entries([(best(group), key[1], key[:1]) for key, group in groups.items()])
+    found = _entries([(best(group), key[1], key[:1]) for key, group in groups.items()])
+    entries = [
+        replace(entry, edge=_edge(entry.cell, groups[entry.cell.setting, entry.name]))
+        for entry in found
+    ]
     several = [group for group in groups.values() if len(group) > 1]
     notes = []
     for by, choices in _grouped(several, _selected).items():
         settings = "; ".join(dict.fromkeys(group[0].setting for group in choices))
         how = (
-            "by the returned model's loss on another split than the losses shown"
+            "by the returned model's loss on another split than the losses shown, of the same runs"
             if by
             else "by the losses shown, as there is no selection loss: this flatters methods with "
             "more settings"
         )
         notes.append(f"{settings}: chosen {how}.")
+    if any(entry.edge for entry in entries):
+        notes.append(WIDEN)
     return Table(title, at, entries, notes)
+
+
+def _edge(chosen: MethodRuns, tried: Iterable[MethodRuns]) -> str:
+    """The options of the chosen runs that are at an edge of what was tried."""
+    return edges(chosen.first.setting_values, (cell.first.setting_values for cell in tried))
 
 
 def _entries(lines: list[tuple[MethodRuns, str, tuple[Any, ...]]]) -> list[TableLine]:
@@ -541,8 +570,8 @@ def configurations(sources: Iterable[Source]) -> tuple[list[Line], list[Line]]:
         facts = {k: "default" if v is None else _text(v) for k, v in source.configuration.items()}
         found: dict[str, dict[str, None]] = {}  # of the rows: ordered sets
         for row in source.rows:
-            own = {"setting": row.setting, "steps": row.steps, "seed": row.seed, **row.options}
-            for key, value in {**own, **{word: getattr(row, word) for word in WORDS}}.items():
+            own = {"setting": row.setting, "steps": row.steps, "seed": row.seed}
+            for key, value in (own | row.setting_values).items():
                 if value is not None:
                     found.setdefault(key, {})[_text(value)] = None
         varied |= {key for key, values in found.items() if len(values) > 1}
@@ -629,6 +658,7 @@ def _printed(table: Table) -> Printed:
     for entry, (_, shown) in zip(table.entries, next(iter(table.differences), ()), strict=True):
         cell = entry.cell
         values = (cell.lr, cell.count, cell.show("live"), cell.show(), shown)
-        parts = [cell.setting, cell.label, *map(_text, values)]
+        label = f"{cell.label} ({entry.edge})" if entry.edge else cell.label
+        parts = [cell.setting, label, *map(_text, values)]
         printed.add_row(*map(Text, parts), style="bold" if entry.best else "")
     return printed

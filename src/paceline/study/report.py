@@ -16,6 +16,7 @@ from ..auto import AUTO
 from ..train.folder import REPORT
 from ..train.page import COLOURS, render, svg
 from .runs import loss_of
+from .statistics import edges, interval
 
 LINE_STYLES = ("-", "--", ":")
 
@@ -151,24 +152,18 @@ def verdict(results: Results) -> list[str]:
             elif next(iter(cell.rows.values()))["name"] == "pace":
                 sentences += _about_the_pull(label, cell, here, lr)
     if len(rates(cells)) > 1 and len(cells) > 1:
-        best = {
-            f"{label} at {lr:g}": by_rate[lr]
-            for label, by_rate in cells.items()
-            for lr in [min(by_rate, key=lambda lr: by_rate[lr].mean())]
-        }
-        ranked = sorted(best, key=lambda label: best[label].mean())
-        listed = ", ".join(f"{label} {best[label].show().split(' ')[0]}" for label in ranked)
-        chosen = any(len(by_rate) > 1 for by_rate in cells.values())
-        sentences.append(
-            f"Each method at its best learning rate: {_winner(best)} All: {listed}."
-            + (" The rates were chosen on the same text as these losses." if chosen else "")
-        )
+        sentences.append(_at_best_rates(cells))
     seeds = [set(cell.rows) for by_rate in cells.values() for cell in by_rate.values()]
     if not set.intersection(*seeds):
         sentences.append("No seed was finished by all methods, so their means do not compare.")
     elif max(map(len, seeds)) == 1:
         sentences.append(
             "With one seed there is no spread to judge small differences by; give --seeds 0,1,2."
+        )
+    elif len(cells) > 2:
+        sentences.append(
+            "Each interval is for its difference alone: which method has the lowest loss was not "
+            "known before."
         )
     used = set.union(*seeds)
     if used < {row["seed"] for row in results.rows}:
@@ -177,6 +172,33 @@ def verdict(results: Results) -> list[str]:
             "finished. The curves and metrics.jsonl have the other finished runs too."
         )
     return sentences
+
+
+def _at_best_rates(cells: FinalTable) -> str:
+    """Which method has the lowest loss at its best rate, unless a best rate was not found."""
+    best = {
+        label: min(by_rate, key=lambda lr: by_rate[lr].mean()) for label, by_rate in cells.items()
+    }
+    at = {f"{label} at {lr:g}": cells[label][lr] for label, lr in best.items()}
+    missed = {
+        label: edge
+        for label, lr in best.items()
+        if (edge := edges({"lr": lr}, [{"lr": x} for x in cells[label]]))
+    }
+    if missed:
+        where = "; ".join(
+            f"{', '.join(label for label in missed if missed[label] == edge)} ({edge} of its grid)"
+            for edge in sorted(set(missed.values()))
+        )
+        said = f"no best was found for {where}: widen the grid with --lr."
+    else:
+        said = _winner(at)
+    ranked = sorted(at, key=lambda label: at[label].mean())
+    listed = ", ".join(f"{label} {at[label].show().split(' ')[0]}" for label in ranked)
+    chosen = any(len(by_rate) > 1 for by_rate in cells.values())
+    return f"Each method at its best learning rate: {said} All: {listed}." + (
+        " The rates were chosen on the same text as these losses." if chosen else ""
+    )
 
 
 def _winner(cells: dict[str, FinalLosses]) -> str:
@@ -196,7 +218,8 @@ def _about_the_pull(
     mine = next(iter(cell.rows.values()))
     for other, its in here.items():
         facts = next(iter(its.rows.values()))
-        if facts["name"] != "ema" or facts["kappa"] != mine["kappa"]:
+        same = all(facts.get(key) == mine.get(key) for key in ("kappa", "return_kappa"))
+        if facts["name"] != "ema" or not same:
             continue
         alike = all(facts[key] == mine[key] for key in ("schedule", "twin_gain"))
         # The ε that the pull amounts to where it is not clipped; see docs/theory.md.
@@ -235,10 +258,11 @@ def _difference(a: FinalLosses, b: FinalLosses, name: str) -> str:
         return f"equal to that of {name}"
     word = "lower" if mean < 0 else "higher"
     spread = ""
-    if len(pairs) > 1:
+    if within := interval(pairs):
         agreeing = sum(d * mean > 0 for d in pairs)
         spread = (
-            f" ({min(pairs):+.3f} to {max(pairs):+.3f}, {word} in {agreeing} of {len(pairs)} seeds)"
+            f" (95 % interval {within[0]:+.3f} to {within[1]:+.3f}, {word} in {agreeing} of "
+            f"{len(pairs)} seeds)"
         )
     return f"{abs(mean):.3f} nats {word}{spread} than {name}"
 

@@ -26,7 +26,7 @@ from ..train.terminal import quiet
 from .cells import Cell, Task
 from .ledger import Ledger, Outcomes, SharedOptions, open_ledger, work_off, write_rows
 from .runs import Row, Run, loss_of, share_runs
-from .statistics import DIFFERENCE, Listing, paired
+from .statistics import BRACKETS, EDGE, Listing, edges, paired
 
 FAILED = ["all diverged or failed", None]  # instead of a setting and a learning rate
 TRIALS_AT_A_TIME = 4  # that TPE draws before it gets their losses
@@ -51,16 +51,18 @@ class Study(Options):
     """Trainings of each method: its whole grid, a random part, or drawn by Optuna's TPE."""
     trials: Positive | None = None
     """Number of trainings that each method chooses its setting from. Default: the whole grid."""
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
-    """Seeds of initial weights and data order. The chosen settings are run with each of them."""
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2, 3)
+    """Seeds of initial weights and data order."""
     tuning_seeds: Positive = 1
-    """How many of the seeds, from the first, each setting is tried with."""
+    """How many of the seeds, from the first, choose the settings. Losses are reported of the
+    others: a setting is lucky with the seed that chose it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.tuning_seeds > len(self.seeds):
+        if self.tuning_seeds >= max(2, len(self.seeds)):
             raise InputError(
-                f"tuning_seeds: {self.tuning_seeds} are more than the {len(self.seeds)} seeds"
+                f"tuning_seeds: {self.tuning_seeds} leaves none of the {len(self.seeds)} seeds to "
+                "report; give more seeds"
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds: give each only once, got {self.seeds}")
@@ -72,6 +74,16 @@ class Study(Options):
         if self.trials is None and (self.sampler == "tpe" or (self.sampler == "random" and ranges)):
             raise InputError(f"trials: give a number of trials with sampler {self.sampler}")
         return self
+
+    @property
+    def tuned_on(self) -> tuple[int, ...]:
+        """The seeds that choose the settings."""
+        return self.seeds[: self.tuning_seeds]
+
+    @property
+    def reported(self) -> tuple[int, ...]:
+        """The other seeds, which losses are reported of; the only one, if it is one."""
+        return self.seeds[self.tuning_seeds :] or self.seeds
 
     @cached_property
     def task(self) -> Task:
@@ -196,10 +208,11 @@ class Chosen(NamedTuple):
     selection: float  # mean selection loss, nats a token
     trainings: int
     models: int  # read out of the trainings
+    edge: str  # options at an edge of its grid, where no best was found
 
 
 class Tuning:
-    """The plan of a sweep: all settings with the tuning seeds, then the chosen ones with all."""
+    """The plan of a sweep: all settings with the tuning seeds, then the chosen with the others."""
 
     def __init__(self, study: Study) -> None:
         self.study, self.name = study, "sweep"
@@ -207,13 +220,13 @@ class Tuning:
     def wanted(self, outcomes: Outcomes) -> list[Cell]:
         """All cells; those of the chosen settings once the tuning has ended."""
         trainings = self._shared(self.tried(outcomes))
-        tuning = self._cells(trainings, self.tuned_on)
+        tuning = self._cells(trainings, self.study.tuned_on)
         if any(cell.key not in outcomes.ended for cell in tuning):
             return tuning
         of = {method: training for training in trainings for method in training}
         # With all their methods, so that they are the same cells as in the tuning.
         best = [of[chosen.method] for chosen in self.chosen(outcomes) if chosen.method]
-        more = self._cells(dict.fromkeys(best), self.study.seeds)
+        more = self._cells(dict.fromkeys(best), self.study.reported)
         return list({cell.key: cell for cell in [*tuning, *more]}.values())
 
     def losses(self, outcomes: Outcomes) -> dict[Method, dict[int, float]]:
@@ -225,11 +238,6 @@ class Tuning:
                     loss = loss_of(last_row(outcomes, cell, method), "returned")
                     found.setdefault(method, {}).setdefault(cell.run.seed, loss)
         return found
-
-    @property
-    def tuned_on(self) -> tuple[int, ...]:
-        """The seeds that settings are tried with."""
-        return self.study.seeds[: self.study.tuning_seeds]
 
     def _cells(self, trainings: Iterable[Training], seeds: Iterable[int]) -> list[Cell]:
         return [Cell(self.study.task, Run(each, seed)) for seed in seeds for each in trainings]
@@ -249,7 +257,7 @@ class Tuning:
         """The trainings that each method chooses from, as far as they are known."""
 
         def told(training: Training) -> float | None:
-            own = self._cells([training], self.tuned_on)
+            own = self._cells([training], self.study.tuned_on)
             if any(cell.key not in outcomes.ended for cell in own):
                 return None
             return min(self._chosen_by([training], outcomes).values())
@@ -260,7 +268,7 @@ class Tuning:
         """Mean selection loss of each method over the tuning seeds; infinite if a run failed."""
         found: dict[Method, float] = {}
         for methods in trainings:
-            same = self._cells([methods], self.tuned_on)
+            same = self._cells([methods], self.study.tuned_on)
             done = [cell for cell in same if cell.key in outcomes.finished]
             for method in methods:
                 losses = [loss_of(last_row(outcomes, cell, method), "selection") for cell in done]
@@ -278,7 +286,8 @@ class Tuning:
             best = min(itertools.chain(*own), key=losses.__getitem__)
             least = losses[best]
             method = best if least < math.inf else None
-            found.append(Chosen(name, method, least, len(set(own)), len(methods)))
+            edge = edges(method.row, (x.row for x in methods)) if method else ""
+            found.append(Chosen(name, method, least, len(set(own)), len(methods), edge))
         return found
 
 
@@ -355,7 +364,7 @@ def report_sweep(plan: Tuning, ledger: Ledger, folder: Path, console: Console) -
     for name, reason in ledger.failures().items():
         console.print(f"Failed: {name}: {reason}", style="red", markup=False, highlight=False)
     sentences = protocol(plan, outcomes)
-    tables = [best_table(plan, outcomes), equal_table(plan.losses(outcomes))]
+    tables = [best_table(plan, outcomes), equal_table(plan, outcomes)]
     for sentence in sentences:
         console.print(f"• {sentence}", highlight=False, markup=False)
     text = "".join(f"- {sentence}\n" for sentence in sentences)
@@ -377,21 +386,42 @@ def protocol(plan: Tuning, outcomes: Outcomes) -> list[str]:
     return [
         f"{study.task.name}: with one seed, all methods start from the same weights and see the "
         "same batches for the same number of steps.",
-        f"Settings: {study.sampler}, tried with seed {', '.join(map(str, plan.tuned_on))}. "
+        f"Settings: {study.sampler}, tried with seed {_listed(study.tuned_on)}. "
         f"{all_} chose from the same number of trainings: {own}. Averages of AdamW are read out "
         "of shared trainings.",
         "Settings were chosen on one half of the evaluation data. Losses are from the other half, "
-        f"of the chosen settings with seeds {', '.join(map(str, study.seeds))}. A diverged run "
-        "counts as an infinite loss.",
-        "Differences are paired by seed; their intervals are 95 % percentile bootstrap over seeds.",
+        f"of the chosen settings with seed {_listed(study.reported)}. {_chose(study)} A diverged "
+        "run counts as an infinite loss.",
+        BRACKETS,
+        *(
+            f"No best was found for {x.name}: {x.edge} of its grid. Widen the grid."
+            for x in chosen
+            if x.edge
+        ),
     ]
+
+
+def _listed(seeds: Iterable[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def _chose(study: Study) -> str:
+    """A sentence on whether the reported seeds chose the settings."""
+    if set(study.reported) & set(study.tuned_on):
+        return "This seed also chose the settings, so the losses are too low; give more seeds."
+    return "These seeds chose nothing."
 
 
 def best_table(plan: Tuning, outcomes: Outcomes) -> Listing:
     """Each method at its best setting, and its difference to the baseline."""
     chosen = plan.chosen(outcomes)
     of = plan.losses(outcomes)
-    losses = {each.name: of[each.method] for each in chosen if each.method}
+    reported = plan.study.reported
+    losses = {
+        each.name: {seed: x for seed, x in of[each.method].items() if seed in reported}
+        for each in chosen
+        if each.method
+    }
     baseline = plan.study.baseline or next(iter(plan.study.families))
     rows: list[list[Any]] = []
     for each in chosen:
@@ -399,16 +429,21 @@ def best_table(plan: Tuning, outcomes: Outcomes) -> Listing:
         setting = [each.method.label, f"{each.method.lr:g}"] if each.method else FAILED
         ends = [len(own), fmean(own.values()) if own else math.inf]
         compared = paired(own, losses.get(baseline, {}))
-        rows.append([each.name, *setting, each.trainings, each.selection, *ends, *compared])
-    columns = ["method", "setting", "lr", "trainings", "selection loss", "seeds", "loss"]
+        facts = [each.edge, each.trainings, each.selection]
+        rows.append([each.name, *setting, *facts, *ends, *compared])
+    columns = ["method", "setting", "lr", EDGE, "trainings", "selection loss", "seeds", "loss"]
     title = f"Each method at its best setting; difference to {baseline}"
     # Failed methods come after methods with a diverged seed.
-    ranked = sorted(rows, key=lambda row: (row[6], not row[5]))
-    return Listing(title, [*columns, *DIFFERENCE], ranked)
+    ranked = sorted(rows, key=lambda row: (row[7], not row[6]))
+    return Listing.of_differences(title, columns, ranked)
 
 
-def equal_table(losses: dict[Method, dict[int, float]]) -> Listing:
-    """Each pull against the same average without a pull, at equal κ, schedule and rate."""
+def equal_table(plan: Tuning, outcomes: Outcomes) -> Listing:
+    """Each pull against the same average without a pull, at equal κ, schedule and rate.
+
+    Seeds that chose settings are left out where both have others.
+    """
+    losses, tuned_on = plan.losses(outcomes), set(plan.study.tuned_on)
     same = ("lr", "kappa", "schedule", "twin_gain", "every", "state", "return_kappa", "eps")
     rows = []
     for method in sorted((m for m in losses if m.pulls), key=lambda m: (m.lr, m.label)):
@@ -418,9 +453,11 @@ def equal_table(losses: dict[Method, dict[int, float]]) -> Listing:
             if other.name != "ema" or any(other.get(k) != method.get(k) for k in same):
                 continue
             if both := losses[method].keys() & losses[other].keys():
-                means = [fmean(losses[each][seed] for seed in both) for each in (method, other)]
-                first = [method.label, other.label, f"{method.lr:g}", len(both), *means]
-                rows.append([*first, *paired(losses[method], losses[other])])
-    columns = ["method", "without the pull", "lr", "seeds", "loss", "without", *DIFFERENCE]
+                seeds = sorted((both - tuned_on) or both)
+                mine, its = ({x: losses[each][x] for x in seeds} for each in (method, other))
+                means = [fmean(mine.values()), fmean(its.values())]
+                first = [method.label, other.label, f"{method.lr:g}", len(seeds), *means]
+                rows.append([*first, *paired(mine, its)])
+    columns = ["method", "without the pull", "lr", "seeds", "loss", "without"]
     title = "Each pull against the same average without it, at equal κ and learning rate"
-    return Listing(title, columns, rows)
+    return Listing.of_differences(title, columns, rows)
