@@ -10,7 +10,7 @@ def small():
 
     from paceline.paper.plans import Grid, Scale
 
-    own = Grid((1e-3, 1e-2), (0.1, 1.0), (0.3, 0.5))
+    own = Grid.full((1e-3, 1e-2), (0.1, 1.0), (0.3, 0.5))
     return Scale(
         name="tiny",
         models=(
@@ -19,13 +19,12 @@ def small():
         ),
         tuned=own,
         others=own,
-        high=3e-2,
         other_data=task("other", "tiny-torch", "tiny-qwen3"),
         from_scratch=task("scratch", "tiny-gpt2"),
         scratch=own,
         every=(5,),
-        seeds=(0, 1),
-        headline=(0, 1, 2),
+        seeds=(1, 2),
+        headline=(1, 2, 3),
     )
 
 

@@ -1,6 +1,7 @@
 """What the figures train, and which settings they choose."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -10,9 +11,19 @@ pytest.importorskip("pandas")
 from papers import task, work_off
 
 from paceline.paper.figures import FIGURES, FigurePlan, cells_of, draw
-from paceline.paper.plans import RETURN_KAPPA, ScaleRuns, cells_over_seeds, scale_of, shortened
+from paceline.paper.plans import (
+    EMA_KAPPAS,
+    RETURN_KAPPA,
+    TUNING,
+    Grid,
+    ScaleRuns,
+    cells_over_seeds,
+    scale_of,
+    shortened,
+)
 from paceline.study.cells import Cell
 from paceline.study.ledger import Outcomes
+from paceline.study.statistics import EDGE, WIDEN
 from paceline.train.recipe import Recipe, read_recipe
 
 
@@ -27,13 +38,13 @@ def test_a_stage_is_wanted_when_those_before_have_ended(small):
     second = plan.wanted(outcomes)
     assert second[: len(first)] == first
     assert len(second) > len(first)
-    assert {cell.run.seed for cell in second} == {0}  # schedules; seeds come last
+    assert {cell.run.seed for cell in second} == {0}  # schedules; other seeds come last
     work_off(plan, outcomes)
     seeds = {
         name: {c.run.seed for c in plan.wanted(outcomes) if c.task.name == name}
         for name in ("one", "two")
     }
-    assert seeds == {"one": {0, 1, 2}, "two": {0, 1}}
+    assert seeds == {"one": {0, 1, 2, 3}, "two": {0, 1, 2}}
 
 
 def test_figures_share_their_trainings(small, everything):
@@ -49,10 +60,15 @@ def test_one_adamw_is_what_every_average_reads(everything):
         for cell in cells_of("6", everything)
         if cell.task.name == "one" and cell.trajectory.name == "adamw"
     ]
-    assert len(watching) == 2  # rates
-    names = [method.name for method in watching[0].run.methods]
-    assert names.count("ema") == 5
+    constant = [cell for cell in watching if cell.trajectory.schedule == "constant"]
+    assert len(constant) == 2  # rates
+    names = [method.name for method in constant[0].run.methods]
+    assert names.count("ema") == len(EMA_KAPPAS) == 7
     assert {"adamw", "uniform", "lawa", "bema"} < set(names)
+    falling = [cell for cell in watching if cell not in constant]
+    assert len(falling) == 2 * 4  # three powers and a twin
+    for cell in falling:  # its own average, and the slower one of PACE
+        assert [method.get("return_kappa") for method in cell.run.methods] == [None, RETURN_KAPPA]
 
 
 def test_seeds_go_on_with_the_same_cells(small, everything):
@@ -78,17 +94,113 @@ def test_the_settings_are_chosen_on_the_selection_split(small):
 
 
 def test_a_figure_chooses_among_its_own_runs(small):
-    """Figure 14 tries a rate above those of figure 16; here it is the best."""
-    plan, outcomes = FigurePlan(small, ["14"]), Outcomes({}, {})
+    """Figure 6 tries κ = 0.5 beside 0.3, which is all that figure 3 has; here it is better."""
+    plan, outcomes = FigurePlan(small, ["3", "6"]), Outcomes({}, {})
     work_off(plan, outcomes)
+    runs = ScaleRuns(small, outcomes)
+    for figure, kappa in (("3", 0.3), ("6", 0.5), ("3", 0.3)):
+        draw(figure, runs)
+        assert runs.best_pace(small.main).kappa == kappa
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "paper"])
+def test_no_seed_that_chooses_is_reported(name):
+    scale = scale_of(name)
+    assert not set(TUNING) & {*scale.seeds, *scale.headline}
+
+
+@pytest.mark.parametrize("figure", ["1", "5", "11", "14", "15", "17", "18", "20"])
+def test_figures_over_seeds_show_those_that_chose_nothing(figure, small, everything):
+    drawn = draw(figure, ScaleRuns(small, everything.outcomes))
+    assert set(drawn.table.seed) <= {1, 2, 3}
+    if "seeds" in drawn.ends.columns:
+        at = drawn.ends.columns.index("seeds")
+        assert {row[at] for row in drawn.ends.rows} <= {2, 3}
+    assert figure in ("5", "20") or "seeds that chose nothing" in drawn.ends.title
+
+
+def test_figures_of_one_seed_say_that_it_chose(small, everything):
+    runs = ScaleRuns(small, everything.outcomes)
+    for figure in ("2", "3", "6", "9", "10", "16", "19"):
+        assert draw(figure, runs).ends.title.endswith("the seed that chose the settings")
+
+
+def test_other_seeds_change_no_choice(small):
+    """Of figures over seeds, too, where other settings would be better with all seeds."""
+    plan, outcomes = FigurePlan(small, ["18"]), Outcomes({}, {})
+    work_off(plan, outcomes)
+    runs = ScaleRuns(small, outcomes)
+    before = [row[:4] for row in draw("18", runs).ends.rows]
     for result in outcomes.finished.values():
         for row in result.rows:
-            row["selection_loss"] -= row["lr"] == small.high
-    runs = ScaleRuns(small, outcomes)
-    for figure, high in (("16", False), ("14", True), ("16", False)):
-        draw(figure, runs)
-        found = runs.best_of_each(small.main).values()
-        assert {method.lr == small.high for method in found} == {high}
+            if row["seed"] not in TUNING:
+                row["selection_loss"] -= 5 * row["kappa"] if row["kappa"] else 0
+                row["selection_loss"] -= row["pullback"] or 0
+    assert [row[:4] for row in draw("18", ScaleRuns(small, outcomes)).ends.rows] == before
+
+
+def test_a_chosen_setting_at_the_edge_of_its_grid_is_named(small):
+    grid = Grid.full((1e-3, 3e-3, 1e-2), (0.1, 1.0, 10.0), (0.2, 0.3, 0.5))
+    wider = replace(small, models=small.models[:1], tuned=grid)
+    plan, outcomes = FigurePlan(wider, ["14", "16"]), Outcomes({}, {})
+    work_off(plan, outcomes)  # best at 3e-3 and c = 1; a larger κ is better
+    runs = ScaleRuns(wider, outcomes)
+    drawn = draw("16", runs)
+    at = drawn.ends.columns.index(EDGE)
+    edges = {row[0].removeprefix("one: "): row[at] for row in drawn.ends.rows}
+    assert edges["PACE, constant"] == "kappa at the top"
+    assert edges["AdamW, constant"] == edges["EMA, constant"] == ""  # no κ is above 1
+    assert edges["EMA, power"] == "kappa at the top"
+    assert edges["EMA, twin"] == ""
+    assert edges["PACE, one gain"] == ""  # a gain of 1 is saturated
+    assert WIDEN in drawn.ends.markdown()
+    across = draw("14", runs).ends  # a rate that is fixed is at no edge
+    assert {row[at] for row in across.rows} >= {"", "kappa at the top"}
+    assert not any("lr" in row[at] for row in across.rows)
+    for result in outcomes.finished.values():
+        for row in result.rows:
+            row["selection_loss"] -= row["lr"] == 1e-3
+    drawn = draw("16", ScaleRuns(wider, outcomes))
+    edges = {row[0].removeprefix("one: "): row[at] for row in drawn.ends.rows}
+    assert edges["PACE, constant"] == "lr at the bottom, kappa at the top"
+    assert edges["AdamW, constant"] == "lr at the bottom"
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "paper"])
+def test_one_gain_and_its_schedules_are_tried_beside_pace(name):
+    """At the same rates, with the same averages returned."""
+    runs = ScaleRuns(scale_of(name), Outcomes({}, {}))
+    for figure in ("6", "9"):
+        tried = [(c.task.name, m) for c in cells_of(figure, runs) for m in c.run.methods]
+        for setting in {where for where, _ in tried}:
+            kinds = {
+                kind: {
+                    (m.lr, m.get("return_kappa"))
+                    for where, m in tried
+                    if (where, m.name, m.get("gain"), m.schedule) == (setting, *kind)
+                }
+                for kind in (
+                    ("pace", None, "constant"),
+                    ("pace", "scalar", "constant"),
+                    ("ema", None, "power"),
+                    ("ema", None, "twin"),
+                )
+            }
+            assert len(kinds["pace", None, "constant"]) >= 6
+            assert len(set(map(frozenset, kinds.values()))) == 1
+
+
+def test_the_pulls_of_the_tiny_scale():
+    for grid in (scale_of("tiny").tuned, scale_of("tiny").scratch):
+        assert grid.rates == (1e-3, 3e-3, 1e-2, 1.8e-2, 3.2e-2)
+        assert grid.kappas == (0.2, 0.3, 0.5, 0.7)
+        assert grid.pullbacks[-1] == 100
+        assert len(set(grid.pulls)) == len(grid.pulls)
+        for lr in grid.rates:
+            cs = {k: sorted(c for x, c, kappa in grid.pulls if (x, kappa) == (lr, k)) for k in
+                  grid.kappas}  # fmt: skip
+            assert cs[0.3] == cs[0.5]
+            assert (cs[0.2], cs[0.7]) == (cs[0.3][-2:], cs[0.3][:2])
 
 
 def test_divergence_is_the_worst(small):

@@ -46,6 +46,7 @@ WRITTEN = [
         "adamw:power",
     ),
     *("ema", "ema:wsd:kappa=0.123456789:state=bf16", "ema:half_life=12.5:eps=0.1"),
+    "ema:power:kappa=0.3:return_kappa=0.7",
     *(
         "ema:twin:kappa=1:twin_gain=1",
         "uniform:start=0.1:eps=1",
@@ -87,6 +88,7 @@ def test_every_option_is_written_somewhere():
 def test_what_returns_a_slower_average_shares_the_training():
     texts = ["pace", "pace:return_kappa=0.7", "pace:return_kappa=0.5", "pace:every=2"]
     texts += ["pace:every=2:return_kappa=0.7", "pullback:sgd", "pullback:sgd:return_kappa=0.7"]
+    texts += ["ema:power", "ema:power:return_kappa=0.7", "adamw:power", "ema:power:kappa=0.7"]
     assert [[m.label for m in run.methods] for run in share_runs(map(method_of, texts), (0,))] == [
         [
             "pace pullback=3 kappa=0.3",
@@ -95,6 +97,8 @@ def test_what_returns_a_slower_average_shares_the_training():
         ],
         ["pace pullback=3 kappa=0.3 every=2", "pace pullback=3 kappa=0.3 every=2 return_kappa=0.7"],
         ["pullback sgd pullback=3 kappa=0.3", "pullback sgd pullback=3 kappa=0.3 return_kappa=0.7"],
+        ["ema power kappa=0.3", "ema power kappa=0.3 return_kappa=0.7", "adamw power kappa=0.3"],
+        ["ema power kappa=0.7"],  # under another schedule
     ]
 
 
@@ -111,6 +115,8 @@ def test_averages_of_methods():
         "pace": None,  # PACE keeps its own
         "pace:return_kappa=0.7": PowerEMA(0.7),
         "pullback:sgd:return_kappa=0.7": PowerEMA(0.7),
+        "ema:power:return_kappa=0.7": PowerEMA(0.7),
+        "ema:power:return_kappa=0": PowerEMA(0.0),
     }
     assert {text: method_of(text).averaging(200) for text in averages} == averages
 
@@ -170,7 +176,7 @@ def test_schedules():
         ("ema:eps=0", "eps: .*greater than 0"),
         ("pace:state=fp8", "state: Input should be 'fp32' or 'bf16', got 'fp8'"),
         ("ema:twin_gain=0.5", "has no option 'twin_gain'"),
-        ("ema:return_kappa=0.7", "has no option 'return_kappa'"),
+        ("uniform:return_kappa=0.7", "has no option 'return_kappa'"),
         ("ema:every=2", "has no option 'every'"),
         ("pullback:sgd:every=2", "has no option 'every'"),
         ("pace:every=0", "every: .*greater than or equal to 1"),
@@ -180,6 +186,8 @@ def test_schedules():
         ("ema:half_life=5:kappa=0.3", "half_life and kappa say the same thing"),
         ("ema:twin:half_life=5", "half_life and kappa say the same thing"),
         ("ema:half_life=0", "half_life: .*greater than 0"),
+        ("ema:return_kappa=0.7", "return_kappa: the schedule constant has no kappa; give kappa"),
+        ("ema:wsd:return_kappa=0.7", "return_kappa: the schedule wsd has no kappa"),
         ("uniform:start=1", "start: .*less than 1"),
         ("uniform:kappa=0.3", "has no option 'kappa'; it has .*'start'"),
         ("lawa:window=0", "window: .*greater than or equal to 1"),

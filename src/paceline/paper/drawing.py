@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from ..study.cells import Task
-from ..study.statistics import Listing, paired
+from ..study.statistics import DIFFERENCE, EDGE, Listing, paired
 from ..train.methods import Method
 from ..train.page import COLOURS
-from .plans import NAMES, SCHEDULES, TUNING, Grid, ScaleRuns, shortened
+from .plans import FALLING, NAMES, ONE_GAIN, SCHEDULES, TUNING, Grid, ScaleRuns, shortened
 
 LOSS = "validation loss, nats a token"
 # Every method has the same colour, dash and width in all figures. Dashes and widths tell methods
@@ -23,21 +23,24 @@ LOOKS = {
     "AdamW": (COLOURS[6], "--", 1.3),
     "EMA": (COLOURS[1], "-", 1.3),
     "an average at a constant rate": (COLOURS[5], ":", 1.5),
-    "EMA, power or twin schedule": (COLOURS[3], "-.", 1.5),
+    FALLING: (COLOURS[3], "-.", 1.5),
+    f"{FALLING}, slower average": (COLOURS[3], ":", 1.5),
     "Schedule-Free": (COLOURS[2], (0, (5, 1, 1, 1, 1, 1)), 1.5),
     "PACE": (COLOURS[0], "-", 2.2),
     "PACE, constant": (COLOURS[0], "-", 2.2),
-    "PACE, constant, slower average": (COLOURS[4], (0, (6, 2)), 2.0),
+    "PACE, constant, slower average": (COLOURS[0], (0, (6, 2)), 2.0),
+    ONE_GAIN: (COLOURS[4], "-", 1.6),
+    f"{ONE_GAIN}, slower average": (COLOURS[4], (0, (3, 1, 1, 1)), 1.6),
     "PACE's own twin": (COLOURS[5], (0, (1, 1)), 1.8),
 }
 MARKERS = "os^Dv"
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 COLUMNS = [
-    *("setting", "label", "name", "schedule", "lr", "pullback", "kappa", "every", "return_kappa"),
-    *("twin_gain", "seed", "step", "tokens"),
+    *("setting", "label", "name", "schedule", "gain", "lr", "pullback", "kappa", "every"),
+    *("return_kappa", "twin_gain", "seed", "step", "tokens"),
     *("live_loss", "returned_loss", "selection_loss", "gain_mean", "clipped"),
 ]
-CURVES = ("AdamW", "EMA", "Schedule-Free", "PACE, constant")  # of figures 5 and 7
+CURVES = ("AdamW", "EMA", FALLING, "Schedule-Free", "PACE, constant", ONE_GAIN)  # of 5 and 7
 
 
 class Drawn(NamedTuple):
@@ -65,7 +68,8 @@ def _finished(
     for axis in figure.axes:
         handles, labels = axis.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
-    place: Any = {"loc": "outside lower center", "ncols": min(4, max(1, len(found)))}
+    columns_that_fit = max(1, min(4, int(figure.get_size_inches()[0] / 3)))
+    place: Any = {"loc": "outside lower center", "ncols": columns_that_fit}
     figure.legend(found.values(), found.keys(), frameon=False, fontsize=8, **place)
     table = pd.concat(parts)[list(columns)].drop_duplicates().dropna(axis="columns", how="all")
     return Drawn(figure, table.reset_index(drop=True), ends)
@@ -178,7 +182,7 @@ def _ends_of(runs: ScaleRuns, task: Task, method: Method, seeds: Sequence[int]) 
 def _pulled(runs: ScaleRuns, task: Task, **fixed: Any) -> pd.DataFrame:
     """The ends of PACE's own average, of the runs that settings were chosen from."""
     fixed = {"schedule": "constant", "every": None, "seed": TUNING, **fixed}
-    return runs.select(task, name="pace", return_kappa=None, **fixed)
+    return runs.select(task, name="pace", gain=None, return_kappa=None, **fixed)
 
 
 def _log_of(runs: ScaleRuns, task: Task, rows: pd.DataFrame) -> pd.DataFrame:
@@ -191,11 +195,12 @@ def _listed(
     groups: Iterable[tuple[Task, dict[str, Method]]],
     seeds: Any = None,
     to: str = "PACE",
+    fixed: Sequence[str] = (),
 ) -> Listing:
     """The loss of each group's methods at the end, and its difference to the baseline.
 
     The baseline is the first with a name that starts with `to`. Differences are paired over these
-    seeds; None: the headline's.
+    seeds; None: the headline's. Settings were chosen at the same values of the fixed options.
     """
     rows: list[list[Any]] = []
     for task, methods in groups:
@@ -209,9 +214,11 @@ def _listed(
             mean = float(np.mean(list(losses[label].values())))
             ends = [len(losses[label]), mean if math.isfinite(mean) else "diverged"]
             compared = [*ends, *paired(losses[label], baseline)]
-            rows.append([f"{task.name}: {label}", method.label, f"{method.lr:g}", *compared])
-    columns = ["method", "setting", "lr", "seeds", "loss"]
-    return Listing.of_differences(f"Difference to {to}", columns, rows)
+            setting = [method.label, f"{method.lr:g}", runs.edge(task, method, *fixed)]
+            rows.append([f"{task.name}: {label}", *setting, *compared])
+    columns = ["method", "setting", "lr", EDGE, "seeds", "loss"]
+    by = "the seed that chose the settings" if seeds == TUNING else "seeds that chose nothing"
+    return Listing.of_differences(f"Difference to {to}, with {by}", columns, rows)
 
 
 # ---- figures ------------------------------------------------------------------------------------
@@ -266,10 +273,12 @@ def _listed_maps(runs: ScaleRuns, grids: Grids) -> Listing:
             f"EMA at {lr:g}": runs.best(task, "ema", lr=lr),
             f"AdamW at {lr:g}": runs.best(task, "adamw", lr=lr),
             f"EMA of the same κ at {lr:g}": runs.best(task, "ema", lr=lr, kappa=pace.kappa),
+            f"{ONE_GAIN} at {lr:g}": runs.best_one_gain(task, lr=lr),
+            f"{FALLING} at {lr:g}": runs.best_falling(task, lr=lr),
         }
 
     groups = [(task, best(task, lr)) for task, grid in grids for lr in grid.rates]
-    return _listed(runs, groups, TUNING)
+    return _listed(runs, groups, TUNING, fixed=("lr",))
 
 
 def maps(runs: ScaleRuns, grids: Grids) -> Drawn:
@@ -286,6 +295,10 @@ def maps(runs: ScaleRuns, grids: Grids) -> Drawn:
                 look = (COLOURS[index % 5], (0, (1, 2)))
                 _level(axis, averaged[averaged.kappa == kappa], f"EMA, κ = {kappa:g}", look)
             _level(axis, averaged[averaged.name == "adamw"], "AdamW")
+            beside = {ONE_GAIN: runs.best_one_gain, FALLING: runs.best_falling}
+            for label, best in beside.items():
+                ends = _ends_of(runs, task, best(task, lr=lr), TUNING)
+                parts.append(_level(axis, ends, label))
             _dress(axis, "c", title=f"{task.name}\nlr {lr:g}")
             parts += [rows, averaged]
     return _finished(figure, parts, _listed_maps(runs, grids))
@@ -313,7 +326,7 @@ def rarer(runs: ScaleRuns, kappas: Sequence[float]) -> Drawn:
             found[label] = runs.best_pace(task, lr=lr, every=every)
         return {**found, f"EMA at {lr:g}": runs.best(task, "ema", lr=lr)}
 
-    ends = _listed(runs, [(task, best(lr)) for lr in grid.rates], TUNING)
+    ends = _listed(runs, [(task, best(lr)) for lr in grid.rates], TUNING, fixed=("lr",))
     return _finished(figure, parts, ends)
 
 
@@ -326,6 +339,8 @@ def clipping(runs: ScaleRuns, grids: Grids) -> Drawn:
         for axis, kappa in zip(line, grid.kappas, strict=True):
             for index, c in enumerate(grid.pullbacks):
                 rows = _log_of(runs, task, _pulled(runs, task, lr=lr, pullback=c, kappa=kappa))
+                if rows.empty:
+                    continue
                 look = {**_look(index), "marker": None}
                 axis.plot(rows.step, rows.clipped, label=f"c = {c:g}", lw=1.4, **look)
                 facts = {"label": f"pace pullback={c:g} kappa={kappa:g}", "lr": lr}
@@ -393,9 +408,12 @@ def _draw_budgets(runs: ScaleRuns, task: Task, axis: Axes) -> tuple[list[pd.Data
                 if seed in decayed
             }
             means = [float(np.mean(list(x.values()))) for x in (decayed, there)]
-            rows.append([label, other, *means, len(there), *paired(decayed, there)])
+            chosen = {"decay": (each, method), "constant": (task, constant[other])}
+            at = [f"{x}: {edge}" for x, y in chosen.items() if (edge := runs.edge(*y))]
+            rows.append([label, other, ", ".join(at), *means, len(there), *paired(decayed, there)])
     _dress(axis, "step", title=task.name)
-    columns = ["decay", "constant run at the same step", "decay's loss", "constant's loss", "seeds"]
+    columns = ["decay", "constant run at the same step", EDGE]
+    columns += ["decay's loss", "constant's loss", "seeds"]
     return parts, Listing.of_differences("Decay less constant run", columns, rows)
 
 
@@ -450,23 +468,27 @@ def other_data(runs: ScaleRuns) -> Drawn:
 
 def _across_rates(runs: ScaleRuns) -> tuple[dict[float, dict[str, Method]], Listing]:
     """Each method of the main model at its best setting with each learning rate; their ends."""
-    task, rates = runs.scale.main, (*runs.scale.tuned.rates, runs.scale.high)
+    task, rates = runs.scale.main, runs.scale.tuned.rates
     best = {lr: runs.best_of_each(task, lr=lr) for lr in rates}
-    return best, _listed(runs, [(task, methods) for methods in best.values()], TUNING)
+    groups = [(task, methods) for methods in best.values()]
+    return best, _listed(runs, groups, runs.scale.seeds, fixed=("lr",))
 
 
 def across_rates(runs: ScaleRuns) -> Drawn:
-    """14: loss at the end against the learning rate."""
-    task = runs.scale.main
+    """14: loss at the end against the learning rate, with the range over seeds."""
+    task, seeds = runs.scale.main, runs.scale.seeds
     figure, axes = _panels(1, 1, 6.0, 4.2)
     axis = axes[0][0]
     best, ends = _across_rates(runs)
     parts = []
     for label in next(iter(best.values())):
-        rows = pd.concat([_ends_of(runs, task, x[label], TUNING) for x in best.values()])
+        rows = pd.concat([_ends_of(runs, task, x[label], seeds) for x in best.values()])
+        by_rate = rows.groupby("lr").returned_loss
+        mean = by_rate.mean()
         colour, dash, width = LOOKS[label]
         look = {"color": colour, "ls": dash, "lw": width, "marker": "o"}
-        axis.plot(rows.lr, rows.returned_loss, label=label, **look)
+        axis.plot(mean.index, mean, label=label, **look)
+        axis.fill_between(mean.index, by_rate.min(), by_rate.max(), color=colour, alpha=0.1, lw=0)
         parts.append(rows)
     axis.set_xscale("log")
     _dress(axis, "learning rate", title=f"{task.name}: each at its best of each rate")
@@ -480,7 +502,7 @@ def curves_across_rates(runs: ScaleRuns) -> Drawn:
     figure, axes = _panels(1, len(best), 3.6, 3.4)
     parts = []
     for axis, (lr, methods) in zip(axes[0], best.items(), strict=True):
-        parts += _method_curves(axis, runs, task, methods, TUNING)
+        parts += _method_curves(axis, runs, task, methods, runs.scale.seeds)
         _dress(axis, "step", title=f"{task.name}\nlr {lr:g}")
     return _finished(figure, parts, ends, 0.4)
 
@@ -491,8 +513,7 @@ def by_schedule(runs: ScaleRuns) -> Drawn:
     kinds = [*SCHEDULES, "power", "twin"]
     parts, groups = [], []
     for axis, task in zip(axes[0], runs.scale.models, strict=True):
-        pace = runs.best_pace(task)
-        methods = {"PACE, constant": pace}
+        methods = {"PACE, constant": runs.best_pace(task)}
         for label, name, marker in (("AdamW", "adamw", "x"), ("EMA", "ema", "o")):
             for place, schedule in enumerate(SCHEDULES if name == "adamw" else kinds):
                 best = methods[f"{label}, {schedule}"] = runs.best(task, name, schedule)
@@ -500,7 +521,9 @@ def by_schedule(runs: ScaleRuns) -> Drawn:
                 colour = LOOKS[label][0]
                 axis.plot(place, rows.returned_loss.mean(), marker, color=colour, label=label)
                 parts.append(rows)
-        parts.append(_level(axis, _ends_of(runs, task, pace, TUNING), "PACE, constant"))
+        methods[ONE_GAIN] = runs.best_one_gain(task)
+        for label in ("PACE, constant", ONE_GAIN):
+            parts.append(_level(axis, _ends_of(runs, task, methods[label], TUNING), label))
         groups.append((task, methods))
         axis.set_xticks(range(len(kinds)), kinds, rotation=20)
         _dress(axis, "schedule", title=task.name)
@@ -508,17 +531,18 @@ def by_schedule(runs: ScaleRuns) -> Drawn:
 
 
 def over_seeds(runs: ScaleRuns) -> Drawn:
-    """17: AdamW, EMA and PACE, constant and WSD, over seeds."""
+    """17: AdamW, EMA and PACE, constant and WSD, over seeds; one gain and its schedules."""
     models, seeds = runs.scale.models, runs.scale.seeds
     figure, axes = _panels(2, len(models), 3.8, 3.0)
-    groups = [(task, runs.constant_and_decaying(task)) for task in models]
+    groups = [(task, runs.over_seeds(task)) for task in models]
     parts = []
     for column, (task, methods) in zip(axes.T, groups, strict=True):
         for name, method in methods.items():
-            label, _, schedule = name.partition(", ")
-            axis = column[0 if schedule == "constant" else 1]
+            decays = name.endswith(", wsd")
+            label = name.removesuffix(", wsd").removesuffix(", constant")
+            axis = column[1 if decays else 0]
             parts += _method_curves(axis, runs, task, {label: method}, seeds)
-            _dress(axis, "step", title=f"{task.name}, {schedule}")
+            _dress(axis, "step", title=f"{task.name}, {'wsd' if decays else 'without a decay'}")
     return _finished(figure, parts, _listed(runs, groups, seeds, "PACE, constant"), 0.4)
 
 
@@ -541,7 +565,8 @@ def pull_alone(runs: ScaleRuns) -> Drawn:
         parts += [rows, _level(axis, ema, "EMA, κ = 0.5", LOOKS["EMA"])]
         parts.append(_level(axis, adamw, "AdamW"))
         _dress(axis, "c", title=schedule)
-    return _finished(figure, parts, _listed(runs, [(task, best)], TUNING, "EMA, constant"))
+    ends = _listed(runs, [(task, best)], TUNING, "EMA, constant", ("lr", "kappa"))
+    return _finished(figure, parts, ends)
 
 
 def under_schedules(runs: ScaleRuns, *, by_kappa: bool) -> Drawn:
@@ -556,7 +581,7 @@ def under_schedules(runs: ScaleRuns, *, by_kappa: bool) -> Drawn:
         rows = _pulled(runs, task, pullback=grid.pullbacks, kappa=kappas, **fixed)
         _basin(axis, rows)
         ema = runs.select(task, name="ema", **fixed)
-        best = ema.groupby("kappa").selection_loss.mean().idxmin()
+        best = runs.best(task, "ema", schedule, lr=rate).kappa
         parts += [rows, _level(axis, runs.select(task, name="adamw", **fixed), "AdamW"), ema]
         _level(axis, ema[ema.kappa == best], "EMA at its best κ", LOOKS["EMA"])
         _dress(axis, "c", title=f"{schedule}, lr {rate:g}")
@@ -566,7 +591,7 @@ def under_schedules(runs: ScaleRuns, *, by_kappa: bool) -> Drawn:
             for label in ("EMA", "AdamW"):
                 methods[f"{label}, {schedule}"] = runs.best(task, NAMES[label], schedule, lr=rate)
             groups.append((task, methods))
-    return _finished(figure, parts, _listed(runs, groups, seeds))
+    return _finished(figure, parts, _listed(runs, groups, seeds, fixed=("lr", "kappa")))
 
 
 def twins(runs: ScaleRuns) -> Drawn:
@@ -580,11 +605,14 @@ def twins(runs: ScaleRuns) -> Drawn:
                 _ends_of(runs, task, x, runs.scale.seeds).set_index("seed").returned_loss
                 for x in (pace, twin)
             )
-            row = [task.name, f"{lr:g}", pace.label, twin.label, mine.mean(), its.mean(), len(mine)]
-            found.append([*row, *paired(mine.to_dict(), its.to_dict())])
-    columns = ["setting", "lr", "pace", "twin", "pace_loss", "twin_loss", "seeds"]
-    ends = Listing.of_differences("PACE less its own twin", columns, found)
-    table = pd.DataFrame(ends.rows, columns=ends.columns).astype({"lr": float})
+            edge = runs.edge(task, pace, "lr")
+            setting = [task.name, f"{lr:g}", pace.label, twin.label, edge]
+            ends = [mine.mean(), its.mean(), len(mine)]
+            found.append([*setting, *ends, *paired(mine.to_dict(), its.to_dict())])
+    columns = ["setting", "lr", "pace", "twin", EDGE, "pace_loss", "twin_loss", "seeds"]
+    listed = Listing.of_differences("PACE less its own twin", columns, found)
+    numbers = dict.fromkeys(["lr", *DIFFERENCE], float)
+    table = pd.DataFrame(listed.rows, columns=listed.columns).astype(numbers)
     figure, axes = _panels(1, 1, 7.0, 4.0)
     axis = axes[0][0]
     for index, (setting, group) in enumerate(table.groupby("setting", sort=False)):
@@ -595,4 +623,4 @@ def twins(runs: ScaleRuns) -> Drawn:
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xscale("log")
     _dress(axis, "learning rate", "PACE less its twin, nats a token")
-    return _finished(figure, [table], ends, columns=table.columns)
+    return _finished(figure, [table], listed, columns=table.columns)

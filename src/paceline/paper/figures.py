@@ -156,7 +156,7 @@ class FigureOptions(SharedOptions):
     figures: tyro.conf.Positional[Annotated[tuple[str, ...], Names]]
     """1 to 20, twin, or all; several separated by commas."""
     scale: Literal["tiny", "small", "paper"] = "tiny"
-    """tiny: 2 processor cores, 10 to 50 minutes a figure, less if figures share runs; small: one GPU; paper: the paper's models, data and budgets."""
+    """tiny: 2 processor cores, 10 to 90 minutes a figure, less if figures share runs; small: one GPU; paper: the paper's models, data and budgets."""
     run: bool = False
     """Run the missing trainings. Without it, count them, and draw the figures that are complete."""
     recipe: str | None = None

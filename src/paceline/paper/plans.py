@@ -10,26 +10,53 @@ import pandas as pd
 
 from ..study.cells import Cell, Task, cells
 from ..study.ledger import Outcomes
+from ..study.statistics import edges
 from ..train import InputError
 from ..train.methods import Method, method_of_row, parse_method
 from ..train.recipe import Recipe, read_recipe
 
 RETURN_KAPPA = 0.7  # κ of the slower average that is read out of every PACE run besides its own
-EMA_KAPPAS = (0.2, 0.3, 0.5, 0.7, 0.9)  # of the averages that are read out of every AdamW run
+# κ of the averages that are read out of every AdamW run, from its weights to their mean.
+EMA_KAPPAS = (0.0, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
+GAINS = (0.5, 1.0)  # of one gain for all coordinates, at κ = PULL_KAPPA
+PULL_KAPPA = 0.3
+POWER_KAPPAS = (0.15, 0.3, 0.5)  # of the power schedule
 SCHEDULES = ("constant", "cosine", "wsd")
 NAMES = {"AdamW": "adamw", "EMA": "ema", "PACE": "pace"}  # by their labels in figures
+ONE_GAIN, FALLING = "PACE, one gain", "EMA, power or twin schedule"
 TULU: dict[str, Any] = {"data": ("allenai/tulu-3-sft-mixture",), "eval_split": None}
-TUNING = (0,)  # the seed that settings are chosen with
+TUNING = (0,)  # the seed that settings are chosen with; figures over seeds show others
 
 # ---- scales -------------------------------------------------------------------------------------
 
 
 class Grid(NamedTuple):
-    """The values that settings are chosen from."""
+    """The settings that are trained with one seed, and chosen from."""
 
-    rates: tuple[float, ...]
-    pullbacks: tuple[float, ...]
-    kappas: tuple[float, ...]  # of PACE
+    pulls: tuple[tuple[float, float, float], ...]  # learning rate, c and κ of each run of PACE
+    low: tuple[float, ...] = ()  # rates below those, for AdamW at a constant rate
+
+    @classmethod
+    def full(
+        cls, rates: Iterable[float], pullbacks: Iterable[float], kappas: Iterable[float]
+    ) -> "Grid":
+        """Every combination."""
+        return cls(tuple(itertools.product(rates, pullbacks, kappas)))
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates of all methods, ascending."""
+        return tuple(sorted({lr for lr, _, _ in self.pulls}))
+
+    @property
+    def pullbacks(self) -> tuple[float, ...]:
+        """The strengths c of PACE, ascending."""
+        return tuple(sorted({c for _, c, _ in self.pulls}))
+
+    @property
+    def kappas(self) -> tuple[float, ...]:
+        """The κ of PACE, ascending."""
+        return tuple(sorted({kappa for _, _, kappa in self.pulls}))
 
 
 @dataclass(frozen=True)
@@ -40,13 +67,12 @@ class Scale:
     models: tuple[Task, ...]  # fine-tuned; SmolLM2, Qwen3 and Gemma 3 in the paper
     tuned: Grid  # of the first model
     others: Grid  # of the other models
-    high: float  # a learning rate above the grid of the first model
     other_data: Task  # Tulu 3 in the paper
     from_scratch: Task  # GPT-2 in the paper
     scratch: Grid
     every: tuple[int, ...]  # steps between updates of the average
-    seeds: tuple[int, ...] = (0, 1, 2)
-    headline: tuple[int, ...] = (0, 1, 2, 3, 4)  # seeds of the first model
+    seeds: tuple[int, ...] = (1, 2, 3)
+    headline: tuple[int, ...] = (1, 2, 3, 4, 5)  # seeds of the first model
 
     def seeds_of(self, task: Task) -> tuple[int, ...]:
         """The seeds that a model's headline numbers are from."""
@@ -83,40 +109,69 @@ def _task(recipe: str, start: str | None = None, name: str | None = None, **chan
     return Task(name or default, Recipe(**{**read_recipe(recipe), **changes}), begun)
 
 
+def _pruned(pullbacks: dict[float, tuple[float, ...]]) -> Grid:
+    """A grid of these c at each learning rate, without settings that are far from any best.
+
+    A fast average, κ = 0.2, gets only the two largest c of a rate. A slow one, κ = 0.7, gets only
+    the two smallest, since a strong pull toward it starves.
+    """
+    pulls: list[tuple[float, float, float]] = []
+    for lr, cs in pullbacks.items():
+        by_kappa = {0.2: cs[-2:], 0.3: cs, 0.5: cs, 0.7: cs[:2]}
+        pulls += [(lr, c, kappa) for kappa, own in by_kappa.items() for c in own]
+    return Grid(tuple(pulls), low=(3e-4,))
+
+
 def _tiny() -> Scale:
     """Models of 0.2M parameters, on text and conversations that need no network."""
     starts = ("tiny-smollm2", "tiny-qwen3", "tiny-gemma3")
-    own = Grid((1e-3, 3e-3, 1e-2), (0.03, 0.3, 3.0, 30.0), (0.3, 0.5, 0.7))
+    own = _pruned(
+        {
+            1e-3: (0.03, 0.3, 3.0),
+            3e-3: (0.03, 0.3, 3.0, 30.0),
+            1e-2: (0.03, 0.3, 3.0, 30.0, 100.0),
+            1.8e-2: (0.3, 3.0, 30.0, 100.0),
+            3.2e-2: (3.0, 30.0, 100.0),
+        }
+    )
+    scratch = _pruned(
+        {
+            1e-3: (0.01, 0.1, 1.0),
+            3e-3: (0.01, 0.1, 1.0, 10.0),
+            1e-2: (0.1, 1.0, 10.0, 100.0),
+            1.8e-2: (1.0, 10.0, 100.0),
+            3.2e-2: (1.0, 10.0, 100.0),
+        }
+    )
     return Scale(
         name="tiny",
         models=tuple(_task("tiny-sft", start) for start in starts),
         tuned=own,
         others=own,
-        high=3e-2,
         other_data=_task("tiny-torch", "tiny-qwen3"),
         from_scratch=_task("tiny-gpt2"),
-        scratch=Grid((1e-3, 3e-3, 1e-2), (0.01, 0.1, 1.0, 10.0), (0.3, 0.5, 0.7)),
+        scratch=scratch,
         every=(10,),
     )
 
 
 def _small() -> Scale:
     """The paper's smallest models on a part of its tokens, for one GPU."""
-    tuned = Grid((1e-3, 3e-3, 1e-2), (0.003, 0.03, 0.3, 3.0), (0.3, 0.5, 0.7))
+    kappas = (0.3, 0.5, 0.7)
+    tuned = Grid.full((1e-3, 3e-3, 1e-2, 3e-2), (0.003, 0.03, 0.3, 3.0, 30.0), kappas)
     budget: dict[str, Any] = {"steps": 300, "epochs": None}
     return Scale(
         name="small",
         models=(_task("smollm2-135m", name="smollm2-135m, 300 steps", **budget),),
-        tuned=tuned,
-        others=tuned,
-        high=3e-2,
+        tuned=tuned._replace(low=(3e-4,)),
+        others=tuned._replace(low=(3e-4,)),
         other_data=_task(
             "smollm2-135m", name="smollm2-135m on Tulu 3, 300 steps", **budget, **TULU
         ),
         from_scratch=_task(
             "gpt2-124m", name="gpt2-124m, 0.1B tokens", tokens=1e8, batch=96, micro_batch=32
         ),
-        scratch=Grid((3e-4, 1e-3, 3e-3), (3e-4, 1e-3, 3e-3, 1e-2), (0.3, 0.5, 0.7)),
+        scratch=Grid.full((3e-4, 1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3, 1e-2, 0.1), kappas),
         every=(5, 20),
     )
 
@@ -127,12 +182,11 @@ def _paper() -> Scale:
     return Scale(
         name="paper",
         models=tuple(map(_task, ("smollm2-135m", "smollm2-1.7b", "qwen3-1.7b", "gemma3-1b"))),
-        tuned=Grid((1e-3, 3e-3, 5e-3), (0.003, 0.01, 0.03, 0.1), kappas),
-        others=Grid((3e-4, 1e-3, 3e-3), (0.015, 0.05, 0.15, 0.5), kappas),
-        high=1e-2,
+        tuned=Grid.full((1e-3, 3e-3, 5e-3, 1e-2), (0.003, 0.01, 0.03, 0.1), kappas),
+        others=Grid.full((3e-4, 1e-3, 3e-3), (0.015, 0.05, 0.15, 0.5), kappas),
         other_data=_task("qwen3-1.7b", name="qwen3-1.7b on Tulu 3", **TULU),
         from_scratch=_task("gpt2-124m"),
-        scratch=Grid((3e-4, 6e-4, 1.2e-3), (3e-4, 1e-3, 3e-3, 1e-2), kappas),
+        scratch=Grid.full((3e-4, 6e-4, 1.2e-3), (3e-4, 1e-3, 3e-3, 1e-2), kappas),
         every=(5, 20),
     )
 
@@ -205,22 +259,45 @@ class ScaleRuns:
         """The setting with the lowest selection loss at the end, with the tuning seed.
 
         It has one of the methods' names, one of the schedules, and these options; None: not set.
-        Only runs that the figure asks for count, so that it does not depend on other figures.
+        It returns its own average, and has no gain for all, unless they say so. Only runs that the
+        figure asks for count, so that it does not depend on other figures.
 
         Raises:
             InputError: no such run is finished.
         """
-        fixed = {"name": names, "schedule": schedules, "seed": TUNING, **fixed}
-        rows = self.select(task, **fixed)
-        rows = rows if self.asked is None else rows[rows.cell.isin(self.asked)]
+        own = {"return_kappa": None, "gain": None, **fixed}
+        rows = self._tried(task, name=names, schedule=schedules, **own)
         if rows.empty:
             wanted = names if isinstance(names, str) else ", ".join(names)
             raise InputError(f"{task.name}: no run of {wanted} was finished to choose from")
         return method_of_row(rows.loc[rows.selection_loss.idxmin()])
 
+    def _tried(self, task: Task, **fixed: Any) -> pd.DataFrame:
+        """The runs that settings are chosen from."""
+        rows = self.select(task, seed=TUNING, **fixed)
+        return rows if self.asked is None else rows[rows.cell.isin(self.asked)]
+
+    def edge(self, task: Task, method: Method, *fixed: str) -> str:
+        """The options of a chosen setting that are at an edge of what it was chosen from.
+
+        Options that are fixed were the same for all. Empty also if the method was not chosen.
+        """
+        same = {key: method.row[key] for key in ("name", "return_kappa", "every", *fixed)}
+        rows = self._tried(task, **same).to_dict("records")
+        tried = [method_of_row({str(k): x for k, x in row.items()}).row for row in rows]
+        return edges(method.row, tried) if method.row in tried else ""
+
     def best_pace(self, task: Task, schedule: str = "constant", **fixed: Any) -> Method:
         """PACE with its own average, which is updated at every step, at its best setting."""
-        return self.best(task, "pace", schedule, **{"return_kappa": None, "every": None, **fixed})
+        return self.best(task, "pace", schedule, **{"every": None, **fixed})
+
+    def best_one_gain(self, task: Task, **fixed: Any) -> Method:
+        """PACE with one gain for all coordinates at its best setting."""
+        return self.best_pace(task, gain="scalar", **fixed)
+
+    def best_falling(self, task: Task, **fixed: Any) -> Method:
+        """The EMA under the schedules that a pull of one gain amounts to, at its best setting."""
+        return self.best(task, "ema", ["power", "twin"], **fixed)
 
     def best_of_each(self, task: Task, **fixed: Any) -> dict[str, Method]:
         """The methods of the headline, each at its best setting.
@@ -233,10 +310,13 @@ class ScaleRuns:
             "AdamW": self.best(task, "adamw", SCHEDULES, **fixed),
             "EMA": self.best(task, "ema", SCHEDULES, **fixed),
             **({} if fixed else {"an average at a constant rate": self.best(task, averages)}),
-            "EMA, power or twin schedule": self.best(task, "ema", ["power", "twin"], **fixed),
+            FALLING: self.best_falling(task, **fixed),
+            f"{FALLING}, slower average": self.best_falling(task, **slower),
             "Schedule-Free": self.best(task, "schedule-free", **fixed),
             "PACE, constant": self.best_pace(task, **fixed),
             "PACE, constant, slower average": self.best_pace(task, **slower),
+            ONE_GAIN: self.best_one_gain(task, **fixed),
+            f"{ONE_GAIN}, slower average": self.best_one_gain(task, **slower),
         }
 
     def with_own_twin(self, task: Task) -> dict[str, Method]:
@@ -246,7 +326,7 @@ class ScaleRuns:
 
     def twin_of(self, task: Task, method: Method) -> Method:
         """The EMA at the learning rate that the measured mean gain of a PACE run amounts to."""
-        own = self.select(task, label=method.label, lr=method.lr)
+        own = self.select(task, label=method.label, lr=method.lr, seed=TUNING)
         gains = self.select(task, self.points, run=list(own.run))
         gain = min(1.0, max(round(float(gains.gain_mean.mean()), 3), 0.001))
         return parse_method(f"ema:twin:kappa={method.kappa}:twin_gain={gain}:lr={method.lr}")
@@ -255,16 +335,21 @@ class ScaleRuns:
         self, task: Task, labels: Iterable[str] = NAMES, **fixed: Any
     ) -> dict[str, Method]:
         """The best AdamW, EMA and PACE at a constant rate, and with WSD."""
-        own = {"return_kappa": None, "every": None, **fixed}
         return {
-            f"{label}, {schedule}": self.best(task, NAMES[label], schedule, **own)
+            f"{label}, {schedule}": self.best(task, NAMES[label], schedule, every=None, **fixed)
             for schedule in ("constant", "wsd")
             for label in labels
         }
 
+    def over_seeds(self, task: Task) -> dict[str, Method]:
+        """The same, and one gain and its schedules, which are in place of WSD."""
+        further = {ONE_GAIN: self.best_one_gain(task), FALLING: self.best_falling(task)}
+        return {**self.constant_and_decaying(task), **further}
+
     def middle_rate(self) -> float:
         """The learning rate of figures that show one: the best of the constant EMA at κ = 0.5."""
-        return self.best(self.scale.from_scratch, "ema", kappa=0.5).lr
+        task, rates = self.scale.from_scratch, self.scale.scratch.rates
+        return self.best(task, "ema", kappa=0.5, lr=rates).lr
 
 
 # ---- methods and cells --------------------------------------------------------------------------
@@ -277,14 +362,26 @@ def methods_on(task: Task, text: str, **lists: Iterable[Any]) -> list[Method]:
     return [parse_method(":".join([text, *x]), **defaults) for x in itertools.product(*options)]
 
 
-def _with_slower(task: Task, text: str = "pace", **lists: Iterable[Any]) -> list[Method]:
-    """PACE, and the slower average of the same trainings."""
-    slower = f"{text}:return_kappa={RETURN_KAPPA}"
-    return [*methods_on(task, text, **lists), *methods_on(task, slower, **lists)]
+def _with_slower(methods: Iterable[Method]) -> list[Method]:
+    """The methods, and each with a slower average of the same training."""
+    own = list(methods)
+    return [*own, *(x.model_copy(update={"return_kappa": RETURN_KAPPA}) for x in own)]
+
+
+def _pulled(
+    task: Task, pulls: Iterable[tuple[float, float, float]], text: str = "pace"
+) -> list[Method]:
+    """PACE at these learning rates, c and κ."""
+    return _with_slower(
+        method
+        for lr, c, kappa in pulls
+        for method in methods_on(task, text, lr=(lr,), pullback=(c,), kappa=(kappa,))
+    )
 
 
 def _averages(task: Task, schedule: str, rates: Iterable[float]) -> list[Method]:
     """AdamW and its EMAs, and at a constant rate its other averages too."""
+    rates = tuple(rates)
     found = [
         *methods_on(task, f"adamw:{schedule}", lr=rates),
         *methods_on(task, f"ema:{schedule}", kappa=EMA_KAPPAS, lr=rates),
@@ -295,21 +392,32 @@ def _averages(task: Task, schedule: str, rates: Iterable[float]) -> list[Method]
     return found
 
 
+def _uniform_gains(task: Task, rates: Iterable[float]) -> list[Method]:
+    """One gain for all coordinates, and the schedules that such a pull amounts to."""
+    own: dict[str, Any] = {"kappa": (PULL_KAPPA,), "lr": tuple(rates)}
+    return _with_slower(
+        [
+            *methods_on(task, "pace:gain=scalar", pullback=GAINS, **own),
+            *methods_on(task, "ema:power", **{**own, "kappa": POWER_KAPPAS}),
+            *methods_on(task, "ema:twin", twin_gain=GAINS[:1], **own),  # of gain 1: the power's
+        ]
+    )
+
+
 def _tried(task: Task, grid: Grid) -> list[Method]:
-    """PACE at every setting, AdamW and its averages at every rate, all at a constant rate."""
+    """AdamW and its averages at a constant rate, PACE, one gain for all, and its schedules."""
     return [
-        *_averages(task, "constant", grid.rates),
-        *_with_slower(task, lr=grid.rates, kappa=grid.kappas, pullback=grid.pullbacks),
+        *_averages(task, "constant", (*grid.low, *grid.rates)),
+        *_pulled(task, grid.pulls),
+        *_uniform_gains(task, grid.rates),
     ]
 
 
 def _scheduled(task: Task, grid: Grid) -> list[Method]:
-    """The baselines with a schedule: AdamW and its EMAs, and Schedule-Free."""
+    """AdamW and its EMAs with a decay, and Schedule-Free."""
     return [
         *_averages(task, "cosine", grid.rates),
         *_averages(task, "wsd", grid.rates),
-        *methods_on(task, "ema:power", kappa=(0.3, 0.5), lr=grid.rates),
-        *methods_on(task, "ema:twin", kappa=(0.3,), twin_gain=(0.5,), lr=grid.rates),
         *methods_on(task, "schedule-free", lr=grid.rates),
     ]
 
@@ -324,8 +432,8 @@ def _trained_with(task: Task, method: Method) -> list[Method]:
     trained = method.trajectory
     if trained.name == "adamw" and trained.schedule in SCHEDULES:
         return _averages(task, trained.schedule, (trained.lr,))
-    if trained.name == "pace":
-        return [trained, trained.model_copy(update={"return_kappa": RETURN_KAPPA})]
+    if trained.name in ("adamw", "pace"):
+        return _with_slower([method.model_copy(update={"return_kappa": None})])
     return [method]
 
 
@@ -357,12 +465,10 @@ def headline(runs: ScaleRuns) -> Stages:
 def rarer(runs: ScaleRuns, kappas: Sequence[float]) -> Stages:
     """3, 8: the average is updated every step as in 6, and every so many steps."""
     task, grid = runs.scale.main, runs.scale.tuned
-    own: dict[str, Any] = {"lr": grid.rates, "kappa": kappas, "pullback": grid.pullbacks}
-    tried = [
-        *_averages(task, "constant", grid.rates),
-        *_with_slower(task, **own),
-        *_with_slower(task, **own, every=runs.scale.every),
-    ]
+    pulls = [pull for pull in grid.pulls if pull[2] in kappas]
+    tried = [*_averages(task, "constant", grid.rates), *_pulled(task, pulls)]
+    for every in runs.scale.every:
+        tried += _pulled(task, pulls, f"pace:every={every}")
     yield cells(task, tried, TUNING)
 
 
@@ -391,10 +497,11 @@ def other_data(runs: ScaleRuns) -> Stages:
 
 
 def across_rates(runs: ScaleRuns) -> Stages:
-    """14, 15: across rates up to one that is too high, baselines with every schedule."""
+    """14, 15: each method at its best setting of each learning rate, over seeds."""
     yield from by_schedule(runs)
-    task, high = runs.scale.main, runs.scale.tuned._replace(rates=(runs.scale.high,))
-    yield cells(task, [*_tried(task, high), *_scheduled(task, high)], TUNING)
+    task, grid = runs.scale.main, runs.scale.tuned
+    best = [method for lr in grid.rates for method in runs.best_of_each(task, lr=lr).values()]
+    yield cells_over_seeds(task, best, runs.scale.seeds)
 
 
 def over_seeds(runs: ScaleRuns) -> Stages:
@@ -402,10 +509,10 @@ def over_seeds(runs: ScaleRuns) -> Stages:
     yield from by_schedule(runs)
     for task, grid in runs.scale.grids:
         best = runs.best_pace(task)
-        own = {"pullback": [best.get("pullback")], "kappa": [best.kappa], "lr": grid.rates}
-        yield cells(task, _with_slower(task, "pace:wsd", **own), TUNING)
+        pulls = [(lr, best.get("pullback"), best.get("kappa")) for lr in grid.rates]
+        yield cells(task, _pulled(task, pulls, "pace:wsd"), TUNING)
     for task in runs.scale.models:
-        yield cells_over_seeds(task, runs.constant_and_decaying(task).values(), runs.scale.seeds)
+        yield cells_over_seeds(task, runs.over_seeds(task).values(), runs.scale.seeds)
 
 
 def pretraining(runs: ScaleRuns) -> Stages:
@@ -418,21 +525,20 @@ def pretraining(runs: ScaleRuns) -> Stages:
 def pull_alone(runs: ScaleRuns) -> Stages:
     """2: the pull alone at κ = 0.5, constant and WSD."""
     yield from pretraining(runs)
-    task = runs.scale.from_scratch
-    own = {"kappa": (0.5,), "lr": (runs.middle_rate(),)}
-    pulled = _with_slower(task, "pace:wsd", pullback=runs.scale.scratch.pullbacks, **own)
-    yield cells(task, pulled, TUNING)
+    task, rate = runs.scale.from_scratch, runs.middle_rate()
+    pulls = [pull for pull in runs.scale.scratch.pulls if (pull[0], pull[2]) == (rate, 0.5)]
+    yield cells(task, _pulled(task, pulls, "pace:wsd"), TUNING)
 
 
 def under_schedules(runs: ScaleRuns, *, by_kappa: bool) -> Stages:
     """18, 19: c with each schedule, at κ = 0.5 over seeds or at each κ with one seed."""
     yield from pretraining(runs)
-    task, grid, rates = runs.scale.from_scratch, runs.scale.scratch, (runs.middle_rate(),)
-    kappas, seeds = (grid.kappas, TUNING) if by_kappa else ((0.5,), runs.scale.seeds)
+    task, grid, rate = runs.scale.from_scratch, runs.scale.scratch, runs.middle_rate()
+    pulls = [x for x in grid.pulls if x[0] == rate and (by_kappa or x[2] == 0.5)]
+    seeds = TUNING if by_kappa else (*TUNING, *runs.scale.seeds)
     for schedule in SCHEDULES:
-        own = {"pullback": grid.pullbacks, "kappa": kappas, "lr": rates}
-        tried = _with_slower(task, f"pace:{schedule}", **own)
-        yield cells(task, [*tried, *_averages(task, schedule, rates)], seeds)
+        tried = [*_pulled(task, pulls, f"pace:{schedule}"), *_averages(task, schedule, (rate,))]
+        yield cells(task, tried, seeds)
 
 
 def branches(runs: ScaleRuns) -> Stages:

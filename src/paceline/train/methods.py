@@ -276,6 +276,7 @@ class EMAMethod(AveragedMethod):
     kappa: Power | None = None
     half_life: Number | None = None
     state: State = None  # dtype of m, v and the average
+    return_kappa: Power | None = None  # of the average, where kappa is the schedule's
 
     @classmethod
     def from_command(cls, given: dict[str, Any]) -> set[str]:
@@ -285,6 +286,8 @@ class EMAMethod(AveragedMethod):
     def _one_of_two(self) -> Self:
         if self.kappa is not None and self.half_life is not None:
             raise InputError("half_life and kappa say the same thing; give one of them")
+        if self.return_kappa is not None and "kappa" not in LR_SCHEDULES[self.schedule].options:
+            raise InputError(f"return_kappa: the schedule {self.schedule} has no kappa; give kappa")
         return self
 
     @property
@@ -294,8 +297,9 @@ class EMAMethod(AveragedMethod):
     def averaging(self, steps: int) -> Averaging:
         if self.half_life is not None:
             return EMA(half_life=self.half_life)
-        assert self.kappa is not None
-        return PowerEMA(self.kappa)
+        kappa = self.kappa if self.return_kappa is None else self.return_kappa
+        assert kappa is not None
+        return PowerEMA(kappa)
 
 
 class UniformMethod(AveragedMethod):
