@@ -134,8 +134,8 @@ def test_other_seeds_change_no_choice(small):
     for result in outcomes.finished.values():
         for row in result.rows:
             if row["seed"] not in TUNING:
-                row["selection_loss"] -= 5 * row["kappa"] if row["kappa"] else 0
-                row["selection_loss"] -= row["pullback"] or 0
+                row["selection_loss"] -= 1 / (row["pullback"] or 1)
+                row["selection_loss"] -= 5 * (1 - (row["kappa"] or 0))
     assert [row[:4] for row in draw("18", ScaleRuns(small, outcomes)).ends.rows] == before
 
 
