@@ -20,7 +20,7 @@ SMALL = {
     "control": "--horizon 20 --coordinates 2",
     "frontier": "--coordinates 2 --half-lives 100 --steps 10 --drift 0.01",
     "twin": "--steps 20 --runs 4",
-    "rate": "--horizons 16 32 --runs 2",
+    "rate": "--horizons 16 32 --runs 2 --problems 20",
 }
 
 
@@ -110,6 +110,18 @@ def test_control_is_best_where_it_knows_the_minimum(found):
         assert all(row["/ best"] == pytest.approx(row["cost"] / best["cost"]) for row in rows)
 
 
+def test_control_with_the_estimate_hardly_asks_where_it_starts(found):
+    near, far = ({row[""]: row for row in table(found("control")[0], i)} for i in range(2))
+    for row in ("exact, ML estimate", "the ML estimate itself"):
+        assert {near[row]["knows μ*"], far[row]["knows μ*"]} == {"no"}
+    # Σ s²/(a²T) = (1 + 2)/20; a bound on what a short horizon and the price of control add
+    estimate, steered = "the ML estimate itself", "exact, ML estimate"
+    assert near[estimate]["error"] == far[estimate]["error"] == pytest.approx(3 / 20)
+    assert 1 < far[steered]["error"] / near[steered]["error"] < 1.5
+    running = "continuous, running mean"
+    assert far[running]["error"] > 10 * near[running]["error"]
+
+
 def test_frontier_has_all_methods_relative_to_the_ema(found):
     for number, tables in enumerate(found("frontier")[0]["tables"]):
         rows = table(found("frontier")[0], number)
@@ -140,6 +152,18 @@ def test_rate_has_a_slope_for_each_average_with_and_without_a_pull(found):
         # Through two points the line is exact: T^slope·√T is the ratio of the constants.
         assert 2 ** (mean + 0.5) == pytest.approx(row["32"] / row["16"], rel=2e-3)
         assert np.isfinite(list(row.values())[2:]).all()
+
+
+def test_no_loss_is_above_the_bound(found):
+    rows = table(found("rate")[0], 1)
+    assert [row["gain"] for row in rows] == [0, 0.1, 0.5, 1]
+    for row in rows:
+        assert row["1/r"] == pytest.approx(1 + row["gain"] * 0.9 / 0.1)
+        assert row["C"] == pytest.approx(1 + row["gain"] * 0.9 / (1 + 0.9 * (1 - row["gain"])))
+        assert row["√(C/r)"] == pytest.approx((row["C"] * row["1/r"]) ** 0.5)
+        for name in ("swinging", "travelling", "random, largest"):
+            assert 0.2 < row[name] <= 1 + 1e-9
+        assert row["swinging"] > 0.95
 
 
 @pytest.mark.parametrize(

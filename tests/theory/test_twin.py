@@ -14,7 +14,7 @@ pytest.importorskip("scipy")
 from recursions import GAINS, HESSIAN, NOISE, grid, linear_maps, pull
 
 from paceline import EMA, PACE, PowerEMA, Pullback, Uniform
-from paceline.theory.quadratic import Pull, Quadratic, limit, limiting_error, moments
+from paceline.theory.quadratic import Pull, Quadratic, limit, limiting_error, moments, radius
 from paceline.theory.twin import twin_epsilon, twin_modes, twin_rate, twin_ratio
 
 # ---- the twin -----------------------------------------------------------------------------------
@@ -255,3 +255,32 @@ def test_under_drift_alone_a_pull_that_is_clipped_is_better_than_its_twin():
     ratio /= limiting_error(a * twin_rate(beta, gain), beta, 0.0, 0.0, 1.0)
     assert ratio.max() < 1
     assert ratio.min() == pytest.approx(0.8, abs=2e-3)
+
+
+# ---- a saturated pull and momentum ---------------------------------------------------------------
+
+
+def test_momentum_turns_a_saturated_pull_from_worse_than_its_twin_to_better():
+    """Limiting errors at β = 0.15, which a power EMA of κ = 0.3 has after some 550 steps."""
+    beta, a = 0.15, np.array([0.1, 0.3, 1.0])
+    ratios = {}
+    for momentum in (0.0, 0.9):
+        pull, twin = Pull(1.0, beta, 1.0, momentum), Pull(beta, beta, 0.0, momentum)
+        errors = [limit(x, Quadratic(a)).second(Quadratic(a)) for x in (pull, twin)]
+        ratios[momentum] = errors[0] / errors[1]
+    np.testing.assert_allclose(ratios[0.0], [1.008, 1.029, 1.987], atol=5e-4)
+    np.testing.assert_allclose(ratios[0.9], [0.955, 0.884, 0.737], atol=5e-4)
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_the_largest_stable_rate_with_momentum(momentum, gain):
+    """(1+μ)/(1-μ) times that without, (2(2-β) - 2λ(1-β))/(2-β): at z = -1 only a is filtered."""
+    beta = 0.15
+    largest = (
+        (2 * (2 - beta) - 2 * gain * (1 - beta)) / (2 - beta) * (1 + momentum) / (1 - momentum)
+    )
+    below, above = radius(
+        Pull(1.0, beta, gain, momentum), Quadratic(largest * np.array([0.99, 1.01]))
+    )
+    assert below < 1 < above

@@ -3,13 +3,20 @@
 - `quadratic`: exact moments of live weights and average.
 - `twin`: the EMA that a pull amounts to.
 - `control`: the control problem that the gain comes from.
+- `rate`: the bound on convex problems, and where it is reached.
 - `frontier`: each method's least loss at its own best parameters.
 - `simulate`: measurements with the library's own optimizers.
 
 docs/theory.md explains them. Importing this package does not import SciPy.
 """
 
-from .control import certainty_equivalent_gain, long_horizon_gain, optimal_gain, optimal_value
+from .control import (
+    certainty_equivalent_gain,
+    long_horizon_gain,
+    matrix_control,
+    optimal_gain,
+    optimal_value,
+)
 from .quadratic import (
     Quadratic,
     better_gain,
@@ -20,6 +27,7 @@ from .quadratic import (
     moments,
     spectral_radius,
 )
+from .rate import rate_bound, step_factor
 from .twin import twin_epsilon, twin_rate, twin_ratio
 
 __all__ = [
@@ -31,10 +39,13 @@ __all__ = [
     "limit",
     "limiting_error",
     "long_horizon_gain",
+    "matrix_control",
     "moments",
     "optimal_gain",
     "optimal_value",
+    "rate_bound",
     "spectral_radius",
+    "step_factor",
     "twin_epsilon",
     "twin_rate",
     "twin_ratio",

@@ -9,12 +9,21 @@ obeys dz = g·u dt + g·σ dW, so that
 
     u*(t) = -(g(t)·P(t)/ρ)·z_t,      1/P(t) = T² + (1/ρ)·∫_t^T g(s)² ds
 
+For many coordinates, dX = (-A·X + u) dt + Σ dW and the cost E S_TᵀM·S_T/T² + ρ·E ∫|u|² dt, a, g
+and P become matrices, and the same steps give
+
+    u*(t) = -(1/ρ)·g(t)ᵀ·P(t)·z_t,      P⁻¹(t) = T²·M⁻¹ + (1/ρ)·∫_t^T g(s)·g(s)ᵀ ds
+
 In discrete time, for any number of coordinates and any average,
 
     x_{k+1} = (1-a)·x_k + u_k + ξ_k,      x̄_k = (1-β_k)·x̄_{k-1} + β_k·x_k,      x̄_0 = x_0
     minimise  E x̄_TᵀM·x̄_T + ρ·Σ E|u_k|²
 
 has an exact solution by a Riccati recursion on (x, x̄).
+
+Training does not know the minimum μ*, but each step of the live weights θ = x + μ* shows it under
+noise: y_k = θ_k + a⁻¹·(Δθ_k - u_k) = μ* + a⁻¹·ξ_k. The maximum-likelihood estimate after k steps is
+the mean of y_0 ... y_{k-1}, whatever the control was.
 
 Source: the problem is that of Au & Block, arXiv:2606.25086 (2026); the solutions were derived here.
 """
@@ -47,6 +56,16 @@ def influence(t: ArrayLike, horizon: ArrayLike, a: ArrayLike) -> Array:
         return np.where(a * left > 0, -np.expm1(-a * left) / a, left)
 
 
+def _information(left: Array, a: Array) -> Array:
+    """∫ g(s)² ds over the time that is left."""
+    y = a * left
+    # ∫g² is (y - 2(1-e^-y) + (1-e^-2y)/2) / a³; its first terms cancel for small y.
+    series = left**3 * (1 / 3 - y / 4 + 7 * y**2 / 60 - y**3 / 24 + 31 * y**4 / 2520)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        exact = (y + 2 * np.expm1(-y) - np.expm1(-2 * y) / 2) / a**3
+    return np.where(y < 1e-2, series, exact)
+
+
 def optimal_value(t: ArrayLike, horizon: ArrayLike, a: ArrayLike, penalty: ArrayLike) -> Array:
     """P(t), the cost of z_t² = 1 from time t on: 1/P(t) = T² + (1/ρ)·∫_t^T g(s)² ds.
 
@@ -60,12 +79,8 @@ def optimal_value(t: ArrayLike, horizon: ArrayLike, a: ArrayLike, penalty: Array
         ValueError: an argument is out of its range.
     """
     left, horizon, a = _horizon(t, horizon, a)
-    y, penalty = a * left, in_range("penalty", penalty, "(0, inf)")
-    # ∫g² is (y - 2(1-e^-y) + (1-e^-2y)/2) / a³; its first terms cancel for small y.
-    series = left**3 * (1 / 3 - y / 4 + 7 * y**2 / 60 - y**3 / 24 + 31 * y**4 / 2520)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        exact = (y + 2 * np.expm1(-y) - np.expm1(-2 * y) / 2) / a**3
-    return np.asarray(1 / (horizon**2 + np.where(y < 1e-2, series, exact) / penalty))
+    penalty = in_range("penalty", penalty, "(0, inf)")
+    return np.asarray(1 / (horizon**2 + _information(left, a) / penalty))
 
 
 def optimal_gain(t: ArrayLike, horizon: ArrayLike, a: ArrayLike, penalty: ArrayLike) -> Array:
@@ -97,6 +112,54 @@ def long_horizon_gain(horizon: ArrayLike, a: ArrayLike, penalty: ArrayLike) -> A
     _, horizon, a = _horizon(0.0, horizon, a)
     penalty = in_range("penalty", penalty, "(0, inf)")
     return np.asarray(1 / (penalty * a**2 * horizon**2 + horizon))
+
+
+# ---- any number of coordinates, continuous time -------------------------------------------------
+
+
+class MatrixControl(NamedTuple):
+    """The solution at one time; all are (d, d)."""
+
+    influence: Array  # g = (I - e^{-A(T-t)})·A⁻¹; z = S + g·x
+    value: Array  # P; z costs zᵀPz from here on, besides what noise adds
+    gain: Array  # u* = -gain·z; toward the running average, u = -gain·g·(θ - θ̄)
+
+
+def matrix_control(
+    t: float,
+    horizon: float,
+    curvature: ArrayLike,
+    penalty: float,
+    terminal: ArrayLike | None = None,
+) -> MatrixControl:
+    """The optimal control of dX = (-A·X + u) dt + Σ dW, whatever Σ is.
+
+    The cost is E S_TᵀM·S_T/T² + ρ·E ∫|u|² dt. With M the identity, all three are functions of the
+    matrix A: the coordinate's formulas in its eigendirections.
+
+    Args:
+        t: time, in [0, T], steps.
+        horizon: T > 0, steps.
+        curvature: A = η·H, (d, d), symmetric and positive semidefinite.
+        penalty: ρ > 0 on the control.
+        terminal: M, (d, d), symmetric and positive semidefinite. Default: the identity.
+
+    Raises:
+        ValueError: an argument is out of its range or has a wrong shape.
+    """
+    matrix = np.atleast_2d(np.asarray(curvature, dtype=np.float64))
+    semidefinite("curvature", matrix, d := len(matrix))
+    values, vectors = np.linalg.eigh(matrix)
+    left, _, a = _horizon(t, horizon, values.clip(0))
+    in_range("penalty", penalty, "(0, inf)")
+    weights, directions = np.linalg.eigh(
+        np.eye(d) if terminal is None else semidefinite("terminal", terminal, d)
+    )
+    root = directions * np.sqrt(weights.clip(0)) @ directions.T  # of M, which may be singular
+    influence_ = vectors * influence(t, horizon, a) @ vectors.T
+    information = vectors * _information(left, a) @ vectors.T / penalty
+    value = root @ np.linalg.solve(horizon**2 * np.eye(d) + root @ information @ root, root)
+    return MatrixControl(influence_, value, influence_ @ value / penalty)
 
 
 # ---- any number of coordinates, discrete time ---------------------------------------------------
@@ -188,7 +251,7 @@ class Regulator:
         return len(self.beta)
 
     def _step(self, k: int) -> tuple[Array, Array]:
-        """(x, x̄)_{k+1} = A·(x, x̄)_k + B·(u_k + ξ_k)."""
+        """A and B of (x, x̄)_{k+1} = A·(x, x̄)_k + B·(u_k + ξ_k)."""
         one, new = np.eye(len(self.curvature)), self.beta[k]
         stay = one - self.curvature
         a = np.block([[stay, 0 * one], [new * stay, (1 - new) * one]])
@@ -225,24 +288,54 @@ class Regulator:
         parts = [np.broadcast_to(np.asarray(x, dtype=np.float64), shape) for x in (live, average)]
         return np.concatenate([x[..., None] * np.eye(shape[1]) for x in parts], axis=-1)
 
+    def estimated(self, gains: Array) -> Array:
+        """A controller's gains with the maximum-likelihood estimate in the minimum's place.
+
+        Certainty equivalence: distances are measured from the estimate, not from the minimum. In
+        step 0 there is no estimate yet, and the control is 0.
+
+        Args:
+            gains: (T, d, 2d), with u_k = -gains[k] @ (x_k, x̄_k).
+
+        Returns:
+            gains (T, d, 3d), with u_k = -gains[k] @ (x_k, x̄_k, e_k) and the estimate's error e_k.
+        """
+        live, average = np.split(gains, 2, axis=-1)
+        known = np.arange(self.steps)[:, None, None] > 0
+        return np.concatenate([live, average, -live - average], axis=-1) * known
+
     def outcome(self, gains: Array) -> ControlOutcome:
         """Error and effort of a linear controller, exactly.
 
         Args:
-            gains: (T, d, 2d), with u_k = -gains[k] @ (x_k, x̄_k).
+            gains: (T, d, 2d), with u_k = -gains[k] @ (x_k, x̄_k), or (T, d, 3d), of `estimated`.
 
         Raises:
             ValueError: gains has another shape.
         """
         d, start = len(self.curvature), np.tile(self.start, 2)
-        shape = (self.steps, d, 2 * d)
-        if np.shape(gains) != shape:
-            raise ValueError(f"gains must be of the shape {shape}, got {np.shape(gains)}")
-        second, effort = np.outer(start, start), 0.0
+        shapes = [(self.steps, d, n * d) for n in (2, 3)]
+        if np.shape(gains) not in shapes:
+            raise ValueError(f"gains must be of the shape {shapes[0]}, got {np.shape(gains)}")
+        gains = np.pad(gains, ((0, 0), (0, 0), (0, 3 * d - gains.shape[-1])))
+        second, effort = np.zeros((3 * d, 3 * d)), 0.0  # of (x, x̄, e)
+        second[: 2 * d, : 2 * d] = np.outer(start, start)
         for k, gain in enumerate(gains):
             a, b = self._step(k)
             effort += float(np.trace(gain @ second @ gain.T))
-            closed = a - b @ gain
-            second = closed @ second @ closed.T + b @ self.noise @ b.T
-        error = float(np.trace(self.terminal @ second[d:, d:]))
+            # e_{k+1} = (k·e_k + a⁻¹·ξ_k) / (k+1), and no control moves it
+            closed = np.pad(a, (0, d))
+            closed[: 2 * d] -= b @ gain
+            closed[2 * d :, 2 * d :] = k / (k + 1) * np.eye(d)
+            noise = np.vstack([b, np.linalg.inv(self.curvature) / (k + 1)])
+            second = closed @ second @ closed.T + noise @ self.noise @ noise.T
+        error = float(np.trace(self.terminal @ second[d : 2 * d, d : 2 * d]))
         return ControlOutcome(error, effort, error + self.penalty * effort)
+
+    def estimate_error(self) -> float:
+        """The error if the maximum-likelihood estimate itself is returned; no control changes it.
+
+        It is tr(M·a⁻¹·Q·a⁻¹)/T with the noise's covariance Q.
+        """
+        newton = np.linalg.inv(self.curvature)
+        return float(np.trace(self.terminal @ newton @ self.noise @ newton)) / self.steps

@@ -37,10 +37,12 @@ from .quadratic import (
     moments,
     spectral_radius,
 )
+from .rate import hardest_starts, mean_loss, rate_bound, step_factor
 from .simulate import StylisedPACE, convex_errors, simulate, slope
 from .twin import twin_epsilon, twin_modes, twin_rate, twin_ratio
 
 LONGEST = 100_000  # steps of an experiment
+BETA, GAINS = 0.1, (0.0, 0.1, 0.5, 1.0)  # of the bound's table
 AtLeastOne = Annotated[int, Field(ge=1)]
 AtLeastTwo = Annotated[int, Field(ge=2)]
 
@@ -279,7 +281,7 @@ class ControlCommand(TheoryCommand):
         a = self.a * _power_law(self.coordinates)
         t = np.arange(self.horizon, dtype=np.float64)
         tables = [self._chain(a, start, t[:, None]) for start in self.starts]
-        figure, ((left, right),) = _subplots(2)
+        figure, ((left, middle, right),) = _subplots(3)
         for value, colour in zip((a[0], a[-1]), ("C0", "C1"), strict=True):
             exact = control.certainty_equivalent_gain(t, self.horizon, value, self.penalty)
             left.plot(t, exact, colour, label=f"certainty-equivalent, a = {value:.3g}")
@@ -295,27 +297,51 @@ class ControlCommand(TheoryCommand):
         right.invert_yaxis()
         right.set(xlabel="error of the returned model", xscale="log")
         right.legend(fontsize=8, loc="lower left")
+        self._against_the_start(a, t[:, None], middle)
         notes = [
-            "Training does not know the minimum μ*. Without it the optimum becomes the pull toward "
-            "the running mean.",
+            "Training does not know the minimum μ*. With the maximum-likelihood (ML) estimate in "
+            "its place the error is about the estimate's own, from any start. The running mean is "
+            "a poor estimate: the start and the pull itself move it.",
             f"Long before the end the derived gain is at most 1/T = {1 / self.horizon:.2g}.",
         ]
         return Finding(tables, notes, figure)
 
+    def _regulator(self, a: Any, start: float, beta: Any) -> control.Regulator:
+        return control.Regulator(a, beta, self.penalty, self.a * a, start)
+
+    def _against_the_start(self, a: Any, t: Any, axis: Any) -> None:
+        """Draw the mean of all's error by its start, a constant plus a square."""
+        distances = np.geomspace(0.1, 10, 50)
+        problems = [self._regulator(a, start, 1 / (t[:, 0] + 2)) for start in (0.0, 1.0)]
+        best, _ = problems[0].solve()
+        pull = control.certainty_equivalent_gain(t, self.horizon, a, self.penalty)
+        for name, gains in {
+            "no control": problems[0].feedback(0.0, 0.0),
+            "optimum, running mean for μ*": problems[0].feedback(pull, -pull),
+            "optimum, ML estimate for μ*": problems[0].estimated(best),
+            "optimum, knows μ*": best,
+        }.items():
+            near, one = (problem.outcome(gains).error for problem in problems)
+            axis.plot(distances, near + (one - near) * distances**2, label=name)
+        axis.set(xscale="log", yscale="log", xlabel="distance of the start in each coordinate")
+        axis.set_ylabel("error of the mean of all iterates")
+        axis.legend(fontsize=7)
+
     def _chain(self, a: Any, start: float, t: Any) -> Rows:
-        steps, rho, noise = self.horizon, self.penalty, self.a * a
+        steps, rho = self.horizon, self.penalty
 
         def pulled(problem: control.Regulator, gain: Any) -> control.ControlOutcome:
             return problem.outcome(problem.feedback(gain, -np.asarray(gain)))
 
         def with_ema(beta: float) -> control.Regulator:
-            return control.Regulator(a, np.full(steps, beta), rho, noise, start)
+            return self._regulator(a, start, np.full(steps, beta))
 
         def clipped(pullback: float) -> Any:
             return np.minimum(1, pullback / np.sqrt(a))  # √a is √v up to a factor
 
-        uniform = control.Regulator(a, 1 / (t[:, 0] + 2), rho, noise, start)
-        _, best = uniform.solve()
+        uniform = self._regulator(a, start, 1 / (t[:, 0] + 2))
+        gains, best = uniform.solve()
+        estimate = uniform.estimate_error()
         of_z = control.optimal_gain(t, steps, a, rho)
         # With the mean of all iterates, S_k is (k+1) times the average so far.
         foreseen = uniform.feedback(of_z * control.influence(t, steps, a), of_z * (t + 1))
@@ -328,7 +354,9 @@ class ControlCommand(TheoryCommand):
             ("mean of all, no control", "", "—", pulled(uniform, 0.0)),
             ("exact optimum", "", "yes", best),
             ("gain of continuous time", "", "yes", uniform.outcome(foreseen)),
-            ("the same to the running mean", "", "no", pulled(uniform, certain)),
+            ("exact, ML estimate", "", "no", uniform.outcome(uniform.estimated(gains))),
+            ("the ML estimate itself", "", "no", control.ControlOutcome(estimate, 0.0, estimate)),
+            ("continuous, running mean", "", "no", pulled(uniform, certain)),
             ("gain of long horizons", "", "no", pulled(uniform, lasting)),
             ("EMA, no control", f"β = {beta:.2g}", "—", pulled(ema, 0.0)),
             ("EMA, exact optimum", "", "yes", ema.solve()[1]),
@@ -550,11 +578,29 @@ class TwinCommand(TheoryCommand):
         return Rows(title, columns, rows)
 
 
-class RateCommand(TheoryCommand):
-    """The rate on a convex Lipschitz problem: excess loss against the horizon, with a pull or not.
+def _largest_of_linear(rng: np.random.Generator) -> tuple[Any, float, Any]:
+    """A random f(x) = max_i aᵢ·x with Σ aᵢ = 0, which is least at 0; its G, and a start."""
+    a = rng.standard_normal((rng.integers(2, 8), rng.integers(1, 7)))
+    a -= a.mean(0)
 
-    The problem is f(x) = Σ 2^-i·|xᵢ - 1/i| from 0, with subgradient noise of variance 1/i² and the
-    learning rate 1/√T. The library's own Pullback runs around torch's SGD; the gain is c·β_t.
+    def problem(x: Any) -> tuple[float, Any]:
+        values = a @ x
+        return values.max(), a[values.argmax()]
+
+    return problem, np.linalg.norm(a, axis=1).max(), rng.standard_normal(a.shape[1])
+
+
+def _distance(x: Any) -> tuple[float, Any]:
+    """f(x) = |x|, and a subgradient."""
+    return float(abs(x[0])), np.where(x >= 0, 1.0, -1.0)
+
+
+class RateCommand(TheoryCommand):
+    """The rate on convex Lipschitz problems: excess loss against the horizon, and a bound.
+
+    First, f(x) = Σ 2^-i·|xᵢ - 1/i| from 0, with subgradient noise of variance 1/i² and the learning
+    rate 1/√T. The library's own Pullback runs around torch's SGD; the gain is c·β_t. Then the bound
+    for a constant gain and weight: on random problems, and where its two terms are reached.
     """
 
     horizons: tuple[int, ...] = (64, 256, 1024, 4096)
@@ -563,10 +609,21 @@ class RateCommand(TheoryCommand):
     """c of the pull, in [0, 1]."""
     runs: AtLeastTwo = 32
     """Independent runs, >= 2."""
+    problems: AtLeastOne = 300
+    """Random problems for the bound, >= 1."""
     seed: int = 0
-    """Seed of the noise."""
+    """Seed of the noise and of the problems."""
 
     def find(self) -> Finding:
+        figure, ((left, right),) = _subplots(2)
+        notes = [
+            "The paper promises a slope of -1/2 or steeper, up to a factor of the averaging rule.",
+            "The bound is D²/(2rηT) + C·ηG²/2 for the mean loss of the live weights. Its terms are "
+            "reached on |x|, by swinging across the minimum and by travelling to it.",
+        ]
+        return Finding([self._slopes(left), self._bound(right)], notes, figure)
+
+    def _slopes(self, axis: Any) -> Rows:
         rules = {
             "mean of all": Uniform(),
             "EMA, κ = 0.8": PowerEMA(0.8),
@@ -578,7 +635,6 @@ class RateCommand(TheoryCommand):
             convex_errors(methods, steps, runs=self.runs, seed=self.seed + i)
             for i, steps in enumerate(self.horizons)
         ]
-        figure, ((axis,),) = _subplots(1)
         rows, roots = [], np.sqrt(self.horizons)
         for i, errors in enumerate(zip(*found, strict=True)):
             rule, pulled = divmod(i, 2)
@@ -593,8 +649,35 @@ class RateCommand(TheoryCommand):
         axis.set_ylabel("excess loss of the returned model")
         axis.legend(fontsize=7, handlelength=4)
         columns = ["loss·√T at T =", "slope, 95 %", *map(str, self.horizons)]
-        note = (
-            "The paper promises a slope of -1/2 or steeper, up to a factor of the averaging rule."
-        )
-        table = Rows("Excess loss on Σ 2^-i·|xᵢ - 1/i|", columns, rows)
-        return Finding([table], [note], figure)
+        return Rows("Excess loss on Σ 2^-i·|xᵢ - 1/i|", columns, rows)
+
+    def _bound(self, axis: Any) -> Rows:
+        lr, rng, rows = 1.0, np.random.default_rng(self.seed), []
+        points = []  # gain, steps, measured / bound
+        for _ in range(self.problems):
+            problem, steepest, start = _largest_of_linear(rng)
+            start = start * 10 ** rng.uniform(-1, 2)
+            beta, gain = 10 ** rng.uniform(-2, 0), float(rng.choice(GAINS))
+            steps = int(10 ** rng.uniform(0, 3))
+            bound = rate_bound(np.linalg.norm(start), lr, steps, beta, gain, steepest)
+            loss = mean_loss(problem, start, lr, steps, beta, gain)
+            points.append((gain, steps, loss / float(bound)))
+        axis.plot(*np.array(points).T[1:], ".", color="grey", ms=3, label="random problems")
+        for i, gain in enumerate(GAINS):
+            reached = []
+            for steps in self.horizons:
+                starts = hardest_starts(lr, steps, BETA, gain)
+                found = [mean_loss(_distance, [x], lr, steps, BETA, gain) for x in starts]
+                reached.append(found / rate_bound(starts, lr, steps, BETA, gain))
+            for style, ratios in zip(("-", "--"), np.transpose(reached), strict=True):
+                label = f"λ = {gain:g}" if style == "-" else None
+                axis.plot(self.horizons, ratios, f"C{i}{style}", label=label)
+            worst = max((x for x in points if x[0] == gain), key=lambda x: x[2], default=[math.nan])
+            r, factor = twin_rate(BETA, gain), step_factor(BETA, gain)
+            rows.append([gain, 1 / r, factor, np.sqrt(factor / r), *reached[-1], worst[-1]])
+        axis.axhline(1, color="black", lw=0.8)
+        axis.set(xscale="log", xlabel="horizon T", ylabel="mean loss / bound")
+        axis.set_title(f"|x| at β = {BETA:g}: swinging, dashed: travelling", fontsize=9)
+        axis.legend(fontsize=7)
+        columns = ["gain", "1/r", "C", "√(C/r)", "swinging", "travelling", "random, largest"]
+        return Rows(f"Mean loss / bound; β = {BETA:g}, T = {self.horizons[-1]}", columns, rows)
