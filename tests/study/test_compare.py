@@ -53,19 +53,25 @@ def text(tmp_path):
     return str(path)
 
 
+def one_line(text):
+    return " ".join(text.split())
+
+
 def test_compare_from_start_to_report(text, tmp_path, capsys):
     out = tmp_path / "out"
     status = main(
         [
-            *("compare", *SMALL, "--text", text, "--out", str(out), "--lr", "1e-2"),
-            *("--methods", "ema,schedule-free,pace", "--seeds", "0,1,2"),
+            *("compare", *SMALL, "--text", text, "--out", str(out), "--lr", "1e-2,2e-2"),
+            *("--methods", "ema,schedule-free:lr=5e-3,pace", "--seeds", "0,1,2"),
         ]
     )
     assert status == 0
     said = capsys.readouterr().out
     assert "±" in said
+    assert "schedule-free was run at one rate, 0.005, so its best is not known." in one_line(said)
+    assert "No best was found for ema" in said  # two rates are two ends
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 9 * 3
+    assert len(rows) == 15 * 3
     assert {(r["name"], r["seed"]) for r in rows} == {
         (name, seed) for name in ("ema", "schedule-free", "pace") for seed in range(3)
     }
@@ -77,13 +83,16 @@ def test_compare_from_start_to_report(text, tmp_path, capsys):
     assert manifest["pretrain_text"] is None
     page = (out / "report.html").read_text()
     assert "<svg" in page
-    assert "9 of 9 runs" in page
-    assert "in 3 of 3 seeds" in page or "in 2 of 3 seeds" in page
-    assert page.count('class="best"') == 1
+    assert page.count("<svg") == 2
+    assert "15 of 15 runs" in page
+    assert ", 3 seeds" in page
+    assert page.count('class="best"') == 3  # one a rate
     assert not any(f'{attribute}="http' in page for attribute in ("src", "href"))  # offline
-    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("curves.png", "rates.png"):
+        assert (out / name).read_bytes()[:4] == b"\x89PNG"
+    assert ">ema kappa=0.3<" in (out / "rates.svg").read_text()
     assert list(out.glob("tensorboard/pace*/events*"))
-    model = next(out.glob("models/pace-*-seed0"))
+    model = next(out.glob("models/pace-*-lr0.01-seed0"))
     final = [r for r in rows if r["run"] == model.name][-1]
     tokens = load_file(
         tokenize(read_corpus([Path(text)], 10**9), AutoTokenizer.from_pretrained(model))
@@ -197,6 +206,7 @@ def test_a_run_that_fails_does_not_stop_the_others(text, tmp_path, capsys, monke
     assert "ema" in said
     assert "adamw-wsd-lr0.01-seed0" in json.loads((out / "manifest.json").read_text())["failed"]
     assert "Failed: adamw-wsd-lr0.01-seed0" in (out / "report.html").read_text()
+    assert not list(out.glob("rates.*"))  # one rate makes no picture
 
 
 def test_a_time_budget_shortens_all_runs_alike(tiny, tmp_path):

@@ -47,19 +47,14 @@ class Comparison(Options):
     """
 
     methods: Annotated[tuple[str, ...], Names] = (
-        "adamw",
-        "adamw:wsd",
-        "ema",
+        "adamw:cosine",
         "ema:kappa=0.7",
-        "uniform",
-        "lawa",
-        "bema",
-        "ema:twin",
         "schedule-free",
-        "pace",
+        "ema:power:return_kappa=0.7",
+        "pace:return_kappa=0.7",
     )
     """Methods to compare, separated by commas."""
-    lr: Annotated[tuple[Number, ...], Names] = (3e-3, 1e-2)
+    lr: Annotated[tuple[Number, ...], Names] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
     """Peak learning rates > 0, separated by commas; each method is run at each of them."""
     schedule: ScheduleName = "constant"
     pullback: NonNegative | Literal["auto"] = 10.0

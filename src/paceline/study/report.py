@@ -1,6 +1,7 @@
-"""The report of a comparison: in the terminal, as curves, and as a page without network."""
+"""The report of a comparison: in the terminal, as pictures, and as a page without network."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -14,11 +15,23 @@ from rich.table import Table
 
 from ..auto import AUTO
 from ..train.folder import REPORT
-from ..train.page import COLOURS, render, svg
+from ..train.page import render, save, svg
+from .rates import (
+    Look,
+    RateCurve,
+    curves_of,
+    looks,
+    lowest_at,
+    rate_figure,
+    rate_sentences,
+    rate_table,
+    rates_of,
+    show_difference,
+    show_loss,
+)
 from .runs import loss_of
-from .statistics import edges, interval
 
-LINE_STYLES = ("-", "--", ":")
+PANELS = 3  # beside each other, of the curves
 
 
 @dataclass
@@ -48,6 +61,11 @@ class Results:
                     del cell.rows[seed]
         return cells
 
+    def curves(self) -> list[RateCurve]:
+        """The returned losses of each method at the end, by learning rate."""
+        cells = self.final()
+        return curves_of({x: {lr: c.losses() for lr, c in cells[x].items()} for x in cells})
+
 
 class FinalLosses(NamedTuple):
     """The last row of each seed's run, of one method at one learning rate."""
@@ -63,12 +81,8 @@ class FinalLosses(NamedTuple):
         return fmean(self.losses(which).values())
 
     def show(self, which: str = "returned") -> str:
-        """The mean, with half the range over several seeds; or `diverged`."""
-        losses = self.losses(which).values()
-        if not math.isfinite(self.mean(which)):
-            return "diverged"
-        spread = f" ±{(max(losses) - min(losses)) / 2:.3f}" if len(losses) > 1 else ""
-        return f"{self.mean(which):.3f}{spread}"
+        """The mean, with half its interval over several seeds; or `diverged`."""
+        return show_loss(self.losses(which).values())
 
 
 FinalTable = dict[str, dict[float, FinalLosses]]
@@ -87,51 +101,45 @@ def write_report(
     if not finished:
         console.print("No run was finished, so there is no report.")
         return
-    cells = results.final()
-    sentences = verdict(results)
-    console.print(_loss_table(cells))
+    cells, curves, sentences = results.final(), results.curves(), verdict(results)
+    several = len(rates_of(curves)) > 1
+    console.print(rate_table(curves) if several else _loss_table(cells, curves))
     for sentence in sentences:
         console.print(f"• {sentence}", highlight=False, markup=False)
     figure = draw_curves(results)
     FigureCanvasAgg(figure).print_png(str(folder / "curves.png"))
+    if several:
+        save(rate_figure(curves), folder / "rates.svg")
     render(
         folder / REPORT,
         "paceline.study",
         "report.html.j2",
         cells=cells,
-        rates=rates(cells),
-        best={lr: best_at(cells, lr) for lr in rates(cells)},
+        rates=rates_of(curves),
+        lowest={lr: lowest_at(curves, lr) for lr in rates_of(curves)},
         sentences=sentences,
+        picture=svg(rate_figure(curves)) if several else None,
         svg=svg(figure),
         manifest=manifest,
         results=results,
         finished=finished,
     )
-    console.print(f"\nReport: {folder / 'report.html'}", highlight=False, markup=False)
+    if several:
+        console.print(f"\nPicture: {folder / 'rates.png'}", highlight=False, markup=False)
+    console.print(f"Report: {folder / 'report.html'}", highlight=False, markup=False)
 
 
-def rates(cells: FinalTable) -> list[float]:
-    """All learning rates, ascending."""
-    return sorted({lr for by_rate in cells.values() for lr in by_rate})
-
-
-def best_at(cells: FinalTable, lr: float) -> float:
-    """The lowest mean loss of a returned model at a learning rate."""
-    return min(by_rate[lr].mean() for by_rate in cells.values() if lr in by_rate)
-
-
-def _loss_table(cells: FinalTable) -> Table:
+def _loss_table(cells: FinalTable, curves: Sequence[RateCurve]) -> Table:
+    """Live and returned losses at the one learning rate."""
+    (lr,) = rates_of(curves)
     table = Table(title="Validation loss, nats a token: live weights → returned model")
     table.add_column("method")
-    for lr in rates(cells):
-        table.add_column(f"lr {lr:g}", justify="right")
+    table.add_column(f"lr {lr:g}", justify="right")
     for label, by_rate in cells.items():
-        row = dict.fromkeys(rates(cells), "")
-        for lr, cell in by_rate.items():
-            best = cell.mean() == best_at(cells, lr)
-            returned = f"[bold]{cell.show()}[/]" if best else cell.show()
-            row[lr] = f"{cell.show('live').split(' ')[0]} → {returned}"
-        table.add_row(label, *row.values())
+        cell = by_rate[lr]
+        lowest = cell.mean() == lowest_at(curves, lr)
+        returned = f"[bold]{cell.show()}[/]" if lowest else cell.show()
+        table.add_row(label, f"{cell.show('live').split(' ')[0]} → {returned}")
     return table
 
 
@@ -140,31 +148,19 @@ def _loss_table(cells: FinalTable) -> Table:
 
 def verdict(results: Results) -> list[str]:
     """Sentences on which method has the lowest loss, by how much, and over how many seeds."""
-    cells = results.final()
-    sentences = []
-    for lr in rates(cells):
+    cells, curves = results.final(), results.curves()
+    rates = rates_of(curves)
+    sentences = rate_sentences(curves) if len(rates) > 1 else _at_one_rate(cells, *rates)
+    for lr in rates:
         here = {label: by_rate[lr] for label, by_rate in cells.items() if lr in by_rate}
-        if len(here) > 1:
-            sentences.append(f"At learning rate {lr:g}: {_winner(here)}")
         for label, cell in here.items():
-            if cell.mean() == math.inf:
-                sentences.append(f"At learning rate {lr:g} {label} diverged.")
-            elif next(iter(cell.rows.values()))["name"] == "pace":
+            if next(iter(cell.rows.values()))["name"] == "pace" and math.isfinite(cell.mean()):
                 sentences += _about_the_pull(label, cell, here, lr)
-    if len(rates(cells)) > 1 and len(cells) > 1:
-        sentences.append(_at_best_rates(cells))
     seeds = [set(cell.rows) for by_rate in cells.values() for cell in by_rate.values()]
     if not set.intersection(*seeds):
         sentences.append("No seed was finished by all methods, so their means do not compare.")
     elif max(map(len, seeds)) == 1:
-        sentences.append(
-            "With one seed there is no spread to judge small differences by; give --seeds 0,1,2."
-        )
-    elif len(cells) > 2:
-        sentences.append(
-            "Each interval is for its difference alone: which method has the lowest loss was not "
-            "known before."
-        )
+        sentences.append("Small differences of one seed may be chance; give --seeds 0,1,2.")
     used = set.union(*seeds)
     if used < {row["seed"] for row in results.rows}:
         sentences.append(
@@ -174,40 +170,20 @@ def verdict(results: Results) -> list[str]:
     return sentences
 
 
-def _at_best_rates(cells: FinalTable) -> str:
-    """Which method has the lowest loss at its best rate, unless a best rate was not found."""
-    best = {
-        label: min(by_rate, key=lambda lr: by_rate[lr].mean()) for label, by_rate in cells.items()
-    }
-    at = {f"{label} at {lr:g}": cells[label][lr] for label, lr in best.items()}
-    missed = {
-        label: edge
-        for label, lr in best.items()
-        if (edge := edges({"lr": lr}, [{"lr": x} for x in cells[label]]))
-    }
-    if missed:
-        where = "; ".join(
-            f"{', '.join(label for label in missed if missed[label] == edge)} ({edge} of its grid)"
-            for edge in sorted(set(missed.values()))
+def _at_one_rate(cells: FinalTable, lr: float) -> list[str]:
+    """The returned model with the lowest loss, its lead over the next, and what diverged."""
+    here = {label: by_rate[lr] for label, by_rate in cells.items()}
+    ranked = sorted(here, key=lambda label: here[label].mean())
+    lost = [label for label in here if here[label].mean() == math.inf]
+    sentences = [f"At learning rate {lr:g} {label} diverged." for label in lost]
+    if len(here) > len(lost) and len(here) > 1:
+        first, second = (here[label] for label in ranked[:2])
+        lead = show_difference(first.losses(), second.losses(), ranked[1])
+        sentences.insert(
+            0,
+            f"At learning rate {lr:g} {ranked[0]} has the lowest loss: {first.show()}, {lead}.",
         )
-        said = f"no best was found for {where}: widen the grid with --lr."
-    else:
-        said = _winner(at)
-    ranked = sorted(at, key=lambda label: at[label].mean())
-    listed = ", ".join(f"{label} {at[label].show().split(' ')[0]}" for label in ranked)
-    chosen = any(len(by_rate) > 1 for by_rate in cells.values())
-    return f"Each method at its best learning rate: {said} All: {listed}." + (
-        " The rates were chosen on the same text as these losses." if chosen else ""
-    )
-
-
-def _winner(cells: dict[str, FinalLosses]) -> str:
-    """The returned model with the lowest loss, and its lead over the next."""
-    winner, second = sorted(cells, key=lambda label: cells[label].mean())[:2]
-    if cells[winner].mean() == math.inf:
-        return "all diverged."
-    lead = _difference(cells[winner], cells[second], second)
-    return f"{winner} has the lowest loss, {cells[winner].show()}, {lead}."
+    return sentences
 
 
 def _about_the_pull(
@@ -218,8 +194,7 @@ def _about_the_pull(
     mine = next(iter(cell.rows.values()))
     for other, its in here.items():
         facts = next(iter(its.rows.values()))
-        same = all(facts.get(key) == mine.get(key) for key in ("kappa", "return_kappa"))
-        if facts["name"] != "ema" or not same:
+        if facts["name"] != "ema" or facts["kappa"] != mine["kappa"]:
             continue
         alike = all(facts[key] == mine[key] for key in ("schedule", "twin_gain"))
         # The ε that the pull amounts to where it is not clipped; see docs/theory.md.
@@ -233,8 +208,9 @@ def _about_the_pull(
             against = f"the schedule of a gain of {facts['twin_gain']:g}"
         else:
             continue
-        difference = _difference(cell, its, other)
-        sentences.append(f"Against {against}, the loss of {label} is {difference}.")
+        loss = show_difference(cell.losses(), its.losses(), other)
+        at = f"At learning rate {lr:g}, against {against}"
+        sentences.append(f"{at}, the loss of {label} is {loss}.")
     gains = [row["gain_mean"] for row in cell.rows.values() if row["gain_mean"] is not None]
     if sentences and gains:
         clipped = fmean(row["clipped"] for row in cell.rows.values())
@@ -245,52 +221,35 @@ def _about_the_pull(
     return sentences
 
 
-def _difference(a: FinalLosses, b: FinalLosses, name: str) -> str:
-    """The loss of `a` relative to `b`, which has this name, paired by seed."""
-    mine, its = a.losses(), b.losses()
-    pairs = [mine[seed] - its[seed] for seed in mine if seed in its]
-    if not pairs:
-        return f"not comparable with {name}, which has no seed in common"
-    if not all(map(math.isfinite, pairs)):
-        return f"not comparable with {name}, as a run diverged"
-    mean = fmean(pairs)
-    if abs(mean) < 0.0005:
-        return f"equal to that of {name}"
-    word = "lower" if mean < 0 else "higher"
-    spread = ""
-    if within := interval(pairs):
-        agreeing = sum(d * mean > 0 for d in pairs)
-        spread = (
-            f" (95 % interval {within[0]:+.3f} to {within[1]:+.3f}, {word} in {agreeing} of "
-            f"{len(pairs)} seeds)"
-        )
-    return f"{abs(mean):.3f} nats {word}{spread} than {name}"
-
-
 # ---- as curves ----------------------------------------------------------------------------------
 
 
 def draw_curves(results: Results) -> Figure:
     """Loss against steps, a panel a learning rate: returned thick, live thin and dotted."""
-    cells = results.final()
-    columns = rates(cells)
-    figure = Figure(figsize=(1.5 + 4.6 * len(columns), 4.4), layout="constrained", dpi=150)
-    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    for axis, lr in zip(axes, columns, strict=True):
+    rates = rates_of(results.curves())
+    columns = min(len(rates), PANELS)
+    lines = math.ceil(len(rates) / columns)
+    size = (1.5 + 4.6 * columns, 4.4 if lines == 1 else 3.6 * lines)
+    figure = Figure(figsize=size, layout="constrained", dpi=150)
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
+    axes, unused = panels[: len(rates)], panels[len(rates) :]
+    for axis in unused:
+        axis.remove()
+    look = looks(list(dict.fromkeys(row["label"] for row in results.rows)))
+    for axis, lr in zip(axes, rates, strict=True):
         trainings: set[str] = set()  # those whose live weights are drawn
-        for index, label in enumerate(cells):
+        for label in look:
             rows = [r for r in results.rows if r["label"] == label and r["lr"] == lr]
             if rows:
-                colour = COLOURS[index % len(COLOURS)]
-                dash = LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
                 live = {r["trained_with"] for r in rows}
-                _draw_method(axis, rows, label, colour, dash, with_live=not live <= trainings)
+                _draw_method(axis, rows, label, look[label], with_live=not live <= trainings)
                 trainings |= live
         axis.set_title(f"learning rate {lr:g}")
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("validation loss, nats a token")
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("validation loss, nats a token")
     quarter = max(row["step"] for row in results.rows) / 4
     ends = [row for row in results.rows if row["step"] >= quarter]
     late = [loss_of(row, which) for row in ends for which in ("live", "returned")]
@@ -305,8 +264,9 @@ def draw_curves(results: Results) -> Figure:
 
 
 def _draw_method(
-    axis: Axes, rows: list[dict[str, Any]], label: str, colour: str, dash: str, *, with_live: bool
+    axis: Axes, rows: list[dict[str, Any]], label: str, look: Look, *, with_live: bool
 ) -> None:
+    colour, _, dash = look
     steps = sorted({row["step"] for row in rows})
 
     def losses(which: str) -> list[list[float]]:
