@@ -200,14 +200,16 @@ def test_tables_that_make_no_picture(tmp_path, table, message):
 
 def test_the_table_marks_the_lowest_of_each_rate():
     console = Console(width=100, file=io.StringIO())
-    made = curves(ema=(3.0, 2.5, LOST, LOST), pace=(3.1, 2.4, 2.3, LOST), sf=(None, None, 2.3, 5))
+    made = curves(
+        ema=(3.0, 2.5, LOST, LOST), pace=(3.1, 2.4, 2.3, LOST), sf=(None, None, 2.3, LOST)
+    )
     console.print(rate_table(made))
     text = console.file.getvalue()
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.split()}
     assert rows["method"] == ["0.001", "0.002", "0.004", "0.008"]
     assert rows["ema"] == ["3.000*", "2.500", "diverged", "diverged"]
     assert rows["pace"] == ["3.100", "2.400*", "2.300*", "diverged"]
-    assert rows["sf"] == ["2.300*", "5.000*"]
+    assert rows["sf"] == ["2.300*", "diverged"]
 
 
 # ---- in words -----------------------------------------------------------------------------------
@@ -293,6 +295,15 @@ def test_a_method_with_one_rate_of_its_own():
     assert "pace was run at one rate, 0.004, so its best is not known." in text
     (axis,) = rate_figure(made).axes
     assert [*lines_of(axis)[0]["pace"].get_xdata()] == [0.004]
+
+
+def test_each_method_at_one_rate_of_its_own():
+    """Rates that the user has chosen before are compared as they are."""
+    assert said(ema=(3.0,), pace=(None, None, 2.9), sf=(None, LOST)) == [
+        "Each at its own rate, pace has the lowest loss: 2.900 at 0.004, 0.100 nats lower than "
+        "ema at 0.001 (one seed: no interval).",
+        "sf diverged at 0.002.",
+    ]
 
 
 def test_diverged_everywhere():

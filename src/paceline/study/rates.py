@@ -270,24 +270,24 @@ def rate_sentences(curves: Sequence[RateCurve]) -> list[str]:
 
     A best rate counts only if a lower and a higher rate were tried and have higher losses.
     """
-    found = sorted((c for c in curves if c.best_is_found), key=lambda curve: curve.lowest)
-    open_ended = [c for c in curves if math.isfinite(c.lowest) and not c.best_is_found]
+    fixed = all(len(curve.losses) == 1 for curve in curves)  # by the methods' own texts
+    finite = sorted((c for c in curves if math.isfinite(c.lowest)), key=lambda curve: curve.lowest)
+    found = [curve for curve in finite if curve.best_is_found or fixed]
+    open_ended = [curve for curve in finite if curve not in found]
     sentences = []
     if len(found) > 1:
         first, second = found[:2]
-        lead = show_difference(
-            first.losses[first.best],
-            second.losses[second.best],
-            f"{second.method} at {second.best:g}",
-        )
+        other = f"{second.method} at {second.best:g}"
+        lead = show_difference(first.losses[first.best], second.losses[second.best], other)
+        which = "own" if fixed else "best"
         among = (
             f"Of the {len(found)} methods with a best rate inside the rates tried, {first.method}"
             if open_ended
-            else f"Each at its best rate, {first.method}"
+            else f"Each at its {which} rate, {first.method}"
         )
         loss = show_loss(first.losses[first.best].values())
         sentences.append(f"{among} has the lowest loss: {loss} at {first.best:g}, {lead}.")
-    if found:
+    if found and not fixed:
         sentences.append("The best rates were chosen on these same losses.")
     for curve in open_ended:
         if len(curve.losses) == 1:
@@ -301,11 +301,13 @@ def rate_sentences(curves: Sequence[RateCurve]) -> list[str]:
         sentences.append(text)
     if len(curves) > 1:
         sentences += _lowest_by_rate(curves)
+    if len(curves) > 1 and not fixed:
         sentences += _how_wide(curves)
     for curve in curves:
         lost = [lr for lr, mean in curve.means.items() if mean == math.inf]
         if lost:
-            where = _listed(lost) if len(lost) < len(curve.losses) else "every rate"
+            everywhere = len(lost) == len(curve.losses) > 1
+            where = "every rate" if everywhere else _listed(lost)
             sentences.append(f"{curve.method} diverged at {where}.")
     return sentences
 
