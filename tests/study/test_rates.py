@@ -230,7 +230,7 @@ def test_lowest_at_its_best_rate_and_by_how_much(monkeypatch):
     )
     assert first == (
         "Each at its best rate, pace has the lowest loss: 2.900 ±0.100 at 0.002, 0.200 nats lower "
-        "than ema at 0.002 (95 % interval -0.300 to -0.100, 2 seeds)."
+        "than ema at 0.002 (95 % interval -0.300 to -0.100, lower in 2 of 2 seeds)."
     )
     assert any(values == pytest.approx([-0.3, -0.1]) for values in given)  # paired by seed
 
@@ -239,7 +239,8 @@ def test_a_difference_that_may_be_chance_is_said_to_be(monkeypatch):
     monkeypatch.setattr(rates, "interval", lambda x: (-0.4, 0.2))
     pair = {0: 3.0, 1: 3.1}, {0: 3.2, 1: 3.1}
     assert show_difference(*pair, "ema") == (
-        "0.100 nats lower than ema (95 % interval -0.400 to +0.200, 2 seeds, so it may be chance)"
+        "0.100 nats lower than ema (95 % interval -0.400 to +0.200, lower in 1 of 2 seeds, "
+        "so it may be chance)"
     )
     monkeypatch.setattr(rates, "interval", lambda x: (0.1, 0.2))
     assert "chance" not in show_difference(*pair, "ema")

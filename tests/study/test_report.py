@@ -40,22 +40,25 @@ def verdict_of(*rows):
 
 def test_verdict_says_who_won_by_how_much_over_how_many_seeds():
     pace = [row("pace", 0.01, 0, 2.0), row("pace", 0.01, 1, 2.1)]
-    ema = [row("ema", 0.01, 0, 2.3), row("ema", 0.01, 1, 2.2)]
+    ema = [row("ema", 0.01, 0, 2.2), row("ema", 0.01, 1, 2.3)]
     twin = [row("ema twin", 0.01, s, 2.0, schedule="twin", twin_gain=0.9) for s in (0, 1)]
     adamw = [row("adamw", 0.01, 0, None), row("adamw", 0.01, 1, 2.5)]
     found = verdict_of(*pace, *ema, *adamw, *twin)
     assert [re.sub(r"[-+][0-9.]+ to [-+][0-9.]+", "A to B", sentence) for sentence in found] == [
         "At learning rate 0.01 ema twin has the lowest loss: 2.000 ±0.000, 0.050 nats lower "
-        "than pace (95 % interval A to B, 2 seeds, so it may be chance).",
+        "than pace (95 % interval A to B, lower in 1 of 2 seeds, so it may be chance).",
         "At learning rate 0.01 adamw diverged.",
         "At learning rate 0.01, against the same average without the pull, the loss of pace is "
-        "0.200 nats lower than ema (95 % interval A to B, 2 seeds).",
+        "0.200 nats lower than ema (95 % interval A to B, lower in 2 of 2 seeds).",
         "At learning rate 0.01, against the schedule of a gain of 0.9, the loss of pace is 0.050 "
-        "nats higher than ema twin (95 % interval A to B, 2 seeds, so it may be chance).",
+        "nats higher than ema twin (95 % interval A to B, higher in 1 of 2 seeds, so it may be "
+        "chance).",
         "At the end, the mean gain of pace is 0.85, and 50.0% of the coordinates are clipped.",
+        "Each interval is for its difference alone: which method has the lowest loss was not "
+        "known before.",
     ]
-    low, high = interval([-0.3, -0.1])
-    assert f"(95 % interval {low:+.3f} to {high:+.3f}, 2 seeds" in found[2]
+    low, high = interval([-0.2, -0.2])
+    assert f"(95 % interval {low:+.3f} to {high:+.3f}, lower in 2 of 2 seeds" in found[2]
     amounts_to = [row("ema eps=0.02", 0.01, s, 2.1, eps=0.02) for s in (0, 1)]  # 0.01 · 2
     other = [row("ema eps=0.03", 0.01, s, 2.2, eps=0.03) for s in (0, 1)]
     found = verdict_of(*pace, *amounts_to, *other)
@@ -64,7 +67,7 @@ def test_verdict_says_who_won_by_how_much_over_how_many_seeds():
     assert found[2].startswith("At the end, the mean gain of pace is 0.85")
     one = verdict_of(pace[0], ema[0])
     assert one[0] == (
-        "At learning rate 0.01 pace has the lowest loss: 2.000, 0.300 nats lower than ema "
+        "At learning rate 0.01 pace has the lowest loss: 2.000, 0.200 nats lower than ema "
         "(one seed: no interval)."
     )
     assert "one seed may be chance" in one[-1]
@@ -145,6 +148,9 @@ def test_pull_alone_means_that_nothing_else_differs():
         row("ema twin", 1, 0, 2.1, schedule="twin", twin_gain=1.0),
         row("ema slow", 1, 0, 2.1, kappa=0.7),
     )
+    assert not any("without the pull" in sentence for sentence in said)
+    slower = row("pace slower", 1, 0, 2.0, return_kappa=0.7)  # another average is returned
+    said = verdict_of(slower, row("ema", 1, 0, 2.1))
     assert not any("without the pull" in sentence for sentence in said)
 
 

@@ -258,11 +258,13 @@ def show_difference(mine: Mapping[int, float], its: Mapping[int, float], name: s
     mean, ends = fmean(pairs), interval(pairs)
     if abs(mean) < 0.0005:
         return f"equal to that of {name}"
-    text = f"{abs(mean):.3f} nats {'lower' if mean < 0 else 'higher'} than {name}"
+    word = "lower" if mean < 0 else "higher"
+    text = f"{abs(mean):.3f} nats {word} than {name}"
     if ends is None:
         return f"{text} (one seed: no interval)"
+    seeds = f"{word} in {sum(pair * mean > 0 for pair in pairs)} of {len(pairs)} seeds"
     chance = ", so it may be chance" if ends[0] <= 0 <= ends[1] else ""
-    return f"{text} (95 % interval {ends[0]:+.3f} to {ends[1]:+.3f}, {len(pairs)} seeds{chance})"
+    return f"{text} (95 % interval {ends[0]:+.3f} to {ends[1]:+.3f}, {seeds}{chance})"
 
 
 def rate_sentences(curves: Sequence[RateCurve]) -> list[str]:

@@ -161,6 +161,11 @@ def verdict(results: Results) -> list[str]:
         sentences.append("No seed was finished by all methods, so their means do not compare.")
     elif max(map(len, seeds)) == 1:
         sentences.append("Small differences of one seed may be chance; give --seeds 0,1,2.")
+    elif len(cells) > 2:
+        sentences.append(
+            "Each interval is for its difference alone: which method has the lowest loss was not "
+            "known before."
+        )
     used = set.union(*seeds)
     if used < {row["seed"] for row in results.rows}:
         sentences.append(
@@ -194,7 +199,8 @@ def _about_the_pull(
     mine = next(iter(cell.rows.values()))
     for other, its in here.items():
         facts = next(iter(its.rows.values()))
-        if facts["name"] != "ema" or facts["kappa"] != mine["kappa"]:
+        same = all(facts.get(key) == mine.get(key) for key in ("kappa", "return_kappa"))
+        if facts["name"] != "ema" or not same:
             continue
         alike = all(facts[key] == mine[key] for key in ("schedule", "twin_gain"))
         # The ε that the pull amounts to where it is not clipped; see docs/theory.md.
