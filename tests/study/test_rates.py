@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from matplotlib.colors import to_rgba
 from rich.console import Console
 
 from paceline.study import rates
@@ -70,22 +71,29 @@ def test_lines_are_means_over_the_seeds(monkeypatch):
     for name, part in zip(("ema", "pace"), losses, strict=True):
         assert lines[name].get_xdata() == pytest.approx(GRID)
         assert lines[name].get_ydata() == pytest.approx(part.mean(axis=1))
-    bands = {band.get_facecolor()[0][:3].tobytes(): band for band in axis.collections}
-    assert len(bands) == 2
-    for band in bands.values():
-        path = band.get_paths()[0].vertices
-        ends = [(y[:, 1].min(), y[:, 1].max()) for y in (path[path[:, 0] == lr] for lr in GRID)]
-        assert any(
-            np.allclose(ends, np.stack([part.min(axis=1) - 1, part.max(axis=1) + 1], axis=1))
-            for part in losses
+    drawn = {bars.get_color()[0].tobytes(): bars.get_segments() for bars in axis.collections}
+    for name, part in zip(("ema", "pace"), losses, strict=True):
+        segments = drawn[np.array(to_rgba(lines[name].get_color(), 0.6)).tobytes()]
+        ends = np.stack([part.min(axis=1) - 1, part.max(axis=1) + 1], axis=1)
+        assert np.array(segments) == pytest.approx(
+            np.stack([np.tile(GRID, (2, 1)).T, ends], axis=2)
         )
     assert axis.get_xscale() == "log"
     assert [label.get_text() for label in axis.get_xticklabels()] == [f"{lr:g}" for lr in GRID]
 
 
-def test_one_seed_has_no_band():
+def test_one_seed_has_no_interval():
     (axis,) = rate_figure(curves(ema=(3, 2, 3, 4))).axes
     assert not axis.collections
+
+
+@pytest.mark.parametrize(("half", "seen"), [(0.3, True), (30, False)], ids=["short", "long"])
+def test_intervals_are_in_view_unless_they_dwarf_the_lines(monkeypatch, half, seen):
+    monkeypatch.setattr(rates, "interval", lambda x: (x[0] - half, x[0] + half))
+    (axis,) = rate_figure(curves(ema=(3, 2, 3, 3))).axes
+    bottom, top = axis.get_ylim()
+    assert (bottom <= 2 - half) == seen
+    assert top - bottom < 2
 
 
 def test_runs_that_diverged_are_marks_at_the_top_edge_and_break_the_line():

@@ -153,7 +153,7 @@ def looks(methods: Sequence[str]) -> dict[str, Look]:
 
 
 def rate_figure(curves: Sequence[RateCurve]) -> Figure:
-    """Mean losses over the learning rate with their intervals over the seeds.
+    """Mean losses over the learning rate; vertical lines are their intervals over the seeds.
 
     The chart is as wide as a phone shows it well. Of more than six methods it has the lowest six.
     Runs that diverged, or ended far above the others, are hollow marks at the top edge.
@@ -164,6 +164,8 @@ def rate_figure(curves: Sequence[RateCurve]) -> Figure:
     figure = Figure(figsize=(5.4, 4.3 + 0.22 * len(shown)), layout=layout, dpi=150)
     axis = figure.subplots()
     top = _set_limits(axis, [mean for curve in shown for mean in curve.means.values()])
+    bottom = axis.get_ylim()[0]
+    lows: list[float] = []
     at_the_edge: dict[float, int] = {}  # rate -> marks
     for place, curve in enumerate(shown):
         colour, marker, dash = look[curve.method]
@@ -173,10 +175,11 @@ def rate_figure(curves: Sequence[RateCurve]) -> Figure:
         width = 3.0 if place == 0 else 2.0
         order = 3 + len(shown) - place  # the lowest in front
         axis.plot(rates, line, dash, lw=width, label=curve.method, zorder=order, **style)
-        around = [interval([*curve.losses[lr].values()]) or (math.nan, math.nan) for lr in rates]
-        low, high = zip(*around, strict=True)
-        if any(map(math.isfinite, low)):
-            axis.fill_between(rates, low, high, color=colour, alpha=0.18, lw=0)
+        within = {lr: ends for lr, x in curve.losses.items() if (ends := interval([*x.values()]))}
+        if within:
+            low, high = zip(*within.values(), strict=True)
+            axis.vlines(list(within), low, high, colors=colour, lw=1.6, alpha=0.6, zorder=2)
+            lows += low
         for lr, mean in curve.means.items():
             if mean > top:
                 height = 0.975 - 0.05 * at_the_edge.setdefault(lr, 0)
@@ -184,6 +187,8 @@ def rate_figure(curves: Sequence[RateCurve]) -> Figure:
                 edge: Any = style | {"mfc": "white", "mec": colour, "mew": 1.8, "ls": "none"}
                 transform = axis.get_xaxis_transform()
                 axis.plot(lr, height, transform=transform, zorder=20, **edge)
+    # Intervals are in view, unless few seeds make them much longer than the chart.
+    axis.set_ylim(bottom=max(min([bottom, *lows]), bottom - 0.4 * (top - bottom)))
     rates = rates_of(curves)
     every = 1 + len(rates) // 8
     axis.set_xscale("log")
