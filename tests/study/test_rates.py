@@ -135,6 +135,7 @@ def test_of_many_methods_the_lowest_are_drawn():
     rows = {f"m-{chr(97 + i)}": (3.0 + i / 10, 3.5) for i in range(MAX_LINES + 3)}
     (axis,) = rate_figure(curves(**rows)).axes
     assert [*lines_of(axis)[0]] == [*rows][:MAX_LINES]
+    assert axis.get_title("right").startswith("the lowest 6 of 9 methods")
 
 
 def test_methods_have_the_colours_of_the_papers_figures():

@@ -200,9 +200,9 @@ def rate_figure(curves: Sequence[RateCurve]) -> Figure:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
     figure.legend(loc="outside lower left", frameon=False, fontsize=11, handlelength=2.4)
-    if at_the_edge:
-        note = "hollow: above the chart, or diverged"
-        axis.set_title(note, fontsize=10.5, color="#5a6572", loc="right")
+    notes = [f"the lowest {MAX_LINES} of {len(curves)} methods"] if len(curves) > MAX_LINES else []
+    notes += ["hollow: above the chart, or diverged"] if at_the_edge else []
+    axis.set_title("\n".join(notes), fontsize=10.5, color="#5a6572", loc="right")
     return figure
 
 
