@@ -344,14 +344,15 @@ def tables(losses: pd.DataFrame) -> Iterator[Listing]:
     yield at_each_rate(losses, tuned)
 
 
-def write(out: Path, tables: Callable[[pd.DataFrame], Iterator[Listing]]) -> None:
-    """Write losses.csv with all runs of a folder, and tables.md with the tables made of them."""
+def write(out: Path, tables: Callable[[pd.DataFrame], Iterator[Listing]]) -> pd.DataFrame:
+    """Write losses.csv with all runs of a folder, and tables.md; returns the runs."""
     losses = frame(written(out))
     wide = losses.pivot(index=list(Cell._fields), columns="average", values=["choose", "report"])
     wide.columns = [f"{average}:{half}" for half, average in wide.columns]
     wide.to_csv(out / "losses.csv")
     parts = [f"## {x.title}\n\n{x.markdown()}" for x in tables(losses)]
     (out / "tables.md").write_text("\n".join(parts), encoding="utf-8")
+    return losses
 
 
 if __name__ == "__main__":

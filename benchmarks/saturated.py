@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from regret import SEEDS, WEIGHT_DECAY, Problem, finetune, scratch
+from regret import SEEDS
 from scipy import stats
+from tasks import WEIGHT_DECAY, Problem, finetune, scratch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -32,7 +33,7 @@ PULL, RETURNED = PowerEMA(0.3), PowerEMA(0.7)
 
 
 class Task(NamedTuple):
-    """A training problem of benchmarks/regret.py."""
+    """A training problem of benchmarks/tasks.py."""
 
     start: Callable[[int], Problem]
     warmup: float  # share of the steps

@@ -2,7 +2,7 @@
 
     python benchmarks/trial_tables.py results/trial
 
-Writes losses.csv with all runs of the folder, and tables.md.
+Writes losses.csv with all runs of the folder, tables.md and the picture, rates.svg and rates.png.
 """
 
 import sys
@@ -23,6 +23,7 @@ from regret_tables import (
 )
 from tasks import BLIND_RATES
 
+from paceline.study.rates import rate_picture
 from paceline.study.statistics import EDGE, Listing, paired
 
 AVERAGES = ("k20", "k30", "k50", "k60", "k70", "k85", "k95")
@@ -66,6 +67,7 @@ CLAIMS = {  # one family less another
     "4": [(FOUND_RATE, ONE), (FOUND_RATE, "AdamW, best schedule")],
     "5b": [(OWN, TEN_PACE)],
 }
+RATES = tuple(float(f"{lr:.3g}") for lr in BLIND_RATES)
 NEAR = 0.05  # nats above the best of all, up to which a rate counts as near it
 
 
@@ -98,24 +100,23 @@ def excess(losses: pd.DataFrame, best: pd.DataFrame) -> dict[str, pd.DataFrame]:
     At each rate it is the best of the family's methods and averages, chosen by the other seeds.
     """
     lowest = best.groupby("task").report.mean()
-    rates = [float(f"{lr:.3g}") for lr in BLIND_RATES]
     found = {}
     for name, family in FAMILIES.items():
         if name != FOUND_RATE:
             own = best_settings(family.of(losses)).groupby(["task", "lr"]).report.mean().unstack()
-            found[name] = own[rates].sub(lowest, axis=0)
+            found[name] = own[list(RATES)].sub(lowest, axis=0)
     return found
 
 
 def near(above: dict[str, pd.DataFrame]) -> Iterator[Listing]:
     """The picture's numbers, and claim 3."""
-    columns = ["", *(f"{lr:g}" for lr in BLIND_RATES)]
+    columns = ["", *(f"{lr:g}" for lr in RATES)]
     rows = [[name, *map(float, x.mean())] for name, x in above.items()]
     yield Listing("Loss above the best of all, mean over tasks, by learning rate", columns, rows)
     counts = {name: (x <= NEAR).sum(axis=1) for name, x in above.items()}
     rows = [[x, float(counts[x].mean()), *over_tasks(counts[TEN_PACE], counts[x])] for x in RIVALS]
     title = f"Claim 3: rates within {NEAR} nats of the best of all; {TEN_PACE} "
-    title += f"({counts[TEN_PACE].mean():.2f} of {len(BLIND_RATES)}) less each"
+    title += f"({counts[TEN_PACE].mean():.2f} of {len(RATES)}) less each"
     yield Listing.of_differences(title, ["", "rates"], rows)
 
 
@@ -140,6 +141,30 @@ def settings(chosen: dict[str, pd.DataFrame], tried: dict[str, pd.DataFrame]) ->
     return Listing("What the most seeds chose", columns, sorted(rows, key=lambda row: row[0]))
 
 
+PICTURE = {  # a line each
+    "AdamW, cosine": Family(("adamw:cosine",), ("live",)),
+    "EMA of AdamW": FAMILIES["EMA"],
+    "Schedule-Free": FAMILIES["Schedule-Free"],
+    "power schedule and EMA": FAMILIES["power, and average"],
+    "PACE, c = 10": FAMILIES[TEN_PACE],
+    "PACE, auto": FAMILIES[OWN],
+}
+
+
+def picture(losses: pd.DataFrame, path: Path) -> list[str]:
+    """Draw the loss over the rate, the mean over the tasks, each with its best average.
+
+    Returns:
+        The sentences that the losses bear out.
+    """
+    parts = []
+    for name, family in PICTURE.items():
+        best = best_settings(family.of(losses))
+        mean = best.groupby(["lr", "seed"]).report.mean().reset_index(name="loss")
+        parts.append(mean[mean.lr.isin(RATES)].assign(method=name))
+    return rate_picture(pd.concat(parts), path)
+
+
 def tables(losses: pd.DataFrame) -> Iterator[Listing]:
     losses = losses.copy()
     found = losses.method == FOUND  # another rate for each seed: their median stands for all
@@ -154,4 +179,6 @@ def tables(losses: pd.DataFrame) -> Iterator[Listing]:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), tables)
+    folder = Path(sys.argv[1])
+    for sentence in picture(write(folder, tables), folder / "rates"):
+        print(sentence)
