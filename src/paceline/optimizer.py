@@ -208,6 +208,8 @@ class PACE(AveragedOptimizer):
         if pullback is None:  # each group gives its own, and what it keeps follows from that
             checked |= {name: defaults[name] for name in ("pullback", "averaging", "returns")}
         super().__init__(params, checked)
+        if any(group["pullback"] == auto.AUTO for group in self.param_groups):
+            warnings.warn(auto.EXPERIMENTAL, stacklevel=2)
 
     def _forget(self) -> None:
         super()._forget()

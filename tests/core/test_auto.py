@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -491,3 +492,13 @@ def test_what_it_does_not_go_with():
     adamw = torch.optim.AdamW([Parameter(torch.ones(2))])
     with pytest.raises(ValueError, match=r"^pullback must be a finite number >= 0, got 'auto'$"):
         Pullback(adamw, "auto")
+
+
+def test_it_says_that_it_is_experimental():
+    """With what its threshold depends on and what to use instead; nothing else warns."""
+    with pytest.warns(UserWarning, match="experimental.*nats? of cross-entropy.*scalar.*rate"):
+        PACE([Parameter(torch.ones(2))], lr=0.1, pullback="auto")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        PACE([Parameter(torch.ones(2))], lr=0.1, pullback=1.0, gain="scalar")
+    assert not found
