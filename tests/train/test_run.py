@@ -530,6 +530,8 @@ def test_the_rate_is_found_by_a_short_run(tmp_path, values, capsys):
     assert 1e-5 < rate < 1
     assert main(["train", str(recipe), f"--lr={rate}", "--out", str(tmp_path / "given")]) == 0
     assert_ended_alike(tmp_path / "found", tmp_path / "given")
+    facts = [folder.manifest_of(tmp_path / name)["data"] for name in ("found", "given")]
+    assert facts[0] == facts[1]
     assert sorted(p.name for p in (tmp_path / "found").iterdir()) == sorted(
         p.name for p in (tmp_path / "given").iterdir()
     )

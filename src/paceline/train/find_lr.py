@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from . import InputError
-from .build import RunTrainer, build_trainer
+from .build import Prepared, RunTrainer, build_trainer
 from .recipe import Recipe
 from .terminal import say
 
@@ -67,8 +67,8 @@ class RisingTrainer(RunTrainer):
         return self.lr_scheduler
 
 
-def with_found_rate(recipe: Recipe, console: Console) -> Recipe:
-    """The recipe with the learning rate that a short run over rising rates suggests.
+def with_found_rate(recipe: Recipe, console: Console) -> tuple[Recipe, Prepared]:
+    """The recipe with the learning rate that a short run over rising rates suggests; and its data.
 
     The run has the recipe's model, data, batches, method and seed, and leaves nothing behind.
 
@@ -95,4 +95,5 @@ def with_found_rate(recipe: Recipe, console: Console) -> Recipe:
             "give --lr"
         )
     say(console, f"Learning rate {rate:g}: there the loss of the short run was lowest.")
-    return Recipe(**{**recipe.model_dump(), "lr": rate})
+    data = Prepared(trainer.train_dataset, trainer.eval_dataset, trainer.processing_class)
+    return Recipe(**{**recipe.model_dump(), "lr": rate}), data

@@ -135,9 +135,10 @@ def train(
         is_new = not checkpoints.exists()
         with _one_line_errors(run):
             try:
+                data = None
                 if options.find_lr:
-                    recipe = with_found_rate(recipe, console)
-                trainer = build_trainer(recipe, checkpoints)
+                    recipe, data = with_found_rate(recipe, console)
+                trainer = build_trainer(recipe, checkpoints, prepared=data)
                 facts = _start(trainer, recipe, run, checkpoint, console)
             except BaseException:
                 if is_new:  # the Trainer makes it before everything has been checked
