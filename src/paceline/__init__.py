@@ -5,6 +5,7 @@ from .batchnorm import recomputed_statistics
 from .checkpoint import load_checkpoint, save_checkpoint
 from .optimizer import PACE
 from .pullback import Pullback
+from .synthesis import Snapshot, Synthesis, snapshot_steps, synthesize
 
 __all__ = [
     "BEMA",
@@ -15,9 +16,13 @@ __all__ = [
     "Averaging",
     "PowerEMA",
     "Pullback",
+    "Snapshot",
+    "Synthesis",
     "Uniform",
     "load_checkpoint",
     "recomputed_statistics",
     "save_checkpoint",
+    "snapshot_steps",
+    "synthesize",
 ]
 __version__ = "0.1.0"
