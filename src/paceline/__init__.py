@@ -1,6 +1,7 @@
 """paceline: train the model you return."""
 
 from .averaging import BEMA, EMA, LAWA, SWA, Averaging, PowerEMA, Uniform
+from .base import Choice
 from .batchnorm import recomputed_statistics
 from .checkpoint import load_checkpoint, save_checkpoint
 from .optimizer import PACE
@@ -14,6 +15,7 @@ __all__ = [
     "PACE",
     "SWA",
     "Averaging",
+    "Choice",
     "PowerEMA",
     "Pullback",
     "Snapshot",

@@ -1,10 +1,11 @@
 """What PACE and Pullback share: averages in and out, export, faults, reports, checkpoints."""
 
+import math
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +14,20 @@ from torch.utils.hooks import RemovableHandle
 
 from . import memory, shards, swap
 from .averaging import Averaging
-from .options import Group, parse_returns, returns_text
+from .options import Group, number, parse_returns, returns_text
 from .state import AVERAGE, FROZEN, OFFSET, RETURN, WIDE, averages_of, frozen_places
 from .update import squared_norm
+
+LIVE = "live"  # the name of the live weights, beside those of averages
+
+
+class Choice(NamedTuple):
+    """What `choose` found."""
+
+    best: str
+    """The name of what is in the model now: an average's, or "live"."""
+    scores: dict[str, float]
+    """By name: of each average, in the order of `returns`, and of the live weights."""
 
 
 def describe(groups: list[Group], group: int, index: int) -> str:
@@ -234,6 +246,45 @@ class AveragedOptimizer(Optimizer):
             elif self._swapped_in() != before or not self.swapped:
                 self.train()
                 self._swap_in(before)
+
+    def choose(self, score: Callable[[], Any], *, maximize: bool = False) -> Choice:
+        """Score each average and the live weights, and leave the best of them in the model.
+
+            found = opt.choose(lambda: evaluate(model))  # a loss: the lowest wins
+            torch.save(model.state_dict(), "model.pt")   # the best: found.best, by found.scores
+            opt.train()                                  # the live weights again, bit for bit
+
+        Choose on data that nothing else is measured on afterwards: the lowest of several losses is
+        too low. Of equal scores the first in the order of `returns` wins.
+
+        Where torch.distributed is initialised, all ranks must call this together, and what counts
+        is the mean of the scores over ranks: the same on all of them, whether each has scored all
+        of the data or an equal part.
+
+        Args:
+            score: measures the model as it is when it is called, and returns one number. It must
+                not put averages in or take steps itself.
+            maximize: the highest score wins, as of an accuracy.
+
+        Raises:
+            RuntimeError: there are no averages, as before the first step.
+            ValueError: a score is NaN or no number. The weights are as they were before then, as
+                after any exception of `score`.
+        """
+        averages = self._average_keys(None)
+        if not averages:
+            raise RuntimeError("choose() needs averages; call it after the first step")
+        scores = {}
+        with self.restoring():
+            for name in (*self.returns, LIVE):
+                self._hold(name)
+                scores[name] = _score(score, name, next(iter(averages)).device)
+        best = (max if maximize else min)(scores, key=scores.__getitem__)
+        self._hold(best)
+        return Choice(best, scores)
+
+    def _hold(self, name: str) -> None:
+        self.train() if name == LIVE else self.eval(name)
 
     @torch.no_grad()
     def averaged_state_dict(
@@ -471,6 +522,27 @@ class AveragedOptimizer(Optimizer):
             if group.get("state_dtype") is not None:
                 group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
         return state
+
+
+def _score(score: Callable[[], Any], name: str, device: torch.device) -> float:
+    """What `score` returns, as the mean over ranks.
+
+    Raises:
+        ValueError: it is no number on some rank.
+    """
+    found, failed = None, None
+    try:
+        found = score()
+    except Exception as error:  # the other ranks wait for a number
+        failed = error
+    value = number(found, tensors=True)
+    mean = shards.mean_over_ranks(value, device)
+    if failed is not None:
+        raise failed
+    if math.isnan(mean):
+        here = f"{found!r} for {name!r}" if math.isnan(value) else f"none for {name!r} on a rank"
+        raise ValueError(f"score must return one number that is not NaN, got {here}")
+    return mean
 
 
 def _project_held(held: dict[Tensor, Tensor], projection: Callable[[], object]) -> None:

@@ -116,6 +116,22 @@ def on_any_rank(flags: Tensor) -> Tensor:
     return up > 0
 
 
+def mean_over_ranks(value: float, device: torch.device) -> float:
+    """The mean of a number over the ranks of the default process group, where there is one.
+
+    All of its ranks must call this together, and get the same.
+
+    Args:
+        value: this rank's.
+        device: one that the group's backend knows.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
+
+
 class Announcement:
     """Options of this rank, told to the others by the process group's store, to be compared.
 
