@@ -124,7 +124,7 @@ def load_checkpoint(
             undo.callback(_put_back, model, held, copy.deepcopy(_extra(mine)))
             model.load_state_dict(run["model"])
             what = "optimizer"
-            if not isinstance(_averaging(optimizer), AveragedOptimizer):  # which changes nothing
+            if not isinstance(unwrapped(optimizer), AveragedOptimizer):  # which changes nothing
                 undo.callback(optimizer.load_state_dict, optimizer.state_dict())
             optimizer.load_state_dict(run["optimizer"])
         except Exception as error:  # of any kind, for states of any kind
@@ -177,7 +177,7 @@ def _read(path: Path, name: str) -> Any:
 # ---- optimizer and model -----------------------------------------------------------------------
 
 
-def _averaging(optimizer: Any) -> Any:
+def unwrapped(optimizer: Any) -> Any:
     """The optimizer that averages, in whatever wraps it, as accelerate does."""
     while not hasattr(optimizer, "swapped") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -186,7 +186,7 @@ def _averaging(optimizer: Any) -> Any:
 
 @contextmanager
 def _live_weights(optimizer: Any) -> Iterator[None]:
-    optimizer = _averaging(optimizer)
+    optimizer = unwrapped(optimizer)
     if not getattr(optimizer, "swapped", False):
         yield
         return

@@ -51,7 +51,12 @@ def gathered(x: Tensor) -> Tensor | None:
     if not is_sharded(x):
         return x
     whole = full(x)  # all ranks take part
-    return whole.cpu() if dist.get_rank() == 0 else None
+    return whole.cpu() if rank() == 0 else None
+
+
+def rank() -> int:
+    """This process's in the default process group; 0 where there is none."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def drop_gathered_copies(params: Iterable[Tensor]) -> None:

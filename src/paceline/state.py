@@ -127,6 +127,11 @@ def extra_keys_in(state: State) -> set[str]:
     return {key for key in state if key.startswith((f"{AVERAGE}_", RETURN))} - {AVERAGE_STEP}
 
 
+def taken_in(state: State) -> int:
+    """The t of the averages in a state: the steps that they have seen."""
+    return int(state.get(AVERAGE_STEP, state.get(STEP, 0.0)) + state[IDLE])
+
+
 def wide_dtype(param: Tensor) -> torch.dtype:
     """The dtype of averages of a parameter."""
     return WIDE.get(param.dtype, param.dtype)

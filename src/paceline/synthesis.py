@@ -62,7 +62,8 @@ class Snapshot:
         object.__setattr__(self, "begun", begun)
         if self.rule.keeps:
             raise ValueError(
-                f"rule must keep no tensors but its average, to be rebuilt, got {self.rule}"
+                f"{self.rule} keeps more tensors than its average: nothing can be rebuilt from it, "
+                "nor it from others"
             )
         whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (step, begun))
         if not whole or not 0 <= begun <= step <= MAX_STEP:
@@ -143,6 +144,12 @@ def synthesize(
     )
 
 
+def walk_distance(a: Snapshot, b: Snapshot) -> float:
+    """The expected distance of two averages of a random walk whose steps are of length 1."""
+    chunks = _Shares(max(a.step, b.step)).chunks([a, b])
+    return math.sqrt(sum(float((x[:, 0] - x[:, 1]).square().sum()) for x in chunks))
+
+
 def snapshot_steps(steps: int, count: int) -> list[int]:
     """Steps of a run to keep averages at, so that others can be rebuilt at its end.
 
@@ -177,7 +184,9 @@ class _Shares:
             weight = torch.as_tensor(rule.weight(steps[1:]), dtype=torch.float64)
             weight = torch.cat([torch.zeros(1).double(), weight.expand(self.steps)])
             if not bool(((weight >= 0) & (weight <= 1)).all()):
-                raise ValueError(f"rule must have weights in [0, 1], to be rebuilt, got {rule}")
+                raise ValueError(
+                    f"{rule} has weights that are not in [0, 1], and cannot be rebuilt"
+                )
             whole = weight == 1
             logs = torch.log1p(-weight.masked_fill(whole, 0.0)).cumsum(0)
             self.logs[rule] = logs, torch.where(whole, steps, 0.0).cummax(0).values

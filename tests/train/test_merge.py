@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from paceline.averaging import parse
 from paceline.cli import main
-from paceline.train import InputError
+from paceline.train import InputError, weighted
 from paceline.train import merge as merging
 from paceline.train.folder import step_of
 from paceline.train.merge import Merge
@@ -482,7 +482,7 @@ def test_interrupted_it_leaves_nothing(tmp_path, files, monkeypatch, capsys):
         gpt2(n).save_pretrained(tmp_path / f"model-{n}", max_shard_size="5KB")
     folders = [tmp_path / "model-0", tmp_path / "model-1"]
     before = tree(tmp_path)
-    load, calls = merging._load_tensor, []
+    load, calls = weighted.load_tensor, []
     out = None
 
     def interrupted(checkpoint, name):
@@ -493,7 +493,7 @@ def test_interrupted_it_leaves_nothing(tmp_path, files, monkeypatch, capsys):
             raise KeyboardInterrupt
         return load(checkpoint, name)
 
-    monkeypatch.setattr(merging, "_load_tensor", interrupted)
+    monkeypatch.setattr(weighted, "load_tensor", interrupted)
     for given, name in ((folders, "out"), (paths, "out.safetensors")):
         calls.clear()
         out = tmp_path / name
@@ -551,10 +551,11 @@ import os, signal, sys
 from pathlib import Path
 from rich.console import Console
 from paceline.train import merge as merging
+from paceline.train import weighted
 from paceline.train.folder import step_of
 
 point, out, *paths = sys.argv[1:]
-load, calls = merging._load_tensor, []
+load, calls = weighted.load_tensor, []
 
 def killed(*_):
     calls.append(0)
@@ -565,7 +566,7 @@ def killed(*_):
 if point == "renaming":
     Path.replace = killed
 else:
-    merging._load_tensor = killed
+    weighted.load_tensor = killed
 options = merging.Merge(checkpoints=tuple(map(Path, paths)), out=Path(out))
 merging.merge(options, Console())
 """

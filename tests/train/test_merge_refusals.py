@@ -219,7 +219,7 @@ def test_what_only_sounds_quantized_is_merged(tmp_path):
 
 
 def test_all_headers_are_checked_before_anything_is_written(place, monkeypatch):
-    monkeypatch.setattr(merging, "_write", lambda *_: pytest.fail("something was written"))
+    monkeypatch.setattr(merging, "write", lambda *_: pytest.fail("something was written"))
     for bad in ("CUT", "SHAPE", "LESS"):
         average("A", "B", bad, "--out", "OUT", status=2)
 

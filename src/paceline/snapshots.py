@@ -1,0 +1,193 @@
+"""Averages of a run on the disk, from which others can be rebuilt after it.
+
+    step-600/slow.safetensors     an average, by the name that `returns` gives it
+    step-600/average.safetensors  the one that the pull goes toward
+    step-600/checksums.json       of both
+
+Each file has, in the metadata `paceline_snapshot`, what it is an average of: an object with
+
+    run     a word, the same for all snapshots in a folder
+    name    of the average
+    rule    its text
+    step    t, the steps that it has seen
+    others  of tensors for which these differ: the tensor's name -> [rule, step]
+
+`paceline average` reads them (`paceline.train.rebuild`).
+"""
+
+import json
+import os
+import re
+import secrets
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import shards
+from .base import AveragedOptimizer
+from .checkpoint import unwrapped
+from .files import whole
+from .loading import WRAPPERS
+from .options import Group
+from .safetensors import Form, in_order, read_metadata, write_safetensors
+from .state import AVERAGE, OFFSET, averages_of, taken_in
+from .sums import write_sums
+
+SNAPSHOT = "paceline_snapshot"
+STEP = re.compile(r"step-(\d+)")  # a folder's name
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@torch.no_grad()
+def save_averages(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write the averages of an optimizer to a folder step-N, whole or not at all.
+
+        returns = {"fast": "ema:kappa=0.5", "slow": "ema:kappa=0.9"}
+        opt = PACE(model.parameters(), lr=1e-3, pullback=0.1, returns=returns)
+        times = snapshot_steps(steps, 12)
+        ...
+            if step in times:
+                save_averages("run/averages", model, opt)
+
+    They are of the parameters that have stepped: of a LoRA run the adapters alone. Averages must
+    have been kept from the first step on, and be of rules that keep no more tensors (not LAWA and
+    BEMA); others are left out. Sharded parameters are gathered one at a time. On several ranks all
+    call this, and rank 0 writes.
+
+    Args:
+        folder: of the snapshots of this run alone; it is made if it is not there. A step-N that is
+            there is replaced, as after a resume.
+        model: the module whose parameters the optimizer steps, itself or wrapped.
+        optimizer: PACE or Pullback, or a wrapper that has it as `optimizer`, as accelerate's.
+        dtype: torch.float32, or torch.bfloat16, which takes half, and costs accuracy where the
+            averages are closer together than its 8 bits (docs/averages.md).
+
+    Returns:
+        The folder step-N.
+
+    Raises:
+        ValueError: the dtype is another; the optimizer keeps no averages, or none of this model or
+            of such rules.
+        OSError: it cannot be written; what was there before still is.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+    optimizer = unwrapped(optimizer)
+    if not isinstance(optimizer, AveragedOptimizer):
+        raise ValueError(f"optimizer must be PACE or Pullback, got {type(optimizer).__name__}")
+    with optimizer.restoring():
+        optimizer.train()
+        found = {name: _members(model, optimizer, name) for name in optimizer.returns}
+        found = {name: members for name, members in found.items() if members}
+        if not found:
+            raise ValueError(
+                "optimizer must keep averages of this model's parameters, of rules other than LAWA "
+                "and BEMA, got none"
+            )
+        step = max(step for members in found.values() for *_, step in members.values())
+        path = Path(folder) / f"step-{step}"
+        if shards.rank() != 0:
+            for members in found.values():
+                deque(_tensors(members, dtype), maxlen=0)
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run = _run_of(path)
+        with whole(path) as partial:
+            partial.mkdir()
+            for name, members in found.items():
+                _write(partial / f"{name}.safetensors", members, dtype, {"run": run, "name": name})
+            write_sums(partial)
+    return path
+
+
+def averages_bytes(optimizer: Any, *, dtype: torch.dtype = torch.float32) -> int:
+    """The bytes of one snapshot of an optimizer, before its first step, too: of all its averages.
+
+    Of each group those that it returns and the pull's; of parameters that require a gradient.
+    """
+    return sum(
+        p.numel() * dtype.itemsize
+        for group in unwrapped(optimizer).param_groups
+        for p in group["params"]
+        if p.requires_grad
+        for rule in averages_of(group).rules.values()
+        if not rule.keeps
+    )
+
+
+Member = tuple[Tensor, dict[str, Any], str, str, int]  # parameter, state, key, rule, step
+
+
+def _members(model: nn.Module, optimizer: AveragedOptimizer, name: str) -> dict[str, Member]:
+    """The parameters of a model that have an average of this name, by their names."""
+    keys = optimizer._average_keys(name)
+    groups: dict[Tensor, Group] = {p: g for g in optimizer.param_groups for p in g["params"]}
+    found: dict[str, Member] = {}
+    for full, p in model.named_parameters():
+        if p not in keys:
+            continue
+        key, state = keys[p], optimizer.state[p]
+        rule = averages_of(groups[p]).rules[AVERAGE if key == OFFSET else key]
+        if not rule.keeps:
+            found[WRAPPERS.sub("", full)] = (p, state, key, str(rule), taken_in(state))
+    return found
+
+
+def _tensors(members: dict[str, Member], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Each average, whole and on the CPU, as a file has them; empty on other ranks than 0."""
+    for name in in_order(_forms(members, dtype)):
+        p, state, key, *_ = members[name]
+        average = p.detach() + state[key] if key == OFFSET else state[key]
+        gathered = shards.gathered(average.to(dtype))
+        yield torch.empty(0) if gathered is None else gathered.cpu().contiguous()
+
+
+def _forms(members: dict[str, Member], dtype: torch.dtype) -> dict[str, Form]:
+    return {name: Form(dtype, tuple(p.shape)) for name, (p, *_) in members.items()}
+
+
+def _write(
+    path: Path, members: dict[str, Member], dtype: torch.dtype, facts: dict[str, Any]
+) -> None:
+    kinds = {name: (rule, step) for name, (*_, rule, step) in members.items()}
+    [((rule, step), _)] = Counter(kinds.values()).most_common(1)
+    others = {name: kind for name, kind in kinds.items() if kind != (rule, step)}
+    facts = {**facts, "rule": rule, "step": step, "others": others}
+    tensors = _tensors(members, dtype)
+    try:
+        metadata = {SNAPSHOT: json.dumps(facts)}
+        write_safetensors(path, _forms(members, dtype), tensors, metadata)
+    finally:
+        deque(tensors, maxlen=0)  # the other ranks wait for each
+
+
+def _run_of(path: Path) -> str:
+    """The word of the run whose snapshot a folder step-N is to be; a new one if it is the first."""
+    step = int(path.name.removeprefix("step-"))
+    run = None
+    for other in path.parent.iterdir():
+        if not (found := STEP.fullmatch(other.name)) or int(found[1]) == step:
+            continue
+        if int(found[1]) > step:
+            warnings.warn(
+                f"{other} is of a later step than {step}: if it is of another run, give this one a "
+                "folder of its own",
+                stacklevel=4,
+            )
+            continue
+        for file in other.glob("*.safetensors"):
+            with suppress(OSError, ValueError, TypeError, KeyError):
+                run = str(json.loads(read_metadata(file)[SNAPSHOT])["run"])
+    return run or secrets.token_hex(4)
