@@ -4,7 +4,7 @@
 
 Prints three tables as Markdown: errors that `paceline.synthesize` expects; errors measured on small
 networks, seed 0, for its norm and for least squares on profiles; and what float32 and bfloat16
-snapshots cost. Two minutes on one core.
+snapshots cost. A minute on one core.
 """
 
 import math
@@ -19,6 +19,7 @@ KAPPAS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.95)
 SETTINGS = [
     *[((0.5, 0.9), 600, 10), ((0.5, 0.9), 3000, 10), ((0.5, 0.9), 3000, 20)],
     *[((0.3, 0.9), 600, 10), ((0.3, 0.9), 3000, 10), ((0.3, 0.9), 30_000, 12)],
+    *[((0.9,), 3000, 12), ((0.5,), 3000, 12)],
 ]
 STEPS = 1500
 

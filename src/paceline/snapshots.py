@@ -11,6 +11,7 @@ Each file has, in the metadata `paceline_snapshot`, what it is an average of: an
     rule    its text
     step    t, the steps that it has seen
     others  of tensors for which these differ: the tensor's name -> [rule, step]
+    tied    further names of tensors in the model: each -> the name that the file has
 
 `paceline average` reads them (`paceline.train.rebuild`).
 """
@@ -103,11 +104,11 @@ def save_averages(
                 deque(_tensors(members, dtype), maxlen=0)
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        run = _run_of(path)
+        facts = {"run": _run_of(path), "tied": _tied(model)}
         with whole(path) as partial:
             partial.mkdir()
             for name, members in found.items():
-                _write(partial / f"{name}.safetensors", members, dtype, {"run": run, "name": name})
+                _write(partial / f"{name}.safetensors", members, dtype, facts | {"name": name})
             write_sums(partial)
     return path
 
@@ -145,10 +146,23 @@ def _members(model: nn.Module, optimizer: AveragedOptimizer, name: str) -> dict[
     return found
 
 
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Further names of a model's parameters -> the name that `named_parameters` has first."""
+    first: dict[Tensor, str] = {}
+    tied = {}
+    for full, p in model.named_parameters(remove_duplicate=False):
+        name = WRAPPERS.sub("", full)
+        if first.setdefault(p, name) != name:
+            tied[name] = first[p]
+    return tied
+
+
 def _tensors(members: dict[str, Member], dtype: torch.dtype) -> Iterator[Tensor]:
     """Each average, whole and on the CPU, as a file has them; empty on other ranks than 0."""
     for name in in_order(_forms(members, dtype)):
         p, state, key, *_ = members[name]
+        if shards.rank() != 0 and not shards.is_sharded(p):
+            continue
         average = p.detach() + state[key] if key == OFFSET else state[key]
         gathered = shards.gathered(average.to(dtype))
         yield torch.empty(0) if gathered is None else gathered.cpu().contiguous()

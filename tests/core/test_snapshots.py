@@ -77,7 +77,7 @@ def test_files_are_the_averages(kind, weights, dtype, tmp_path):
     for name in NAMES:
         said = facts(folder / f"{name}.safetensors")
         run = said.pop("run")
-        assert said == {"name": name, "rule": rules[name], "step": 5, "others": {}}
+        assert said == {"name": name, "rule": rules[name], "step": 5, "others": {}, "tied": {}}
         assert run == facts(folder / "mean.safetensors")["run"]
 
 

@@ -11,7 +11,9 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("trl")
 
-
+import torch
+from merged import average
+from safetensors.torch import load_file
 from training import (
     STEPS,
     apart,
@@ -68,8 +70,18 @@ def test_two_processes_train_as_one(values, finished, tmp_path):
 def test_sharded_over_two_processes(values, finished, tmp_path):
     recipe, run = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "run"
     script = str(Path(__file__).parents[1] / "fsdp_on_cpu.py")
-    launch("train", recipe, "--out", run, "--fsdp", processes=2, module=script)
+    arguments = ("--out", run, "--fsdp", "--snapshots", 2)
+    launch("train", recipe, *arguments, processes=2, module=script)
     near(run, finished)
+    kept = load_file(run / "averages" / f"step-{STEPS}" / "average.safetensors")
+    model = weights(run / "model")
+    assert torch.equal(model.pop("lm_head.weight"), model["model.embed_tokens.weight"])  # tied
+    assert same(kept, model)
+    arguments = ("--rule", "ema:kappa=0.31", "--out", tmp_path / "rebuilt")
+    average(run / "averages", *arguments)
+    rebuilt = weights(tmp_path / "rebuilt")
+    assert torch.equal(rebuilt["lm_head.weight"], rebuilt["model.embed_tokens.weight"])
+    assert not torch.equal(rebuilt["lm_head.weight"], model["model.embed_tokens.weight"])
     for step in (9, 12):
         averaged = weights(run / "checkpoints" / f"checkpoint-{step}")
         usual = weights(finished / "checkpoints" / f"checkpoint-{step}")

@@ -208,6 +208,9 @@ def test_a_model_of_a_run(tmp_path):
     iterates, _ = train(model, tmp_path)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="5KB")
     out = tmp_path / "out"
+    assert read_snapshots(snapshot_files([tmp_path / "averages"]))[0].tied == {
+        "lm_head.weight": "transformer.wte.weight"
+    }
     average(tmp_path / "averages", "--rule", "ema:kappa=0.7", "--out", out)
     found = AutoModelForCausalLM.from_pretrained(out)
     assert found.dtype == torch.bfloat16

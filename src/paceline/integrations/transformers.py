@@ -4,6 +4,7 @@ import copy
 import logging
 import re
 import shutil
+import time
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -13,13 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerState
+import torch
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..base import AveragedOptimizer
 from ..batchnorm import layers_with_statistics
 from ..files import put, remove
+from ..snapshots import STEP, averages_bytes, save_averages
 from ..sums import find_damage, write_sums
+from ..synthesis import snapshot_steps
 
 
 class PaceTrainer(Trainer):
@@ -51,11 +55,34 @@ class PaceTrainer(Trainer):
 
     Metrics with another prefix than `eval` get `_live` after it. Predictions are made by the
     returned model.
+
+    Args:
+        snapshots: how many times the averages are kept on the way, closer together toward the end,
+            so that others can be rebuilt from them: `paceline average OUTPUT_DIR/averages --rule
+            ema:kappa=0.8 ...`. It needs PACE or Pullback. 0: none.
+        snapshot_dtype: torch.float32, or torch.bfloat16, as `paceline.snapshots` has it.
+        snapshot_dir: their folder. Default: averages/ in the output_dir.
+        args: all else as for the Trainer.
+        kwargs: likewise.
     """
 
     _best_loaded = False
     _saving = False
     _uploads: tuple[tuple[str, Future[Any]], ...] = ()  # of checkpoints, by name
+
+    def __init__(
+        self,
+        *args: Any,
+        snapshots: int = 0,
+        snapshot_dtype: torch.dtype = torch.float32,
+        snapshot_dir: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        folder = Path(snapshot_dir or Path(self.args.output_dir or ".") / "averages")
+        self.snapshots = Snapshots(snapshots, folder, snapshot_dtype)
+        if snapshots:
+            self.add_callback(self.snapshots)
 
     # ---- which weights the model holds -------------------------------------------------------
 
@@ -411,6 +438,57 @@ class PaceTrainer(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+
+class Snapshots(TrainerCallback):
+    """Keeps the averages of the optimizer at some steps, and tells before what it will cost.
+
+    Args:
+        count: how many times.
+        folder: of the snapshots; of an earlier run there must be none in it.
+        dtype: of the tensors.
+    """
+
+    def __init__(self, count: int, folder: Path, dtype: torch.dtype) -> None:
+        self.count, self.folder, self.dtype = count, folder, dtype
+        self.steps: list[int] = []
+        self.tell: Callable[[str], object] = logging.getLogger(__name__).info
+        self.bytes, self.seconds = 0, 0.0  # of one, and of all that this process has written
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Refuse what cannot be kept; remove what a resumed run had kept after its checkpoint."""
+        optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
+        average = isinstance(optimizer, AveragedOptimizer)
+        self.bytes = averages_bytes(optimizer, dtype=self.dtype) if average else 0
+        if not self.bytes:
+            raise ValueError(
+                "snapshots needs PACE or Pullback with an average of another rule than LAWA and "
+                f"BEMA, got {type(optimizer).__name__}"
+            )
+        if state.is_world_process_zero and self.folder.is_dir():
+            for path in list(self.folder.iterdir()):
+                if not (found := STEP.fullmatch(path.name)):
+                    continue
+                if not state.global_step:
+                    raise ValueError(
+                        f"{self.folder} has snapshots of an earlier run; resume that, or name "
+                        "another folder"
+                    )
+                if int(found[1]) > state.global_step:
+                    remove(path)
+        self.steps = snapshot_steps(state.max_steps, self.count)
+        size, count = self.bytes / 2**20, len(self.steps)
+        self.tell(
+            f"Snapshots of the averages: {count} of {size:.4g} MiB each, {count * size:.4g} MiB in "
+            f"all, in {self.folder}."
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Keep them if it is time."""
+        if state.global_step in self.steps:
+            began = time.perf_counter()
+            save_averages(self.folder, given["model"], given["optimizer"], dtype=self.dtype)
+            self.seconds += time.perf_counter() - began
 
 
 def _swapped(optimizer: Any) -> bool:

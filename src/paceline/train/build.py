@@ -27,6 +27,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from . import InputError, folder, read_small, reporting, sources, unknown
 from .chat import conversation_encoder, use_chatml
 from .data import make_tokenizer
+from .folder import AVERAGES
 from .model import (
     check_files,
     check_output,
@@ -250,6 +251,9 @@ def build_trainer(
         weight_decay=recipe.weight_decay,
         betas=recipe.betas,
         stochastic_round=recipe.precision == "pure-bf16",
+        snapshots=recipe.snapshots,
+        snapshot_dtype=getattr(torch, recipe.snapshot_dtype),
+        snapshot_dir=folder.with_name(AVERAGES),
         train_dataset=prepared.train,
         eval_dataset=prepared.evaluation,
         processing_class=tokenizer,

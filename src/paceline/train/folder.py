@@ -9,6 +9,8 @@
     checkpoints/      of a run: checkpoint-STEP folders, the newest with all that resuming needs.
                       Their weights are the returned model's. set-aside-checkpoint-STEP folders
                       were newer than the one that --from named
+    averages/         of a run with --snapshots: step-N folders, averages at some steps, from which
+                      `paceline average` rebuilds others
     live/             of a run: the live weights at the end, as a model that transformers loads
     model/            of a run: the returned model, likewise. Written last: it says "finished"
     paceline.json     which average the weights are, in the run's folder, live/, model/ and what
@@ -54,7 +56,8 @@ except ImportError:  # Windows
 
 RECIPE, MANIFEST, METRICS = "recipe.yaml", "manifest.json", "metrics.jsonl"
 CHECKPOINTS, LIVE, MODEL, MODELS = "checkpoints", "live", "model", "models"
-AVERAGE_FACTS, TENSORBOARD, REPORT = "paceline.json", "tensorboard", "report.html"
+AVERAGES, AVERAGE_FACTS = "averages", "paceline.json"
+TENSORBOARD, REPORT = "tensorboard", "report.html"
 TRAINING, EVALUATION, CERTIFICATE = "training.jsonl", "eval.json", "certificate.json"
 LOCK, SET_ASIDE = ".lock", "set-aside-"
 # What a checkpoint has besides the model.

@@ -33,6 +33,7 @@ class Kept(NamedTuple):
     run: str
     snapshot: Snapshot
     others: dict[str, Snapshot]  # of tensors for which it is another
+    tied: dict[str, str]  # further names of tensors in the model
 
     def of(self, tensor: str) -> Snapshot:
         """What a tensor is a snapshot of."""
@@ -100,7 +101,9 @@ def _read(file: Path) -> Kept:
     try:
         facts = json.loads(read_metadata(file)[SNAPSHOT])
         others = {name: Snapshot(*kind) for name, kind in facts["others"].items()}
-        return Kept(checkpoint, str(facts["run"]), Snapshot(facts["rule"], facts["step"]), others)
+        tied = {str(name): str(own) for name, own in facts["tied"].items()}
+        snapshot = Snapshot(facts["rule"], facts["step"])
+        return Kept(checkpoint, str(facts["run"]), snapshot, others, tied)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         said = " ".join(str(error).split())
         raise InputError(
@@ -198,7 +201,7 @@ def rebuild(
     """
     checkpoints = [one.checkpoint for one in kept]
     last = kept[-1]
-    like, names = _like(last.checkpoint, out, model)
+    like, names = _like(last, out, model)
     weights = weights_of(kept, rule)
     found = {name: weights(name) for name in last.checkpoint.tensors}
     main = weights(next(name for name in last.checkpoint.tensors if name not in last.others))
@@ -230,12 +233,13 @@ def rebuild(
     write(out, like, tensor, facts, console, dtype or ("float32" * (like.kind == "a file") or None))
 
 
-def _like(last: Checkpoint, out: Path, model: Path | None) -> tuple[Checkpoint, dict[str, str]]:
+def _like(kept: Kept, out: Path, model: Path | None) -> tuple[Checkpoint, dict[str, str]]:
     """What the result is made like; and of its tensors that are rebuilt, their names in snapshots.
 
     Raises:
         InputError: a model is needed and there is none, or it is not that of the snapshots.
     """
+    last = kept.checkpoint
     if out.suffix == ".safetensors":
         if model is not None:
             raise InputError(f"model: leave it out where the average is written to a file, {out}")
@@ -252,10 +256,13 @@ def _like(last: Checkpoint, out: Path, model: Path | None) -> tuple[Checkpoint, 
         names = {re.sub(r"\.default(?=\.|$)", "", name): name for name in last.tensors}
     for name, own in names.items():
         theirs = like.tensors[name].form.shape if name in like.tensors else None
-        if theirs != last.tensors[own].form.shape:
+        if theirs != (shape := last.tensors[own].form.shape):
             what = "missing" if theirs is None else f"of shape {theirs}"
-            shape = last.tensors[own].form.shape
             raise InputError(
                 f"tensor {own!r} of the snapshots, of shape {shape}, is {what} in {like.path}"
             )
-    return like, names
+    # Some files have tied weights twice.
+    twice = kept.tied.keys() & like.tensors.keys()
+    return like, names | {
+        name: kept.tied[name] for name in twice if kept.tied[name] in last.tensors
+    }

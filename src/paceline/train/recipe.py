@@ -29,7 +29,7 @@ from . import (
     read_small,
     unknown,
 )
-from .methods import METHODS, Method, ScheduleName, parse_method
+from .methods import METHODS, Method, PulledMethod, ScheduleName, parse_method
 
 # ---- YAML ---------------------------------------------------------------------------------------
 
@@ -220,6 +220,10 @@ class Recipe(Options):
     """Steps between checkpoints, >= 1. Default: at each evaluation."""
     keep_checkpoints: Annotated[Positive, RESUMABLE] = 2
     """The last so many checkpoints are kept, >= 1."""
+    snapshots: Annotated[int, Field(ge=0, le=10**4), RESUMABLE] = 0
+    """Times that averages are kept in averages/, closer together toward the end, so that `paceline average` can rebuild others; 0: none. With a second average (return_kappa=0.9) more can be rebuilt."""
+    snapshot_dtype: Annotated[Literal["float32", "bfloat16"], RESUMABLE] = "float32"
+    """Dtype of those. bfloat16 takes half the room, and loses what a low learning rate changes."""
     log_every: Annotated[Positive, MEASURING] = 10
     """Steps between lines of metrics, >= 1."""
     loaders: Annotated[int, Field(ge=0, le=256), RESUMABLE] = 0
@@ -258,6 +262,11 @@ class Recipe(Options):
             raise InputError(
                 f"micro_batch: {self.micro_batch} does not divide the batch of {self.batch}"
             )
+        if self.snapshots and not self._keeps_averages:
+            raise InputError(
+                f"snapshots: {self.method} keeps no average that others can be rebuilt from; pace, "
+                "pullback, ema, uniform and swa do"
+            )
         if "none" in self.report_to and len(self.report_to) > 1:
             raise InputError("report_to: none goes alone")
         for name in self.report_to:
@@ -286,6 +295,12 @@ class Recipe(Options):
     def parsed(self) -> Method:
         """The method, with all its options."""
         return parse_method(self.method, **self.method_defaults)
+
+    @property
+    def _keeps_averages(self) -> bool:
+        """Whether the method's optimizer keeps an average without further tensors."""
+        rule = self.parsed.averaging(10**6)
+        return isinstance(self.parsed, PulledMethod) or (rule is not None and not rule.keeps)
 
     def to_yaml(self) -> str:
         """All keys with their values, as a recipe file."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import date, datetime
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +31,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from ..files import whole
+from ..files import remove, whole
 from ..state import averages_of
 from ..sums import write_sums
 from . import InputError, Positive, folder, reporting
@@ -342,6 +343,10 @@ def _fit(
     """Train from a checkpoint, or from the start, to the end."""
     began, main = time.time(), trainer.is_world_process_zero()
     done = folder.step_of(checkpoint) if checkpoint else None
+    if main:
+        trainer.snapshots.tell = partial(say, console)
+    if main and checkpoint is None:  # what a run left that was killed before its first checkpoint
+        remove(run / folder.AVERAGES)
     trainer.args.eval_on_start = checkpoint is None
     stop = Stop()
     bars = progress_bars(console) if main else nullcontext()
@@ -357,6 +362,10 @@ def _fit(
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if main:
         facts["seconds"] = round(facts["seconds"] + time.time() - began, 1)
+        if recipe.snapshots:
+            kept = facts.setdefault("snapshots", {"bytes_each": 0, "seconds": 0.0})
+            kept["bytes_each"] = trainer.snapshots.bytes
+            kept["seconds"] = round(kept["seconds"] + trainer.snapshots.seconds, 3)
         write_json(run / folder.MANIFEST, facts)
     if trainer.state.global_step < trainer.args.max_steps:
         say(
