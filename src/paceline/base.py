@@ -118,6 +118,13 @@ class AveragedOptimizer(Optimizer):
             if places or FROZEN in group:
                 group[FROZEN] = ",".join(places)
 
+    def _refuse_flattened(self, group: int, error: type[Exception]) -> None:
+        """Raises: `error`: FSDP1 holds a parameter of this group."""
+        for i, p in enumerate(self.param_groups[group]["params"]):
+            if shards.is_flattened(p):
+                where = describe(self.param_groups, group, i)
+                raise error(f"{shards.FSDP1}, got {where}; nothing was changed")
+
     def _average_keys(self, name: str | None) -> dict[Tensor, str]:
         """The key of the average of this name in the state of each parameter that has one.
 
@@ -126,6 +133,8 @@ class AveragedOptimizer(Optimizer):
         """
         if name is not None and name not in self.returns:
             raise ValueError(f"name must be one of {', '.join(self.returns)}, got {name!r}")
+        if any(map(shards.is_partitioned, self.state)):  # its groups are empty between steps
+            raise RuntimeError(shards.ZERO_3)
         found: dict[Tensor, str] = {}
         if self._state_is_provisional:
             return found
@@ -155,7 +164,8 @@ class AveragedOptimizer(Optimizer):
 
         Raises:
             ValueError: no average has this name.
-            RuntimeError: the model's dtype was changed after the first step. Nothing has changed.
+            RuntimeError: the model's dtype was changed after the first step, or it is under ZeRO
+                stage 3. Nothing has changed.
         """
         averages = self._average_keys(name)
         if self.swapped:

@@ -21,6 +21,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from .base import AveragedOptimizer
 from .files import check_regular, whole
+from .hosts import check_reach, is_swapped, restoring, unwrapped
 from .loading import one_line
 from .shards import is_sharded
 from .state import PLAIN
@@ -47,19 +48,23 @@ def save_checkpoint(
         path: the file; one that is there is replaced when the new one is on the disk, which gets
             its mode. Of a link, what it leads to is replaced.
         model: on this process alone, or wrapped by DDP; then call this on one rank, or on all.
-        optimizer: PACE or another, or a wrapper that has it as `optimizer`, as accelerate's; one
-            that swaps without saying so (`swapped`) has to hold its live weights now.
+        optimizer: PACE or another, also in the wrapper of accelerate or Lightning. One that swaps
+            without saying so (`swapped`, Schedule-Free's `train_mode`) has to hold its live
+            weights now.
         parts: the rest of the run: objects with a `state_dict()` (schedulers, scalers, loaders),
             `torch.Generator`s, and plain values: numbers, strings, tensors, lists and dicts.
 
     Raises:
-        ValueError: the model is sharded, or a part holds what `load_checkpoint` could not read; the
+        ValueError: the model is sharded; the optimizer steps none of its parameters, as DeepSpeed's
+            ZeRO has it; or a part holds what `load_checkpoint` could not read; the
             message says where.
         OSError: it could not be written, its folder is not there, or the path is a folder's or a
             device's; what was there before still is.
     """
     if any(is_sharded(p) for p in model.parameters()):
         raise ValueError("model must not be sharded; save it by torch.distributed.checkpoint")
+    check_reach(optimizer, model)
+    optimizer = unwrapped(optimizer)
     path = Path(os.fsdecode(path))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -97,6 +102,8 @@ def load_checkpoint(
             model, the optimizer or a part refuses its state. Nothing has changed then.
         OSError: the file cannot be opened, or the path is a folder's or a device's.
     """
+    check_reach(optimizer, model)
+    optimizer = unwrapped(optimizer)
     path = Path(os.fsdecode(path))
     name = repr(str(path))
     run = _read(path, name)
@@ -124,7 +131,7 @@ def load_checkpoint(
             undo.callback(_put_back, model, held, copy.deepcopy(_extra(mine)))
             model.load_state_dict(run["model"])
             what = "optimizer"
-            if not isinstance(unwrapped(optimizer), AveragedOptimizer):  # which changes nothing
+            if not isinstance(optimizer, AveragedOptimizer):  # which changes nothing
                 undo.callback(optimizer.load_state_dict, optimizer.state_dict())
             optimizer.load_state_dict(run["optimizer"])
         except Exception as error:  # of any kind, for states of any kind
@@ -177,29 +184,14 @@ def _read(path: Path, name: str) -> Any:
 # ---- optimizer and model -----------------------------------------------------------------------
 
 
-def unwrapped(optimizer: Any) -> Any:
-    """The optimizer that averages, in whatever wraps it, as accelerate does."""
-    while not hasattr(optimizer, "swapped") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
 @contextmanager
 def _live_weights(optimizer: Any) -> Iterator[None]:
-    optimizer = unwrapped(optimizer)
-    if not getattr(optimizer, "swapped", False):
+    if not is_swapped(optimizer):
         yield
         return
-    if isinstance(optimizer, AveragedOptimizer):  # of several averages the one that is there
-        with optimizer.restoring():
-            optimizer.train()
-            yield
-        return
-    optimizer.train()
-    try:
+    with restoring(optimizer):
+        optimizer.train()
         yield
-    finally:
-        optimizer.eval()
 
 
 def _check_model(theirs: dict[str, Any], mine: dict[str, Any], name: str) -> None:

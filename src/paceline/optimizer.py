@@ -118,7 +118,7 @@ class PACE(AveragedOptimizer):
             for all coordinates of its groups, from what the step can change the loss by
             (`paceline.auto`): up to half a nat nothing pulls. It is made for cross-entropy in nats;
             parameters of 2^16 elements or more count by every 251st; of shards that are no DTensors
-            (FSDP1, ZeRO) this rank's alone count, and ranks that hold DTensors wait for each other
+            (ZeRO) this rank's alone count, and ranks that hold DTensors wait for each other
             and must step the same ones. Ours, not the paper's (docs/averages.md). Required, here or
             in every group, for no default has been earned.
         gain: "adam" as above; or "scalar", λ_t = min(1, c) for all coordinates: c has no unit then,
@@ -220,8 +220,8 @@ class PACE(AveragedOptimizer):
         """Add a group of parameters with options of its own.
 
         Raises:
-            ValueError: an option is out of range, or a parameter is not floating-point or does not
-                go with an option.
+            ValueError: an option is out of range, or a parameter is flattened by FSDP1, is not
+                floating-point or does not go with an option.
             RuntimeError: `fused=True`, and the kernel cannot be built here.
         """
         if isinstance(param_group, dict):  # else torch says what is wrong
@@ -241,6 +241,7 @@ class PACE(AveragedOptimizer):
 
     def _check_params(self, group: int) -> None:
         """Raises: ValueError: a parameter is given twice, or does not go with an option."""
+        self._refuse_flattened(group, ValueError)
         options = self.param_groups[group]
         if len(set(options["params"])) < len(options["params"]):
             raise ValueError(f"params must be given once each, got one twice in group {group}")
@@ -313,6 +314,7 @@ class PACE(AveragedOptimizer):
         held = self._plans_that_hold()
         for index, (group, plan) in enumerate(zip(self.param_groups, held, strict=True)):
             if plan is None:
+                self._refuse_flattened(index, RuntimeError)
                 stepped = [x for x in enumerate(group["params"]) if x[1].grad is not None]
                 self._check_dtypes(index, stepped, RuntimeError)
                 self._check_gradients(index)

@@ -179,6 +179,7 @@ class Pullback(AveragedOptimizer):
         theirs = {name: said.pop(name) for name in SHORT if name in self.base.defaults}
         expand_short(said)
         complete = self._ours | said | theirs
+        self._refuse_flattened(index, ValueError)
         _check_options(complete)
         for i, p in enumerate(complete["params"]):
             if p.requires_grad and p.dtype not in WIDE:
@@ -296,6 +297,7 @@ class Pullback(AveragedOptimizer):
             self._check_gradients(index)
             ours = [group[name] for name in self._ours]
             if ours != self._checked.get(index):
+                self._refuse_flattened(index, RuntimeError)
                 checked = dict(group)
                 _check_options(checked)
                 group |= checked

@@ -16,12 +16,30 @@ from torch import Tensor
 
 LOOKS = 10  # steps in which other ranks' options are looked for
 WAIT = timedelta(seconds=10)  # for them, by a rank that will wait for the others anyway
+FSDP1 = (
+    "params must not be flattened by FSDP1, where a look at the average would change the training "
+    "after it; shard the model by FSDP2 (fully_shard, in accelerate fsdp_version 2)"
+)
+ZERO_3 = (
+    "DeepSpeed's ZeRO stage 3 keeps the weights in flat parts of its own, so no average can be put "
+    "into the model; use FSDP2 (fully_shard, in accelerate fsdp_version 2)"
+)
 _announced: Counter[str] = Counter()  # in this process, by what they are of
 
 
 def is_sharded(x: Tensor) -> bool:
     """Whether this is a DTensor, which may be replicated, too."""
     return hasattr(x, "to_local")
+
+
+def is_flattened(x: Tensor) -> bool:
+    """Whether FSDP1 keeps this parameter in a flat one, or it is a flat one itself."""
+    return getattr(x, "_fsdp_flattened", False)
+
+
+def is_partitioned(x: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO stage 3 has taken this parameter's data away, or it is the data."""
+    return hasattr(x, "ds_id")
 
 
 def local(x: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from . import shards
 from .base import AveragedOptimizer
-from .checkpoint import unwrapped
 from .files import whole
+from .hosts import unwrapped
 from .loading import WRAPPERS
 from .options import Group
 from .safetensors import Form, in_order, read_metadata, write_safetensors

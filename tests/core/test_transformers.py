@@ -288,3 +288,41 @@ def test_an_example_writes_the_average_of_what_it_trained(name, tmp_path, monkey
         # float32's rounding over sixty steps
         torch.testing.assert_close(saved[names[p]], average.float(), atol=2e-6, rtol=1e-5)
         assert (x - average).abs().max() > 1e-4
+
+
+# ---- engines that keep the weights elsewhere ---------------------------------------------------
+
+
+def test_flattened_weights_are_refused_before_anything_is_trained(tmp_path):
+    trainer = prepare(tmp_path)
+    for p in trainer.model.parameters():
+        p._fsdp_flattened = True  # FSDP1's mark
+    with pytest.raises(ValueError, match="flattened by FSDP1.*FSDP2"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert which(trainer.model, "pace", 0) == "both"
+
+
+def test_an_optimizer_of_copies_is_refused_before_anything_is_trained(tmp_path):
+    """As DeepSpeed's ZeRO has it: the average of copies would never get into the model."""
+
+    def of_copies(make):
+        return lambda params: make([p.detach().clone().requires_grad_() for p in params])
+
+    trainer = prepare(tmp_path, of_copies(OPTIMIZERS["pace"]))
+    with pytest.raises(ValueError, match="must step parameters of the model, .*DeepSpeed's ZeRO"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    prepare(tmp_path, of_copies(OPTIMIZERS["adamw"]), max_steps=1).train()  # returns the live ones
+
+
+def test_an_optimizer_that_is_not_used_is_refused(tmp_path):
+    """As transformers drops one of `optimizers` under DeepSpeed, and makes its own."""
+
+    class Dropping(PaceTrainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = torch.optim.AdamW(self.model.parameters())
+            return self.optimizer
+
+    with pytest.raises(ValueError, match="AdamW took the place of the given PACE, .*DeepSpeed"):
+        prepare(tmp_path, cls=Dropping).train()

@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..base import AveragedOptimizer
 from ..batchnorm import layers_with_statistics
 from ..files import put, remove
+from ..hosts import check_reach, restoring, swapping, unwrapped
 from ..snapshots import STEP, averages_bytes, save_averages
 from ..sums import find_damage, write_sums
 from ..synthesis import snapshot_steps
@@ -88,14 +89,12 @@ class PaceTrainer(Trainer):
 
     @property
     def bare_optimizer(self) -> Any:
-        """The optimizer without accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        """The optimizer without the trainer's wrappers."""
+        return unwrapped(self.optimizer)
 
     def _swapping(self) -> Any:
         """The bare optimizer; None if it never holds another model than the live weights."""
-        optimizer = self.bare_optimizer
-        swaps = callable(getattr(optimizer, "eval", None)) and callable(optimizer.train)
-        return optimizer if swaps and not self._best_loaded else None
+        return None if self._best_loaded else swapping(self.optimizer)
 
     @contextmanager
     def averaged(self) -> Iterator[bool]:
@@ -115,7 +114,7 @@ class PaceTrainer(Trainer):
             yield False
             return
         try:
-            with _restoring(optimizer):
+            with restoring(optimizer):
                 optimizer.eval(*names) if average else optimizer.train()
                 self._last_loaded_step = -1  # TRL's vLLM has other weights; it loads these
                 yield bool(optimizer.state)
@@ -400,10 +399,18 @@ class PaceTrainer(Trainer):
             optimizer.train()
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        given = self._swapping()
         prepared = super()._prepare_for_training(*args, **kwargs)
         prefixes = self._prefixes()
-        if self._swapping() is None:
+        if (optimizer := self._swapping()) is None:
+            if given is not None:
+                raise ValueError(
+                    f"a new {type(self.bare_optimizer).__name__} took the place of the given "
+                    f"{type(given).__name__}, as transformers does under DeepSpeed; give the class "
+                    "by optimizer_cls_and_kwargs instead of optimizers"
+                )
             return prepared
+        check_reach(optimizer, self.model_wrapped)
         if (metric := self.args.metric_for_best_model) and self.args.save_strategy != "no":
             full = metric if metric.startswith("eval_") else f"eval_{metric}"
             prefix = max((x for x in prefixes if full.startswith(f"{x}_")), key=len)
@@ -457,7 +464,7 @@ class Snapshots(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Refuse what cannot be kept; remove what a resumed run had kept after its checkpoint."""
-        optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
+        optimizer = unwrapped(given["optimizer"])
         average = isinstance(optimizer, AveragedOptimizer)
         self.bytes = averages_bytes(optimizer, dtype=self.dtype) if average else 0
         if not self.bytes:
@@ -489,26 +496,6 @@ class Snapshots(TrainerCallback):
             began = time.perf_counter()
             save_averages(self.folder, given["model"], given["optimizer"], dtype=self.dtype)
             self.seconds += time.perf_counter() - began
-
-
-def _swapped(optimizer: Any) -> bool:
-    """Whether the returned weights are in the model now."""
-    mine: bool | None = getattr(optimizer, "swapped", None)
-    mode = getattr(optimizer, "train_mode", True)  # wrappers have it beside another's groups
-    return not optimizer.param_groups[0].get("train_mode", mode) if mine is None else mine
-
-
-@contextmanager
-def _restoring(optimizer: Any) -> Iterator[None]:
-    if isinstance(optimizer, AveragedOptimizer):  # knows which of several averages is in
-        with optimizer.restoring():
-            yield
-        return
-    before = _swapped(optimizer)
-    try:
-        yield
-    finally:
-        optimizer.eval() if before else optimizer.train()
 
 
 def _named(metrics: dict[str, float], prefix: str, suffix: str) -> dict[str, float]:
