@@ -23,6 +23,17 @@ def layers_with_statistics(model: nn.Module) -> list[Any]:
     ]
 
 
+def warn_of_statistics(model: nn.Module, stacklevel: int) -> None:
+    """Warn, where a model has such layers, that their statistics stay those of the live weights."""
+    if kinds := {type(layer).__name__ for layer in layers_with_statistics(model)}:
+        warnings.warn(
+            f"running statistics ({', '.join(sorted(kinds))}) stay those of the live weights where "
+            "the returned model is evaluated and saved; paceline.recomputed_statistics computes "
+            "its own",
+            stacklevel=stacklevel + 1,
+        )
+
+
 @contextmanager
 def recomputed_statistics(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
     """Hold running statistics of the weights that are in the model now.

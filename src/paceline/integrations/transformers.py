@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..base import AveragedOptimizer
-from ..batchnorm import layers_with_statistics
+from ..batchnorm import warn_of_statistics
 from ..files import put, remove
 from ..hosts import check_reach, restoring, swapping, unwrapped
 from ..snapshots import STEP, averages_bytes, save_averages
@@ -423,13 +423,7 @@ class PaceTrainer(Trainer):
                     f"{begin + full.removeprefix(prefix)!r}, or set save_strategy='no'"
                 )
         model: Any = self.model
-        if kinds := {type(layer).__name__ for layer in layers_with_statistics(model)}:
-            warnings.warn(
-                f"running statistics ({', '.join(sorted(kinds))}) stay those of the live weights "
-                "where the returned model is evaluated and saved; paceline.recomputed_statistics "
-                "computes its own",
-                stacklevel=2,
-            )
+        warn_of_statistics(model, stacklevel=2)
         return prepared
 
     def _load_best_model(self) -> None:
