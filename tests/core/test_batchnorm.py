@@ -179,7 +179,7 @@ def test_the_lines_of_the_documentation_save_the_average_with_its_own_statistics
     model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 1))
     x = torch.randn(256, 8)
     y = x.sum(1, keepdim=True).sin()
-    opt = PACE(model.parameters(), lr=2e-2, pullback=0.0, averaging="uniform:start=50")
+    opt = PACE(model.parameters(), lr=5e-2, pullback=0.0, averaging="uniform:start=50")
     for step in range(150):
         i = torch.arange(64) + 64 * (step % 4)
         opt.zero_grad()
