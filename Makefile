@@ -9,7 +9,7 @@ DEMO ?= runs/demo-$(shell date +%Y-%m-%d_%H%M%S)
 # Rebuilt when what it is made from changes.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,study,eval,theory,test,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,study,eval,theory,gpu,test,dev]'
 	touch $@
 
 demo: $(VENV)/installed

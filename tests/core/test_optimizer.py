@@ -505,7 +505,8 @@ def test_core_imports_with_torch_alone():
     code = """
 import sys, torch, torch._dynamo
 for name in ("transformers", "datasets", "accelerate", "tokenizers", "schedulefree", "matplotlib",
-             "tensorboard", "rich", "tyro", "pydantic", "numpy", "jinja2", "safetensors"):
+             "tensorboard", "rich", "tyro", "pydantic", "numpy", "jinja2", "safetensors",
+             "triton"):
     for loaded in [m for m in sys.modules if m.partition(".")[0] == name]:
         del sys.modules[loaded]
     sys.modules[name] = None

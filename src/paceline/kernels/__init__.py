@@ -6,6 +6,7 @@
 | `__init__.py` (`Resting`) | all | `update.rest_`, of parameters without a gradient |
 | `cpu.py`, `cpu.cpp` | CPU | once more, in one pass over memory |
 | `compiled.py` | accelerators | `update.step_` through `torch.compile` |
+| `gpu.py` | accelerators, with Triton | once more, in one launch; `choose` does not yet take it |
 
 A kernel is a class that is made from tensors, their state and their counts of steps. It is kept as
 long as these stay what they are, and given gradients and numbers at each step.

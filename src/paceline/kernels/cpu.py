@@ -107,27 +107,7 @@ class Kernel:
         self.table[GRAD::row] = array("q", map(Tensor.data_ptr, grads))
         if keys:
             self.table[KEY::row] = array("q", keys)
-        step = array(
-            "d",
-            map(
-                float,
-                (
-                    1.0 - s.beta1,
-                    s.beta2,
-                    1.0 - s.beta2,
-                    s.eps,
-                    1.0 / s.root_bias2,
-                    s.step_size,
-                    s.shrink,
-                    s.gain,
-                    1.0 if s.clip else math.inf,
-                    s.weight,
-                    -1.0 if s.maximize else 1.0,
-                    1.0 if s.skip_nonfinite else 0.0,
-                    *s.extra_weights,
-                ),
-            ),
-        )
+        step = array("d", map(float, numbers(s)))
         skipped = kernel(
             self.table.buffer_info()[0],
             self.count,
@@ -140,6 +120,25 @@ class Kernel:
             _openmp(),
         )
         return [{"skipped": skipped}]
+
+
+def numbers(s: Scalars) -> tuple[float | Tensor, ...]:
+    """A step's numbers, as cpu.cpp's Step and gpu.py have them."""
+    return (
+        1.0 - s.beta1,
+        s.beta2,
+        1.0 - s.beta2,
+        s.eps,
+        1.0 / s.root_bias2,
+        s.step_size,
+        s.shrink,
+        s.gain,
+        1.0 if s.clip else math.inf,
+        s.weight,
+        -1.0 if s.maximize else 1.0,
+        s.skip_nonfinite,
+        *s.extra_weights,
+    )
 
 
 @functools.cache

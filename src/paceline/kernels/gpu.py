@@ -1,0 +1,265 @@
+"""The kernel of accelerators: PACE in one pass over memory, one launch for all tensors, in Triton.
+
+As cpu.cpp it writes the rule of update.py once more. What changes from step to step (rate, weights,
+sizes, number of tensors) is read from memory, so that nothing of it has anything compiled anew.
+"""
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..update import Scalars, Slot, count_
+from .cpu import numbers
+
+BLOCK = 1024  # elements of a chunk, which one program steps
+THREADS = 256  # of a program: each takes 4 elements, 16 bytes of float32
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
+# A row of the table: the addresses of these; how many elements; the first one's place within its
+# parameter; the bits that are set in any address. The extra averages' addresses follow.
+PARAM, EXP_AVG, EXP_AVG_SQ, AVERAGE, SIZE, START, ADDRESSES, ROW = map(tl.constexpr, range(8))
+# The step's numbers, as `cpu.numbers` gives them. The extra averages' weights follow.
+W1, BETA2, W2, EPS, UNBIAS, STEP_SIZE, SHRINK, GAIN, CAP, WEIGHT, SIGN, SKIP, NUMBERS = map(
+    tl.constexpr, range(13)
+)
+COORDINATES, STEP = tl.constexpr(1), tl.constexpr(2)  # what the guard has stand still
+LIMIT32 = tl.constexpr(torch.finfo(torch.float32).max ** 0.5)  # the largest with a finite square
+LIMIT64 = tl.constexpr(torch.finfo(torch.float64).max ** 0.5)
+
+
+class Kernel:
+    """The kernel for some tensors; its tables of them are kept between steps.
+
+    Args:
+        slots: tensors of one device and one pair of dtypes, contiguous. Gradients and keys of
+            stochastic rounding are given at each step.
+        counts: of each tensor its count of steps, 0-dim float64.
+    """
+
+    def __init__(self, slots: list[Slot], counts: list[Tensor]) -> None:
+        self.counts, first = counts, slots[0]
+        self.device, self.extra = first.param.device, len(first.extra)
+        self.dtypes = DTYPES[first.param.dtype], DTYPES[first.exp_avg.dtype]
+        rows, chunks = [], []
+        for i, x in enumerate(slots):
+            tensors = (x.param, x.exp_avg, x.exp_avg_sq, x.average, *x.extra)
+            addresses = [tensor.data_ptr() for tensor in tensors]
+            bits = functools.reduce(operator.or_, addresses)
+            rows += [*addresses[:4], x.param.numel(), x.start, bits, *addresses[4:]]
+            within = torch.arange(-(-x.param.numel() // BLOCK), dtype=torch.int32)
+            chunks.append(torch.stack([torch.full_like(within, i), within], dim=1))
+        self.table = self._put(rows, torch.int64)
+        self.chunks = torch.cat(chunks).to(self.device)
+        self.addresses: list[int] = []  # of the gradients
+        self.grads = self.keys = self.skipped = self.table  # until a step gives others
+
+    def step(
+        self, grads: list[Tensor], keys: list[Any] | None, s: Scalars, *, measure: bool
+    ) -> list[dict[str, Any]]:
+        """`update.step_` in one launch, without measurements."""
+        grads = [g.contiguous() for g in grads]  # kept until the launch is in the stream
+        addresses = [g.data_ptr() for g in grads]
+        if addresses != self.addresses:  # or a CUDA graph would hold a copy from the host
+            self.grads, self.addresses = self._put(addresses, torch.int64), addresses
+        if keys:
+            self.keys = self._put(keys, torch.int64)
+        guard = STEP if isinstance(s.skip_nonfinite, Tensor) else int(s.skip_nonfinite)
+        if guard == COORDINATES:
+            self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        if len(self.chunks):
+            with torch.cuda.device_of(self.table):  # on the CPU, in Triton's interpreter, no device
+                _step[len(self.chunks),](
+                    self.chunks,
+                    self.table,
+                    self.grads,
+                    self.keys,
+                    self._put(numbers(s), torch.float64),
+                    self.skipped,
+                    *self.dtypes,
+                    uniform=s.uniform_gain,
+                    stochastic=s.stochastic,
+                    guard=guard,
+                    extra=self.extra,
+                    block=BLOCK,
+                    tail=THREADS,
+                    num_warps=THREADS // (64 if torch.version.hip else 32),
+                    enable_fp_fusion=True,
+                )
+        count_(self.counts, s)
+        return [{"skipped": self.skipped} if s.skip_nonfinite is True else {}]
+
+    def _put(self, values: Sequence[float | Tensor], dtype: torch.dtype) -> Tensor:
+        """Numbers on the device, without waiting for it; it may have some of them already."""
+        if not any(isinstance(x, Tensor) for x in values):
+            pinned = self.device.type == "cuda"
+            return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(
+                self.device, non_blocking=True
+            )
+        return torch.stack(
+            [
+                x.to(self.device, dtype)
+                if isinstance(x, Tensor)
+                else torch.full((), x, dtype=dtype, device=self.device)
+                for x in values
+            ]
+        )
+
+
+@triton.jit
+def _step(
+    chunks,
+    table,
+    grads,
+    keys,
+    numbers,
+    skipped,
+    param: tl.constexpr,
+    state: tl.constexpr,
+    uniform: tl.constexpr,
+    stochastic: tl.constexpr,
+    guard: tl.constexpr,
+    extra: tl.constexpr,
+    block: tl.constexpr,
+    tail: tl.constexpr,
+):
+    """One chunk of one tensor: whole and on boundaries of 16 bytes without a mask, or with one."""
+    chunk = chunks + 2 * tl.program_id(0)
+    row = tl.load(chunk)
+    begin = tl.load(chunk + 1).to(tl.int64) * block
+    table += row * (ROW + extra)
+    grad, key = tl.load(grads + row), tl.load(keys + row)
+    size, addresses = tl.load(table + SIZE), tl.load(table + ADDRESSES) | grad
+    if (begin + block <= size) & (addresses % 16 == 0):
+        _range(
+            table, grad, key, begin, None, numbers, skipped,
+            param, state, uniform, stochastic, guard, extra, block,
+        )  # fmt: skip
+    else:
+        length = tl.minimum(size - begin, block).to(tl.int32)
+        for at in range(0, length, tail):
+            first = begin + at
+            mask = first + tl.arange(0, tail) < size
+            _range(
+                table, grad, key, first, mask, numbers, skipped,
+                param, state, uniform, stochastic, guard, extra, tail,
+            )  # fmt: skip
+
+
+@triton.jit
+def _range(
+    table,
+    grad,
+    key,
+    begin,
+    mask,
+    numbers,
+    skipped,
+    param: tl.constexpr,
+    state: tl.constexpr,
+    uniform: tl.constexpr,
+    stochastic: tl.constexpr,
+    guard: tl.constexpr,
+    extra: tl.constexpr,
+    block: tl.constexpr,
+):
+    """The rule for one chunk, as cpu.cpp's function of this name has it."""
+    wide: tl.constexpr = tl.float64 if param == tl.float64 else tl.float32  # arithmetic
+    offset: tl.constexpr = state.primitive_bitwidth < param.primitive_bitwidth
+    params = _at(tl.load(table + PARAM), begin, param, mask, block)
+    exp_avgs = _at(tl.load(table + EXP_AVG), begin, state, mask, block)
+    exp_avg_sqs = _at(tl.load(table + EXP_AVG_SQ), begin, state, mask, block)
+    averages = _at(tl.load(table + AVERAGE), begin, state, mask, block)
+    old_param = tl.load(params, mask)
+    g = tl.load(_at(grad, begin, param, mask, block), mask).to(wide)
+    old_m, old_v = tl.load(exp_avgs, mask), tl.load(exp_avg_sqs, mask)
+    old_average = tl.load(averages, mask)
+
+    noise = tl.zeros((block,), tl.uint32)
+    if stochastic or state == tl.bfloat16:
+        i = (begin + tl.load(table + START)).to(tl.uint32) + tl.arange(0, block).to(tl.uint32)
+        noise = _mix(i ^ key.to(tl.uint32))
+    free = None
+    if guard == STEP:
+        free = tl.zeros((block,), tl.float64) == tl.load(numbers + SKIP)
+    if guard == COORDINATES:
+        limit: tl.constexpr = LIMIT64 if wide == tl.float64 else LIMIT32
+        free = tl.abs(g) <= limit  # no NaN is
+        count = tl.sum((~free if mask is None else ~free & mask).to(tl.int32))
+        if count > 0:
+            tl.atomic_add(skipped, count.to(tl.int64), sem="relaxed")
+
+    theta, kept = old_param.to(wide), old_average.to(wide)
+    m, v = old_m.to(wide), old_v.to(wide)
+    g = tl.load(numbers + SIGN).to(wide) * g
+    m += tl.load(numbers + W1).to(wide) * (g - m)
+    v = tl.load(numbers + BETA2).to(wide) * v + tl.load(numbers + W2).to(wide) * g * g
+    root = tl.sqrt(v) if wide == tl.float64 else tl.sqrt_rn(v)
+    denom = root * tl.load(numbers + UNBIAS).to(wide) + tl.load(numbers + EPS).to(wide)
+    inverse = 1 / denom if wide == tl.float64 else tl.div_rn(tl.full((block,), 1, wide), denom)
+    next = tl.load(numbers + SHRINK).to(wide) * theta
+    next -= tl.load(numbers + STEP_SIZE).to(wide) * m * inverse
+    gain, cap = tl.load(numbers + GAIN).to(wide), tl.load(numbers + CAP).to(wide)
+    factor = gain if uniform else gain * inverse
+    factor = tl.where(cap < factor, cap, factor)  # a NaN stays
+    if gain != 0:  # or an average that is infinite would pull, too
+        next += factor * (kept if offset else kept - theta)
+
+    _store(exp_avgs, m, old_m, free, mask, noise & 0xFFFF, True)
+    _store(exp_avg_sqs, v, old_v, free, mask, noise >> 16, True)
+    third = (noise * 0x9E3779B9) >> 16
+    weight = tl.load(numbers + WEIGHT).to(wide)
+    if offset:
+        taken = (1 - weight) * (kept - (next - theta))
+        d = _store(averages, taken, old_average, free, mask, third, True)
+        next = (next + d) - d
+    fourth = (noise * 0x85EBCA6B) >> 16
+    next = _store(params, next, old_param, free, mask, fourth, stochastic)
+    if not offset:
+        if weight != 0:
+            kept += weight * (next - kept)
+        _store(averages, kept, old_average, free, mask, third, True)
+    for j in tl.static_range(extra):
+        weight = tl.load(numbers + NUMBERS + j).to(wide)
+        if weight != 0:
+            average = _at(tl.load(table + ROW + j), begin, wide, mask, block)
+            kept = tl.load(average, mask)
+            _store(average, kept + weight * (next - kept), kept, free, mask, noise, False)
+
+
+@triton.jit
+def _at(address, begin, dtype: tl.constexpr, mask, block: tl.constexpr):
+    """Pointers to a chunk; without a mask it begins on a boundary, and loads are 16 bytes wide."""
+    first = (address + begin * (dtype.primitive_bitwidth // 8)).to(tl.pointer_type(dtype))
+    if mask is None:
+        first = tl.multiple_of(first, 16)
+    return first + tl.arange(0, block)
+
+
+@triton.jit
+def _store(pointers, value, old, free, mask, noise, stochastic: tl.constexpr):
+    """Store a value, to bfloat16 by noise or to nearest, or `old` where not free; returns it."""
+    dtype: tl.constexpr = old.dtype
+    if dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        added = noise if stochastic else 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(value == value, bits + added, 0x7FC00000)  # a NaN's could carry over to 0
+        stored = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        stored = value.to(dtype)
+    if free is not None:
+        stored = tl.where(free, stored, old)
+    tl.store(pointers, stored, mask)
+    return stored.to(value.dtype)
+
+
+@triton.jit
+def _mix(x):
+    """rounding.py's `mix`, of uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)

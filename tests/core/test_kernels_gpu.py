@@ -1,0 +1,509 @@
+"""The kernel of accelerators, without one: what it computes, in Triton's interpreter, and what it
+becomes, from Triton's compiler. Both run on the CPU.
+
+The interpreter is chosen as Triton is imported, so it runs in a process of its own.
+"""
+
+import copy
+import importlib.util
+import os
+import re
+import subprocess
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from problems import pace_options
+from reference import Reference
+from test_kernels import DTYPES
+from torch.nn import Parameter
+
+from paceline import EMA, PACE, PowerEMA
+from paceline.kernels import Eager, cpu
+from paceline.update import Scalars, Slot
+
+pytestmark = pytest.mark.skipif(
+    not importlib.util.find_spec("triton"), reason="triton is not installed (extra `gpu`)"
+)
+
+FLOAT32, BFLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float64
+SHAPES = [(3, 350), (1024,), (0,), (7,), ()]  # a whole chunk and a tail, or one of them, or none
+RETURNS = {"slow": PowerEMA(0.7), "seldom": EMA(0.5, every=3)}
+RULES = {  # the reference's options
+    "power": {"pullback": 0.3, "ema_power": 0.5},
+    "strong": {"pullback": 50.0, "ema_power": 0.3},
+    "clip off": {"pullback": 2.0, "ema_power": 0.3, "clip": False},
+    "seldom": {"pullback": 0.5, "ema_power": 0.7, "ema_start": 3, "ema_every": 3},
+    "uniform": {"pullback": 0.3, "gain": "scalar", "ema_power": 0.3},
+    "watching": {"pullback": 0.0, "ema_power": 0.2},
+}
+
+
+def _interpret():
+    os.environ["TRITON_INTERPRET"] = "1"
+    np.seterr(all="ignore")  # of gradients that are not finite
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """`interpreted(function, ...)` runs a function of this file where Triton interprets."""
+    with ProcessPoolExecutor(1, get_context("spawn"), _interpret) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+# ---- what it computes ----------------------------------------------------------------------------
+
+
+def trainer(shapes, dtype, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    params = [Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    return params, PACE(params, **{"lr": 0.05, "pullback": 0.3, **options})
+
+
+def give(params, t):
+    generator = torch.Generator().manual_seed(1000 + t)
+    for p in params:
+        p.grad = (1 + torch.randn(p.shape, generator=generator)).to(p.dtype)
+
+
+def step(opt):
+    """With the kernel of accelerators where PACE would take the CPU's."""
+    from paceline.kernels import gpu
+
+    with patch.object(cpu, "Kernel", gpu.Kernel):
+        opt.step()
+
+
+def flat(params, opt, key):
+    """The parameters, or a tensor of their state, in float64."""
+    tensors = params if key == "param" else [opt.state[p][key] for p in params]
+    return torch.cat([x.detach().double().reshape(-1) for x in tensors])
+
+
+def steps_as_the_others(dtype, state_dtype, stochastic, rule):
+    """At each step: the CPU's kernel, torch operations, and the reference with this arithmetic."""
+    options = {"state_dtype": state_dtype, "stochastic_round": stochastic, "returns": RETURNS}
+    options |= pace_options(RULES[rule]) | {"maximize": rule == "strong", "weight_decay": 0.1}
+    params, opt = trainer(SHAPES, dtype, fused=True, **options)
+    others = [trainer(SHAPES, dtype, fused=fused, **options) for fused in (True, False)]
+    refs = [Reference(p.detach().double(), weight_decay=0.1, **RULES[rule]) for p in params]
+    returned = {f"return_{name}": flat(params, opt, "param") for name in RETURNS}
+    for t in range(1, 7):
+        lr = 0.0 if t == 1 else 0.05 * (1 - t / 20)  # no pull at first, as in a warm-up
+        for given, optimizer in ((params, opt), *others):
+            give(given, t)
+            optimizer.param_groups[0]["lr"] = lr
+        step(opt)
+        state = opt.state[params[0]]
+        tensors = {"param": params[0], **state}
+        tensors = {key: x.dtype for key, x in tensors.items() if key not in ("step", "idle_steps")}
+        rounded = BFLOAT16 in tensors.values()
+        for given, optimizer in others:
+            optimizer.step()
+            for key, kept_as in tensors.items():
+                x, y = flat(params, opt, key), flat(given, optimizer, key)
+                off, unit = (x - y).abs(), torch.finfo(kept_as).eps * y.abs().max()
+                if not rounded:
+                    assert off.max() <= 20 * unit, key
+                elif kept_as == BFLOAT16:
+                    assert off.max() <= 4 * unit, key
+                    assert (off > 0).double().mean() < 0.02, key
+                else:  # a rounding that went the other way, seldom
+                    assert off.mean() < 20 * unit, key
+            assert [opt.state[p]["step"] for p in params] == [t] * len(params)
+        for average, kept_by in zip(returned.values(), RETURNS.values(), strict=True):
+            average += kept_by.weight(t) * (flat(params, opt, "param") - average)
+        exact = dict(returned)
+        if not rounded:
+            for p, ref in zip(params, refs, strict=True):
+                ref.step((-p.grad if options["maximize"] else p.grad).numpy(), lr)
+            names = {"param": "theta", "average": "ema", "exp_avg": "m", "exp_avg_sq": "v"}
+            for key, name in names.items():
+                exact[key] = torch.cat([torch.tensor(getattr(x, name)).reshape(-1) for x in refs])
+        for key, y in exact.items():
+            x, unit = flat(params, opt, key), torch.finfo(tensors[key]).eps * y.abs().max()
+            assert (x - y).abs().max() <= 20 * unit, key
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("dtype", "state_dtype", "stochastic"), DTYPES, ids=str)
+def test_every_step_is_the_cpu_kernels_and_the_references(
+    dtype, state_dtype, stochastic, rule, interpreted, kernel
+):
+    interpreted(steps_as_the_others, dtype, state_dtype, stochastic, rule)
+
+
+def slots_of(shapes, dtype, state_dtype, *, start=0, extra=1, seed=0):
+    """Tensors in the middle of a training, and counts for them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(shape, dtype, scale=1.0):
+        return (scale * torch.randn(shape, generator=generator)).to(dtype)
+
+    wide, offset = torch.promote_types(dtype, FLOAT32), state_dtype.itemsize < dtype.itemsize
+    slots = [
+        Slot(
+            some(shape, dtype),
+            None,
+            some(shape, state_dtype),
+            some(shape, state_dtype).abs(),
+            some(shape, state_dtype, 0.01 if offset else 1.0),
+            start=start,
+            extra=tuple(some(shape, wide) for _ in range(extra)),
+        )
+        for shape in shapes
+    ]
+    return slots, [torch.zeros((), dtype=FLOAT64) for _ in slots]
+
+
+def written(slots):
+    return [x for s in slots for x in (s.param, s.exp_avg, s.exp_avg_sq, s.average, *s.extra)]
+
+
+def bits(tensors):
+    return [x.numpy().tobytes() if x.dtype != BFLOAT16 else bits([x.view(torch.int16)])[0]
+            for x in tensors]  # fmt: skip
+
+
+# Sums and products of few bits, the same in any order: what is left is the rounding.
+EXACT = Scalars(
+    *(0.5, 0.625, 1e-8),
+    root_bias2=1.0,
+    step_size=0.0,
+    shrink=0.9375,
+    gain=0.0,
+    uniform_gain=False,
+    clip=True,
+    weight=0.5,
+    maximize=False,
+    stochastic=True,
+    extra_weights=(0.25,),
+)
+
+
+def rounds_as_the_cpu(dtype, state_dtype, start):
+    from paceline.kernels import gpu
+
+    shapes, keys = [(2500,), (3,), ()], [-(2**31), 7, 2**31 - 1]
+    numbers = EXACT._replace(stochastic=dtype == BFLOAT16)
+    ends = []
+    for made in (gpu.Kernel, cpu.Kernel):
+        slots, counts = slots_of(shapes, dtype, state_dtype, start=start)
+        for x in (x for slot in slots for x in (slot.param, *slot[2:5], *slot.extra)):
+            x.copy_((64 * x).round() / 64)
+        grads = [(64 * x.param).round() / 64 for x in slots_of(shapes, dtype, dtype, seed=1)[0]]
+        made(slots, counts).step(grads, keys, numbers, measure=False)
+        ends.append(bits(written(slots)))
+    before = slots_of(shapes, dtype, state_dtype)[0]
+    assert ends[0] == ends[1] != bits(written(before))
+
+
+@pytest.mark.parametrize("start", [0, 2**32 - 1000, 5 * 2**32 + 3])
+@pytest.mark.parametrize(
+    "dtypes", [(FLOAT32, BFLOAT16), (BFLOAT16, FLOAT32), (BFLOAT16, BFLOAT16)], ids=str
+)
+def test_rounding_is_the_cpu_kernels_bit_for_bit(dtypes, start, interpreted, kernel):
+    """Also of shards, which begin somewhere in their parameters."""
+    interpreted(rounds_as_the_cpu, *dtypes, start)
+
+
+def holds_what_is_not_finite(dtype, state_dtype):
+    from paceline.kernels import gpu
+
+    shapes = [(1030,), (5,)]
+    limit = torch.finfo(torch.promote_types(dtype, FLOAT32)).max ** 0.5
+    bad = [float("nan"), float("inf"), -float("inf"), 1.01 * limit]
+    slots, counts = slots_of(shapes, dtype, state_dtype)
+    grads = [torch.ones_like(x.param) for x in slots]
+    held = [(0, 3), (0, 1026), (0, 1029), (1, 4)]
+    for (i, k), value in zip(held, bad, strict=True):
+        grads[i][k] = value
+    before = copy.deepcopy(slots)
+    numbers = EXACT._replace(step_size=0.1, gain=0.1, skip_nonfinite=True, stochastic=False)
+    made = gpu.Kernel(slots, counts)
+    for _ in range(2):
+        (found,) = made.step(grads, [1, 2], numbers, measure=False)
+        assert found["skipped"].item() == 4
+    moved = [torch.ones_like(x.param, dtype=torch.bool) for x in slots]
+    for i, k in held:
+        moved[i][k] = False
+    for i, (x, old) in enumerate(zip(slots, before, strict=True)):
+        for a, b in zip(written([x]), written([old]), strict=True):
+            assert torch.equal(a[~moved[i]], b[~moved[i]])
+        assert (x.param != old.param)[moved[i]].double().mean() > 0.9
+    # A weight where the device says so skips the step, and no other does.
+    before = bits(written(slots))
+    for skip in (True, False):
+        (found,) = made.step(
+            grads, [1, 2], numbers._replace(skip_nonfinite=torch.tensor(skip)), measure=False
+        )
+        assert not found
+        assert (bits(written(slots)) == before) == skip
+        assert [x.item() for x in counts] == [2.0 if skip else 3.0] * 2
+    assert slots[0].param[3].isnan()
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [(FLOAT32, FLOAT32), (FLOAT32, BFLOAT16), (BFLOAT16, BFLOAT16), (FLOAT64, FLOAT64)],
+    ids=str,
+)
+def test_coordinates_that_are_not_finite_keep_their_bits(dtypes, interpreted):
+    interpreted(holds_what_is_not_finite, *dtypes)
+
+
+def keeps_nans(pattern):
+    from paceline.kernels import gpu
+
+    slots, counts = slots_of([(2000,)], FLOAT32, BFLOAT16)
+    grad = torch.full((2000,), pattern, dtype=torch.int32).view(FLOAT32)
+    gpu.Kernel(slots, counts).step([grad], [5], EXACT._replace(stochastic=False), measure=False)
+    assert slots[0].exp_avg.isnan().all()
+    assert slots[0].exp_avg_sq.isnan().all()
+
+
+@pytest.mark.parametrize("pattern", [0x7FFFFFFF, -1, 0x7FC00000])
+def test_noise_carries_no_nan_over_to_zero(pattern, interpreted):
+    """NVIDIA's own NaN is the first of these."""
+    interpreted(keeps_nans, pattern)
+
+
+def takes_numbers_that_are_on_the_device(state_dtype):
+    ends = []
+    for path in ("kernel", "torch"):
+        lr = torch.tensor(0.05)
+        options = {"capturable": True, "fused": path == "kernel", "state_dtype": state_dtype}
+        params, opt = trainer([(300,), (7,)], FLOAT32, lr=lr, nonfinite="skip", **options)
+        for t in range(3):
+            give(params, t)
+            lr.mul_(0.9)
+            step(opt)
+        ends.append(torch.cat([flat(params, opt, key) for key in ("param", "exp_avg", "step")]))
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-4 if state_dtype else 1e-6)
+
+
+@pytest.mark.parametrize("state_dtype", [None, BFLOAT16])
+def test_numbers_may_be_on_the_device(state_dtype, interpreted):
+    interpreted(takes_numbers_that_are_on_the_device, state_dtype)
+
+
+def launches_once(count):
+    from paceline.kernels import gpu
+
+    launches, written_anew = [], []
+
+    class Counted(gpu.Kernel):
+        def _put(self, values, dtype):
+            written_anew.append(len(values))
+            return super()._put(values, dtype)
+
+    class Launched:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return launch[grid]
+
+    launch = gpu._step
+    slots, counts = slots_of([(3,)] * count, FLOAT32, FLOAT32, extra=0)
+    expected = copy.deepcopy(slots)
+    grads = [torch.ones(3) for _ in slots]
+    numbers = EXACT._replace(step_size=0.1, stochastic=False, extra_weights=())
+    with patch.object(gpu, "_step", Launched()):
+        made = Counted(slots, counts)
+        for _ in range(2):
+            made.step(grads, None, numbers, measure=False)
+    assert launches == [(count,)] * 2  # of a program for each
+    # The table; then the gradients' addresses, once, and each step's numbers.
+    assert written_anew == [8 * count - count, count, 12, 12]
+    other = Eager(expected, [x.clone() for x in counts])
+    for _ in range(2):
+        other.step(grads, None, numbers, measure=False)
+    for x, y in zip(written(slots), written(expected), strict=True):
+        torch.testing.assert_close(x, y)
+    assert sum(counts) == 2 * count
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_all_tensors_are_one_launch(count, interpreted):
+    interpreted(launches_once, count)
+
+
+def steps_far_elements():
+    from paceline.kernels import gpu
+
+    chunk = 2**32 // gpu.BLOCK + 3
+    far = chunk * gpu.BLOCK
+    ends = []
+    for begin in (0, far):
+        slots, counts = slots_of([(1500,)], FLOAT32, BFLOAT16, start=far - begin)
+        grads = [torch.ones(1500)]
+        made = gpu.Kernel(slots, counts)
+        # As if the tensors began so far before what there is of them in memory.
+        wide, narrow = 4 * begin, 2 * begin
+        made.table -= torch.tensor([wide, narrow, narrow, narrow, -begin, 0, 0, wide])
+        made.chunks[:, 1] += begin // gpu.BLOCK
+        made.addresses = [grads[0].data_ptr()]
+        made.grads = torch.tensor([grads[0].data_ptr() - wide])
+        made.step(grads, [9], EXACT._replace(step_size=0.1, stochastic=False), measure=False)
+        ends.append(bits(written(slots)))
+    assert ends[0] == ends[1] != bits(written(slots_of([(1500,)], FLOAT32, BFLOAT16)[0]))
+
+
+def test_tensors_of_more_than_four_billion_elements(interpreted):
+    interpreted(steps_far_elements)
+
+
+def masks(shift, which):
+    from paceline.kernels import gpu
+
+    seen, ends = [], []
+    ranges = gpu._range
+
+    def seeing(*arguments):
+        seen.append(arguments[4] is not None)
+        return ranges(*arguments)
+
+    for at in (0, shift):
+        slots, counts = slots_of([(2048,)], FLOAT32, FLOAT32)
+        grad, (slot,) = torch.ones(2048), slots
+
+        def shifted(x, at=at):
+            return torch.cat([torch.zeros(at), x])[at:]
+
+        if which == "grad":
+            grad = shifted(grad)
+        elif which == "extra":
+            slot = slot._replace(extra=(shifted(slot.extra[0]),))
+        else:
+            slot = slot._replace(**{which: shifted(getattr(slot, which))})
+        with patch.object(gpu, "_range", seeing):
+            gpu.Kernel([slot], counts).step([grad], None, EXACT, measure=False)
+        ends.append(bits(written([slot])))
+    assert ends[0] == ends[1]
+    return seen
+
+
+@pytest.mark.parametrize("which", ["param", "grad", "exp_avg", "exp_avg_sq", "average", "extra"])
+def test_memory_off_boundaries_of_16_bytes_is_stepped_with_a_mask(which, interpreted):
+    """As gradients in a bucket of DDP's can be; loads of 16 bytes would fail there."""
+    assert interpreted(masks, 1, which) == [False] * 2 + [True] * 8
+
+
+# ---- what it becomes -----------------------------------------------------------------------------
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+CASES = {  # parameters, state, extra averages -> bytes read and written for each parameter
+    (FLOAT32, FLOAT32, 0): 36,
+    (FLOAT32, FLOAT32, 1): 44,
+    (FLOAT32, BFLOAT16, 0): 24,
+    (BFLOAT16, FLOAT32, 0): 30,
+    (BFLOAT16, BFLOAT16, 0): 18,
+    (FLOAT64, FLOAT64, 0): 72,
+}
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """`compiled(target)` gives the list of what is compiled for it, and nothing is launched."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    run = JITFunction.run
+
+    def start(target):
+        made, kind = [], GPUTarget(*TARGETS[target])
+
+        class Driver:
+            get_current_device = staticmethod(lambda: f"{tmp_path} {target}")
+            get_current_stream = staticmethod(lambda device: 0)
+            get_current_target = staticmethod(lambda: kind)
+
+        def compile_only(self, *args, grid, warmup, **options):
+            found = run(self, *args, grid=grid, warmup=True, **options)
+            if found not in made:
+                made.append(found)
+
+        monkeypatch.setattr(driver, "_active", Driver())
+        monkeypatch.setattr(torch.version, "hip", "6" if kind.backend == "hip" else None)
+        monkeypatch.setattr(JITFunction, "run", compile_only)
+        return made
+
+    return start
+
+
+def take_a_step(shapes, dtype, state_dtype, extra=0, **numbers):
+    from paceline.kernels import gpu
+
+    slots, counts = slots_of(shapes, dtype, state_dtype, extra=extra)
+    numbers = {"skip_nonfinite": True, "stochastic": dtype == BFLOAT16, **numbers}
+    numbers = EXACT._replace(extra_weights=(0.25,) * extra, **numbers)
+    grads = [x.param.clone() for x in slots]
+    gpu.Kernel(slots, counts).step(grads, [1] * len(slots), numbers, measure=False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_on_nvidia_it_moves_the_floors_bytes_in_wide_words(target, case, compiled, tmp_path):
+    import triton
+
+    from paceline.kernels import gpu
+
+    made = compiled(target)
+    take_a_step([(5000,), ()], *case)
+    (kernel,) = made
+    ptx, each = kernel.asm["ptx"], gpu.BLOCK // gpu.THREADS
+    found = re.findall(r"(@%p\d+ )?(ld|st)\.global(?:\.v(\d))?\.b(\d+)", ptx)
+    # Without a mask: a whole chunk's vectors, of which a thread takes four elements; and words of
+    # the tables, which are read and not written.
+    wide = [int(count) * int(bits) // 8 for mask, _, count, bits in found if not mask and count]
+    assert sum(wide) == each * CASES[case]
+    assert set(wide) == {min(16, each * x.itemsize) for x in case[:2]}
+    words = [(which, bits) for mask, which, count, bits in found if not mask and not count]
+    assert set(words) == {("ld", "32"), ("ld", "64")}
+    assert words.count(("ld", "32")) == 2  # a chunk's row and place
+    # With a mask: each thread takes one element.
+    one = [int(bits) // 8 for mask, _, count, bits in found if mask and not count]
+    assert sum(one) == CASES[case]
+    # Roots and quotients are rounded to nearest, numbers below the normal range are kept.
+    assert not re.search(r"\.(approx|full|ftz)\b", ptx)
+    assert "fma.rn" in ptx  # as on the CPU; Triton's default is to change
+    assert "arith.shrsi" not in kernel.asm["ttir"]  # the hash is one of unsigned numbers
+
+    binary = tmp_path / "step.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, check=True, text=True)
+    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout))
+    assert used["STACK"] == used["LOCAL"] == "0"
+    assert int(used["REG"]) <= {FLOAT32: 64, BFLOAT16: 72, FLOAT64: 96}[case[0]]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_amd_nothing_is_spilled(case, compiled):
+    made = compiled("gfx942")
+    take_a_step([(5000,), ()], *case)
+    (kernel,) = made
+    used = dict(re.findall(r"\.(\w+_spill_count|private_segment_fixed_size): +(\d+)",
+                           kernel.asm["amdgcn"]))  # fmt: skip
+    assert set(used.values()) == {"0"}
+    assert len(used) == 3
+    assert "buffer_load_dwordx4" in kernel.asm["amdgcn"] or case[:2] == (BFLOAT16, BFLOAT16)
+
+
+def test_no_number_shape_or_count_has_it_compiled_anew(compiled):
+    made = compiled("sm_90")
+    for shapes in ([(3,)], [(16, 1024)], [(5,), (1024,), (), (0,), (99,)], [(2,)] * 300):
+        for numbers in (
+            {"step_size": 0.1, "gain": 0.3},
+            {"step_size": 1.0, "weight": 0.0, "shrink": 1.0, "clip": False, "maximize": True},
+            {"step_size": torch.tensor(0.3), "root_bias2": torch.tensor(0.5, dtype=FLOAT64)},
+        ):
+            take_a_step(shapes, FLOAT32, FLOAT32, **numbers)
+    assert len(made) == 1
+    take_a_step([(3,)], FLOAT32, FLOAT32, uniform_gain=True)  # an option of the group's
+    assert len(made) == 2
