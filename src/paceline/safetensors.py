@@ -70,6 +70,7 @@ def write_safetensors(
         for tensor in tensors:
             if tensor.nbytes:  # without NumPy, which torch does not need
                 file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+            del tensor  # before the next is made
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
