@@ -69,7 +69,7 @@ HIGHEST = 0.1  # rate; grids are not widened beyond
 
 
 class Cell(NamedTuple):
-    """One training; a rate of 0 is found by the training itself."""
+    """One training."""
 
     task: str
     steps: int

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from regret import FOUND, SATURATED
+from regret import FOUND, READ_OUTS, SATURATED
 from regret_tables import (
     HORIZON,
     best_settings,
@@ -26,7 +26,7 @@ from tasks import BLIND_RATES
 from paceline.study.rates import rate_picture
 from paceline.study.statistics import EDGE, Listing, paired
 
-AVERAGES = ("k20", "k30", "k50", "k60", "k70", "k85", "k95")
+AVERAGES = tuple(READ_OUTS)
 TEN, AUTO = "pace:pullback=10:kappa=0.3", "pace:pullback=auto:kappa=0.3"
 POWER, TWIN = "adamw:power:kappa=0.3", "adamw:twin:twin_gain=0.5:kappa=0.3"
 TEN_PACE, ONE, FOUND_RATE, OWN = (

@@ -376,7 +376,7 @@ def steps_far_elements():
         slots, counts = slots_of([(1500,)], FLOAT32, BFLOAT16, start=far - begin)
         grads = [torch.ones(1500)]
         made = gpu.Kernel(slots, counts)
-        # As if the tensors began so far before what there is of them in memory.
+        # Addresses move back by `begin` elements, and chunks forward: what is stepped is in memory.
         wide, narrow = 4 * begin, 2 * begin
         made.table -= torch.tensor([wide, narrow, narrow, narrow, -begin, 0, 0, wide])
         made.chunks[:, 1] += begin // gpu.BLOCK
