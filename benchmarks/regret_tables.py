@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from regret import READ_OUTS, SATURATED, SEEDS, Cell, written
+from regret import ALL_TASKS, READ_OUTS, SATURATED, Cell, written
 from tasks import TASKS
 
 from paceline.study.statistics import DIFFERENCE, Listing, edges, holds, holm, interval, p_value
@@ -70,6 +70,7 @@ PULLS = {  # each with its twin
     ),
     "scalar gain 1": (SATURATED, "adamw:power:kappa=0.3"),
 }
+SEEDS = {name: task.seeds for name, task in ALL_TASKS.items()}
 CELL = ["task", "steps", "lr"]
 HORIZON = CELL[:2]
 
@@ -102,7 +103,7 @@ def best_settings(losses: pd.DataFrame, over: list[str] = CELL) -> pd.DataFrame:
     """
     setting = [*CELL, "method", "average"]
     seeds = losses.groupby(setting).choose.transform("count")
-    losses = losses[seeds == len(SEEDS)]
+    losses = losses[seeds == losses.task.map(SEEDS)]
     others = losses.groupby(setting).choose.transform("sum") - losses.choose
     return losses.loc[others.groupby([losses[key] for key in (*over, "seed")]).idxmin()]
 
@@ -116,7 +117,7 @@ def difference(these: pd.DataFrame, those: pd.DataFrame, over: list[str] = CELL)
     rows = {
         cell: (x.mean(), *(interval(list(x)) or (math.nan, math.nan)), p_value(list(x)))
         for cell, x in (one - other).dropna().groupby(over)
-        if len(x) == len(SEEDS)
+        if len(x) == SEEDS[cell[0]]
     }
     index = pd.MultiIndex.from_tuples(rows, names=over)
     return pd.DataFrame(rows.values(), index=index, columns=DIFFERENCE, dtype=float)

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from regret import SEEDS
 from scipy import stats
 from tasks import WEIGHT_DECAY, Problem, finetune, scratch
 from torch import Tensor, nn
@@ -30,6 +29,8 @@ from paceline import PowerEMA
 
 STEPS = 600
 PULL, RETURNED = PowerEMA(0.3), PowerEMA(0.7)
+
+SEEDS = range(5)
 
 
 class Task(NamedTuple):

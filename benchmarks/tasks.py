@@ -66,6 +66,7 @@ class Task(NamedTuple):
     start: Callable[[int], Problem]
     warmup: float = 0.05  # of the steps, linearly, for all methods
     clip: float = 1.0  # norm of the gradients
+    seeds: int = 5  # from 0
 
 
 # ---- language models ----------------------------------------------------------------------------
@@ -318,8 +319,8 @@ TASKS = {
         clip=math.inf,
     ),
     "smollm2": Task((3e-4, 1e-3), (60,), smollm2),
-    "smollm2-whole": Task((1e-4, 3e-4, 1e-3, 3e-3), (60,), smollm2_whole),
 }
+WHOLE = {"smollm2-whole": Task((1e-4, 3e-4, 1e-3, 2e-3, 5e-3), (60,), smollm2_whole, seeds=3)}
 
 
 # ---- texts and models of the blind trial --------------------------------------------------------

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,8 @@ import pytest
 import schedulefree
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+SEEDS = range(5)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def tables():
 def losses_of(regret, tasks=("finetune",), methods=("adamw", "pace:pullback=1:kappa=0.3"), seed=0):
     """Random losses of all averages: Cell -> {average: [to choose by, to report]}."""
     random = np.random.default_rng(seed)
-    cells = itertools.product(tasks, (300,), (0.001, 0.01), methods, regret.SEEDS)
+    cells = itertools.product(tasks, (300,), (0.001, 0.01), methods, SEEDS)
     names = ("live", *regret.READ_OUTS)
     return {
         regret.Cell(*cell): {name: list(random.uniform(1, 2, 2)) for name in names}
@@ -46,13 +49,13 @@ def test_chosen_by_the_other_seeds(regret, tables, over):
     }
     where = {setting[: len(over)] for setting in settings}
     assert len(found) == len(where) * 5
-    for place, seed in itertools.product(where, regret.SEEDS):
+    for place, seed in itertools.product(where, SEEDS):
 
         def others(setting, place=place, seed=seed):
             *_, method, lr, name = setting
             return sum(
                 done[regret.Cell(place[0], place[1], lr, method, x)][name][0]
-                for x in regret.SEEDS
+                for x in SEEDS
                 if x != seed
             )
 
@@ -78,7 +81,7 @@ def test_an_average_chosen_after_its_training(regret, tables, averages):
 def test_a_setting_that_lacks_a_seed_is_not_chosen(regret, tables):
     done = losses_of(regret)
     lucky = regret.Cell("finetune", 300, 0.001, "adamw", 0)
-    for seed in regret.SEEDS[1:]:
+    for seed in SEEDS[1:]:
         done[lucky._replace(seed=seed)]["k50"] = [0.0, 0.0]
     done[lucky].pop("k50")
     found = tables.best_settings(tables.frame(done))
@@ -373,15 +376,31 @@ def test_grids_are_widened_until_the_best_rate_is_inside(regret):
         regret.Cell("finetune", 300, lr, method, seed)
         for method in ("adamw", "schedule-free", "pace:pullback=1+found")
         for lr in (0.01, 0.001)
-        for seed in regret.SEEDS
+        for seed in SEEDS
     ]
     high = {"adamw": 2.0, "schedule-free": 1.0, "pace:pullback=1+found": 1.0}
     done = {x: {"k50": [high[x.method] if x.lr == 0.01 else 1.5, 0.0]} for x in cells}
     assert regret.widened(done, cells) == [
-        regret.Cell("finetune", 300, 0.0178, "schedule-free", seed) for seed in regret.SEEDS
+        regret.Cell("finetune", 300, 0.0178, "schedule-free", seed) for seed in SEEDS
     ]
-    done[cells[2 * len(regret.SEEDS)]]["k50"] = [math.inf, 0.0]
+    done[cells[2 * len(SEEDS)]]["k50"] = [math.inf, 0.0]
     assert regret.widened(done, cells) == []
+
+
+def test_all_trainings_of_a_seed_come_before_those_of_the_next(regret):
+    cells = list(regret.cells(["finetune", "smollm2-whole"], ["adamw", "adamw:cosine"]))
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    counts = Counter((cell.task, cell.method, cell.seed) for cell in cells)
+    assert counts == {
+        **{
+            ("finetune", method, seed): 10 for method in ("adamw", "adamw:cosine") for seed in SEEDS
+        },
+        **{
+            ("smollm2-whole", method, seed): 5
+            for method in ("adamw", "adamw:cosine")
+            for seed in range(3)
+        },
+    }
 
 
 def test_a_rate_that_rises_finds_where_the_loss_is_lowest(regret):

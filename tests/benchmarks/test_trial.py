@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+SEEDS = range(5)
+
 
 @pytest.fixture(scope="module")
 def regret():
@@ -28,7 +30,7 @@ def losses_of(regret, trial, seed=0):
     lowest = {trial.TEN: 3.0, trial.POWER: 3.1, "schedule-free": 3.15}
     found = {}
     for task, method, s in itertools.product(
-        importlib.import_module("tasks").BLIND, regret.BLIND_METHODS, regret.SEEDS
+        importlib.import_module("tasks").BLIND, regret.BLIND_METHODS, SEEDS
     ):
         rates = (0.013 + s / 1000,) if method == regret.FOUND else trial.RATES
         for lr in rates:
@@ -64,9 +66,7 @@ def lowest_by_the_others(regret, done, task, seed, methods, averages):
 
     def others(setting):
         method, lr, name = setting
-        return sum(
-            done[regret.Cell(task, 600, lr, method, s)][name][0] for s in regret.SEEDS if s != seed
-        )
+        return sum(done[regret.Cell(task, 600, lr, method, s)][name][0] for s in SEEDS if s != seed)
 
     method, lr, name = min(settings, key=others)
     return done[regret.Cell(task, 600, lr, method, seed)][name][1]
@@ -82,7 +82,7 @@ def test_the_first_claim_by_hand(regret, trial, made):
             - lowest_by_the_others(
                 regret, done, task, s, {"adamw", "adamw:cosine", "adamw:wsd"}, {"live"}
             )
-            for s in regret.SEEDS
+            for s in SEEDS
         ]
         means.append(np.mean(pairs))
     middle = np.mean(means)
