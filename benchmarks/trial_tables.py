@@ -24,7 +24,7 @@ from regret_tables import (
 from tasks import BLIND_RATES
 
 from paceline.study.rates import rate_picture
-from paceline.study.statistics import EDGE, Listing, paired
+from paceline.study.statistics import EDGE, Listing, holds, paired
 
 AVERAGES = tuple(READ_OUTS)
 TEN, AUTO = "pace:pullback=10:kappa=0.3", "pace:pullback=auto:kappa=0.3"
@@ -66,6 +66,23 @@ CLAIMS = {  # one family less another
     "2": [(ONE, "power, and average")],
     "4": [(FOUND_RATE, ONE), (FOUND_RATE, "AdamW, best schedule")],
     "5b": [(OWN, TEN_PACE)],
+}
+LOWER = (
+    "the difference is below 0 after Holm's correction",
+    lambda mean, high, p: mean < 0 and holds(p),
+)
+MORE = (
+    "the difference is above 0 after Holm's correction",
+    lambda mean, high, p: mean > 0 and holds(p),
+)
+AT_MOST = "the upper end of the interval is below {}"
+RULES = {  # of each row of a claim: what must hold of its mean, upper end and corrected p-value
+    "1": (LOWER,) * len(RIVALS),
+    "2": (LOWER,),
+    "3": (MORE,) * len(RIVALS),
+    "4": ((AT_MOST.format(0.02), lambda mean, high, p: high < 0.02), LOWER),
+    "5a": ((AT_MOST.format(0.01), lambda mean, high, p: high < 0.01),) * len(BLIND_RATES),
+    "5b": ((AT_MOST.format(0.02), lambda mean, high, p: high < 0.02),),
 }
 RATES = tuple(float(f"{lr:.3g}") for lr in BLIND_RATES)
 NEAR = 0.05  # nats above the best of all, up to which a rate counts as near it
@@ -141,6 +158,20 @@ def settings(chosen: dict[str, pd.DataFrame], tried: dict[str, pd.DataFrame]) ->
     return Listing("What the most seeds chose", columns, sorted(rows, key=lambda row: row[0]))
 
 
+def verdicts(listings: list[Listing]) -> Listing:
+    """Whether each part of each claim holds, by the protocol's rules."""
+    rows = []
+    for claim, rules in RULES.items():
+        listing = next(
+            x for x in listings if x.title.startswith((f"Claim {claim}, over", f"Claim {claim}: "))
+        )
+        for (said, rule), (name, *_, mean, _, high, p) in zip(rules, listing.rows, strict=True):
+            known = mean is not None and high is not None
+            verdict = ("holds" if rule(mean, high, p) else "does not hold") if known else "open"
+            rows.append([claim, name, said, verdict])
+    return Listing("Verdicts", ["claim", "", "holds if", "verdict"], rows)
+
+
 PICTURE = {  # a line each
     "AdamW, cosine": Family(("adamw:cosine",), ("live",)),
     "EMA of AdamW": FAMILIES["EMA"],
@@ -152,17 +183,20 @@ PICTURE = {  # a line each
 
 
 def picture(losses: pd.DataFrame, path: Path) -> list[str]:
-    """Draw the loss over the rate, the mean over the tasks, each with its best average.
+    """Draw the loss above the best of all over the rate, each method with its best average.
 
     Returns:
         The sentences that the losses bear out.
     """
+    lowest = best_settings(losses[losses.method != FOUND], HORIZON).groupby("task").report.mean()
     parts = []
     for name, family in PICTURE.items():
-        best = best_settings(family.of(losses))
-        mean = best.groupby(["lr", "seed"]).report.mean().reset_index(name="loss")
-        parts.append(mean[mean.lr.isin(RATES)].assign(method=name))
-    return rate_picture(pd.concat(parts), path)
+        own = best_settings(family.of(losses))
+        own = own[own.lr.isin(RATES)].assign(loss=own.report - own.task.map(lowest))
+        mean = own.groupby(["lr", "seed"]).loss.mean().reset_index()
+        parts.append(mean.assign(method=name))
+    label = f"loss above the best of all,\nnats a token, mean of {len(lowest)} tasks"
+    return rate_picture(pd.concat(parts), path, label=label)
 
 
 def tables(losses: pd.DataFrame) -> Iterator[Listing]:
@@ -172,10 +206,8 @@ def tables(losses: pd.DataFrame) -> Iterator[Listing]:
     tried = {name: family.of(losses) for name, family in FAMILIES.items()}
     chosen = {name: best_settings(x, HORIZON) for name, x in tried.items()}
     best = best_settings(losses[losses.method != FOUND], HORIZON)
-    yield from compared(chosen)
-    yield from near(excess(losses, best))
-    yield untuned(losses)
-    yield settings(chosen, tried)
+    decisive = [*compared(chosen), *near(excess(losses, best)), untuned(losses)]
+    yield from (verdicts(decisive), *decisive, settings(chosen, tried))
 
 
 if __name__ == "__main__":

@@ -94,6 +94,38 @@ def test_the_first_claim_by_hand(regret, trial, made):
     assert row.rstrip(" |").endswith("*")
 
 
+def test_the_verdicts_follow_the_rules_of_the_protocol(trial):
+    """Made-up rows: mean, lower end, upper end, corrected p-value."""
+    sure, unsure = [-0.02, -0.03, -0.01, 0.001], [-0.02, -0.05, 0.015, 0.3]
+    higher, none = [0.03, 0.01, 0.05, 0.001], [None] * 4
+    rows = {
+        "1, over": [sure, unsure, higher, none],
+        "2, over": [higher],
+        "3: ": [higher, sure, unsure, sure],
+        "4, over": [unsure, unsure],
+        "5a: ": [sure, unsure, sure, higher, sure, sure],
+        "5b, over": [higher],
+    }
+    listings = [
+        trial.Listing(
+            f"Claim {claim} tasks", ["", "tasks", "", "", "", ""], [["x", 8, *y] for y in z]
+        )
+        for claim, z in rows.items()
+    ]
+    found = {}
+    for claim, _, _, verdict in trial.verdicts(listings).rows:
+        found.setdefault(claim, []).append(verdict)
+    yes, no = "holds", "does not hold"
+    assert found == {
+        "1": [yes, no, no, "open"],
+        "2": [no],
+        "3": [yes, no, no, no],
+        "4": [yes, no],
+        "5a": [yes, no, yes, no, yes, yes],
+        "5b": [no],
+    }
+
+
 def test_a_found_rate_is_one_setting(regret, trial, made):
     """Its seeds have other rates; the setting's rate is their median."""
     text = (made[2] / "tables.md").read_text().partition("## What the most seeds chose")[2]
@@ -113,6 +145,7 @@ def test_the_picture_is_of_the_means_over_tasks(regret, trial, made):
     _, losses, folder = made
     sentences = trial.picture(losses, folder / "rates")
     assert "PACE, c = 10 has the lowest loss" in sentences[0]
+    assert re.search(r"Within 0.05 nats of the lowest loss, 0.0[0-5]", sentences[-1])
     assert (folder / "rates.svg").is_file()
     assert (folder / "rates.png").is_file()
 

@@ -21,6 +21,7 @@ from .statistics import interval
 NEAR = 0.05  # nats above the lowest loss; one run is up to 0.02 away from the mean over seeds
 MAX_LINES = 6
 SHOWN_SHARE = 0.8  # of the losses; higher ones are marks at the top edge
+LOSS = "loss of the returned model, nats a token"
 MARKERS = "osD^vPX"  # one for each colour
 
 # Words of a method's name -> the colour that the paper's figures draw it in, if it is still free.
@@ -86,13 +87,14 @@ class RateCurve:
         return rates[first : last + 1]
 
 
-def rate_picture(table: Mapping[str, Iterable[Any]], path: Path) -> list[str]:
+def rate_picture(table: Mapping[str, Iterable[Any]], path: Path, *, label: str = LOSS) -> list[str]:
     """Draw losses over the learning rate, a line a method, to PATH.svg and PATH.png.
 
     Args:
         table: a data frame, or a dict of columns: `method`, `lr`, `seed`, and `loss` in nats, which
             is infinite, NaN or None where the run diverged.
         path: of both files; its ending is replaced.
+        label: of the vertical axis.
 
     Returns:
         The sentences that the losses bear out, for the text under the picture.
@@ -112,7 +114,7 @@ def rate_picture(table: Mapping[str, Iterable[Any]], path: Path) -> list[str]:
     curves = curves_of(losses)
     if len(rates_of(curves)) < 2:
         raise ValueError("a picture over the learning rate needs at least two rates")
-    save(rate_figure(curves), path)
+    save(rate_figure(curves, label), path)
     return rate_sentences(curves)
 
 
@@ -152,7 +154,7 @@ def looks(methods: Sequence[str]) -> dict[str, Look]:
     }
 
 
-def rate_figure(curves: Sequence[RateCurve]) -> Figure:
+def rate_figure(curves: Sequence[RateCurve], label: str = LOSS) -> Figure:
     """Mean losses over the learning rate; vertical lines are their intervals over the seeds.
 
     The chart is as wide as a phone shows it well. Of more than six methods it has the lowest six.
@@ -195,7 +197,7 @@ def rate_figure(curves: Sequence[RateCurve]) -> Figure:
     axis.set_xticks(rates, ["" if i % every else f"{lr:g}" for i, lr in enumerate(rates)])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("learning rate", fontsize=12)
-    axis.set_ylabel("loss of the returned model, nats a token", fontsize=12)
+    axis.set_ylabel(label, fontsize=12)
     axis.tick_params(labelsize=11.5)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
