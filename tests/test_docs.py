@@ -23,5 +23,57 @@ def test_links_between_the_documents_lead_somewhere():
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/*/*.md")]
     assert len(pages) > 5
     for page in pages:
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+        for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}#{anchor}"
+
+
+def anchors(page):
+    """The names in a page that links can end with: of its headings, and its own."""
+    text = page.read_text()
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"(?ms)^```.*?^```", "", text), re.M)
+    words = (re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in headings)
+    return {*words, *re.findall(r'<a id="([\w-]+)">', text)}
+
+
+LEDGER = ROOT / "results" / "README.md"
+TEXTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
+def ledger():
+    """The ledger's rows by their name, a list of cells."""
+    lines = [x for x in LEDGER.read_text().splitlines() if x.startswith('| <a id="')]
+    rows = {re.search(r'id="([\w-]+)"', x)[1]: x.strip("|").split(" | ") for x in lines}
+    assert len(rows) == len(lines) > 20
+    return rows
+
+
+def numbers(text):
+    """Its decimal numbers, signs aside, as they are written."""
+    return set(re.findall(r"\d+\.\d+", text))
+
+
+def test_each_row_of_the_ledger_is_whole_and_its_numbers_are_on_its_page():
+    for name, cells in ledger().items():
+        assert len(cells) == 6, name
+        _, number, _, _, command, date = cells
+        assert re.fullmatch(r"2026-\d\d-\d\d", date.strip()), name
+        page = re.search(r"`.+`, \[page\]\((.+)\)", command)
+        assert page, name
+        known = numbers((LEDGER.parent / page[1]).read_text())
+        assert numbers(number) <= known, f"{name}: {sorted(numbers(number) - known)}"
+
+
+def test_what_texts_link_to_the_ledger_is_in_the_row():
+    """The numbers in the text of a link to a row are the row's; every row that stands is linked."""
+    rows, linked = ledger(), set()
+    for page in TEXTS:
+        for said, name in re.findall(
+            r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\([./]*results/README\.md#([\w-]+)\)", page.read_text()
+        ):
+            assert name in rows, f"{page.name}: {name}"
+            assert numbers(said) <= numbers(rows[name][1]), f"{page.name}: {said}"
+            linked.add(name)
+    standing = {name for name, cells in rows.items() if "**Withdrawn**" not in cells[0]}
+    assert linked == standing, (sorted(standing - linked), sorted(linked - standing))
