@@ -59,6 +59,7 @@ class AveragedOptimizer(Optimizer):
         self._announced: shards.Announcement | None = None
         self._spans: list[tuple[int, int, int]] = []  # of memory that does not overlap
         self._checked: dict[int, list[Any]] = {}  # by the group's index: options as checked
+        self._reach: Callable[[], object] | None = None  # a host's, from parameters to the model
         self._projections: OrderedDict[int, Callable[[], object]] = OrderedDict()
 
     # ---- the model to return ------------------------------------------------------------------
@@ -164,8 +165,8 @@ class AveragedOptimizer(Optimizer):
 
         Raises:
             ValueError: no average has this name.
-            RuntimeError: the model's dtype was changed after the first step, or it is under ZeRO
-                stage 3. Nothing has changed.
+            RuntimeError: the model's dtype was changed after the first step, or it is under ZeRO,
+                and not by `paceline.integrations.deepspeed`. Nothing has changed.
         """
         averages = self._average_keys(name)
         if self.swapped:
@@ -189,11 +190,15 @@ class AveragedOptimizer(Optimizer):
                     f"a parameter of shape {tuple(p.shape)} is {p.dtype} now, which does not go "
                     f"with its {average.dtype} average; convert models before the first step"
                 )
+        if self._reach is None and any(map(shards.is_flat_copy, averages)):
+            raise RuntimeError(shards.ZERO_1_2)
         shards.drop_gathered_copies(averages)
         names = {p: key.partition(RETURN)[2] for p, key in averages.items()}
         now = {p: swap.Swapped(str(p.dtype), name) for p, name in names.items()}
         records = [(g, swap.write_record(map(now.get, g["params"]))) for g in self.param_groups]
         swap.swap_in(self._pairs(averages), records)
+        if self._reach:
+            self._reach()
 
     def _pairs(self, averages: dict[Tensor, str]) -> Iterator[tuple[Tensor, Tensor]]:
         return ((shards.local(p), shards.local(self.state[p][k])) for p, k in averages.items())
@@ -232,6 +237,8 @@ class AveragedOptimizer(Optimizer):
         exchanged = self._swapped_in(checked=True)
         shards.drop_gathered_copies(exchanged)
         swap.swap_back(self._pairs(exchanged), [(group, "") for group in self.param_groups])
+        if self._reach:
+            self._reach()
 
     @contextmanager
     def averaged(self, name: str | None = None) -> Iterator[None]:

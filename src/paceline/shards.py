@@ -4,6 +4,7 @@ The step works on elements, so it works on each rank's own part (`torch.distribu
 memory to every kernel, without a word to the other ranks.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -24,6 +25,10 @@ ZERO_3 = (
     "DeepSpeed's ZeRO stage 3 keeps the weights in flat parts of its own, so no average can be put "
     "into the model; use FSDP2 (fully_shard, in accelerate fsdp_version 2)"
 )
+ZERO_1_2 = (
+    "DeepSpeed's ZeRO steps flat copies of the weights, so the average would not reach the model; "
+    "call paceline.integrations.deepspeed.attach(engine) first"
+)
 _announced: Counter[str] = Counter()  # in this process, by what they are of
 
 
@@ -40,6 +45,11 @@ def is_flattened(x: Tensor) -> bool:
 def is_partitioned(x: Tensor) -> bool:
     """Whether DeepSpeed's ZeRO stage 3 has taken this parameter's data away, or it is the data."""
     return hasattr(x, "ds_id")
+
+
+def is_flat_copy(x: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO stage 1 or 2 steps this flat copy in the place of parameters."""
+    return "deepspeed" in sys.modules and x.ndim == 1 and not isinstance(x, torch.nn.Parameter)
 
 
 def local(x: Tensor) -> Tensor:
