@@ -80,7 +80,7 @@ TRIAL, BLIND_TRIAL, WHOLE_TRIAL = (
     (WHOLE, WHOLE_METHODS),
 )
 ALL_TASKS = TASKS | BLIND | WHOLE
-HIGHEST = 0.1  # rate; grids are not widened beyond
+HIGHEST = 1.0  # rate; grids are not widened beyond
 
 
 class Cell(NamedTuple):
