@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn, TypeAlias, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import auto, kernels, memory, rounding, shards
@@ -286,6 +287,7 @@ class PACE(AveragedOptimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_disable_dynamo  # which cannot trace it; torch has this on methods of its own, too
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step on every parameter that has a gradient.

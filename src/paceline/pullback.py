@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer
 
 from . import memory, shards
@@ -212,6 +213,7 @@ class Pullback(AveragedOptimizer):
 
     # ---- stepping -----------------------------------------------------------------------------
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, **options: Any) -> Any:
         """Have the base take one step; then pull, and take the new weights into the averages.

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim import AdamW, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from paceline import PACE, kernels
+from paceline import PACE, Pullback, kernels
 from paceline.testing import SCHEDULERS
 
 RULE = {"pullback": 0.3, "ema_power": 0.4, "weight_decay": 0.1}
@@ -276,6 +277,50 @@ def test_compiled_models_train_and_export_as_their_originals(in_place):
     with opts[0].averaged(), opts[1].averaged():  # the compiled one sees the exchange
         assert torch.equal(compiled(x), plain(x))
         assert not torch.equal(compiled(x), live)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["the step", "all of it"])
+@pytest.mark.parametrize("kind", ["PACE", "Pullback"])
+def test_a_compiled_step_is_the_step(kind, whole):
+    """Dynamo leaves it alone: it traces none of it, and never anew for another rate."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    graphs, frames, ends = [], [], []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    for compiles in (False, True):
+        model, _ = problem()
+        params = model.parameters()
+        options = {"pullback": 0.3, "returns": "slow=ema:kappa=0.7"}
+        base = [AdamW(params)] if kind == "Pullback" else [params]
+        opt = (Pullback if kind == "Pullback" else PACE)(*base, **options)
+
+        def train(model=model, opt=opt):
+            model(torch.ones(4, 6)).square().mean().backward()
+            return opt.step()
+
+        work = train if whole else opt.step
+        work = torch.compile(work, backend=count) if compiles else work
+        for t in range(12):
+            opt.param_groups[0]["lr"] = LR / (1 + t)
+            if not whole:
+                random_grads(model.parameters(), t)
+            assert work() is None
+            frames.append(sum(counters["frames"].values()))
+            opt.zero_grad()
+        ends.append(snapshot(model, opt))
+    assert_same(*ends)
+    traced = [node for graph in graphs for node in graph.graph.nodes if node.op != "output"]
+    names = " ".join(str(node.target) for node in traced)
+    assert not re.search("foreach|addcdiv|lerp|sqrt", names)
+    assert whole or not graphs
+    assert frames[13] == frames[-1] > 0  # once the first two steps have made what there is
+    torch._dynamo.reset()
 
 
 def test_the_table_has_every_scheduler_of_torch():
