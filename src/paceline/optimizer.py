@@ -139,14 +139,14 @@ class PACE(AveragedOptimizer):
             with capturable here.
         clip: hold the gain to at most 1, so that the pull never goes past the average.
         fused: step in one pass over memory (`paceline.kernels`): True demands it, False does not
-            use it. None uses it on the CPU, for those parameters of a group that it can step if
-            they have 2^18 elements or more in all, and if a C++ compiler works; it warns once if
-            none does. It steps contiguous float32, bfloat16 and float64 parameters. On accelerators
-            None means False; True uses `torch.compile`, which we have not measured. Without it,
-            tensors are stepped together, with some four times 2^18 elements of scratch on the CPU
-            and 2^24 on accelerators.
+            use it. None uses it for those parameters of a group that it can step if they have 2^18
+            elements or more in all: contiguous float32, bfloat16 and float64 parameters, on the CPU
+            if a C++ compiler works, on CUDA if Triton does. On CUDA it first compares one small
+            step with torch operations, once in a process. It warns once where it does without.
+            No GPU has run it yet. Without it, tensors are stepped together, with some four times
+            2^18 elements of scratch on the CPU and 2^24 on accelerators.
         capturable: keep `step` on the parameter's device and wait for nothing there, as a CUDA
-            graph needs. Costs more launches.
+            graph needs; take a step before the one that goes into the graph. Costs more launches.
         state_dtype: torch.bfloat16, or its name, keeps m, v and the average in it, rounded
             stochastically; for float32 and bfloat16 parameters. None: float32 as said above.
         stochastic_round: round bfloat16 parameters stochastically when they are written; to
@@ -223,7 +223,7 @@ class PACE(AveragedOptimizer):
         Raises:
             ValueError: an option is out of range, or a parameter is flattened by FSDP1, is not
                 floating-point or does not go with an option.
-            RuntimeError: `fused=True`, and the kernel cannot be built here.
+            RuntimeError: `fused=True`, and the device's kernel cannot be used here.
         """
         if isinstance(param_group, dict):  # else torch says what is wrong
             expand_short(param_group)
@@ -276,8 +276,8 @@ class PACE(AveragedOptimizer):
                     f"fused=True {reason}, got {describe(self.param_groups, group, index)}; "
                     "nothing was changed, and fused=None steps it another way"
                 )
-        for device in {p.device for _, p in members}:
-            kernels.prepare(device)
+        for p in {(p.device, p.dtype): p for _, p in members}.values():
+            kernels.prepare(shards.local(p), state_dtype(p, options), options)
 
     # ---- stepping -----------------------------------------------------------------------------
 
@@ -309,6 +309,7 @@ class PACE(AveragedOptimizer):
             self._state_is_provisional = True
             return None
         self._refuse_while_swapped()
+        self._refuse_in_graph()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -356,6 +357,14 @@ class PACE(AveragedOptimizer):
         self._stats = summarize(measured)
         return loss
 
+    def _refuse_in_graph(self) -> None:
+        """Raises: RuntimeError: a CUDA graph is being made that would hold this step's numbers."""
+        others = [group for group in self.param_groups if not group["capturable"]]
+        if any(kernels.capturing(p.device) for group in others for p in group["params"][:1]):
+            raise RuntimeError(
+                "step() goes into a CUDA graph with capturable=True only; nothing was changed"
+            )
+
     def _check_options(self) -> None:
         """Raises: ValueError: an option was set out of its range since the last step."""
         for index, group in enumerate(self.param_groups):
@@ -373,8 +382,8 @@ class PACE(AveragedOptimizer):
         """What `rest_` takes once the weights of the coming step have been projected."""
         return [
             (
-                x._replace(key=keys[i] ^ ANOTHER if keys else None),
-                s,
+                x._replace(key=None if keys is None else keys[i] ^ ANOTHER),
+                s.of(i),
                 (x.param.clone(), x.average.clone())
                 if x.average.itemsize < x.param.itemsize
                 else None,
@@ -497,7 +506,7 @@ class PACE(AveragedOptimizer):
 # ---- the plan of a step -------------------------------------------------------------------------
 
 # Of some tensors: how they step, themselves, their gradients, keys of rounding, and numbers.
-Work: TypeAlias = tuple[kernels.Kernel, list[Slot], list[Tensor], list[Any] | None, Scalars]
+Work: TypeAlias = tuple[kernels.Kernel, list[Slot], list[Tensor], Any | None, Scalars]
 ANOTHER = 0x2545F491  # turns a key of rounding into that of other noise
 
 
@@ -512,7 +521,7 @@ class Batch:
     grads: list[Tensor]  # this rank's, of a plan for one step; a plan that is kept holds none
     idle: bool  # whether they have no gradients: their averages alone go on
     counts: tuple[int, int] | None  # steps, and idle ones; None if the host must not read them
-    kernels: list[kernels.Kernel]  # one for all; or one each where the host must not read counts
+    kernel: kernels.Kernel
     cells: list[ctypes.c_double]  # of a plan that is kept: the counts that move, in their memory
 
     def now(self, key: str) -> Tensor:
@@ -557,7 +566,7 @@ class Plan:
         ]
         # Only where the kernel's table saves time, for a plan keeps the state's tensors alive.
         self.may_be_kept = all(
-            type(p) in PLAIN and p.device.type == "cpu" and p.layout is torch.strided
+            type(p) in PLAIN and kernels.device_kind(p.device) and p.layout is torch.strided
             for _, p in members
         )
         self.written: list[tuple[int, Tensor]] = []  # what a step writes, by the parameter's place
@@ -581,14 +590,13 @@ class Plan:
         for (*_, fits, _, idle, counts), found in alike.items():
             slots, own, places = map(list, zip(*found, strict=True))
             count = [states[p][IDLE if idle else STEP] for p in own]
-            parts = (
-                [slice(i, i + 1) for i in range(len(slots))] if counts is None else [slice(None)]
-            )
-            chosen = [kernels.choose(slots[x], count[x], group, fits) for x in parts]
+            together = counts is not None
+            chosen = kernels.choose(slots, count, group, fits=fits, together=together)
             grads = [] if self.may_be_kept or idle else [slot.grad for slot in slots]
             theirs = [states[p] for p in own]
             slots = [x._replace(grad=None) for x in slots]
-            places_of_counts = [x.data_ptr() for x in count] if self.may_be_kept else []
+            read = together and self.may_be_kept
+            places_of_counts = [x.data_ptr() for x in count] if read else []
             cells = [ctypes.c_double.from_address(at) for at in places_of_counts if at]
             made = Batch(slots, own, places, theirs, grads, idle, counts, chosen, cells)
             self.batches.append(made)
@@ -683,16 +691,7 @@ class Plan:
             keys = None
             if self.rounds:
                 keys = _keys(self.group["seed"], batch.places, step + idle, device)
-            if batch.counts is not None:
-                yield batch.kernels[0], batch.slots, grads, keys, numbers
-                continue
-            for i, kernel in enumerate(batch.kernels):
-                own = Scalars._make(_for_slot(x, i) for x in numbers)
-                own = own._replace(
-                    extra_weights=tuple(_for_slot(x, i) for x in numbers.extra_weights)
-                )
-                slots, key = batch.slots[i : i + 1], keys[i : i + 1] if keys else None
-                yield kernel, slots, grads[i : i + 1], key, own
+            yield batch.kernel, batch.slots, grads, keys, numbers
 
     def count_step(self) -> None:
         """Have the batches know of the step that their kernels have counted."""
@@ -743,14 +742,9 @@ def _kinds(grads: list[Any]) -> tuple[list[Any], ...]:
     )
 
 
-def _for_slot(x: Any, i: int) -> Any:
-    """The i-th of a vector of scalars; any other number is every slot's."""
-    return x[i] if isinstance(x, Tensor) and x.ndim else x
-
-
 def _keys(
     seed: int, places: list[int], step: int | Tensor, device: torch.device
-) -> list[int] | list[Tensor]:
+) -> list[int] | Tensor:
     """The keys of stochastic rounding for parameters at these places in the optimizer."""
     if not isinstance(step, Tensor):
         keys: list[int] = rounding.keys(
@@ -759,9 +753,7 @@ def _keys(
         return keys
     # Made on the device from nothing, for a CUDA graph cannot hold a copy from the host.
     all_places = torch.arange(max(places) + 1, dtype=torch.int32, device=device)
-    return list(
-        rounding.keys(seed, torch.stack([all_places[i] for i in places]), step.long().int())
-    )
+    return rounding.keys(seed, torch.stack([all_places[i] for i in places]), step.long().int())
 
 
 # ---- checkpoints --------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ bias-corrected moments m̂ and v̂, pullback strength c and running average `ema
 With a constant averaging weight the gain has no β_t in it; with a uniform gain λ_t is one number
 for all coordinates. Extra averages, which are only returned, take in θ_{t+1} and pull nothing.
 
-`step_` is the rule for lists of tensors of any size; it compiles. The CPU's kernel writes it once
-more (kernels/cpu.cpp), held to the same reference; the others call it. `pull_` is its second half
+`step_` is the rule for lists of tensors of any size. The kernels of CPUs and GPUs write it once
+more (kernels/cpu.cpp, kernels/gpu.py), held to the same reference. `pull_` is its second half
 alone, after another optimizer's step.
 
 State narrower than its parameter keeps d = ema - θ, the *offset* of the average from the live
@@ -68,6 +68,15 @@ class Scalars(NamedTuple):
     def without_averages(self) -> "Scalars":
         """The same step, in which no average takes anything in."""
         return self._replace(weight=0.0, extra_weights=(0.0,) * len(self.extra_weights))
+
+    def of(self, i: int) -> "Scalars":
+        """Those of the i-th tensor, where some are vectors of a number for each."""
+
+        def one(x: Any) -> Any:
+            return x[i] if isinstance(x, Tensor) and x.ndim else x
+
+        own = Scalars._make(map(one, self))
+        return own._replace(extra_weights=tuple(map(one, self.extra_weights)))
 
 
 def scalars(
@@ -135,7 +144,7 @@ class Slot(NamedTuple):
     start: int = 0  # place of the first element within its parameter, before shards and slices
     extra: tuple[Tensor, ...] = ()  # extra averages, in float32 or wider; updated
 
-    def at_step(self, grads: list[Tensor], keys: list[Any] | None, i: int) -> "Slot":
+    def at_step(self, grads: list[Tensor], keys: Any | None, i: int) -> "Slot":
         """Itself as the i-th tensor of a step with these gradients and keys."""
         return self._replace(grad=grads[i], key=keys[i] if keys else None)
 
@@ -478,7 +487,7 @@ def _finite(grads: list[Tensor], skip_nonfinite: bool | Tensor) -> list[Tensor]:
     """Masks of the coordinates to step; none where the host knows that all are."""
     if isinstance(skip_nonfinite, Tensor):
         return [~skip_nonfinite for _ in grads]
-    on_host = grads[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    on_host = grads[0].device.type == "cpu"
     if not skip_nonfinite or (on_host and squared_norm(grads).isfinite()):
         return []
     limit = math.sqrt(torch.finfo(grads[0].dtype).max)

@@ -10,7 +10,7 @@ from problems import advance, assert_same, problem, snapshot
 from torch.nn import Parameter
 
 from paceline import PACE, Pullback, kernels, update
-from paceline.kernels import compiled, cpu
+from paceline.kernels import cpu
 
 BAD = [float("nan"), float("inf"), -float("inf")]
 SIZE = 300  # with slices of 128, two whole ones and a rest
@@ -20,7 +20,7 @@ PATHS = {
     "together": {"fused": False},
     "capturable": {"capturable": True},
     "measured": {"track_stats": True},
-    "compiled": {},
+    "as on a device": {"fused": False},
 }
 FORMS = {
     "float32": (torch.float32, {}),
@@ -60,14 +60,11 @@ class ModelOf:
 def test_the_guard_holds_what_a_bad_gradient_would_move_and_nothing_else(
     path, form, kernel, monkeypatch
 ):
-    if path == "compiled":
-        # As on an accelerator, without its compiler: what is traced does the same step.
-        monkeypatch.setattr(cpu, "Kernel", compiled.Kernel)
-        monkeypatch.setattr(compiled, "WORTH_A_LAUNCH", 10)
-        monkeypatch.setattr(compiled, "_compiled", lambda: on_a_device)
+    if path == "as on a device":  # where the host may not look at a value
+        monkeypatch.setattr(update, "squared_norm", lambda grads: torch.tensor(float("nan")))
     bad = {5: BAD[0], 130: BAD[1], 131: BAD[2], SIZE - 1: 1e30}
     large = 1e300 if FORMS[form][0] == torch.float64 else 1e30  # their squares are infinite
-    options = {"fused": True} if path == "compiled" else PATHS[path]
+    options = PATHS[path]
 
     def faults(grad):
         for i, value in bad.items():
@@ -87,13 +84,6 @@ def test_the_guard_holds_what_a_bad_gradient_would_move_and_nothing_else(
     assert [state["step"] for state in after[1]] == [3, 3]
     counts = {"guarded_coordinates": 4, "guarded_steps": 1, "skipped_steps": 0}
     assert {key: stats[key] for key in counts} == counts
-
-
-def on_a_device(slots, s):
-    """`update.step_` where the host may not look at a value."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(update, "squared_norm", lambda grads: torch.tensor(float("nan")))
-        return update.step_(slots, s)
 
 
 @pytest.mark.parametrize("path", ["kernel", "together", "capturable"])

@@ -287,23 +287,48 @@ def test_capturable_steps_count_for_each_parameter():
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as Inductor loads
-def test_compiled_for_other_devices_it_is_one_graph(monkeypatch, tmp_path, kernel):
-    """Inductor on the CPU stands in for the devices that we cannot test on."""
-    from torch._dynamo.utils import counters
+def test_without_triton_true_raises_and_none_warns_once(monkeypatch):
+    monkeypatch.setattr(kernels, "device_kind", lambda device: "gpu")
+    monkeypatch.setattr(kernels, "WORTH_BUILDING", 0)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "paceline.kernels.gpu", raising=False)
+    monkeypatch.delattr(kernels, "gpu", raising=False)
+    kernels._fault_on_gpu.cache_clear()
+    kernels._warn.cache_clear()
+    p = Parameter(torch.ones(9))
+    with pytest.raises(RuntimeError, match=r"triton.*; pip install 'paceline\[gpu\]'$") as error:
+        PACE([p], pullback=0.1, fused=True)
+    assert "\n" not in str(error.value)
+    opt = PACE([p], pullback=0.1)
+    p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match=r"slower: .*triton.*; pip install 'paceline\[gpu\]'$"):
+        opt.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()  # says it once
+        PACE([p], pullback=0.1).step()
+    assert opt.state[p]["step"] == 2
+    kernels._fault_on_gpu.cache_clear()
+    kernels._warn.cache_clear()
 
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(cpu, "Kernel", kernels.compiled.Kernel)
-    torch._dynamo.reset()
-    counters.clear()
-    for options in ({}, {"state_dtype": torch.bfloat16}):
-        graphs = counters["stats"]["unique_graphs"]
-        for shapes in ([(300, 301), (7,)], [(100, 1000), (70_000,), (300, 300), (4, 5)]):
-            expected = train(4, shapes=shapes, fused=False, **options)
-            assert_close(train(4, shapes=shapes, fused=True, **options), expected)
-            assert_close(train(4, shapes=shapes, fused=True, capturable=True, **options), expected)
-        assert counters["stats"]["unique_graphs"] == graphs + 1
-    torch._dynamo.reset()
+
+def test_fused_on_a_device_without_a_kernel_is_refused():
+    """As torch's AdamW refuses it, before anything has changed."""
+    p = Parameter(torch.empty(5, device="meta"))
+    p.grad = torch.empty_like(p)
+    with pytest.raises(RuntimeError, match="fused=True"):
+        torch.optim.AdamW([p], fused=True).step()
+    message = (
+        r"^fused=True takes tensors on CPUs and CUDA GPUs, not on meta, got parameter 0 of .*;"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        PACE([p], pullback=0.1, fused=True)
+    assert "\n" not in str(error.value)
+    opt = PACE([p], pullback=0.1)
+    opt.param_groups[0]["fused"] = True
+    with pytest.raises(RuntimeError, match=message):
+        opt.step()
+    assert not opt.state
 
 
 # ---- memory ------------------------------------------------------------------------------------

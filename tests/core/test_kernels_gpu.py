@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import subprocess
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,7 +23,7 @@ from reference import Reference
 from test_kernels import DTYPES
 from torch.nn import Parameter
 
-from paceline import EMA, PACE, PowerEMA
+from paceline import EMA, PACE, PowerEMA, kernels
 from paceline.kernels import Eager, cpu
 from paceline.update import Scalars, Slot
 
@@ -82,11 +83,14 @@ def give(params, t):
         p.grad = (1 + torch.randn(p.shape, generator=generator)).to(p.dtype)
 
 
-def step(opt):
-    """With the kernel of accelerators where PACE would take the CPU's."""
-    from paceline.kernels import gpu
+def as_a_gpu():
+    """The CPU, by Triton's interpreter, stands for a GPU."""
+    return patch.object(kernels, "device_kind", lambda device: "gpu")
 
-    with patch.object(cpu, "Kernel", gpu.Kernel):
+
+def step(opt):
+    """With the kernel of GPUs where PACE would take the CPU's."""
+    with as_a_gpu():
         opt.step()
 
 
@@ -308,16 +312,32 @@ def test_noise_carries_no_nan_over_to_zero(pattern, interpreted):
 
 
 def takes_numbers_that_are_on_the_device(state_dtype):
-    ends = []
+    from paceline.kernels import gpu
+
+    ends, launches = [], []
+
+    class Launched:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return launch[grid]
+
+    launch = gpu._step
     for path in ("kernel", "torch"):
         lr = torch.tensor(0.05)
         options = {"capturable": True, "fused": path == "kernel", "state_dtype": state_dtype}
-        params, opt = trainer([(300,), (7,)], FLOAT32, lr=lr, nonfinite="skip", **options)
-        for t in range(3):
-            give(params, t)
-            lr.mul_(0.9)
-            step(opt)
-        ends.append(torch.cat([flat(params, opt, key) for key in ("param", "exp_avg", "step")]))
+        options |= {"returns": RETURNS}
+        params, opt = trainer([(300,), (7,), (2000,)], FLOAT32, lr=lr, nonfinite="skip", **options)
+        with as_a_gpu():
+            for t in range(4):
+                give(params, t)
+                if t < 2:
+                    params[1].grad = None  # so that the counts of steps differ
+                lr.mul_(0.9)
+                with patch.object(gpu, "_step", Launched() if t == 3 else launch):
+                    opt.step()
+        keys = ("param", "exp_avg", "return_slow", "step")
+        ends.append(torch.cat([flat(params, opt, key) for key in keys]))
+    assert launches == [(1 + 1 + 2,)]  # one for all, though each has numbers of its own
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-4 if state_dtype else 1e-6)
 
 
@@ -351,8 +371,8 @@ def launches_once(count):
         for _ in range(2):
             made.step(grads, None, numbers, measure=False)
     assert launches == [(count,)] * 2  # of a program for each
-    # The table; then the gradients' addresses, once, and each step's numbers.
-    assert written_anew == [8 * count - count, count, 12, 12]
+    # The tables; then the gradients' addresses, once, and each step's numbers.
+    assert written_anew == [7 * count, 2 * count, count, 12, 12]
     other = Eager(expected, [x.clone() for x in counts])
     for _ in range(2):
         other.step(grads, None, numbers, measure=False)
@@ -425,6 +445,239 @@ def masks(shift, which):
 def test_memory_off_boundaries_of_16_bytes_is_stepped_with_a_mask(which, interpreted):
     """As gradients in a bucket of DDP's can be; loads of 16 bytes would fail there."""
     assert interpreted(masks, 1, which) == [False] * 2 + [True] * 8
+
+
+# ---- who takes it --------------------------------------------------------------------------------
+
+
+def chooses(made_wrong):
+    """What `fused=None` and True do where the kernel works, or what is `made_wrong` of it."""
+    from paceline.kernels import gpu
+
+    class Broken:
+        def __getitem__(self, grid):
+            raise RuntimeError("out of resources: registers\nand more")
+
+    def numbers(s):
+        found = list(cpu.numbers(s))
+        where, value = made_wrong
+        found[where] = value(found[where])
+        return found
+
+    wrong = {"_step": Broken()} if made_wrong == "raises" else {"numbers": numbers}
+    wrong = {} if made_wrong == "nothing" else wrong
+    kernels._fault_on_gpu.cache_clear()
+    kernels._warn.cache_clear()
+    made, checked, fault, make = [], [], gpu.fault, gpu.Kernel
+    with as_a_gpu(), pytest.MonkeyPatch.context() as change:
+        change.setattr(kernels, "WORTH_BUILDING", 1000)
+        for name, value in wrong.items():
+            change.setattr(gpu, name, value)
+        change.setattr(gpu, "Kernel", lambda *x: made.append(len(x[0])) or make(*x))
+        change.setattr(gpu, "fault", lambda *x: checked.append(x) or fault(*x))
+        told = []
+        for _ in range(2):  # two optimizers in one process
+            params, opt = trainer([(30, 40), (5,)], FLOAT32, returns=RETURNS)
+            others, plain = trainer([(30, 40), (5,)], FLOAT32, returns=RETURNS, fused=False)
+            for t in range(3):
+                give(params, t)
+                give(others, t)
+                with warnings.catch_warnings(record=True) as seen:
+                    warnings.simplefilter("always")
+                    opt.step()
+                told += [str(x.message) for x in seen]
+                plain.step()
+            used = bool({2} & set(made[1:]))
+            same = all(map(torch.equal, params, others))
+            assert same != used
+            torch.testing.assert_close(params, others, rtol=1e-5, atol=1e-5)
+        for small in ([(30,)], [(5,)]):  # not worth it
+            made.clear()
+            params, opt = trainer(small, FLOAT32)
+            give(params, 0)
+            opt.step()
+            assert not made
+        # True demands it.
+        params, opt = trainer([(5,)], FLOAT32, returns=RETURNS)
+        opt.param_groups[0]["fused"] = True
+        give(params, 0)
+        before = params[0].clone()
+        raised = None
+        try:
+            opt.step()
+        except RuntimeError as error:
+            raised = str(error)
+            assert torch.equal(params[0], before)
+            assert not opt.state
+            with pytest.raises(RuntimeError, match=re.escape(raised)):
+                trainer([(5,)], FLOAT32, returns=RETURNS, fused=True)
+    kernels._fault_on_gpu.cache_clear()
+    kernels._warn.cache_clear()
+    return used, told, raised, len(checked)
+
+
+def test_the_kernel_is_taken_once_it_is_known_to_be_right(interpreted, kernel):
+    used, told, raised, checked = interpreted(chooses, "nothing")
+    assert used
+    assert not told
+    assert raised is None
+    assert checked == 1  # once, whatever the number of optimizers and steps
+
+
+def twice(x):
+    return 2 * x
+
+
+def nothing(x):
+    return 0.0
+
+
+def infinity(x):
+    return float("inf")
+
+
+@pytest.mark.parametrize(
+    ("made_wrong", "reason"),
+    [
+        ("raises", "it failed on cpu: RuntimeError: out of resources: registers$"),
+        ((0, twice), "it steps exp_avg otherwise|it steps param otherwise"),
+        ((1, nothing), "it steps (param|exp_avg_sq) otherwise"),
+        ((5, twice), "it steps param otherwise"),
+        ((7, twice), "it steps param otherwise"),
+        ((8, infinity), "it steps param otherwise"),
+        ((9, nothing), "it steps average otherwise"),
+        ((12, twice), "it steps an average otherwise"),
+    ],
+    ids=str,
+)
+def test_one_that_is_wrong_or_fails_is_not_taken(made_wrong, reason, interpreted, kernel):
+    """Then it warns once, in one line, and steps as before; True raises."""
+    used, told, raised, checked = interpreted(chooses, made_wrong)
+    assert not used
+    assert len(told) == 1
+    assert re.search(f"^PACE steps without its one-pass kernel, slower: .*({reason})", told[0])
+    assert re.search(f"^the GPU's one-pass kernel cannot be used: .*({reason})", raised)
+    assert "\n" not in told[0] + raised
+    assert checked == 1
+
+
+def finds_fault(variant):
+    """Of the kernel as it is, and of one that does not look at what it should."""
+    from paceline.kernels import gpu
+
+    ways = (gpu.COORDINATES, gpu._mix)
+    right = gpu.fault(torch.device("cpu"), *variant)
+    with patch.object(gpu, "Kernel", Careless):
+        careless = gpu.fault(torch.device("cpu"), *variant)
+    assert ways == (gpu.COORDINATES, gpu._mix)
+    return right, careless
+
+
+class Careless:
+    """Torch operations that draw other noise, or hold nothing."""
+
+    def __init__(self, slots, counts):
+        self.inner = Eager(slots, counts)
+
+    def step(self, grads, keys, s, *, measure):
+        s = s._replace(skip_nonfinite=False) if s.skip_nonfinite is True else s
+        return self.inner.step(grads, keys and [key + 1 for key in keys], s, measure=measure)
+
+
+@pytest.mark.parametrize("skip", [True, False, None])
+@pytest.mark.parametrize(("dtype", "state_dtype", "stochastic"), DTYPES, ids=str)
+def test_each_form_of_it_is_compared_with_torch_operations(
+    dtype, state_dtype, stochastic, skip, interpreted
+):
+    state_dtype = state_dtype or torch.promote_types(dtype, FLOAT32)
+    variant = (dtype, state_dtype, 1, False, stochastic, skip)
+    right, careless = interpreted(finds_fault, variant)
+    assert right is None
+    assert bool(careless) == (skip is True or stochastic or state_dtype == BFLOAT16)
+
+
+def keeps_its_plan():
+    from paceline.optimizer import Plan
+
+    made = []
+    params, opt = trainer([(30, 40), (5,)], FLOAT32, fused=True)
+    with patch("paceline.optimizer.Plan", lambda *x: made.append(1) or Plan(*x)):
+        for t in range(3):
+            give(params, t)
+            step(opt)
+    return len(made)
+
+
+def test_its_tables_are_kept_between_steps(interpreted, kernel):
+    assert interpreted(keeps_its_plan) == 1
+
+
+def goes_into_a_graph():
+    from paceline.kernels import gpu
+
+    copied = []
+
+    class Watched(gpu.Kernel):
+        def _put(self, values, dtype):
+            if not isinstance(values, torch.Tensor):
+                copied.append(not any(isinstance(x, torch.Tensor) for x in values))
+            return super()._put(values, dtype)
+
+    def in_graph(yes):
+        return patch.multiple(gpu, capturing=lambda _: yes, Kernel=Watched)
+
+    ends = []
+    for watched in (True, False):
+        lr = torch.tensor(0.05)
+        options = {"capturable": True, "fused": watched, "state_dtype": BFLOAT16, "lr": lr}
+        params, opt = trainer([(300,), (2000,)], FLOAT32, **options)
+        give(params, 0)
+        first = [p.grad for p in params]
+        with as_a_gpu(), in_graph(False):
+            opt.step()
+        give(params, 1)
+        copied.clear()
+        with as_a_gpu(), in_graph(watched):
+            opt.step()
+        assert not any(copied)  # from the host, whose memory a graph would read at each replay
+        for p, grad in zip(params, first, strict=True):
+            p.grad = grad  # where they were
+        with as_a_gpu(), in_graph(False):
+            opt.step()
+        assert any(copied) == watched  # what went into the graph has not been done yet
+        ends.append(torch.cat([flat(params, opt, key) for key in ("param", "exp_avg")]))
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-4)
+
+
+def test_a_graph_holds_the_addresses_of_its_own_gradients(interpreted):
+    """What a device would do later, the interpreter does at once."""
+    interpreted(goes_into_a_graph)
+
+
+def begins_in_a_graph():
+    kernels._fault_on_gpu.cache_clear()
+    params, opt = trainer([(30, 40)], FLOAT32, capturable=True)
+    give(params, 0)
+    with as_a_gpu(), pytest.MonkeyPatch.context() as change, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        change.setattr(kernels, "WORTH_BUILDING", 0)
+        change.setattr(kernels, "capturing", lambda device: True)
+        opt.step()  # as it did before there was a kernel
+        others, demanding = trainer([(30, 40)], FLOAT32, capturable=True)
+        demanding.param_groups[0]["fused"] = True
+        give(others, 0)
+        for opt, message in (
+            (demanding, "fused=True must take a step with these tensors before"),
+            (trainer([(5,)], FLOAT32)[1], r"step\(\) goes into a CUDA graph with capturable=True"),
+        ):
+            with pytest.raises(RuntimeError, match=f"^{message}.*; nothing was changed$"):
+                opt.step()
+            assert not opt.state
+    return kernels._fault_on_gpu.cache_info().currsize
+
+
+def test_nothing_begins_in_a_graph(interpreted):
+    assert interpreted(begins_in_a_graph) == 0
 
 
 # ---- what it becomes -----------------------------------------------------------------------------

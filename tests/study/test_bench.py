@@ -27,7 +27,6 @@ def test_measures_every_optimizer(monkeypatch, tmp_path, capsys, kernel):
         "schedulefree AdamW": 8.0,
         "PACE eager unsliced": pace,
         "PACE eager": pace,
-        "PACE compiled": pace,
         "PACE fused": pace,
         "PACE fused bf16 state": round(6 + count, 1),
     }

@@ -5,24 +5,27 @@
 | `__init__.py` (`Eager`) | all | `update.step_`, one operation of torch after another |
 | `__init__.py` (`Resting`) | all | `update.rest_`, of parameters without a gradient |
 | `cpu.py`, `cpu.cpp` | CPU | once more, in one pass over memory |
-| `compiled.py` | accelerators | `update.step_` through `torch.compile` |
-| `gpu.py` | accelerators, with Triton | once more, in one launch; `choose` does not yet take it |
+| `gpu.py` | CUDA, with Triton | once more, in one launch |
 
 A kernel is a class that is made from tensors, their state and their counts of steps. It is kept as
 long as these stay what they are, and given gradients and numbers at each step.
 """
 
-from typing import Any, Protocol
+import functools
+import warnings
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..auto import AUTO
 from ..options import Group
+from ..state import PLAIN, averages_of
 from ..update import Scalars, Slot, count_, in_batches, rest_, step_
-from . import compiled, cpu
+from . import cpu
 from .cpu import BuildError
 
-__all__ = ["BuildError", "Eager", "Kernel", "choose", "prepare", "reason_against"]
+__all__ = ["BuildError", "Each", "Eager", "Kernel", "choose", "prepare", "reason_against"]
 
 WORTH_BUILDING = 2**18  # elements: smaller models are trained before a compiler has started
 
@@ -31,7 +34,7 @@ class Kernel(Protocol):
     """Steps the tensors that it was made from."""
 
     def step(
-        self, grads: list[Tensor], keys: list[Any] | None, s: Scalars, *, measure: bool
+        self, grads: list[Tensor], keys: Any | None, s: Scalars, *, measure: bool
     ) -> list[dict[str, Any]]:
         """One PACE step, in place; the counts move with it.
 
@@ -54,7 +57,7 @@ class Eager:
         self.slots, self.counts = slots, counts
 
     def step(
-        self, grads: list[Tensor], keys: list[Any] | None, s: Scalars, *, measure: bool
+        self, grads: list[Tensor], keys: Any | None, s: Scalars, *, measure: bool
     ) -> list[dict[str, Any]]:
         """As `Kernel` has it."""
         slots = [x.at_step(grads, keys, i) for i, x in enumerate(self.slots)]
@@ -67,7 +70,7 @@ class Resting(Eager):
     """`update.rest_`, for tensors without a gradient; it takes none."""
 
     def step(
-        self, grads: list[Tensor], keys: list[Any] | None, s: Scalars, *, measure: bool
+        self, grads: list[Tensor], keys: Any | None, s: Scalars, *, measure: bool
     ) -> list[dict[str, Any]]:
         """As `Kernel` has it, without measurements."""
         keyed = [x._replace(key=keys[i] if keys else None) for i, x in enumerate(self.slots)]
@@ -77,42 +80,162 @@ class Resting(Eager):
         return []
 
 
-def choose(slots: list[Slot], counts: list[Tensor], group: Group, fits: bool) -> Kernel:
-    """The kernel for tensors that share device, dtypes and step count.
+class Each:
+    """A kernel for each tensor, where each has a count that the host does not read.
+
+    Args:
+        kernels: of one tensor each.
+    """
+
+    def __init__(self, kernels: list[Kernel]) -> None:
+        self.kernels = kernels
+
+    def step(
+        self, grads: list[Tensor], keys: Any | None, s: Scalars, *, measure: bool
+    ) -> list[dict[str, Any]]:
+        """As `Kernel` has it; of `s`, vectors have a number for each tensor."""
+        found = []
+        for i, kernel in enumerate(self.kernels):
+            key = None if keys is None else [keys[i]]
+            found += kernel.step(grads[i : i + 1], key, s.of(i), measure=measure)
+        return found
+
+
+def choose(
+    slots: list[Slot], counts: list[Tensor], group: Group, *, fits: bool, together: bool
+) -> Kernel:
+    """The kernel for tensors that share device and dtypes.
 
     Args:
         slots: the tensors, all with a gradient or none.
         counts: of each tensor the count that its step adds 1 to.
         group: their options: `fused` True demands a one-pass kernel (PACE has already refused
-            tensors that it cannot step), False does without, None takes the CPU's where it pays.
+            tensors that it cannot step), False does without, None takes the device's where it pays.
         fits: whether there is no `reason_against` any of them.
+        together: whether they have one count of steps, which the host knows, and one set of
+            numbers; else the numbers of a step are vectors, of one for each.
     """
-    if slots[0].grad is None:
-        return Resting(slots, counts)
-    fused, device = group["fused"], slots[0].param.device.type
-    if fused is None and not group["track_stats"] and device == "cpu":
+    first, fused = slots[0], group["fused"]
+    if fused is None and first.grad is not None and not group["track_stats"]:
         elements = sum(x.param.numel() for x in slots)
-        fused = elements >= WORTH_BUILDING and fits and cpu.available()
+        fused = elements >= WORTH_BUILDING and fits
+        fused = fused and _available(first.param, first.exp_avg.dtype, group)
     kept = [x._replace(grad=None) for x in slots]
-    if not fused:
-        return Eager(kept, counts)
-    return cpu.Kernel(kept, counts) if device == "cpu" else compiled.Kernel(kept, counts)
+    make: Any
+    if first.grad is None:
+        make = Resting
+    elif not fused:
+        make = Eager
+    elif device_kind(first.param.device) == "cpu":
+        make = cpu.Kernel
+    else:
+        from . import gpu
+
+        return gpu.Kernel(kept, counts)  # whose numbers may be vectors
+    if together:
+        return make(kept, counts)  # type: ignore[no-any-return]
+    return Each([make([x], [count]) for x, count in zip(kept, counts, strict=True)])
+
+
+# ---- what can be used ---------------------------------------------------------------------------
+
+
+def device_kind(device: torch.device) -> str | None:
+    """The one-pass kernel of a device: "cpu", "gpu", or None where it has none."""
+    return {"cpu": "cpu", "cuda": "gpu"}.get(device.type)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is done on this device now goes into a CUDA graph, and is not done yet."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def reason_against(param: Tensor, state_dtype: torch.dtype, grad: Tensor | None) -> str | None:
     """Why the one-pass kernel of a parameter's device cannot step it, or None where it can."""
-    if param.device.type == "cpu":
-        return cpu.reason_against(param, state_dtype, grad)
-    return cpu.reason_in_memory(param)
+    if type(param) not in PLAIN:
+        return f"takes plain tensors, not {type(param).__name__}"
+    if device_kind(param.device) is None:
+        return f"takes tensors on CPUs and CUDA GPUs, not on {param.device.type}"
+    if param.layout != torch.strided:
+        return "takes dense tensors, not sparse ones"
+    if not param.is_contiguous() or param.is_neg():
+        return "takes contiguous tensors"
+    if (param.dtype, state_dtype) not in cpu.DTYPES:
+        return f"takes float32, bfloat16 and float64, not {param.dtype}"
+    if grad is not None and grad.dtype != param.dtype:
+        return f"takes gradients of the parameter's dtype, not {grad.dtype}"
+    if grad is not None and (type(grad) not in PLAIN or grad.is_neg()):
+        return f"takes plain gradients, not {type(grad).__name__} of another kind"
+    return None
 
 
-def prepare(device: torch.device) -> None:
-    """See that a device's one-pass kernel can be used.
+def prepare(param: Tensor, state_dtype: torch.dtype, group: Group) -> None:
+    """See that the one-pass kernel of a parameter's device can be used for it.
 
     Raises:
-        BuildError: the CPU's cannot be built, or what torch compiles with is not there.
+        BuildError: the CPU's cannot be built; or a GPU's cannot be compiled, steps otherwise than
+            torch operations, or would step for the first time in a CUDA graph.
     """
-    if device.type == "cpu":
+    if device_kind(param.device) == "cpu":
         cpu.build()
-    else:
-        compiled.prepare(device)
+    elif capturing(param.device):
+        raise BuildError(
+            "fused=True must take a step with these tensors before one that goes into a CUDA "
+            "graph; nothing was changed"
+        )
+    elif fault := _fault_on_gpu(_variant(param, state_dtype, group)):
+        raise BuildError(f"the GPU's one-pass kernel cannot be used: {fault}")
+
+
+def _available(param: Tensor, state_dtype: torch.dtype, group: Group) -> bool:
+    """Whether the one-pass kernel of a parameter's device can be used; warns, once, if it cannot.
+
+    In a CUDA graph it cannot: its tables and its check would not be made before it is replayed.
+    """
+    if device_kind(param.device) == "cpu":
+        return cpu.available()
+    if capturing(param.device):
+        return False
+    fault = _fault_on_gpu(_variant(param, state_dtype, group))
+    if fault:
+        _warn(fault)
+    return fault is None
+
+
+class Variant(NamedTuple):
+    """What the GPU's kernel is compiled for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+    extra: int  # averages besides the pull's
+    uniform_gain: bool
+    stochastic: bool
+    skip: bool | None  # coordinates that are not finite; or None: steps, as the device decides
+
+
+def _variant(param: Tensor, state_dtype: torch.dtype, group: Group) -> Variant:
+    return Variant(
+        param.device,
+        param.dtype,
+        state_dtype,
+        len(averages_of(group).extra),
+        group["gain"] == "scalar" or group["pullback"] == AUTO,
+        group["stochastic_round"],
+        {"skip": None, "guard": True}.get(group["nonfinite"], False),
+    )
+
+
+@functools.cache
+def _fault_on_gpu(variant: Variant) -> str | None:
+    """Why a GPU's kernel is not used; None: it has taken the same step as torch operations."""
+    try:
+        from . import gpu
+    except ImportError as error:
+        return f"{error}; pip install 'paceline[gpu]'"
+    return gpu.fault(*variant)
+
+
+@functools.cache
+def _warn(fault: str) -> None:
+    warnings.warn(f"PACE steps without its one-pass kernel, slower: {fault}", stacklevel=2)

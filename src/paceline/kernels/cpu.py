@@ -27,7 +27,6 @@ from torch import Tensor
 
 from .. import files
 from ..cache import code_folder, is_ours
-from ..state import PLAIN
 from ..update import Scalars, Slot
 
 DTYPES = {  # of parameters and state: how cpu.cpp numbers them
@@ -54,36 +53,12 @@ class BuildError(RuntimeError):
     """The kernel cannot be built or loaded here; the message says why."""
 
 
-def reason_against(
-    param: Tensor, state_dtype: torch.dtype, grad: Tensor | None = None
-) -> str | None:
-    """Why this kernel cannot step a parameter, or None where it can."""
-    if reason := reason_in_memory(param):
-        return reason
-    if (param.dtype, state_dtype) not in DTYPES:
-        return f"takes float32, bfloat16 and float64, not {param.dtype}"
-    if grad is not None and grad.dtype != param.dtype:
-        return f"takes gradients of the parameter's dtype, not {grad.dtype}"
-    if grad is not None and (type(grad) not in PLAIN or grad.is_neg()):
-        return f"takes plain gradients, not {type(grad).__name__} of another kind"
-    return None
-
-
-def reason_in_memory(param: Tensor) -> str | None:
-    """Why no kernel can step a parameter that is so in memory, or None where some can."""
-    if type(param) not in PLAIN:
-        return f"takes plain tensors, not {type(param).__name__}"
-    if param.layout != torch.strided:
-        return "takes dense tensors, not sparse ones"
-    return None if param.is_contiguous() and not param.is_neg() else "takes contiguous tensors"
-
-
 class Kernel:
     """The kernel for some tensors; its table of their addresses is kept between steps.
 
     Args:
-        slots: tensors of one pair of dtypes, none with a `reason_against`. Gradients and keys of
-            stochastic rounding are given at each step.
+        slots: tensors of one pair of dtypes, none with a `kernels.reason_against`. Gradients and
+            keys of stochastic rounding are given at each step.
         counts: of each tensor its count of steps, 0-dim float64.
     """
 

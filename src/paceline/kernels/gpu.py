@@ -5,6 +5,7 @@ sizes, number of tensors) is read from memory, so that nothing of it has anythin
 """
 
 import functools
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..update import Scalars, Slot, count_
+from . import Eager, capturing
 from .cpu import numbers
 
 BLOCK = 1024  # elements of a chunk, which one program steps
@@ -45,32 +47,43 @@ class Kernel:
         self.counts, first = counts, slots[0]
         self.device, self.extra = first.param.device, len(first.extra)
         self.dtypes = DTYPES[first.param.dtype], DTYPES[first.exp_avg.dtype]
-        rows, chunks = [], []
-        for i, x in enumerate(slots):
+        rows: list[int] = []
+        for x in slots:
             tensors = (x.param, x.exp_avg, x.exp_avg_sq, x.average, *x.extra)
             addresses = [tensor.data_ptr() for tensor in tensors]
             bits = functools.reduce(operator.or_, addresses)
             rows += [*addresses[:4], x.param.numel(), x.start, bits, *addresses[4:]]
-            within = torch.arange(-(-x.param.numel() // BLOCK), dtype=torch.int32)
-            chunks.append(torch.stack([torch.full_like(within, i), within], dim=1))
         self.table = self._put(rows, torch.int64)
-        self.chunks = torch.cat(chunks).to(self.device)
+        self.chunks = self._chunks([-(-x.param.numel() // BLOCK) for x in slots])
         self.addresses: list[int] = []  # of the gradients
         self.grads = self.keys = self.skipped = self.table  # until a step gives others
 
+    def _chunks(self, counts: list[int]) -> Tensor:
+        """Of each program the row of its tensor and which chunk of that it steps, [n, 2] int32."""
+        total = sum(counts)
+        ends = list(itertools.accumulate(counts, initial=0))
+        first, count = self._put([*ends[:-1], *counts], torch.int32).chunk(2)
+        rows = torch.arange(len(counts), dtype=torch.int32, device=self.device)
+        rows = torch.repeat_interleave(rows, count, output_size=total)
+        programs = torch.arange(total, dtype=torch.int32, device=self.device)
+        return torch.stack([rows, programs - first[rows]], dim=1)
+
     def step(
-        self, grads: list[Tensor], keys: list[Any] | None, s: Scalars, *, measure: bool
+        self, grads: list[Tensor], keys: Any | None, s: Scalars, *, measure: bool
     ) -> list[dict[str, Any]]:
-        """`update.step_` in one launch, without measurements."""
+        """`update.step_` in one launch, without measurements.
+
+        What varies from tensor to tensor in `s` is a vector on their device.
+        """
         grads = [g.contiguous() for g in grads]  # kept until the launch is in the stream
-        addresses = [g.data_ptr() for g in grads]
-        if addresses != self.addresses:  # or a CUDA graph would hold a copy from the host
-            self.grads, self.addresses = self._put(addresses, torch.int64), addresses
-        if keys:
+        self._point_to(grads)
+        if keys is not None:
             self.keys = self._put(keys, torch.int64)
         guard = STEP if isinstance(s.skip_nonfinite, Tensor) else int(s.skip_nonfinite)
         if guard == COORDINATES:
             self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        given = self._put(numbers(s), torch.float64)
+        each = given.ndim == 2
         if len(self.chunks):
             with torch.cuda.device_of(self.table):  # on the CPU, in Triton's interpreter, no device
                 _step[len(self.chunks),](
@@ -78,9 +91,10 @@ class Kernel:
                     self.table,
                     self.grads,
                     self.keys,
-                    self._put(numbers(s), torch.float64),
+                    given.t().contiguous() if each else given,
                     self.skipped,
                     *self.dtypes,
+                    each=each,
                     uniform=s.uniform_gain,
                     stochastic=s.stochastic,
                     guard=guard,
@@ -93,21 +107,134 @@ class Kernel:
         count_(self.counts, s)
         return [{"skipped": self.skipped} if s.skip_nonfinite is True else {}]
 
-    def _put(self, values: Sequence[float | Tensor], dtype: torch.dtype) -> Tensor:
-        """Numbers on the device, without waiting for it; it may have some of them already."""
+    def _point_to(self, grads: list[Tensor]) -> None:
+        """Have the gradients' addresses on the device."""
+        addresses = [g.data_ptr() for g in grads]
+        if capturing(self.device):
+            # A graph holds no copy from the host, but arguments of launches. They are written as
+            # often as it is replayed, and not yet: no other step may rely on them.
+            self.grads = torch.zeros(len(grads), dtype=torch.int64, device=self.device)
+            torch._foreach_add_(list(self.grads.unbind()), addresses)
+            self.addresses = []
+        elif addresses != self.addresses:
+            self.grads, self.addresses = self._put(addresses, torch.int64), addresses
+
+    def _put(self, values: Sequence[float | Tensor] | Tensor, dtype: torch.dtype) -> Tensor:
+        """Numbers on the device, without waiting for it; it may have some of them already.
+
+        Where some are vectors of n, the others are repeated, and n is the last dimension.
+        """
+        if isinstance(values, Tensor):
+            return values.to(self.device, dtype)
         if not any(isinstance(x, Tensor) for x in values):
             pinned = self.device.type == "cuda"
             return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(
                 self.device, non_blocking=True
             )
         return torch.stack(
-            [
-                x.to(self.device, dtype)
-                if isinstance(x, Tensor)
-                else torch.full((), x, dtype=dtype, device=self.device)
-                for x in values
-            ]
+            torch.broadcast_tensors(
+                *(
+                    x.to(self.device, dtype)
+                    if isinstance(x, Tensor)
+                    else torch.full((), x, dtype=dtype, device=self.device)
+                    for x in values
+                )
+            )
         )
+
+
+# ---- whether it can be used ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fault(
+    device: torch.device,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    extra: int,
+    uniform_gain: bool,
+    stochastic: bool,
+    skip: bool | None,
+) -> str | None:
+    """Take one step of small tensors on a device, by the kernel and by `update.step_`.
+
+    Returns:
+        Why the kernel is not to be used there: what failed, or differs. None: nothing.
+    """
+    s = Scalars(
+        *(0.9, 0.99, 1e-8),
+        root_bias2=0.3,
+        step_size=0.1,
+        shrink=0.999,
+        gain=0.3,
+        uniform_gain=uniform_gain,
+        clip=True,
+        weight=0.2,
+        maximize=False,
+        stochastic=stochastic,
+        skip_nonfinite=torch.tensor(False, device=device) if skip is None else skip,
+        extra_weights=(0.1,) * extra,
+    )
+    rounds = stochastic or torch.bfloat16 in (dtype, state_dtype)
+    try:
+        ends = []
+        for make in (Kernel, Eager):
+            slots = [_some(n, device, dtype, state_dtype, extra) for n in (BLOCK + 5, 3)]
+            counts = [torch.zeros((), dtype=torch.float64) for _ in slots]
+            grads = [1.0 + x.param for x in slots]
+            if skip:
+                grads[0][BLOCK + 1] = float("nan")
+            keys = [3, -7] if state_dtype == torch.bfloat16 or stochastic else None
+            (found,) = make(slots, counts).step(grads, keys, s, measure=False)
+            ends.append((slots, int(found.get("skipped", 0))))
+        (slots, skipped), (expected, known) = ends
+        for x, y in zip(slots, expected, strict=True):
+            for name in ("param", "exp_avg", "exp_avg_sq", "average"):
+                if not _agree(getattr(x, name), getattr(y, name), rounds):
+                    return f"on {device} it steps {name} otherwise than torch operations do"
+            if not all(_agree(*pair, rounds) for pair in zip(x.extra, y.extra, strict=True)):
+                return f"on {device} it steps an average otherwise than torch operations do"
+        if skipped != known:
+            return f"on {device} it skips other coordinates than torch operations do"
+    except Exception as error:  # of the compiler, of its tools, of the driver: we do without
+        lines = str(error).strip().splitlines() or ["no message"]
+        return f"it failed on {device}: {type(error).__name__}: {lines[0]}"
+    return None
+
+
+def _some(
+    size: int, device: torch.device, dtype: torch.dtype, state_dtype: torch.dtype, extra: int
+) -> Slot:
+    """A tensor in the middle of a training; the same at each call."""
+    generator = torch.Generator().manual_seed(size)
+
+    def normal(dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(size, generator=generator)).to(device, dtype)
+
+    offset = state_dtype.itemsize < dtype.itemsize
+    return Slot(
+        normal(dtype),
+        None,
+        normal(state_dtype),
+        normal(state_dtype).abs(),
+        normal(state_dtype, 0.01 if offset else 1.0),
+        extra=tuple(normal(torch.promote_types(dtype, torch.float32)) for _ in range(extra)),
+    )
+
+
+def _agree(x: Tensor, y: Tensor, rounds: bool) -> bool:
+    """Equal but for rounding: of sums everywhere; of what is kept in bfloat16 at few elements.
+
+    Args:
+        x: a tensor after a step.
+        y: the same after another.
+        rounds: whether any tensor of the step is bfloat16, of which others take something in.
+    """
+    off = (x.double() - y.double()).abs()
+    unit = torch.finfo(x.dtype).eps * float(y.double().abs().max())
+    if x.dtype == torch.bfloat16:
+        return float(off.max()) <= 4 * unit and int((off > 0).sum()) <= 0.02 * len(x) + 1
+    return float(off.mean() if rounds else off.max()) <= 20 * unit
 
 
 @triton.jit
@@ -120,6 +247,7 @@ def _step(
     skipped,
     param: tl.constexpr,
     state: tl.constexpr,
+    each: tl.constexpr,
     uniform: tl.constexpr,
     stochastic: tl.constexpr,
     guard: tl.constexpr,
@@ -132,6 +260,8 @@ def _step(
     row = tl.load(chunk)
     begin = tl.load(chunk + 1).to(tl.int64) * block
     table += row * (ROW + extra)
+    if each:
+        numbers += row * (NUMBERS + extra)
     grad, key = tl.load(grads + row), tl.load(keys + row)
     size, addresses = tl.load(table + SIZE), tl.load(table + ADDRESSES) | grad
     if (begin + block <= size) & (addresses % 16 == 0):

@@ -172,7 +172,6 @@ def _around_adamw(params: list[Parameter], pullback: float) -> torch.optim.Optim
 def _contenders() -> list[Contender]:
     AdamW = torch.optim.AdamW
     whole = patch.multiple(update, TOGETHER_ON_CPU=2**62, TOGETHER=2**62)
-    compiled = patch.object(kernels.cpu, "Kernel", kernels.compiled.Kernel)
     bf16 = torch.bfloat16
     # Bytes: parameters, moments and averages are read and written (8 each in float32), gradients
     # read (4); the EMA of swa_utils and that of Pullback read the weights once more; its pull
@@ -186,7 +185,6 @@ def _contenders() -> list[Contender]:
         Contender("schedulefree AdamW", _maker(_schedule_free), 28),
         Contender("PACE eager unsliced", _patched(_pace(fused=False), whole), 36),
         Contender("PACE eager", _pace(fused=False), 36),
-        Contender("PACE compiled", _patched(_pace(fused=True), compiled), 36),
         Contender("Pullback(AdamW fused), c = 0", _maker(_around_adamw, pullback=0.0), 40, True),
         Contender("Pullback(AdamW fused)", _maker(_around_adamw, pullback=0.1), 60, True),
         Contender("PACE fused", _pace(fused=True), 36),
