@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer
 
-from . import memory, shards
+from . import kernels, memory, shards
 from .averaging import Averaging
 from .base import AveragedOptimizer, describe, summarize
 from .loading import StateCheck, check_count, check_is_dict, check_tensor, validated_checkpoint
@@ -40,13 +40,14 @@ from .state import (
     begin_extra,
     extra_keys_in,
     frozen_places,
+    new,
     new_count,
     restore,
     take_in,
     wide_dtype,
 )
 from .swap import SWAPPED, Swapped, write_record
-from .update import TINY, MovedSlot, in_batches, pull_
+from .update import TINY, MovedSlot
 
 GAINS = ("adam", "own", "scalar")
 HOOKED: Any = Optimizer.profile_hook_step(repr).__code__  # of each `step` that torch has hooks on
@@ -76,8 +77,8 @@ class Pullback(AveragedOptimizer):
 
     It adds to each parameter's state what `paceline.state` says: a count of steps, the averages,
     and a second moment of its own where the base keeps none. A pull holds a copy of the weights
-    while the base steps, and is a pass over memory that PACE's kernel does not need:
-    docs/averages.md says what that costs.
+    while the base steps, on the CPU also between steps, and is a pass over memory that PACE's
+    kernel does not need: docs/averages.md says what that costs.
 
     Every option below except `base` can be set for each parameter group, in the base's groups.
 
@@ -148,6 +149,10 @@ class Pullback(AveragedOptimizer):
         self._forget()
         # In place of Optimizer's __init__, which would make groups and a state of its own.
         super().__setstate__({"defaults": base.defaults | ours})
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._copies: dict[Tensor, Tensor] = {}  # of weights before a step, on the CPU
 
     # The same objects as the base's, whoever assigns new ones.
 
@@ -312,6 +317,7 @@ class Pullback(AveragedOptimizer):
             self.state.clear()
             self._state_is_provisional = False
         plan = []
+        earlier, self._copies = self._copies, {}
         for group in self.param_groups:
             pulls, averages = group["pullback"] != 0, averages_of(group)
             if pulls and group["gain"] != "scalar":
@@ -325,13 +331,27 @@ class Pullback(AveragedOptimizer):
                 base_count = state.get("step", group.get("step", 0) if state else 0)
                 done = state.get(AVERAGE_STEP, base_count)
                 begins = AVERAGE not in state or extra_keys_in(state) != averages.extra_keys
-                before = p.detach().clone() if begins or (pulls and not idle) else None
-                square = None
                 pulled = pulls and not idle
+                before = None
+                if begins:  # which may keep it
+                    before = p.detach().clone()
+                elif pulled:
+                    before = self._copy(p, earlier)
+                square = None
                 if pulled and not _has_second_moment(p, state, group):  # at a first step: yet
                     square = shards.local_grad(p).to(wide_dtype(p)).square()
                 plan.append(_Planned(p, group, averages, float(done), idle, before, square))
         return plan
+
+    def _copy(self, param: Tensor, earlier: dict[Tensor, Tensor]) -> Tensor:
+        """θ_t. On the CPU its memory is kept between steps: new memory costs more than the copy."""
+        if type(param) not in PLAIN or param.device.type != "cpu":
+            return param.detach().clone()
+        kept = earlier.get(param)
+        if kept is None or (kept.dtype, kept.shape) != (param.dtype, param.shape):
+            kept = new(param, param.dtype)
+        self._copies[param] = kept
+        return kept.copy_(param.detach())
 
     def _check_memory(self) -> None:
         """Raises: RuntimeError: what a step reads and writes does not go together in memory."""
@@ -409,19 +429,13 @@ class Pullback(AveragedOptimizer):
         for members, slots, _, numbers in work:
             group = members[0].group
             none = {"weight": 0.0, "extra_weights": [0.0] * len(numbers["extra_weights"])}
-            measured[id(group)] += [
-                pull_(
-                    batch,
-                    **numbers | (none if self._projections else {}),
-                    measure=group["track_stats"],
-                )
-                for batch in in_batches(slots)
-            ]
+            now = numbers | (none if self._projections else {})
+            measured[id(group)] += kernels.follow(slots, measure=group["track_stats"], **now)
         if self._projections:
             self._project()
             for _, slots, _, numbers in work:
-                for batch in in_batches([x._replace(before=None) for x in slots]):
-                    pull_(batch, **numbers)
+                moved = [x._replace(before=None) for x in slots]
+                kernels.follow(moved, measure=False, **numbers)
         for members, _, step, _ in work:
             take_in(members[0].averages, step, [(x.param, self.state[x.param]) for x in members])
         self._stats = summarize(list(measured.values()), own_step="base_norm")

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from tritons import compiled, interpreted  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def builds(folder):
 def start():
     """As in another process."""
     cpu.build.cache_clear()
-    assert cpu.build().argtypes
+    assert cpu.build().step.argtypes
 
 
 def test_only_this_user_can_write_there(folder):

@@ -395,7 +395,7 @@ def test_batches_are_bounded_and_cover_everything():
 
 def test_the_library_is_what_the_source_says(kernel):
     """Argument types are declared: ctypes would cut 64-bit addresses to 32 otherwise."""
-    assert cpu.build().argtypes[0] is ctypes.c_void_p
+    assert cpu.build().step.argtypes[0] is ctypes.c_void_p
 
 
 @pytest.mark.parametrize("how", ["loaded", "made contiguous"])

@@ -1,27 +1,20 @@
 """The kernel of accelerators, without one: what it computes, in Triton's interpreter, and what it
-becomes, from Triton's compiler. Both run on the CPU.
-
-The interpreter is chosen as Triton is imported, so it runs in a process of its own.
+becomes, from Triton's compiler. Both run on the CPU (tests/tritons.py).
 """
 
 import copy
 import importlib.util
-import os
 import re
-import subprocess
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 from problems import pace_options
 from reference import Reference
 from test_kernels import DTYPES
 from torch.nn import Parameter
+from tritons import resources
 
 from paceline import EMA, PACE, PowerEMA, kernels
 from paceline.kernels import Eager, cpu
@@ -42,30 +35,6 @@ RULES = {  # the reference's options
     "uniform": {"pullback": 0.3, "gain": "scalar", "ema_power": 0.3},
     "watching": {"pullback": 0.0, "ema_power": 0.2},
 }
-
-
-def _interpret():
-    os.environ["TRITON_INTERPRET"] = "1"
-    np.seterr(all="ignore")  # of gradients that are not finite
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    load = InterpreterBuilder.create_masked_load
-
-    def as_on_a_device(self, pointers, mask, other, *rest):
-        """What a mask leaves out is anything; the interpreter makes it zeros."""
-        found = load(self, pointers, mask, other, *rest)
-        anything = np.full(found.data.nbytes, 0xFF, np.uint8).view(found.data.dtype)
-        found.data = np.where(mask.data, found.data, anything.reshape(found.data.shape))
-        return found
-
-    InterpreterBuilder.create_masked_load = as_on_a_device
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    """`interpreted(function, ...)` runs a function of this file where Triton interprets."""
-    with ProcessPoolExecutor(1, get_context("spawn"), _interpret) as pool:
-        yield lambda function, *args: pool.submit(function, *args).result()
 
 
 # ---- what it computes ----------------------------------------------------------------------------
@@ -682,7 +651,6 @@ def test_nothing_begins_in_a_graph(interpreted):
 
 # ---- what it becomes -----------------------------------------------------------------------------
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 CASES = {  # parameters, state, extra averages -> bytes read and written for each parameter
     (FLOAT32, FLOAT32, 0): 36,
     (FLOAT32, FLOAT32, 1): 44,
@@ -691,37 +659,6 @@ CASES = {  # parameters, state, extra averages -> bytes read and written for eac
     (BFLOAT16, BFLOAT16, 0): 18,
     (FLOAT64, FLOAT64, 0): 72,
 }
-
-
-@pytest.fixture
-def compiled(tmp_path, monkeypatch):
-    """`compiled(target)` gives the list of what is compiled for it, and nothing is launched."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    run = JITFunction.run
-
-    def start(target):
-        made, kind = [], GPUTarget(*TARGETS[target])
-
-        class Driver:
-            get_current_device = staticmethod(lambda: f"{tmp_path} {target}")
-            get_current_stream = staticmethod(lambda device: 0)
-            get_current_target = staticmethod(lambda: kind)
-
-        def compile_only(self, *args, grid, warmup, **options):
-            found = run(self, *args, grid=grid, warmup=True, **options)
-            if found not in made:
-                made.append(found)
-
-        monkeypatch.setattr(driver, "_active", Driver())
-        monkeypatch.setattr(torch.version, "hip", "6" if kind.backend == "hip" else None)
-        monkeypatch.setattr(JITFunction, "run", compile_only)
-        return made
-
-    return start
 
 
 def take_a_step(shapes, dtype, state_dtype, extra=0, **numbers):
@@ -737,8 +674,6 @@ def take_a_step(shapes, dtype, state_dtype, extra=0, **numbers):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_on_nvidia_it_moves_the_floors_bytes_in_wide_words(target, case, compiled, tmp_path):
-    import triton
-
     from paceline.kernels import gpu
 
     made = compiled(target)
@@ -764,11 +699,7 @@ def test_on_nvidia_it_moves_the_floors_bytes_in_wide_words(target, case, compile
     assert ("setp.num.f32" in ptx) == (BFLOAT16 in case[:2])
     assert "arith.shrsi" not in kernel.asm["ttir"]  # the hash is one of unsigned numbers
 
-    binary = tmp_path / "step.cubin"
-    binary.write_bytes(kernel.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, check=True, text=True)
-    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout))
+    used = resources(kernel, tmp_path)
     assert used["STACK"] == used["LOCAL"] == "0"
     assert int(used["REG"]) <= {FLOAT32: 64, BFLOAT16: 72, FLOAT64: 96}[case[0]]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..auto import AUTO
 from ..options import Group
 from ..state import PLAIN, averages_of
-from ..update import Scalars, Slot, count_, in_batches, rest_, step_
+from ..update import MovedSlot, Scalars, Slot, count_, in_batches, pull_, rest_, step_
 from . import cpu
 from .cpu import BuildError
 
@@ -137,6 +137,52 @@ def choose(
     return Each([make([x], [count]) for x, count in zip(kept, counts, strict=True)])
 
 
+def follow(slots: list[MovedSlot], *, measure: bool, **numbers: Any) -> list[dict[str, Any]]:
+    """`update.pull_` on tensors of one device and dtype: by its kernel where that pays.
+
+    Args:
+        slots: the tensors.
+        measure: return `update.measurements`, which no kernel can.
+        numbers: the others, as there.
+
+    Returns:
+        In parts: the measurements.
+    """
+    elements = sum(x.param.numel() for x in slots)
+    if not measure and elements >= WORTH_BUILDING and _can_follow(slots):
+        if device_kind(slots[0].param.device) == "cpu":
+            cpu.follow(slots, **numbers)
+        else:
+            from . import gpu
+
+            gpu.follow(slots, **numbers)
+        return []
+    return [pull_(batch, **numbers, measure=measure) for batch in in_batches(slots)]
+
+
+def _can_follow(slots: list[MovedSlot]) -> bool:
+    """Whether a kernel can follow these tensors: all alike, in one piece, and it works here."""
+    first = slots[0]
+    device = first.param.device
+    kinds = {tuple(None if y is None else y.dtype for y in x[:4]) for x in slots}
+    v = first.second_moment
+    of_v = first.average.dtype if v is None else v.dtype
+    if len(kinds) > 1 or not device_kind(device) or (first.param.dtype, of_v) not in cpu.DTYPES:
+        return False
+    tensors = [y for x in slots for y in (*x[:4], *x.extra) if y is not None]
+    if not all(type(y) in PLAIN and y.is_contiguous() and not y.is_neg() for y in tensors):
+        return False
+    if device_kind(device) == "cpu":
+        return cpu.available()
+    if capturing(device):
+        return False
+    kind = (None if v is None else v.dtype, len(first.extra), first.before is not None)
+    fault = _fault_of_follow(device, first.param.dtype, *kind)
+    if fault:
+        _warn(fault)
+    return fault is None
+
+
 # ---- what can be used ---------------------------------------------------------------------------
 
 
@@ -234,6 +280,18 @@ def _fault_on_gpu(variant: Variant) -> str | None:
     except ImportError as error:
         return f"{error}; pip install 'paceline[gpu]'"
     return gpu.fault(*variant)
+
+
+@functools.cache
+def _fault_of_follow(
+    device: torch.device, dtype: torch.dtype, of_v: torch.dtype | None, extra: int, pulls: bool
+) -> str | None:
+    """The same after another optimizer's step, for what it is compiled for."""
+    try:
+        from . import gpu
+    except ImportError as error:
+        return f"{error}; pip install 'paceline[gpu]'"
+    return gpu.fault_of_follow(device, dtype, of_v, extra, pulls)
 
 
 @functools.cache

@@ -23,6 +23,9 @@ struct Row { int64_t param, grad, exp_avg, exp_avg_sq, average, size, key, start
 struct Step {
   double w1, beta2, w2, eps, unbias, step_size, shrink, gain, cap, weight, sign, guard;
 };
+// The same of what another optimizer has moved, and of its pull.
+struct Moved { int64_t param, before, average, second_moment, size; };
+struct Pull { double gain, unbias, eps, cap, weight; };
 
 enum Average { WATCH, PULL, PULL_UNIFORM };  // the last with one gain for all coordinates
 
@@ -179,60 +182,84 @@ template <class P, class S> Piece choose(Average average, bool stochastic) {
   return stochastic ? piece<P, S, PULL_UNIFORM, can> : piece<P, S, PULL_UNIFORM, false>;
 }
 
-}  // namespace
+// After another optimizer's step, as update.py's `pull_`: the pull, and what the averages take in.
+template <class P, class V, Average AVERAGE>
+void follow(const Moved& row, int64_t begin, int64_t end, const Pull& pull, int extra) {
+  using W = std::conditional_t<std::is_same_v<P, double>, double, float>;
+  constexpr int64_t BLOCK = 2048;
+  P* __restrict params = reinterpret_cast<P*>(row.param);
+  const P* __restrict before = reinterpret_cast<const P*>(row.before);
+  const V* __restrict second_moments = reinterpret_cast<const V*>(row.second_moment);
+  W* __restrict averages = reinterpret_cast<W*>(row.average);
+  const int64_t* extra_averages = reinterpret_cast<const int64_t*>(&row + 1);
+  const double* weights = reinterpret_cast<const double*>(&pull + 1);
+  const W gain = W(pull.gain), unbias = W(pull.unbias), eps = W(pull.eps), cap = W(pull.cap);
+  const W weight = W(pull.weight);
+
+  for (int64_t from = begin; from < end; from += BLOCK) {
+    const int64_t to = from + BLOCK < end ? from + BLOCK : end;
+#ifdef __clang__
+#pragma clang loop vectorize(assume_safety)
+#endif
+    for (int64_t i = from; i < to; i++) {
+      W next = load<W>(params, i);
+      const W kept = averages[i];
+      if constexpr (AVERAGE != WATCH) {
+        W lambda = gain;
+        if constexpr (AVERAGE == PULL)
+          lambda = gain * (1 / (std::sqrt(load<W>(second_moments, i)) * unbias + eps));
+        lambda = cap < lambda ? cap : lambda;  // a NaN stays
+        next += lambda * (kept - load<W>(before, i));
+        next = store(params, i, next, nearest(next));
+      }
+      const W moved = kept + weight * (next - kept);
+      averages[i] = weight == 0 ? kept : moved;
+    }
+    for (int j = 0; j < extra; j++)
+      if (weights[j] != 0) take_in(extra_averages[j], params, from, to, W(weights[j]));
+  }
+}
+
+using Follow = void (*)(const Moved&, int64_t, int64_t, const Pull&, int);
+
+template <class P, class V> Follow choose_follow(Average average) {
+  if (average == WATCH) return follow<P, V, WATCH>;
+  return average == PULL ? follow<P, V, PULL> : follow<P, V, PULL_UNIFORM>;
+}
 
 // OpenMP's GOMP_parallel, as its runtimes on Linux have it: run this, with that, on so many.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// Returns how many coordinates were skipped. Each row's count of steps moves with its tensor, so that
-// no interrupt comes between the two.
+// Has run(k, begin, end) for each piece of each of `count` tensors, and adds up what it returns.
 //
 // With torch's own threads where there is OpenMP: they spin for a while after torch's last
 // operation, and would hold up threads of ours.
-extern "C" int64_t paceline_step(const void* table, int64_t count, const Step* step, int extra,
-                                 int dtypes, int average, int stochastic, int threads,
-                                 Parallel parallel) {
-  const char* first_row = reinterpret_cast<const char*>(table);
-  const int64_t stride = int64_t(sizeof(Row)) + 8 * extra;
-  auto row = [=](int64_t k) -> const Row& {
-    return *reinterpret_cast<const Row*>(first_row + k * stride);
-  };
-  Piece run = nullptr;
-  const Average kind = Average(average);
-  if (dtypes == 0) run = choose<float, float>(kind, stochastic);
-  if (dtypes == 1) run = choose<float, bfloat16>(kind, stochastic);
-  if (dtypes == 2) run = choose<bfloat16, float>(kind, stochastic);
-  if (dtypes == 3) run = choose<bfloat16, bfloat16>(kind, stochastic);
-  if (dtypes == 4) run = choose<double, double>(kind, stochastic);
-
+template <class Size, class Run>
+int64_t for_pieces(int64_t count, int threads, Parallel parallel, Size size, Run run) {
   int64_t total = 0;
-  for (int64_t k = 0; k < count; k++) {
-    total += row(k).size;
-    *reinterpret_cast<double*>(row(k).count) += 1;
-  }
+  for (int64_t k = 0; k < count; k++) total += size(k);
   // Long pieces stream best; some eight for each thread balance; short ones do not pay a thread.
   int64_t length = total / (8 * threads);
   length = length < (1 << 15) ? 1 << 15 : length > (1 << 20) ? 1 << 20 : length;
   length &= ~int64_t(63);  // whole vectors: their ends may round otherwise, and ends would move
   std::vector<int64_t> first(count + 1, 0);
-  for (int64_t k = 0; k < count; k++)
-    first[k + 1] = first[k] + (row(k).size + length - 1) / length;
+  for (int64_t k = 0; k < count; k++) first[k + 1] = first[k] + (size(k) + length - 1) / length;
   if (int64_t(threads) > 1 + total / length) threads = int(1 + total / length);
 
   // Takes pieces in turn, so that a thread that the machine slows down holds up nobody.
-  std::atomic<int64_t> next(0), skipped(0);
+  std::atomic<int64_t> next(0), sum(0);
   auto work = [&] {
     int64_t k = 0;
     for (int64_t at; (at = next.fetch_add(1)) < first[count];) {
       while (at >= first[k + 1]) k++;
       const int64_t begin = (at - first[k]) * length;
-      const int64_t end = begin + length < row(k).size ? begin + length : row(k).size;
-      skipped += run(row(k), begin, end, *step, extra);
+      const int64_t end = begin + length < size(k) ? begin + length : size(k);
+      sum += run(k, begin, end);
     }
   };
   if (threads > 1 && parallel) {
     parallel([](void* data) { (*static_cast<decltype(work)*>(data))(); }, &work, threads, 0);
-    return skipped;
+    return sum;
   }
   std::vector<std::thread> helpers;
   try {
@@ -241,5 +268,57 @@ extern "C" int64_t paceline_step(const void* table, int64_t count, const Step* s
   }
   work();
   for (auto& helper : helpers) helper.join();
-  return skipped;
+  return sum;
+}
+
+// The rows of a table, each with the addresses of as many extra averages.
+template <class R> struct Table {
+  const char* first;
+  int64_t stride;
+  Table(const void* table, int extra)
+      : first(static_cast<const char*>(table)), stride(int64_t(sizeof(R)) + 8 * extra) {}
+  const R& operator[](int64_t k) const {
+    return *reinterpret_cast<const R*>(first + k * stride);
+  }
+};
+
+}  // namespace
+
+// Returns how many coordinates were skipped. Each row's count of steps moves with its tensor, so that
+// no interrupt comes between the two.
+extern "C" int64_t paceline_step(const void* table, int64_t count, const Step* step, int extra,
+                                 int dtypes, int average, int stochastic, int threads,
+                                 Parallel parallel) {
+  const Table<Row> rows(table, extra);
+  Piece run = nullptr;
+  const Average kind = Average(average);
+  if (dtypes == 0) run = choose<float, float>(kind, stochastic);
+  if (dtypes == 1) run = choose<float, bfloat16>(kind, stochastic);
+  if (dtypes == 2) run = choose<bfloat16, float>(kind, stochastic);
+  if (dtypes == 3) run = choose<bfloat16, bfloat16>(kind, stochastic);
+  if (dtypes == 4) run = choose<double, double>(kind, stochastic);
+  for (int64_t k = 0; k < count; k++) *reinterpret_cast<double*>(rows[k].count) += 1;
+  return for_pieces(
+      count, threads, parallel, [=](int64_t k) { return rows[k].size; },
+      [=](int64_t k, int64_t begin, int64_t end) { return run(rows[k], begin, end, *step, extra); });
+}
+
+// As `paceline_step`, of tensors that another optimizer has moved; dtypes are of parameters and
+// second moments.
+extern "C" void paceline_follow(const void* table, int64_t count, const Pull* pull, int extra,
+                                int dtypes, int average, int threads, Parallel parallel) {
+  const Table<Moved> rows(table, extra);
+  Follow run = nullptr;
+  const Average kind = Average(average);
+  if (dtypes == 0) run = choose_follow<float, float>(kind);
+  if (dtypes == 1) run = choose_follow<float, bfloat16>(kind);
+  if (dtypes == 2) run = choose_follow<bfloat16, float>(kind);
+  if (dtypes == 3) run = choose_follow<bfloat16, bfloat16>(kind);
+  if (dtypes == 4) run = choose_follow<double, double>(kind);
+  for_pieces(
+      count, threads, parallel, [=](int64_t k) { return rows[k].size; },
+      [=](int64_t k, int64_t begin, int64_t end) {
+        run(rows[k], begin, end, *pull, extra);
+        return int64_t(0);
+      });
 }

@@ -18,16 +18,16 @@ import subprocess
 import tempfile
 import warnings
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import files
 from ..cache import code_folder, is_ours
-from ..update import Scalars, Slot
+from ..update import MovedSlot, Scalars, Slot
 
 DTYPES = {  # of parameters and state: how cpu.cpp numbers them
     (torch.float32, torch.float32): 0,
@@ -76,14 +76,13 @@ class Kernel:
         self, grads: list[Tensor], keys: list[Any] | None, s: Scalars, *, measure: bool
     ) -> list[dict[str, Any]]:
         """`update.step_` in one pass, without measurements."""
-        kernel = build()
         grads = [g.contiguous() for g in grads]  # kept while their addresses are in use
         row = ROW + self.extra
         self.table[GRAD::row] = array("q", map(Tensor.data_ptr, grads))
         if keys:
             self.table[KEY::row] = array("q", keys)
         step = array("d", map(float, numbers(s)))
-        skipped = kernel(
+        skipped = build().step(
             self.table.buffer_info()[0],
             self.count,
             step.buffer_info()[0],
@@ -116,9 +115,73 @@ def numbers(s: Scalars) -> tuple[float | Tensor, ...]:
     )
 
 
+def follow(
+    slots: list[MovedSlot],
+    *,
+    gain: float | Tensor,
+    root_bias2: float,
+    eps: float,
+    clip: bool,
+    weight: float | Tensor,
+    extra_weights: Sequence[float | Tensor] = (),
+) -> None:
+    """`update.pull_` in one pass over memory, without measurements.
+
+    A gain of 0 is no pull: then an average that is not finite moves no weights.
+
+    Args:
+        slots: tensors alike in dtypes and in what they have, contiguous.
+        gain: numerator of λ, or λ itself where there is no second moment.
+        root_bias2: sqrt(1 - beta2^t).
+        eps: ε.
+        clip: gain at most 1.
+        weight: of the new weights in the average.
+        extra_weights: the same of each extra average.
+    """
+    first, v = slots[0], slots[0].second_moment
+    uniform, watches = v is None, first.before is None or not gain
+    table = array("q")
+    for x in slots:
+        given = (x.param, x.before, x.average, x.second_moment)
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in given]
+        table.extend([*addresses, x.param.numel(), *map(Tensor.data_ptr, x.extra)])
+    cap = 1.0 if clip else math.inf
+    numbers = (gain, 1.0 / root_bias2, eps, cap, weight, *extra_weights)
+    pull = array("d", map(float, numbers))
+    build().follow(
+        table.buffer_info()[0],
+        len(slots),
+        pull.buffer_info()[0],
+        len(first.extra),
+        DTYPES[first.param.dtype, first.average.dtype if v is None else v.dtype],
+        0 if watches else 2 if uniform else 1,
+        torch.get_num_threads(),
+        _openmp(),
+    )
+
+
+class Library(NamedTuple):
+    """The functions of cpu.cpp."""
+
+    step: Callable[..., int]
+    follow: Callable[..., None]
+
+
+def _loaded(path: Path) -> Library:
+    """Raises: OSError, AttributeError: it is no library of ours."""
+    library = ctypes.CDLL(str(path))
+    step, follow = library.paceline_step, library.paceline_follow
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    step.argtypes = [pointer, size, pointer, *[number] * 5, pointer]
+    step.restype = size
+    follow.argtypes = [pointer, size, pointer, *[number] * 4, pointer]
+    follow.restype = None
+    return Library(step, follow)
+
+
 @functools.cache
-def build() -> Callable[..., int]:
-    """The CPU's kernel, built if the cache folder does not have it.
+def build() -> Library:
+    """The CPU's kernels, built if the cache folder does not have them.
 
     Raises:
         BuildError: no C++ compiler, or it fails; the message is one line.
@@ -141,34 +204,30 @@ def build() -> Callable[..., int]:
     name = f"kernel-{key.hexdigest()[:16]}"
     folder = code_folder()
     try:
-        step = (folder and _kept(folder, name)) or _built(folder, name, [*command, str(source)])
+        return (folder and _kept(folder, name)) or _built(folder, name, [*command, str(source)])
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line]
         raise BuildError(f"{compiler[0]} failed: {(lines or ['no message'])[0]}") from None
     except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{compiler[0]}: {error}") from None
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    step.argtypes = [pointer, ctypes.c_int64, pointer, *[number] * 5, pointer]
-    step.restype = ctypes.c_int64
-    return cast(Callable[..., int], step)
 
 
-def _kept(folder: Path, name: str) -> Any:
-    """The kernel of a library in the folder, or None; one that is damaged or not ours goes.
+def _kept(folder: Path, name: str) -> Library | None:
+    """The kernels of a library in the folder, or None; one that is damaged or not ours goes.
 
     A library's name ends with the check sum of its contents.
     """
     for library in folder.glob(f"{name}-*.so"):
         with contextlib.suppress(OSError, AttributeError):  # it cannot be read, or loaded here
             if is_ours(library) and library.is_file() and library.name == _kept_name(name, library):
-                return ctypes.CDLL(str(library)).paceline_step
+                return _loaded(library)
         with contextlib.suppress(OSError):
             files.remove(library)
     return None
 
 
-def _built(folder: Path | None, name: str, command: list[str]) -> Any:
-    """The kernel of a library made now, which is kept in the folder, if there is one."""
+def _built(folder: Path | None, name: str, command: list[str]) -> Library:
+    """The kernels of a library made now, which is kept in the folder, if there is one."""
     with contextlib.ExitStack() as stack:
         try:
             own = folder and stack.enter_context(files.scratch(folder, "kernel"))
@@ -183,12 +242,12 @@ def _built(folder: Path | None, name: str, command: list[str]) -> Any:
             errors="replace",
             timeout=300,
         )
-        step = ctypes.CDLL(str(made)).paceline_step
+        found = _loaded(made)
         if folder and own:
             with contextlib.suppress(OSError):  # the disk is full
                 made.chmod(0o700)
                 files.put(made, folder / _kept_name(name, made))
-        return step
+        return found
 
 
 def _kept_name(name: str, library: Path) -> str:

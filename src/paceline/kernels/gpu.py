@@ -6,6 +6,7 @@ sizes, number of tensors) is read from memory, so that nothing of it has anythin
 
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..update import Scalars, Slot, count_
+from ..update import MovedSlot, Scalars, Slot, count_, pull_
 from . import Eager, capturing
 from .cpu import numbers
 
@@ -29,6 +30,11 @@ PARAM, EXP_AVG, EXP_AVG_SQ, AVERAGE, SIZE, START, ADDRESSES, ROW = map(tl.conste
 W1, BETA2, W2, EPS, UNBIAS, STEP_SIZE, SHRINK, GAIN, CAP, WEIGHT, SIGN, SKIP, NUMBERS = map(
     tl.constexpr, range(13)
 )
+# The same of what another optimizer has moved, whose parameter stands at PARAM, too; its numbers.
+MOVED_AVERAGE, BEFORE, SECOND_MOMENT, MOVED_SIZE, MOVED_ADDRESSES, MOVED_ROW = map(
+    tl.constexpr, range(1, 7)
+)
+PULL_GAIN, PULL_UNBIAS, PULL_EPS, PULL_CAP, PULL_WEIGHT, PULL_NUMBERS = map(tl.constexpr, range(6))
 COORDINATES, STEP = tl.constexpr(1), tl.constexpr(2)  # what the guard has stand still
 LIMIT32 = tl.constexpr(torch.finfo(torch.float32).max ** 0.5)  # the largest with a finite square
 LIMIT64 = tl.constexpr(torch.finfo(torch.float64).max ** 0.5)
@@ -54,19 +60,9 @@ class Kernel:
             bits = functools.reduce(operator.or_, addresses)
             rows += [*addresses[:4], x.param.numel(), x.start, bits, *addresses[4:]]
         self.table = self._put(rows, torch.int64)
-        self.chunks = self._chunks([-(-x.param.numel() // BLOCK) for x in slots])
+        self.chunks = _chunks([x.param.numel() for x in slots], self.device)
         self.addresses: list[int] = []  # of the gradients
         self.grads = self.keys = self.skipped = self.table  # until a step gives others
-
-    def _chunks(self, counts: list[int]) -> Tensor:
-        """Of each program the row of its tensor and which chunk of that it steps, [n, 2] int32."""
-        total = sum(counts)
-        ends = list(itertools.accumulate(counts, initial=0))
-        first, count = self._put([*ends[:-1], *counts], torch.int32).chunk(2)
-        rows = torch.arange(len(counts), dtype=torch.int32, device=self.device)
-        rows = torch.repeat_interleave(rows, count, output_size=total)
-        programs = torch.arange(total, dtype=torch.int32, device=self.device)
-        return torch.stack([rows, programs - first[rows]], dim=1)
 
     def step(
         self, grads: list[Tensor], keys: Any | None, s: Scalars, *, measure: bool
@@ -101,8 +97,7 @@ class Kernel:
                     extra=self.extra,
                     block=BLOCK,
                     tail=THREADS,
-                    num_warps=THREADS // (64 if torch.version.hip else 32),
-                    enable_fp_fusion=True,
+                    **_compiled_for(),
                 )
         count_(self.counts, s)
         return [{"skipped": self.skipped} if s.skip_nonfinite is True else {}]
@@ -120,27 +115,94 @@ class Kernel:
             self.grads, self.addresses = self._put(addresses, torch.int64), addresses
 
     def _put(self, values: Sequence[float | Tensor] | Tensor, dtype: torch.dtype) -> Tensor:
-        """Numbers on the device, without waiting for it; it may have some of them already.
+        return _put(values, dtype, self.device)
 
-        Where some are vectors of n, the others are repeated, and n is the last dimension.
-        """
-        if isinstance(values, Tensor):
-            return values.to(self.device, dtype)
-        if not any(isinstance(x, Tensor) for x in values):
-            pinned = self.device.type == "cuda"
-            return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(
-                self.device, non_blocking=True
+
+def follow(
+    slots: list[MovedSlot],
+    *,
+    gain: float | Tensor,
+    root_bias2: float,
+    eps: float,
+    clip: bool,
+    weight: float | Tensor,
+    extra_weights: Sequence[float | Tensor] = (),
+) -> None:
+    """`update.pull_` in one launch, without measurements.
+
+    A gain of 0 is no pull: then an average that is not finite moves no weights.
+
+    Args:
+        slots: tensors alike in dtypes and in what they have, contiguous.
+        gain: numerator of λ, or λ itself where there is no second moment.
+        root_bias2: sqrt(1 - beta2^t).
+        eps: ε.
+        clip: gain at most 1.
+        weight: of the new weights in the average.
+        extra_weights: the same of each extra average.
+    """
+    first = slots[0]
+    device, v = first.param.device, first.second_moment
+    rows: list[int] = []
+    for x in slots:
+        own = [0 if y is None else y.data_ptr() for y in x[:4]]
+        extra = [y.data_ptr() for y in x.extra]
+        rows += [*own, x.param.numel(), functools.reduce(operator.or_, own + extra), *extra]
+    chunks = _chunks([x.param.numel() for x in slots], device)
+    cap = 1.0 if clip else math.inf
+    given = (gain, 1.0 / root_bias2, eps, cap, weight, *extra_weights)
+    if len(chunks):
+        with torch.cuda.device_of(chunks):
+            _follow[len(chunks),](
+                chunks,
+                _put(rows, torch.int64, device),
+                _put(given, torch.float64, device),
+                DTYPES[first.param.dtype],
+                DTYPES[(first.param if v is None else v).dtype],
+                pulls=first.before is not None and (isinstance(gain, Tensor) or gain != 0),
+                uniform=v is None,
+                extra=len(first.extra),
+                block=BLOCK,
+                tail=THREADS,
+                **_compiled_for(),
             )
-        return torch.stack(
-            torch.broadcast_tensors(
-                *(
-                    x.to(self.device, dtype)
-                    if isinstance(x, Tensor)
-                    else torch.full((), x, dtype=dtype, device=self.device)
-                    for x in values
-                )
-            )
-        )
+
+
+def _compiled_for() -> dict[str, Any]:
+    return {"num_warps": THREADS // (64 if torch.version.hip else 32), "enable_fp_fusion": True}
+
+
+def _chunks(sizes: list[int], device: torch.device) -> Tensor:
+    """Of each program the row of its tensor and which chunk of that it steps, [n, 2] int32."""
+    counts = [-(-size // BLOCK) for size in sizes]
+    total = sum(counts)
+    firsts = list(itertools.accumulate(counts, initial=0))[:-1]
+    first, count = _put([*firsts, *counts], torch.int32, device).chunk(2)
+    rows = torch.arange(len(counts), dtype=torch.int32, device=device)
+    rows = torch.repeat_interleave(rows, count, output_size=total)
+    programs = torch.arange(total, dtype=torch.int32, device=device)
+    return torch.stack([rows, programs - first[rows]], dim=1)
+
+
+def _put(
+    values: Sequence[float | Tensor] | Tensor, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Numbers on a device, without waiting for it; it may have some of them already.
+
+    Where some are vectors of n, the others are repeated, and n is the last dimension.
+    """
+    if isinstance(values, Tensor):
+        return values.to(device, dtype)
+    if not any(isinstance(x, Tensor) for x in values):
+        made = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+        return made.to(device, non_blocking=True)
+    there = (
+        x.to(device, dtype)
+        if isinstance(x, Tensor)
+        else torch.full((), x, dtype=dtype, device=device)
+        for x in values
+    )
+    return torch.stack(torch.broadcast_tensors(*there))
 
 
 # ---- whether it can be used ---------------------------------------------------------------------
@@ -197,9 +259,51 @@ def fault(
         if skipped != known:
             return f"on {device} it skips other coordinates than torch operations do"
     except Exception as error:  # of the compiler, of its tools, of the driver: we do without
-        lines = str(error).strip().splitlines() or ["no message"]
-        return f"it failed on {device}: {type(error).__name__}: {lines[0]}"
+        return _failed(device, error)
     return None
+
+
+@torch.no_grad()
+def fault_of_follow(
+    device: torch.device,
+    dtype: torch.dtype,
+    of_v: torch.dtype | None,
+    extra: int,
+    pulls: bool,
+) -> str | None:
+    """As `fault`, of `follow` and `update.pull_`.
+
+    Args:
+        device: where to try it.
+        dtype: of the parameters.
+        of_v: of second moments; None: there are none.
+        extra: averages besides the pull's.
+        pulls: whether there is a pull.
+    """
+    numbers: dict[str, Any] = {"gain": 0.3, "root_bias2": 0.4, "eps": 1e-8, "clip": True}
+    numbers |= {"weight": 0.2, "extra_weights": (0.1,) * extra}
+    wide = torch.promote_types(dtype, torch.float32)
+    try:
+        ends = []
+        for way in (follow, pull_):
+            slots = []
+            for n in (BLOCK + 5, 3):
+                x, y = (_some(n + i, device, dtype, wide, extra) for i in range(2))
+                v = None if of_v is None else y.exp_avg_sq[:n].to(of_v)
+                before = y.param[:n].clone() if pulls else None
+                slots.append(MovedSlot(x.param, x.average, before, v if pulls else None, x.extra))
+            way(slots, **numbers)
+            ends.append([y for x in slots for y in (x.param, x.average, *x.extra)])
+        if not all(_agree(x, y, dtype == torch.bfloat16) for x, y in zip(*ends, strict=True)):
+            return f"on {device} it follows a step otherwise than torch operations do"
+    except Exception as error:
+        return _failed(device, error)
+    return None
+
+
+def _failed(device: torch.device, error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"it failed on {device}: {type(error).__name__}: {lines[0]}"
 
 
 def _some(
@@ -359,6 +463,79 @@ def _range(
             average = _at(tl.load(table + ROW + j), begin, wide, mask, block)
             kept = tl.load(average, mask)
             _store(average, kept + weight * (next - kept), kept, free, mask, noise, False)
+
+
+@triton.jit
+def _follow(
+    chunks,
+    table,
+    numbers,
+    param: tl.constexpr,
+    second: tl.constexpr,
+    pulls: tl.constexpr,
+    uniform: tl.constexpr,
+    extra: tl.constexpr,
+    block: tl.constexpr,
+    tail: tl.constexpr,
+):
+    """One chunk of a tensor that another optimizer has moved, as `_step` takes one."""
+    chunk = chunks + 2 * tl.program_id(0)
+    begin = tl.load(chunk + 1).to(tl.int64) * block
+    table += tl.load(chunk) * (MOVED_ROW + extra)
+    size = tl.load(table + MOVED_SIZE)
+    if (begin + block <= size) & (tl.load(table + MOVED_ADDRESSES) % 16 == 0):
+        _moved(table, begin, None, numbers, param, second, pulls, uniform, extra, block)
+    else:
+        length = tl.minimum(size - begin, block).to(tl.int32)
+        for at in range(0, length, tail):
+            first = begin + at
+            mask = first + tl.arange(0, tail) < size
+            _moved(table, first, mask, numbers, param, second, pulls, uniform, extra, tail)
+
+
+@triton.jit
+def _moved(
+    table,
+    begin,
+    mask,
+    numbers,
+    param: tl.constexpr,
+    second: tl.constexpr,
+    pulls: tl.constexpr,
+    uniform: tl.constexpr,
+    extra: tl.constexpr,
+    block: tl.constexpr,
+):
+    """The pull and the averages of one chunk, as cpu.cpp's `follow` has them."""
+    wide: tl.constexpr = tl.float64 if param == tl.float64 else tl.float32  # arithmetic
+    params = _at(tl.load(table + PARAM), begin, param, mask, block)
+    averages = _at(tl.load(table + MOVED_AVERAGE), begin, wide, mask, block)
+    old, kept = tl.load(params, mask), tl.load(averages, mask)
+    next = old.to(wide)
+    if pulls:
+        before = _at(tl.load(table + BEFORE), begin, param, mask, block)
+        factor = tl.load(numbers + PULL_GAIN).to(wide)
+        if not uniform:
+            at = _at(tl.load(table + SECOND_MOMENT), begin, second, mask, block)
+            v = tl.load(at, mask).to(wide)
+            root = tl.sqrt(v) if wide == tl.float64 else tl.sqrt_rn(v)
+            eps = tl.load(numbers + PULL_EPS).to(wide)
+            denom = root * tl.load(numbers + PULL_UNBIAS).to(wide) + eps
+            one = tl.full((block,), 1, wide)
+            factor *= one / denom if wide == tl.float64 else tl.div_rn(one, denom)
+        cap = tl.load(numbers + PULL_CAP).to(wide)
+        factor = tl.where(cap < factor, cap, factor)  # a NaN stays
+        next += factor * (kept - tl.load(before, mask).to(wide))
+        next = _store(params, next, old, None, mask, None, False)
+    weight = tl.load(numbers + PULL_WEIGHT).to(wide)
+    if weight != 0:
+        tl.store(averages, kept + weight * (next - kept), mask)
+    for j in tl.static_range(extra):
+        weight = tl.load(numbers + PULL_NUMBERS + j).to(wide)
+        if weight != 0:
+            average = _at(tl.load(table + MOVED_ROW + j), begin, wide, mask, block)
+            kept = tl.load(average, mask)
+            tl.store(average, kept + weight * (next - kept), mask)
 
 
 @triton.jit
