@@ -43,6 +43,9 @@ COMMANDS = {
         "study.explore", "ReportOptions", "report_command", "explore runs in one page", "study"
     ),
     "bench": Command("study.bench", "Bench", "bench", "measure what optimizers cost"),
+    "check-device": Command(
+        "study.device", "CheckDevice", "check_device", "check and measure PACE on an accelerator"
+    ),
     **{
         f"theory {name}": Command(
             "theory.lab", f"{name.title()}Command", "run_theory", summary, "theory"

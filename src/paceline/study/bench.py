@@ -26,7 +26,7 @@ from ..pullback import Pullback
 from ..train import InputError, Options
 from ..train.manifest import environment, write_json
 
-Model = Literal["gpt2", "small", "training"]
+Model = Literal["gpt2", "small", "training", "large"]
 Device = Literal["cpu", "cuda"]
 FUSED_ADAMW = "AdamW fused"
 TABLE = {  # of the printed table, each with the format of a row's value
@@ -50,7 +50,8 @@ class Bench(Options):
     needs, at the bandwidth of an in-place multiplication in the same rounds.
 
     The models: gpt2, the tensors of GPT-2 124M; small, 2,000 tensors of at most 64k elements, like
-    those of adapters; training, a small GPT-2 with its forward and backward pass.
+    those of adapters; training, a small GPT-2 with its forward and backward pass; large, the
+    tensors of SmolLM2-1.7B, for GPUs.
     """
 
     models: tuple[Model, ...] = ("gpt2", "small", "training")
@@ -200,7 +201,10 @@ def _tensor_bytes(values: Iterable[Any]) -> int:
 
 
 def shapes(model: Model) -> list[tuple[int, ...]]:
-    """The shapes of the parameters of GPT-2 124M, or of 2,000 small tensors."""
+    """The shapes of the parameters of GPT-2 124M, of SmolLM2-1.7B, or of 2,000 small tensors."""
+    if model == "large":
+        layer = [(2048, 2048)] * 4 + [(8192, 2048)] * 2 + [(2048, 8192)] + [(2048,)] * 2
+        return [(49152, 2048), *layer * 24, (2048,)]
     if model == "gpt2":
         layer = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (2304,), (3072,)]
         layer += [(768,)] * 6
