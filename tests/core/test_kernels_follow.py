@@ -29,7 +29,7 @@ NUMBERS = {
     "eps": 1e-3,
     "clip": True,
     "weight": 0.2,
-    "extra_weights": (0.7, 0.0),
+    "extra_weights": (0.7, 0.0, 0.4),
 }
 RULES = {
     "pull": {},
@@ -54,7 +54,7 @@ def moved(dtype, of_v, seed=0, **without):
             some(shape, wide),
             some(shape, dtype),
             some(shape, of_v).abs(),
-            (some(shape, wide), some(shape, wide)),
+            tuple(some(shape, wide) for _ in range(3)),
         )._replace(**without)
         for shape in SHAPES
     ]

@@ -57,7 +57,7 @@ def follows(dtype, of_v, rule):
     assert torch.equal(x.param, y.param)
     before = x.param.clone()
     x.average.fill_(float("inf"))
-    gpu.follow([x], **NUMBERS | {"gain": 0.0, "weight": 0.0, "extra_weights": (0.0, 0.0)})
+    gpu.follow([x], **NUMBERS | {"gain": 0.0, "weight": 0.0, "extra_weights": (0.0, 0.0, 0.0)})
     assert torch.equal(x.param, before)
     x.average.zero_()
     x.second_moment[1029] = float("nan")
