@@ -15,7 +15,16 @@ from torch.utils.hooks import RemovableHandle
 from . import memory, shards, swap
 from .averaging import Averaging
 from .options import Group, number, parse_returns, returns_text
-from .state import AVERAGE, FROZEN, OFFSET, RETURN, WIDE, averages_of, frozen_places
+from .state import (
+    AVERAGE,
+    FROZEN,
+    OFFSET,
+    RETURN,
+    WIDE,
+    averages_of,
+    forget_history,
+    frozen_places,
+)
 from .update import squared_norm
 
 LIVE = "live"  # the name of the live weights, beside those of averages
@@ -391,7 +400,10 @@ class AveragedOptimizer(Optimizer):
         for key in sorted(own):
             held = {p: self.state[p][key] for p in params if key in self.state[p]}
             local = {shards.local(p): shards.local(x) for p, x in held.items()}
-            _project_held(local, projection)
+            # Of shards no rank knows whether another's have changed.
+            if _project_held(local, projection) or any(map(shards.is_sharded, held)):
+                for group in groups:
+                    forget_history(group, AVERAGE if key == OFFSET else key)
         handle = RemovableHandle(self._projections)
         self._projections[handle.id] = projection
         return handle
@@ -562,14 +574,16 @@ def _score(score: Callable[[], Any], name: str, device: torch.device) -> float:
     return mean
 
 
-def _project_held(held: dict[Tensor, Tensor], projection: Callable[[], object]) -> None:
+def _project_held(held: dict[Tensor, Tensor], projection: Callable[[], object]) -> bool:
     """Project what the state holds of parameters, by way of the parameters.
+
+    Returns whether that changed any of it.
 
     Args:
         held: this rank's part of each parameter, with a tensor like it, or an offset from it.
         projection: of the parameters.
     """
-    live = {p: p.clone() for p in held}
+    live, changed = {p: p.clone() for p in held}, False
     try:
         for p, x in held.items():
             p.copy_(live[p] + x if x.itemsize < p.itemsize else x)
@@ -584,7 +598,10 @@ def _project_held(held: dict[Tensor, Tensor], projection: Callable[[], object]) 
         if x.itemsize < p.itemsize:
             now = (after[p] - p).to(x.dtype)
             now = torch.where((p + now) - now == p, now, 0.0)  # what an exchange gives back
-        x.copy_(torch.where(after[p] == before[p], x, now))
+        now = torch.where(after[p] == before[p], x, now)
+        changed = changed or not torch.equal(now, x)
+        x.copy_(now)
+    return changed
 
 
 def summarize(

@@ -18,13 +18,16 @@ from .state import (
     AVERAGE,
     EXP_AVG,
     EXP_AVG_SQ,
+    HISTORY,
     OFFSET,
     OWN_EXP_AVG_SQ,
     PLAIN,
     PULLBACK_KEYS,
     RETURN,
     State,
+    begun_keys_in,
     extra_keys_in,
+    read_history,
     wide_dtype,
 )
 
@@ -87,6 +90,9 @@ def validated_checkpoint(
             if keys is None:
                 _check_base_options(group, mine)
             group[swap.SWAPPED] = theirs.get(swap.SWAPPED) or ""
+            if HISTORY in theirs or HISTORY in mine:
+                group[HISTORY] = theirs.get(HISTORY) or ""
+                read_history(group[HISTORY])
             check = checker(group, list(zip(mine["params"], found, strict=True)))
             records = _records(group[swap.SWAPPED], len(found))
         except ValueError as error:  # in one line, also where it shows a tensor
@@ -101,6 +107,8 @@ def validated_checkpoint(
             state, param = found[i], mine["params"][i]
             try:
                 check(state, param, record)
+                for name in sorted(begun_keys_in(state)):
+                    check_count(name, state[name])
                 if keys is None:
                     _check_base_state(state, param, group)
                 if wrong := _nonfinite_keys(state, param):
@@ -121,7 +129,7 @@ def validated_checkpoint(
                     "changed"
                 ) from None
             if keys is not None:
-                others |= state.keys() - keys - extra_keys_in(state)
+                others |= state.keys() - keys - extra_keys_in(state) - begun_keys_in(state)
             if state.get(count) == 0 and not record:
                 del states[key]  # saved before its first step, where its averages begin
     unknown = sorted(map(repr, states.keys() - set(params)))

@@ -29,6 +29,7 @@ from .state import (
     AVERAGE_STEP,
     COUNTS,
     FROZEN,
+    HISTORY,
     IDLE,
     OWN_EXP_AVG_SQ,
     PLAIN,
@@ -38,12 +39,15 @@ from .state import (
     State,
     averages_of,
     begin_extra,
+    begins_in,
     extra_keys_in,
     frozen_places,
     new,
     new_count,
+    note_begins,
     restore,
     take_in,
+    taken_in,
     wide_dtype,
 )
 from .swap import SWAPPED, Swapped, write_record
@@ -291,7 +295,8 @@ class Pullback(AveragedOptimizer):
             self._begin(x)
         for group, before in zip(self.param_groups, groups, strict=True):
             counts = {"step": 0} if "step" in group else {}  # some count there: to be loaded, too
-            _assign(group, counts | before)
+            history = {name: x for name, x in group.items() if name == HISTORY}
+            _assign(group, counts | before | history)
         self._state_is_provisional = True
 
     def _plan(self) -> list["_Planned"]:
@@ -382,6 +387,7 @@ class Pullback(AveragedOptimizer):
         """
         state = self.state[x.param]
         dtype = wide_dtype(x.param)
+        begins = begins_in(state, x.averages)
         if AVERAGE not in state:
             assert x.before is not None
             state |= {AVERAGE_STEP: new_count(x.done), AVERAGE: x.before.to(dtype, copy=True)}
@@ -389,6 +395,7 @@ class Pullback(AveragedOptimizer):
             state[AVERAGE] = state[AVERAGE].to(dtype)
         for key in (AVERAGE_STEP, IDLE):  # float32 in what was saved otherwise
             state[key] = state.get(key, new_count()).double()
+        note_begins(state, x.group, x.averages, begins, taken_in(state) if begins else 0)
         if x.before is not None:
             begin_extra(state, x.averages, x.before)
         if x.idle:

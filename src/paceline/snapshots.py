@@ -10,7 +10,8 @@ Each file has, in the metadata `paceline_snapshot`, what it is an average of: an
     name    of the average
     rule    its text
     step    t, the steps that it has seen
-    others  of tensors for which these differ: the tensor's name -> [rule, step]
+    begun   the t at which it began, 0 if it began with its tensors
+    others  of tensors for which these differ: the tensor's name -> [rule, step, begun]
     tied    further names of tensors in the model: each -> the name that the file has
 
 `paceline average` reads them (`paceline.train.rebuild`).
@@ -37,7 +38,7 @@ from .hosts import unwrapped
 from .loading import WRAPPERS
 from .options import Group
 from .safetensors import Form, in_order, read_metadata, write_safetensors
-from .state import AVERAGE, OFFSET, averages_of, taken_in
+from .state import AVERAGE, BEGUN, HISTORY, OFFSET, averages_of, read_history, taken_in
 from .sums import write_sums
 
 SNAPSHOT = "paceline_snapshot"
@@ -62,10 +63,12 @@ def save_averages(
             if step in times:
                 save_averages("run/averages", model, opt)
 
-    They are of the parameters that have stepped: of a LoRA run the adapters alone. Averages must
-    have been kept from the first step on, and be of rules that keep no more tensors (not LAWA and
-    BEMA); others are left out. Sharded parameters are gathered one at a time. On several ranks all
-    call this, and rank 0 writes.
+    They are of the parameters that have stepped: of a LoRA run the adapters alone. Sharded
+    parameters are gathered one at a time. On several ranks all call this, and rank 0 writes.
+
+    Averages of rules that keep more tensors (LAWA and BEMA) are left out. So is, with a warning,
+    one that has had several rules, that `register_projection` has changed, or of which it is not
+    known when it began: torch's distributed checkpoint may lose that.
 
     Args:
         folder: of the snapshots of this run alone; it is made if it is not there. A step-N that is
@@ -94,10 +97,10 @@ def save_averages(
         found = {name: members for name, members in found.items() if members}
         if not found:
             raise ValueError(
-                "optimizer must keep averages of this model's parameters, of rules other than LAWA "
-                "and BEMA, got none"
+                "optimizer must keep averages of this model's parameters, of one rule each, other "
+                "than LAWA and BEMA, got none"
             )
-        step = max(step for members in found.values() for *_, step in members.values())
+        step = max(step for members in found.values() for *_, (_, step, _) in members.values())
         path = Path(folder) / f"step-{step}"
         if shards.rank() != 0:
             for members in found.values():
@@ -128,7 +131,8 @@ def averages_bytes(optimizer: Any, *, dtype: torch.dtype = torch.float32) -> int
     )
 
 
-Member = tuple[Tensor, dict[str, Any], str, str, int]  # parameter, state, key, rule, step
+Kind = tuple[str, int, int]  # rule, step, and the one at which it began
+Member = tuple[Tensor, dict[str, Any], str, Kind]  # parameter, state, key, and what it is
 
 
 def _members(model: nn.Module, optimizer: AveragedOptimizer, name: str) -> dict[str, Member]:
@@ -136,14 +140,33 @@ def _members(model: nn.Module, optimizer: AveragedOptimizer, name: str) -> dict[
     keys = optimizer._average_keys(name)
     groups: dict[Tensor, Group] = {p: g for g in optimizer.param_groups for p in g["params"]}
     found: dict[str, Member] = {}
+    known: dict[tuple[int, str], bool] = {}  # by group and key
     for full, p in model.named_parameters():
         if p not in keys:
             continue
-        key, state = keys[p], optimizer.state[p]
-        rule = averages_of(groups[p]).rules[AVERAGE if key == OFFSET else key]
-        if not rule.keeps:
-            found[WRAPPERS.sub("", full)] = (p, state, key, str(rule), taken_in(state))
+        state, own = optimizer.state[p], AVERAGE if keys[p] == OFFSET else keys[p]
+        rule = averages_of(groups[p]).rules[own]
+        if rule.keeps:
+            continue
+        if (place := (id(groups[p]), own)) not in known:
+            known[place] = _is_known(optimizer, groups[p], own, str(rule))
+        if not known[place]:
+            warnings.warn(
+                f"the average {name!r} is left out of the snapshot: it has not had one rule since "
+                "it began, or when that was is not known",
+                stacklevel=4,
+            )
+            return {}
+        begun = int(state.get(BEGUN + own, 0))
+        found[WRAPPERS.sub("", full)] = (p, state, keys[p], (str(rule), taken_in(state), begun))
     return found
+
+
+def _is_known(optimizer: AveragedOptimizer, group: Group, key: str, rule: str) -> bool:
+    """Whether an average of a group has had one rule since it began, and it is known when."""
+    had, late = read_history(group.get(HISTORY)).get(key, (None, False))
+    states = [optimizer.state.get(p, {}) for p in group["params"]]
+    return had == rule and (not late or any(BEGUN + key in state for state in states))
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -160,7 +183,7 @@ def _tied(model: nn.Module) -> dict[str, str]:
 def _tensors(members: dict[str, Member], dtype: torch.dtype) -> Iterator[Tensor]:
     """Each average, whole and on the CPU, as a file has them; empty on other ranks than 0."""
     for name in in_order(_forms(members, dtype)):
-        p, state, key, *_ = members[name]
+        p, state, key, _ = members[name]
         if shards.rank() != 0 and not shards.is_sharded(p):
             continue
         average = p.detach() + state[key] if key == OFFSET else state[key]
@@ -175,10 +198,10 @@ def _forms(members: dict[str, Member], dtype: torch.dtype) -> dict[str, Form]:
 def _write(
     path: Path, members: dict[str, Member], dtype: torch.dtype, facts: dict[str, Any]
 ) -> None:
-    kinds = {name: (rule, step) for name, (*_, rule, step) in members.items()}
-    [((rule, step), _)] = Counter(kinds.values()).most_common(1)
-    others = {name: kind for name, kind in kinds.items() if kind != (rule, step)}
-    facts = {**facts, "rule": rule, "step": step, "others": others}
+    kinds = {name: kind for name, (*_, kind) in members.items()}
+    [(most, _)] = Counter(kinds.values()).most_common(1)
+    others = {name: kind for name, kind in kinds.items() if kind != most}
+    facts = {**facts, **dict(zip(("rule", "step", "begun"), most, strict=True)), "others": others}
     tensors = _tensors(members, dtype)
     try:
         metadata = {SNAPSHOT: json.dumps(facts)}

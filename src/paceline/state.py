@@ -11,18 +11,21 @@
     <average>_<tensor>   p's    the rule's  the first step     what a rule `keeps`, as average_ema
     average_step         ()     float64     Pullback's first   the steps taken, beside the base's
     pullback_exp_avg_sq  p's    wide        the first pull     v, where Pullback's base has none
+    begun_<average>      ()     float64     its late start     the t at which it began, where not 0
 
 p is the parameter. Wide is float32, or float64 for a float64 parameter. The state's dtype is wide,
 or bfloat16 with `state_dtype=torch.bfloat16`; where it is narrower than p, offset is kept. Counts
 are on the CPU; PACE's on p's device where the host must not read them (`counts_on_device`). The t
 of averages is the steps taken plus `idle_steps`, for they take in weights that stand still, too.
-An average that is asked for later begins at the next step. While an average is in the parameter
+An average that is asked for later begins at the next step; the option `history` of a group keeps
+which rule each average has had, for `paceline.snapshots`. While an average is in the parameter
 (`paceline.swap`), its place keeps the live weights. Other keys are those of Pullback's base, or of
 other tools.
 """
 
 import ctypes
 import functools
+import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,6 +45,8 @@ AVERAGE, OFFSET = "average", "offset"
 RETURN = "return_"  # and the name that `returns` gives
 AVERAGE_STEP, OWN_EXP_AVG_SQ = "average_step", "pullback_exp_avg_sq"
 COUNTS = frozenset({STEP, IDLE, AVERAGE_STEP})
+BEGUN = "begun_"  # and the key of an average
+HISTORY = "history"  # of a group: what `read_history` reads
 # The keys of each optimizer, besides those of its further averages (`Averages.extra_keys`).
 PACE_KEYS = frozenset({STEP, IDLE, EXP_AVG, EXP_AVG_SQ, AVERAGE, OFFSET})
 PULLBACK_KEYS = frozenset({AVERAGE, AVERAGE_STEP, IDLE, OWN_EXP_AVG_SQ})
@@ -67,6 +72,11 @@ class Averages:
 
     rules: Mapping[str, Averaging]
     """`average` first, which the pull goes toward; then `return_<name>` of each of `returns`."""
+
+    @functools.cached_property
+    def history(self) -> str:
+        """The history of averages that have had these rules, and began with their parameters."""
+        return json.dumps({key: [str(rule), False] for key, rule in self.rules.items()})
 
     @property
     def own(self) -> Averaging:
@@ -120,6 +130,36 @@ def frozen_places(group: Group) -> list[int]:
     if any(not 0 <= place < len(group["params"]) for place in places):
         raise ValueError(f"frozen must be places of parameters, got {text!r}")
     return places
+
+
+def read_history(text: str | None) -> dict[str, tuple[str | None, bool]]:
+    """What is known of the averages of a group, by their keys, from its option `history`.
+
+    Returns:
+        The rule that it has had since it began, None if that is not known or not one rule; and
+        whether it began late for some parameter, whose state then has `begun_<average>`.
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    try:
+        found = {key: (rule, late) for key, (rule, late) in json.loads(text or "{}").items()}
+    except (TypeError, AttributeError, ValueError, RecursionError):
+        found = {"": (None, None)}
+    if not all(isinstance(r, str | None) and isinstance(x, bool) for r, x in found.values()):
+        raise ValueError(f"history must be as a state_dict() has it, got {text!r}")
+    return found
+
+
+def forget_history(group: Group, key: str) -> None:
+    """Keep of an average of a group that it is not of one rule."""
+    found = read_history(group.get(HISTORY))
+    group[HISTORY] = json.dumps(found | {key: (None, False)})
+
+
+def begun_keys_in(state: State) -> set[str]:
+    """The keys in a state that say when its averages began."""
+    return {key for key in state if key.startswith(BEGUN)}
 
 
 def extra_keys_in(state: State) -> set[str]:
@@ -212,7 +252,7 @@ def ensure(state: State, param: Tensor, group: Group, averages: Averages) -> Non
     """
     dtype = state_dtype(param, group)
     weights = param.detach()
-    if not state:
+    if fresh := not state:
         state |= {
             STEP: new_count(),
             IDLE: new_count(),
@@ -222,6 +262,8 @@ def ensure(state: State, param: Tensor, group: Group, averages: Averages) -> Non
     else:
         state |= {key: state[key].to(dtype) for key in (EXP_AVG, EXP_AVG_SQ)}
     ensure_counters(state, param, group)
+    begins = begins_in(state, averages)
+    note_begins(state, group, averages, begins, 0 if fresh or not begins else taken_in(state))
     if param.is_contiguous():  # the kernels go by places in memory
         for key in shaped_keys(state, averages):
             if not state[key].is_contiguous():
@@ -254,6 +296,35 @@ def ensure_counters(state: State, param: Tensor, group: Group) -> None:
             state[key] = state[key].to(device, torch.float64)
 
 
+def begins_in(state: State, averages: Averages) -> set[str]:
+    """The keys of averages that a state is to hold and does not yet."""
+    there = state.keys() | ({AVERAGE} if OFFSET in state else set())
+    return averages.rules.keys() - there
+
+
+def note_begins(state: State, group: Group, averages: Averages, begins: set[str], t: int) -> None:
+    """Keep when averages begin, and which rules those of a group have had.
+
+    Args:
+        state: of a parameter; changed.
+        group: its options; its history is changed.
+        averages: of the group.
+        begins: the keys of those that begin now.
+        t: of averages in that state.
+    """
+    late = begins if t else set()
+    state |= {BEGUN + key: new_count(t) for key in late}
+    if group.get(HISTORY) == averages.history and not late:
+        return
+    before = read_history(group.get(HISTORY))
+    now = {}
+    for key, rule in averages.rules.items():
+        # One that is there without a history had who knows which rule.
+        had, was_late = before.get(key, (str(rule) if key in begins else None, False))
+        now[key] = [had if had == str(rule) else None, was_late or key in late]
+    group[HISTORY] = json.dumps(now)
+
+
 def begin_extra(state: State, averages: Averages, weights: Tensor) -> None:
     """Have a state hold the averages beside `average`, and what rules keep; drop those of before.
 
@@ -278,6 +349,7 @@ def begin_extra(state: State, averages: Averages, weights: Tensor) -> None:
             state |= {key: begun[name] for key, name in kept.items()}
     for key in extra_keys_in(state) - averages.extra_keys:
         del state[key]
+        state.pop(BEGUN + key, None)
 
 
 def restore(
@@ -300,9 +372,9 @@ def restore(
         averages: of its group.
         own: the dtype of moments and `average`.
     """
-    for key in saved.keys() & keys:
+    for key in saved.keys() & (keys | begun_keys_in(saved)):
         value = saved[key]
-        if key in COUNTS:
+        if key in COUNTS or key.startswith(BEGUN):
             state[key] = new_count(float(value))
         else:
             dtype = dtype_of(key, value.dtype, param, averages, own)

@@ -1,5 +1,6 @@
 """Averages on the disk: what is written is what the optimizer keeps, and says what it is."""
 
+import copy
 import json
 import resource
 import subprocess
@@ -21,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from paceline import PACE, Pullback
+from paceline.averaging import parse
 from paceline.snapshots import SNAPSHOT, averages_bytes, save_averages
 from paceline.sums import find_damage
 
@@ -77,7 +79,8 @@ def test_files_are_the_averages(kind, weights, dtype, tmp_path):
     for name in NAMES:
         said = facts(folder / f"{name}.safetensors")
         run = said.pop("run")
-        assert said == {"name": name, "rule": rules[name], "step": 5, "others": {}, "tied": {}}
+        kind = {"rule": rules[name], "step": 5, "begun": 0}
+        assert said == {"name": name, **kind, "others": {}, "tied": {}}
         assert run == facts(folder / "mean.safetensors")["run"]
 
 
@@ -105,8 +108,149 @@ def test_only_what_has_stepped_and_each_by_its_own_count(tmp_path):
     assert load_file(folder / "average.safetensors").keys() == {"a.weight", "b.weight", "d.weight"}
     said = facts(folder / "returned.safetensors")
     assert (said["rule"], said["step"]) == ("ema:kappa=0.5", 4)
-    assert said["others"] == {"b.weight": ["ema:kappa=0.9", 3]}
-    assert facts(folder / "average.safetensors")["others"] == {"b.weight": ["ema:kappa=0.5", 3]}
+    assert said["others"] == {"b.weight": ["ema:kappa=0.9", 3, 0]}
+    assert facts(folder / "average.safetensors")["others"] == {"b.weight": ["ema:kappa=0.5", 3, 0]}
+
+
+def steps(opt, params, count, taken, iterates):
+    """Steps on noise, with the weights after each."""
+    for _ in range(count):
+        for p in params:
+            p.grad = 0.1 * torch.randn(p.shape).to(p.dtype)
+        opt.step()
+        iterates.append([p.detach().double().clone() for p in taken])
+
+
+def asks_for_more(opt):
+    opt.param_groups[0]["returns"] = {"slow": "ema:kappa=0.9"}
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_average_that_was_added_says_when_it_began(kind, weights, tmp_path):
+    """From there on it is the average of the iterates by its rule, also after a resume."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).to(weights)
+    params, iterates = list(model.parameters()), []
+    opt = KINDS[kind](model.parameters())
+    steps(opt, params, 7, params, iterates)
+    asks_for_more(opt)
+    steps(opt, params, 2, params, iterates)
+    saved = copy.deepcopy(opt.state_dict())
+    opt = KINDS[kind](model.parameters())
+    opt.load_state_dict(saved)
+    steps(opt, params, 3, params, iterates)
+    folder = save_averages(tmp_path, model, opt)
+    said = {name: facts(folder / f"{name}.safetensors") for name in ("slow", "average")}
+    assert [(x["step"], x["begun"]) for x in said.values()] == [(12, 7), (12, 0)]
+    rule, average = parse("ema:kappa=0.9"), iterates[6]
+    for t in range(8, 13):
+        average = [
+            a + float(rule.weight(t)) * (x - a)
+            for a, x in zip(average, iterates[t - 1], strict=True)
+        ]
+    found = load_file(folder / "slow.safetensors")
+    for x, name in zip(average, ("weight", "bias"), strict=True):
+        torch.testing.assert_close(found[name].double(), x, rtol=0, atol=1e-6)
+    # taken out and asked for again, it begins again
+    opt.param_groups[0]["returns"] = None
+    steps(opt, params, 1, params, iterates)
+    assert "begun_return_slow" not in opt.state[params[0]]
+    asks_for_more(opt)
+    steps(opt, params, 1, params, iterates)
+    assert facts(save_averages(tmp_path, model, opt) / "slow.safetensors")["begun"] == 13
+
+
+def test_averages_that_begin_at_different_steps_of_their_parameters(tmp_path):
+    """Those of a group that joins late begin with it; those of a checkpoint of AdamW do not."""
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "ab"})
+    first, late = (model[name].weight for name in "ab")
+    adamw = torch.optim.AdamW([first], lr=0.1)
+    steps(adamw, [first], 5, [], [])
+    opt = PACE([first], lr=0.1, pullback=0.1)
+    with pytest.warns(UserWarning, match="keeps no averages"):
+        opt.load_state_dict(adamw.state_dict())
+    steps(opt, [first], 2, [], [])
+    opt.add_param_group({"params": [late]})
+    steps(opt, [first, late], 4, [], [])
+    said = facts(save_averages(tmp_path, model, opt) / "average.safetensors")
+    assert (said["step"], said["begun"]) == (11, 5)
+    assert said["others"] == {"b.weight": ["ema:kappa=0.5", 4, 0]}
+
+
+def other_rule(opt, model):
+    opt.param_groups[0]["returns"] = {"mean": "uniform", "slow": "ema:kappa=0.6"}
+
+
+def other_rule_in_a_checkpoint(opt, model):
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0]["returns"] = "mean=uniform,slow=ema:kappa=0.6"
+    opt.load_state_dict(saved)
+
+
+def no_history(opt, model):
+    saved = copy.deepcopy(opt.state_dict())
+    del saved["param_groups"][0]["history"]
+    opt.load_state_dict(saved)
+
+
+def no_beginning(opt, model):
+    """As after torch's distributed checkpoint, into a fresh optimizer."""
+    saved = copy.deepcopy(opt.state_dict())
+    for state in saved["state"].values():
+        del state["begun_return_slow"]
+    opt.load_state_dict(saved)
+
+
+def projected(opt, model):
+    opt.register_projection(lambda: model.weight.clamp_(-0.01, 0.01))
+
+
+@pytest.mark.parametrize(
+    "change", [other_rule, other_rule_in_a_checkpoint, no_history, no_beginning, projected]
+)
+@pytest.mark.parametrize("kind", ["pace", "pullback"])
+def test_averages_of_which_too_little_is_known_are_left_out(kind, change, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    params = list(model.parameters())
+    opt = KINDS[kind](model.parameters(), returns={"mean": "uniform"})
+    steps(opt, params, 3, [], [])
+    opt.param_groups[0]["returns"] = {"mean": "uniform", "slow": "ema:kappa=0.9"}
+    steps(opt, params, 2, [], [])
+    change(opt, model)
+    steps(opt, params, 2, [], [])
+    if change in (no_history, projected):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with pytest.raises(ValueError, match="averages of .*, of one rule each, .* got none"):
+                save_averages(tmp_path, model, opt)
+        assert len(caught) == 3
+        return
+    with pytest.warns(UserWarning, match="'slow' is left out of the snapshot: it has not had"):
+        folder = save_averages(tmp_path, model, opt)
+    assert not (folder / "slow.safetensors").exists()
+    assert facts(folder / "average.safetensors")["begun"] == 0
+
+
+def test_a_projection_that_changes_no_average_leaves_them_known(tmp_path):
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.1, pullback=0.1)
+    advance(model, opt, generator, 2)
+    opt.register_projection(lambda: model[0].weight.clamp_(-1e6, 1e6))
+    advance(model, opt, generator, 2)
+    assert save_averages(tmp_path, model, opt).name == "step-4"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"average": 3}', '{"average": [1, 2]}', 7])
+def test_a_history_that_is_none_is_refused(text):
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.1, pullback=0.1)
+    advance(model, opt, generator, 1)
+    saved = opt.state_dict()
+    saved["param_groups"][0]["history"] = text
+    with pytest.raises(ValueError, match="history must be as a state_dict"):
+        opt.load_state_dict(saved)
 
 
 def test_averages_that_cannot_be_rebuilt_from_are_left_out(tmp_path):
@@ -119,7 +263,7 @@ def test_averages_that_cannot_be_rebuilt_from_are_left_out(tmp_path):
     assert sorted(x.stem for x in folder.glob("*.safetensors")) == ["a", "average"]
     only = PACE(model.parameters(), lr=0.1, pullback=0.1, averaging="bema")
     advance(model, only, generator, 1)
-    with pytest.raises(ValueError, match="of rules other than LAWA and BEMA, got none"):
+    with pytest.raises(ValueError, match="of one rule each, other than LAWA and BEMA, got none"):
         save_averages(tmp_path, model, only)
 
 

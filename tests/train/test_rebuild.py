@@ -182,6 +182,32 @@ def test_tensors_of_different_steps(tmp_path):
     assert off(load_file(out), iterates, "ema:kappa=0.8") < 0.03
 
 
+def test_an_average_that_was_asked_for_later(tmp_path):
+    """It began with the weights of that step, and the files say so."""
+    torch.manual_seed(0)
+    model = small()
+    opt = PACE(model.parameters(), lr=1e-2, pullback=0.1, kappa=0.3, fused=False)
+    named = dict(model.named_parameters())
+    iterates = [{name: p.detach().double().clone() for name, p in named.items()}]
+    for step in range(1, 151):
+        for p in model.parameters():
+            p.grad = 0.1 * p.detach() + 0.1 * torch.randn(p.shape)
+        if step == 71:
+            opt.param_groups[0]["returns"] = {"slow": "ema:kappa=0.9"}
+        opt.step()
+        iterates.append({name: p.detach().double().clone() for name, p in named.items()})
+        if step in (20, 40, 60, 70, 80, 95, 110, 130, 140, 146, 149, 150):
+            save_averages(tmp_path / "averages", model, opt)
+    out = tmp_path / "out.safetensors"
+    average(tmp_path / "averages", "--rule", "ema:kappa=0.8", "--out", out)
+    assert off(load_file(out), iterates, "ema:kappa=0.8") < 0.03
+    for file in (tmp_path / "averages").glob("*/slow.safetensors"):
+        rewritten(file, begun=0)
+    wrong = tmp_path / "wrong.safetensors"
+    average(tmp_path / "averages", "--rule", "ema:kappa=0.8", "--out", wrong)
+    assert off(load_file(wrong), iterates, "ema:kappa=0.8") > 0.05
+
+
 def test_weights_whose_sum_is_0_on_the_way(tmp_path):
     """Negative ones count last, so that nothing is divided by it."""
     found = []
@@ -308,9 +334,12 @@ def spoil(place, how):
         ({"rule": "median"}, "A", r"slow.safetensors does not say which average it is: ValueErr"),
         ({"rule": "lawa:window=2"}, "A", r"does not say which average it is: .*keeps more tensors"),
         ({"step": -1}, "A", r"does not say which average it is: .*whole number"),
+        ({"begun": None}, "A", r"does not say which average it is: KeyError: 'begun'"),
+        ({"begun": 201}, "A", r"does not say which average it is: .*begun=201"),
         ({"step": None}, "A", r"does not say which average it is: KeyError: 'step'"),
         ({"others": [3]}, "A", r"does not say which average it is: AttributeError"),
         ({"others": {"x": 3}}, "A", r"does not say which average it is: TypeError"),
+        ({"others": {"x": ["ema", 3]}}, "A", r"does not say which average it is: ValueError"),
         (
             None,
             "A --rule ema:kappa=0.3",

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..averaging import Averaging
 from ..safetensors import read_metadata
 from ..snapshots import SNAPSHOT
-from ..synthesis import NOISE, Snapshot, Synthesis, synthesize, walk_distance
+from ..synthesis import LIMIT, NOISE, Snapshot, Synthesis, synthesize, walk_distance
 from . import InputError, folder, reporting
 from .weighted import Checkpoint, load_tensor, read_headers, weighted_sum, write
 
@@ -100,9 +100,12 @@ def _read(file: Path) -> Kept:
     checkpoint = read_headers(file)
     try:
         facts = json.loads(read_metadata(file)[SNAPSHOT])
-        others = {name: Snapshot(*kind) for name, kind in facts["others"].items()}
+        others = {
+            name: Snapshot(rule, step, begun)
+            for name, (rule, step, begun) in facts["others"].items()
+        }
         tied = {str(name): str(own) for name, own in facts["tied"].items()}
-        snapshot = Snapshot(facts["rule"], facts["step"])
+        snapshot = Snapshot(facts["rule"], facts["step"], facts["begun"])
         return Kept(checkpoint, str(facts["run"]), snapshot, others, tied)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         said = " ".join(str(error).split())
@@ -132,20 +135,28 @@ def _check_together(a: Kept, b: Kept) -> None:
 # ---- the weights -------------------------------------------------------------------------------
 
 
-def weights_of(kept: Sequence[Kept], rule: Averaging) -> Weights:
+def weights_of(
+    kept: Sequence[Kept], rule: Averaging, noise: float | None = None, limit: float = LIMIT
+) -> Weights:
     """How to rebuild each tensor of an average at the last step of the snapshots.
+
+    Args:
+        kept: the snapshots.
+        rule: of the average.
+        noise: what `rounding_noise` has found of them, if that is known.
+        limit: of the expected error.
 
     Raises (also what is returned):
         InputError: it cannot be rebuilt from them; the line names the nearest that can.
     """
-    noise = rounding_noise(kept)
+    noise = rounding_noise(kept) if noise is None else noise
     found: dict[tuple[Snapshot, ...], Synthesis] = {}
 
     def weights(tensor: str) -> Synthesis:
         snapshots = tuple(one.of(tensor) for one in kept)
         if snapshots not in found:
             with reporting("rule", ValueError):
-                found[snapshots] = synthesize(snapshots, rule, noise=noise)
+                found[snapshots] = synthesize(snapshots, rule, noise=noise, limit=limit)
         return found[snapshots]
 
     return weights
@@ -199,9 +210,8 @@ def rebuild(
     Raises:
         InputError: something given cannot be used; nothing is written then.
     """
-    checkpoints = [one.checkpoint for one in kept]
     last = kept[-1]
-    like, names = _like(last, out, model)
+    like, names = model_like(last, out, model)
     weights = weights_of(kept, rule)
     found = {name: weights(name) for name in last.checkpoint.tensors}
     main = weights(next(name for name in last.checkpoint.tensors if name not in last.others))
@@ -224,16 +234,33 @@ def rebuild(
         "paceline": version("paceline"),
     }
 
-    def tensor(name: str, dtype: torch.dtype) -> Tensor:
-        own = names.get(name)
-        if own is None:  # it was not trained
-            return load_tensor(like, name).to(dtype)
-        return weighted_sum(own, checkpoints, found[own].weights, dtype)
-
+    tensor = rebuilt_tensor(kept, weights, like, names)
     write(out, like, tensor, facts, console, dtype or ("float32" * (like.kind == "a file") or None))
 
 
-def _like(kept: Kept, out: Path, model: Path | None) -> tuple[Checkpoint, dict[str, str]]:
+def rebuilt_tensor(
+    kept: Sequence[Kept], weights: Weights, like: Checkpoint, names: dict[str, str]
+) -> Callable[[str, torch.dtype], Tensor]:
+    """From a name and a dtype a tensor of a model: rebuilt, or as it was if it has not trained.
+
+    Args:
+        kept: the snapshots.
+        weights: how to rebuild each tensor.
+        like: the model.
+        names: of its tensors that are rebuilt, the names in the snapshots.
+    """
+    checkpoints = [one.checkpoint for one in kept]
+
+    def tensor(name: str, dtype: torch.dtype) -> Tensor:
+        own = names.get(name)
+        if own is None:
+            return load_tensor(like, name).to(dtype)
+        return weighted_sum(own, checkpoints, weights(own).weights, dtype)
+
+    return tensor
+
+
+def model_like(kept: Kept, out: Path, model: Path | None) -> tuple[Checkpoint, dict[str, str]]:
     """What the result is made like; and of its tensors that are rebuilt, their names in snapshots.
 
     Raises:
