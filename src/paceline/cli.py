@@ -31,6 +31,9 @@ COMMANDS = {
         "train.verify", "Verify", "verify", "check that a killed run resumes exactly"
     ),
     "eval": Command("train.evaluate", "Evaluation", "evaluate", "score models on tasks of lm-eval"),
+    "choose": Command(
+        "train.choose", "Choose", "choose_command", "choose the average that a run returns"
+    ),
     "average": Command("train.merge", "Merge", "merge", "merge the checkpoints of a run"),
     "compare": Command("study.compare", "Comparison", "compare_command", "compare methods"),
     "sweep": Command(

@@ -76,7 +76,7 @@ def save_averages(
         model: the module whose parameters the optimizer steps, itself or wrapped.
         optimizer: PACE or Pullback, or a wrapper that has it as `optimizer`, as accelerate's.
         dtype: torch.float32, or torch.bfloat16, which takes half, and costs accuracy where the
-            averages are closer together than its 8 bits (docs/averages.md).
+            averages are closer together than its 8 bits (docs/choose.md).
 
     Returns:
         The folder step-N.
@@ -94,7 +94,7 @@ def save_averages(
     with optimizer.restoring():
         optimizer.train()
         found = {name: _members(model, optimizer, name) for name in optimizer.returns}
-        found = {name: members for name, members in found.items() if members}
+        found = _without_doubles({name: x for name, x in found.items() if x})
         if not found:
             raise ValueError(
                 "optimizer must keep averages of this model's parameters, of one rule each, other "
@@ -126,7 +126,7 @@ def averages_bytes(optimizer: Any, *, dtype: torch.dtype = torch.float32) -> int
         for group in unwrapped(optimizer).param_groups
         for p in group["params"]
         if p.requires_grad
-        for rule in averages_of(group).rules.values()
+        for rule in set(averages_of(group).rules.values())
         if not rule.keeps
     )
 
@@ -160,6 +160,13 @@ def _members(model: nn.Module, optimizer: AveragedOptimizer, name: str) -> dict[
         begun = int(state.get(BEGUN + own, 0))
         found[WRAPPERS.sub("", full)] = (p, state, keys[p], (str(rule), taken_in(state), begun))
     return found
+
+
+def _without_doubles(found: dict[str, dict[str, Member]]) -> dict[str, dict[str, Member]]:
+    """Averages by name, without those that are what another is: the pull's is often returned."""
+    kinds = {name: {n: kind for n, (*_, kind) in x.items()} for name, x in found.items()}
+    first = {str(kind): name for name, kind in reversed(kinds.items())}
+    return {name: x for name, x in found.items() if first[str(kinds[name])] == name}
 
 
 def _is_known(optimizer: AveragedOptimizer, group: Group, key: str, rule: str) -> bool:

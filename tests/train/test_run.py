@@ -41,7 +41,7 @@ from training import (
 from transformers import AutoModelForCausalLM
 
 from paceline.cli import main
-from paceline.train import chat, folder
+from paceline.train import build, chat, folder
 from paceline.train import run as run_module
 from paceline.train.build import RunTrainer
 from paceline.train.callbacks import JsonlMetrics
@@ -238,16 +238,16 @@ def test_does_not_go_on_with_other_data(values, tmp_path, capsys):
 
 def test_the_digest_is_of_each_token_and_label():
     rows = [{"input_ids": [i, 1], "labels": [-100, 1]} for i in range(5000)]
-    found = {run_module._digest(datasets.Dataset.from_list(rows))}
+    found = {build.digest_of(datasets.Dataset.from_list(rows))}
     for place, key in itertools.product((0, 2500, 4999), rows[0]):
         changed = [*rows]
         changed[place] = {**rows[place], key: [7, 7]}
-        found.add(run_module._digest(datasets.Dataset.from_list(changed)))
+        found.add(build.digest_of(datasets.Dataset.from_list(changed)))
     joined = [{"input_ids": [*a["input_ids"][:1]], "labels": a["labels"]} for a in rows[:1]]
-    found.add(run_module._digest(datasets.Dataset.from_list([*joined, *rows[1:]])))
+    found.add(build.digest_of(datasets.Dataset.from_list([*joined, *rows[1:]])))
     assert len(found) == 8
     data = datasets.Dataset.from_list(rows)
-    assert run_module._digest(data.select([*range(4999), 4999])) in found
+    assert build.digest_of(data.select([*range(4999), 4999])) in found
 
 
 def test_no_run_and_no_empty_folder(values, tmp_path, capsys):

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ from transformers import (
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from ..averaging import PowerEMA
+from ..options import parse_returns, returns_text
+from ..state import averages_of
 from . import InputError, folder, read_small, reporting, sources, unknown
 from .chat import conversation_encoder, use_chatml
 from .data import make_tokenizer
@@ -85,6 +89,18 @@ class PerToken(SFTTrainer):
         """Write no card for checkpoints; a run writes its own beside the model."""
 
 
+SLOW = PowerEMA(0.9)  # from which, and from a fast one, most others can be rebuilt
+
+
+def keep_slow(group: dict[str, Any]) -> None:
+    """Have a group keep a slow average, too; what it returns stays the same."""
+    own, *others = averages_of(group).rules.values()
+    if any(isinstance(x, PowerEMA) and x.kappa >= 0.8 for x in (own, *others)):
+        return
+    returns = parse_returns(group["returns"]) or {"returned": own}
+    group["returns"] = returns_text({**returns, "slow": SLOW})
+
+
 class RunTrainer(OneMethodTrainer, PerToken):
     """Trains one method by a recipe, and keeps a fingerprint of the data's order for resuming.
 
@@ -94,6 +110,16 @@ class RunTrainer(OneMethodTrainer, PerToken):
     """
 
     order: Any = 0  # a tensor on the device: reading it would wait
+    keeps_slow = False  # whether it keeps a slow average, for a choice at the end
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The method's optimizer, with a slow average if that is asked for."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made and self.keeps_slow:
+            for group in optimizer.param_groups:
+                keep_slow(group)
+        return optimizer
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Train on a micro-batch, and add it to `order`."""
@@ -251,7 +277,7 @@ def build_trainer(
         weight_decay=recipe.weight_decay,
         betas=recipe.betas,
         stochastic_round=recipe.precision == "pure-bf16",
-        snapshots=recipe.snapshots,
+        snapshots=recipe.times_kept,
         snapshot_dtype=getattr(torch, recipe.snapshot_dtype),
         snapshot_dir=folder.with_name(AVERAGES),
         train_dataset=prepared.train,
@@ -266,6 +292,7 @@ def build_trainer(
         if recipe.lora_rank and not only_data
         else None,
     )
+    trainer.keeps_slow = recipe.choose
     trainer.remove_callback(PrinterCallback)
     trainer.data_collator = partial(_without_first_labels, trainer.data_collator)
     evaluation = trainer.eval_dataset
@@ -386,6 +413,19 @@ def _split_batch(recipe: Recipe, processes: int) -> tuple[int, int]:
             f"{max(micro, 1)} on {processes} processes; change --batch or --micro-batch"
         )
     return micro, recipe.batch // (micro * processes)
+
+
+def digest_of(data: Any) -> str | None:
+    """A hash of all sequences: tokens, and which of them are learned; None of a stream."""
+    if not isinstance(data, Dataset):
+        return None
+    sha = sha256()
+    for rows in data.with_format("arrow").iter(1000):
+        for name in sorted(rows.column_names):
+            column = rows[name].combine_chunks()
+            for part in (pc.list_value_length(column), column.flatten()):
+                sha.update(part.cast("int64").to_numpy(zero_copy_only=False).tobytes())
+    return sha.hexdigest()
 
 
 def _steps_of_data(recipe: Recipe, data: Dataset) -> int:

@@ -88,7 +88,7 @@ def evaluate(options: Evaluation, console: Console) -> dict[str, Any]:
     models = _models(options.model)
     for path in models.values():
         folder.require_whole(Path(path), "model")
-    device = _device(options.device)
+    device = find_device(options.device)
     out = options.out or (Path(options.model, folder.EVALUATION) if "returned" in models else None)
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise InputError(f"out: {out} is a folder, or its folder does not exist; name a file")
@@ -158,7 +158,8 @@ def _is_model(path: Path) -> bool:
     return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
 
 
-def _device(given: str | None) -> str:
+def find_device(given: str | None) -> str:
+    """A device that can be used: the given one, or an accelerator, or the CPU."""
     if given is None:
         there = torch.accelerator.is_available()
         return str(torch.accelerator.current_accelerator()) if there else "cpu"

@@ -10,9 +10,12 @@
                       Their weights are the returned model's. set-aside-checkpoint-STEP folders
                       were newer than the one that --from named
     averages/         of a run with --snapshots: step-N folders, averages at some steps, from which
-                      `paceline average` rebuilds others
+                      `paceline average` and `paceline choose` rebuild others
     live/             of a run: the live weights at the end, as a model that transformers loads
     model/            of a run: the returned model, likewise. Written last: it says "finished"
+    choice.json       of `paceline choose`: what it scored and chose, written last; choice.svg and
+                      choice.png are the picture of it
+    model-before-choice/  the model that the run returned, where `paceline choose` took another
     paceline.json     which average the weights are, in the run's folder, live/, model/ and what
                       `paceline average` makes
     checksums.json    of each file beside it, in checkpoint-STEP/, live/, model/, and what
@@ -57,6 +60,7 @@ except ImportError:  # Windows
 RECIPE, MANIFEST, METRICS = "recipe.yaml", "manifest.json", "metrics.jsonl"
 CHECKPOINTS, LIVE, MODEL, MODELS = "checkpoints", "live", "model", "models"
 AVERAGES, AVERAGE_FACTS = "averages", "paceline.json"
+CHOICE, CHOICE_PICTURE, FORMER = "choice.json", "choice", "model-before-choice"
 TENSORBOARD, REPORT = "tensorboard", "report.html"
 TRAINING, EVALUATION, CERTIFICATE = "training.jsonl", "eval.json", "certificate.json"
 LOCK, SET_ASIDE = ".lock", "set-aside-"

@@ -239,13 +239,13 @@ def rebuild(
 
 
 def rebuilt_tensor(
-    kept: Sequence[Kept], weights: Weights, like: Checkpoint, names: dict[str, str]
+    kept: Sequence[Kept], weights: Weights | None, like: Checkpoint, names: dict[str, str]
 ) -> Callable[[str, torch.dtype], Tensor]:
     """From a name and a dtype a tensor of a model: rebuilt, or as it was if it has not trained.
 
     Args:
         kept: the snapshots.
-        weights: how to rebuild each tensor.
+        weights: how to rebuild each tensor; None: all are as they were.
         like: the model.
         names: of its tensors that are rebuilt, the names in the snapshots.
     """
@@ -253,7 +253,7 @@ def rebuilt_tensor(
 
     def tensor(name: str, dtype: torch.dtype) -> Tensor:
         own = names.get(name)
-        if own is None:
+        if own is None or weights is None:
             return load_tensor(like, name).to(dtype)
         return weighted_sum(own, checkpoints, weights(own).weights, dtype)
 

@@ -112,6 +112,9 @@ MethodHelp = tyro.conf.arg(
 Split = BeforeValidator(lambda value: tuple(value.split(",")) if isinstance(value, str) else value)
 
 
+TIMES_TO_CHOOSE = 12  # that averages are kept where --choose asks for some
+
+
 class Role(Enum):
     """What a recipe's key is for; a key without a role decides the training and not the data."""
 
@@ -224,6 +227,8 @@ class Recipe(Options):
     """Times that averages are kept in averages/, closer together toward the end, so that `paceline average` can rebuild others; 0: none. With a second average (return_kappa=0.9) more can be rebuilt."""
     snapshot_dtype: Annotated[Literal["float32", "bfloat16"], RESUMABLE] = "float32"
     """Dtype of those. bfloat16 takes half the room, and loses what a low learning rate changes."""
+    choose: Annotated[bool, RESUMABLE] = False
+    """Choose the average to return after the training, on half of the evaluation data, as `paceline choose` does. It keeps 12 snapshots where --snapshots is 0, and beside the method's averages a slow one, κ = 0.9, if there is none."""
     log_every: Annotated[Positive, MEASURING] = 10
     """Steps between lines of metrics, >= 1."""
     loaders: Annotated[int, Field(ge=0, le=256), RESUMABLE] = 0
@@ -262,9 +267,9 @@ class Recipe(Options):
             raise InputError(
                 f"micro_batch: {self.micro_batch} does not divide the batch of {self.batch}"
             )
-        if self.snapshots and not self._keeps_averages:
+        if self.times_kept and not self._keeps_averages:
             raise InputError(
-                f"snapshots: {self.method} keeps no average that others can be rebuilt from; pace, "
+                f"{'choose' if self.choose else 'snapshots'}: {self.method} keeps no average that others can be rebuilt from; pace, "
                 "pullback, ema, uniform and swa do"
             )
         if "none" in self.report_to and len(self.report_to) > 1:
@@ -295,6 +300,11 @@ class Recipe(Options):
     def parsed(self) -> Method:
         """The method, with all its options."""
         return parse_method(self.method, **self.method_defaults)
+
+    @property
+    def times_kept(self) -> int:
+        """How often averages are kept on the way."""
+        return self.snapshots or (TIMES_TO_CHOOSE if self.choose else 0)
 
     @property
     def _keeps_averages(self) -> bool:

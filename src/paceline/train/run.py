@@ -3,20 +3,17 @@
 import argparse
 import errno
 import itertools
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import date, datetime
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Self, TypeVar, cast
 
 import datasets
-import pyarrow.compute as pc
 import torch
 import tyro
 import yaml
@@ -35,9 +32,10 @@ from ..files import remove, whole
 from ..state import averages_of
 from ..sums import write_sums
 from . import InputError, Positive, folder, reporting
-from .build import RunTrainer, build_trainer, processes
+from .build import RunTrainer, build_trainer, digest_of, processes
 from .callbacks import EvalAndSaveAtEnd, JsonlMetrics, ProgressBar, Stop
 from .chat import show_example
+from .choose import HeldOut, choose, halves, held_out_of, is_chosen, rule_facts
 from .find_lr import with_found_rate
 from .manifest import environment, write_json
 from .page import write_page
@@ -130,6 +128,11 @@ def train(
         _on_main(lambda: stack.enter_context(folder.locked(run)))
         finished, checkpoint = _on_main(lambda: _starting_point(options, run))
         if finished:
+            if recipe.choose and not _on_main(lambda: is_chosen(run)):
+                held_out = held_out_of(run, recipe)  # it was killed while it chose
+                if processes().is_main_process:
+                    choose(run, recipe, held_out, console)
+                return run
             say(console, f"{run} is finished.")
             return run
         checkpoints = run / folder.CHECKPOINTS
@@ -140,13 +143,21 @@ def train(
                 if options.find_lr:
                     recipe, data = with_found_rate(recipe, console)
                 trainer = build_trainer(recipe, checkpoints, prepared=data)
+                names = recipe.eval_data or recipe.data_names
+                held_out = HeldOut(trainer.eval_dataset, trainer.data_collator, names)
+                if recipe.choose:
+                    halves(held_out, recipe)  # before the training: there must be enough
                 facts = _start(trainer, recipe, run, checkpoint, console)
             except BaseException:
                 if is_new:  # the Trainer makes it before everything has been checked
                     with suppress(OSError):
                         checkpoints.rmdir()
                 raise
-            return _fit(trainer, recipe, run, checkpoint, facts, console, callbacks)
+            ended = _fit(trainer, recipe, run, checkpoint, facts, console, callbacks)
+            del trainer  # for the memory
+            if ended and recipe.choose and processes().is_main_process:
+                choose(run, recipe, held_out, console)
+            return ended
 
 
 def _on_main(call: Callable[[], T]) -> T:
@@ -285,7 +296,7 @@ def _start(
     model: Any = trainer.model
     data: Any = trainer.train_dataset
     evaluation: Any = trainer.eval_dataset
-    digest, evaluated = _digest(data), _digest(evaluation)
+    digest, evaluated = digest_of(data), digest_of(evaluation)
     facts: dict[str, Any] = {}
     if resumed := (run / folder.MANIFEST).is_file():
         facts = folder.manifest_of(run)
@@ -362,7 +373,7 @@ def _fit(
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if main:
         facts["seconds"] = round(facts["seconds"] + time.time() - began, 1)
-        if recipe.snapshots:
+        if recipe.times_kept:
             kept = facts.setdefault("snapshots", {"bytes_each": 0, "seconds": 0.0})
             kept["bytes_each"] = trainer.snapshots.bytes
             kept["seconds"] = round(kept["seconds"] + trainer.snapshots.seconds, 3)
@@ -385,19 +396,6 @@ def _fit(
     return run
 
 
-def _digest(data: Any) -> str | None:
-    """A hash of all sequences: tokens, and which of them are learned; None of a stream."""
-    if not isinstance(data, Dataset):
-        return None
-    sha = sha256()
-    for rows in data.with_format("arrow").iter(1000):
-        for name in sorted(rows.column_names):
-            column = rows[name].combine_chunks()
-            for part in (pc.list_value_length(column), column.flatten()):
-                sha.update(part.cast("int64").to_numpy(zero_copy_only=False).tobytes())
-    return sha.hexdigest()
-
-
 # ---- the end ------------------------------------------------------------------------------------
 
 
@@ -407,6 +405,9 @@ def _finish(
     """Write the report and both models, the returned one last; returns the last evaluation."""
     main, history = trainer.is_world_process_zero(), trainer.state.log_history
     average = average_facts(trainer)
+    if main:  # of an earlier end, whose model was deleted
+        remove(run / folder.CHOICE)
+        remove(run / folder.FORMER)
     *_, last = (entry for entry in history if "eval_loss" in entry)
     if main:
         meaning = {"weights": WEIGHTS_IN, "metrics": METRICS_MEAN}
@@ -437,17 +438,13 @@ def average_facts(trainer: RunTrainer) -> dict[str, Any]:
     key, rule = others[0] if others else own
     kept = [s for s in optimizer.state.values() if "step" in s or "average_step" in s]
     updates = max((int(s.get("average_step", s.get("step", 0))) for s in kept), default=0)
-    newest = float(rule.weight(updates)) if updates else 1.0
     held = next((s.get(key, s.get("offset")) for s in kept), None)
     return {
         **facts,
         "optimizer": type(optimizer).__name__,
         "pullback": group["pullback"],
         "pulled_toward": str(own[1]),
-        "rule": str(rule),
-        "kappa": getattr(rule, "kappa", None),
-        "weight_of_newest": newest,
-        "half_life_steps": math.log(0.5) / math.log1p(-newest) if 0 < newest < 1 else None,
+        **rule_facts(rule, updates),
         "updates": updates,
         "dtype": None if held is None else str(held.dtype).removeprefix("torch."),
     }

@@ -198,6 +198,7 @@ def write(
     facts: dict[str, Any],
     console: Console,
     dtype: str | None = None,
+    finish: Callable[[Path], object] = lambda folder: None,
 ) -> None:
     """Write a folder or file under another name, and rename it when it is complete.
 
@@ -208,6 +209,7 @@ def write(
         facts: of the average, for its paceline.json or metadata.
         console: shows a bar.
         dtype: of floating-point tensors, instead of their own.
+        finish: changes a complete folder before it gets its name.
     """
     forms = {name: entry.form for name, entry in like.tensors.items()}
     if dtype:
@@ -246,6 +248,7 @@ def write(
         _copy_the_rest(like.path, partial, dtype)
         write_json(partial / folder.AVERAGE_FACTS, facts)
         write_sums(partial)
+        finish(partial)
 
 
 def _copy_the_rest(source: Path, target: Path, dtype: str | None) -> None:

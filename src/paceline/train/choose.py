@@ -1,0 +1,701 @@
+"""`paceline choose`: which average a run returns, chosen on held-out data after its training.
+
+Averages that were not kept are rebuilt from snapshots of those that were (`paceline.synthesis`),
+one at a time and in the place of the model's weights: the memory needed is that of one model and a
+few times its largest tensor.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import Trainer
+from tyro.conf import Positional, arg
+
+from ..averaging import Averaging, PowerEMA, parse
+from ..files import put, remove, scratch, whole
+from ..snapshots import save_averages
+from ..sums import find_damage
+from ..synthesis import LIMIT
+from . import InputError, Options, Positive, folder, reporting
+from .build import build_trainer, digest_of, evaluated_together, processes
+from .evaluate import find_device
+from .intervals import interval
+from .manifest import environment, read_json, write_json
+from .methods import Setup
+from .model import load_model
+from .page import COLOURS, save
+from .rebuild import (
+    Kept,
+    Weights,
+    model_like,
+    read_snapshots,
+    rebuilt_tensor,
+    rounding_noise,
+    snapshot_files,
+    weights_of,
+)
+from .recipe import Names, Recipe
+from .terminal import progress_bars, quiet, say
+from .weighted import Checkpoint, load_tensor, read_headers, weighted_sum, write
+
+KAPPAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of the power EMAs that are tried
+LEAST = 4  # sequences: an interval needs two in each half
+LIVE, DEFAULT, KEPT, REBUILT = "live", "default", "kept", "rebuilt"
+WEIGHTS = "what paceline choose found best after the training, on held-out data"
+WIDTH = 40  # of the curve in the terminal
+
+
+class Choose(Options):
+    """Choose the average that a run returns, on held-out data, after its training.
+
+    RUN is the folder of a finished run of `paceline train`, with snapshots of averages
+    (--snapshots 12, or --choose). Without snapshots, the averages in its checkpoints are taken.
+
+    Tried are power EMAs of eight κ, rebuilt from the snapshots; the averages that were kept; the
+    live weights; and the default, which is what the run returned. Each is scored by its loss on the
+    first half of the held-out sequences. The best becomes model/, and the former model is kept in
+    model-before-choice/. Best and default are then scored on the other half, and the difference is
+    printed with its 95 % interval (Student's t, paired by sequence).
+
+    Where the interval of their difference on the first half contains 0 the curve is flat, and the
+    default stays.
+
+    choice.json, choice.svg and choice.png have the losses. A choice can be made again.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Folder of a finished run."""
+    data: Annotated[tuple[str, ...] | None, Names] = None
+    """Held-out data, given as --eval-data of paceline train is. Default: those of the run."""
+    examples: Positive | None = None
+    """Sequences at most, >= 1. Default: as many as the run evaluated on."""
+    rules: Annotated[tuple[str, ...] | None, Names] = None
+    """Averages to try in place of the eight, as in ema:half_life=200,uniform:start=900."""
+    device: str | None = None
+    """Device: cpu, cuda, cuda:1, mps, ... Default: an accelerator, if there is one."""
+
+
+def choose_command(options: Choose, console: Console) -> None:
+    """Choose, print a table and a curve, and write the result to the run's folder.
+
+    Raises:
+        InputError: something given cannot be used; nothing has changed then.
+    """
+    run = options.run
+    if not folder.is_begun(run):
+        raise InputError(f"run: {run} is no folder of a run: it has no {folder.RECIPE}")
+    if not folder.is_finished(run):
+        raise InputError(
+            f"run: {run} is not finished; paceline train --resume {run} goes on with it"
+        )
+    rules = None if options.rules is None else _parsed(options.rules)
+    device = find_device(options.device)
+    quiet()
+    with folder.locked(run), _one_line_of_disk(run):
+        recipe = Recipe(**folder.recipe_of(run, option="run"))
+        held_out = held_out_of(run, recipe, options.data, options.examples)
+        choose(run, recipe, held_out, console, rules=rules, device=device)
+
+
+@contextmanager
+def _one_line_of_disk(run: Path) -> Iterator[None]:
+    """Report what cannot be read or written in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or run}: {error.strerror or error}") from error
+
+
+def _parsed(texts: Sequence[str]) -> list[Averaging]:
+    with reporting("rules", ValueError):
+        return [parse(text) for text in texts]
+
+
+# ---- data --------------------------------------------------------------------------------------
+
+
+class HeldOut(NamedTuple):
+    """Sequences to score on, and what makes batches of them."""
+
+    data: Any
+    collate: Callable[[Any], Any]
+    names: tuple[str, ...]
+
+
+def held_out_of(
+    run: Path, recipe: Recipe, names: tuple[str, ...] | None = None, most: int | None = None
+) -> HeldOut:
+    """A run's own sequences to evaluate on, which must be as they were, or those of other data.
+
+    Raises:
+        InputError: they cannot be read, or have changed.
+    """
+    # What was trained on is loaded where a part of it was held out.
+    once: dict[str, Any] = {"batch": processes().num_processes, "micro_batch": None}
+    once |= {"steps": 1, "epochs": None, "tokens": None, "warmup": 0.0}
+    once |= {"snapshots": 0, "choose": False, "fsdp": False, "report_to": ()}
+    once |= {"tokenizer": str(run / folder.MODEL), "chat_template": None}
+    if names is not None:
+        once |= {"data": names, "eval_data": names, "streaming": False}
+        once |= {"examples": None, "eval_split": None}
+        once |= {} if most is None else {"eval_examples": most}
+    read: Recipe = recipe.model_copy(update=once)
+    with TemporaryDirectory() as place:
+        trainer = build_trainer(read, Path(place), only_data=True)
+    data = trainer.eval_dataset
+    if names is None:
+        if digest_of(data) != folder.manifest_of(run)["data"]["evaluation_digest"]:
+            raise InputError(
+                "data: those that the run evaluated on have changed; give others by --data"
+            )
+        data = data.select(range(min(len(data), most or len(data))))
+    names = names or recipe.eval_data or recipe.data_names
+    return HeldOut(data, trainer.data_collator, names)
+
+
+class Half(NamedTuple):
+    """Batches of sequences, and of each sequence how many of its tokens count."""
+
+    batches: list[dict[str, Tensor]]
+    counts: list[int]
+
+
+def halves(held_out: HeldOut, recipe: Recipe) -> tuple[Half, Half]:
+    """The first half, to choose by, and the rest, to report on.
+
+    Raises:
+        InputError: there are too few sequences.
+    """
+    rows = list(held_out.data)
+    counts = [int((held_out.collate([row])["labels"][..., 1:] != -100).sum()) for row in rows]
+    found = [(row, count) for row, count in zip(rows, counts, strict=True) if count]
+    if len(found) < LEAST:
+        raise InputError(
+            f"data: {', '.join(held_out.names)} has {len(found)} sequences to score on, and at "
+            f"least {LEAST} are needed, half of them to choose by and half to report on"
+        )
+    # A packed row is not put together with others, so that it has a loss of its own.
+    size = 1 if recipe.packing else evaluated_together(recipe, 1)
+    halves = []
+    for part in (found[: len(found) // 2], found[len(found) // 2 :]):
+        chunks = [part[i : i + size] for i in range(0, len(part), size)]
+        batches = [dict(held_out.collate([row for row, _ in chunk])) for chunk in chunks]
+        halves.append(Half(batches, [count for _, count in part]))
+    return halves[0], halves[1]
+
+
+@torch.no_grad()
+def _scored(model: Any, half: Half, precision: str) -> list[float]:
+    """The loss of each sequence in nats, summed over its tokens."""
+    device, losses = model.device, []
+    for batch in half.batches:
+        inputs = {name: x.to(device) for name, x in batch.items() if name != "labels"}
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(**inputs, use_cache=False).logits
+        for row, labels in zip(logits, batch["labels"].to(device), strict=True):
+            loss = F.cross_entropy(row[:-1].float(), labels[1:], ignore_index=-100, reduction="sum")
+            losses.append(loss.item())
+    return losses
+
+
+class Difference(NamedTuple):
+    """A difference of two losses in nats a token, and its 95 % interval."""
+
+    difference: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.difference:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+def difference(losses: list[float], others: list[float], counts: list[int]) -> Difference:
+    """Of losses a token, paired by sequence: with d the differences of sums over n tokens each,
+
+        mean = Σd / Σn,     interval of Student's t over mean + (d - mean·n) / (Σn / sequences)
+
+    Args:
+        losses: of each sequence, summed over its tokens.
+        others: likewise, which are subtracted.
+        counts: n of each sequence.
+    """
+    gaps = [a - b for a, b in zip(losses, others, strict=True)]
+    mean, size = sum(gaps) / sum(counts), fmean(counts)
+    found = interval([mean + (d - mean * n) / size for d, n in zip(gaps, counts, strict=True)])
+    return Difference(mean, *(found or (math.nan, math.nan)))
+
+
+# ---- what can be chosen ------------------------------------------------------------------------
+
+
+class Candidate(NamedTuple):
+    """Weights that may be returned."""
+
+    name: str  # a rule as text, or "live"
+    kind: str
+    rule: Averaging | None = None
+    weights: Weights | None = None  # how to rebuild it
+    error: float = 0.0  # that is to be expected of it
+
+
+def _candidates(
+    kept: Sequence[Kept], default: Averaging | None, rules: Sequence[Averaging] | None
+) -> tuple[list[Candidate], list[str]]:
+    """The averages that the snapshots give besides the default, and the rules that they do not."""
+    last = max(one.snapshot.step for one in kept)
+    there = [one.snapshot.rule for one in kept if one.snapshot.step == last]
+    wanted = [PowerEMA(kappa) for kappa in KAPPAS] if rules is None else rules
+    noise, names = rounding_noise(kept), list(kept[-1].checkpoint.tensors)
+    found, left_out = [], []
+    for rule in dict.fromkeys([*there, *wanted]):
+        if rule == default:
+            continue
+        try:
+            weights = weights_of(kept, rule, noise, math.inf)
+            error = max(weights(name).error for name in names)
+        except InputError:  # of a rule that keeps more tensors
+            error = math.inf
+        if error > LIMIT:
+            left_out.append(str(rule))
+        else:
+            kind = KEPT if rule in there else REBUILT
+            found.append(Candidate(str(rule), kind, rule, weights, error))
+    return found, left_out
+
+
+@contextmanager
+def _snapshots(run: Path, recipe: Recipe) -> Iterator[list[Kept]]:
+    """The snapshots of a run; without any, those of the averages in its checkpoints."""
+    with ExitStack() as stack:
+        place = run / folder.AVERAGES
+        if not place.is_dir() or not any(place.glob("step-*")):
+            place = stack.enter_context(scratch(run, folder.AVERAGES))
+            _write_snapshots(run, recipe, place)
+        files = snapshot_files([place])
+        if not files:
+            raise InputError(f"run: the files in {place} do not say which averages they are")
+        for file in files:
+            folder.require_whole(file.parent, "run")
+        yield read_snapshots(files)
+
+
+def _write_snapshots(run: Path, recipe: Recipe, place: Path) -> None:
+    """Write snapshots of the averages that checkpoints have.
+
+    Raises:
+        InputError: they have none that can be read.
+    """
+    advice = "train with --snapshots 12 to choose among averages"
+    checkpoints = folder.checkpoints_in(run / folder.CHECKPOINTS)
+    if recipe.lora_rank or not checkpoints:
+        what = "its checkpoints hold adapters" if checkpoints else "it has no checkpoints"
+        raise InputError(f"run: {run} has no snapshots of averages, and {what}; {advice}")
+    for checkpoint in checkpoints:
+        if damage := find_damage(checkpoint):
+            raise InputError(f"run: {damage}; remove that checkpoint, or {advice}")
+        file = checkpoint / "optimizer.pt"
+        if not file.is_file():
+            raise InputError(f"run: {checkpoint} has no optimizer.pt to take averages from")
+        model = _loaded(checkpoint)
+        decayed = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
+        setup = Setup(model, decayed, recipe.weight_decay, 0, folder.step_of(checkpoint) or 1)
+        optimizer = recipe.parsed.build(setup)
+        with reporting(f"run: no averages can be taken from {file}", ValueError, RuntimeError):
+            optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            save_averages(place, model, optimizer)
+
+
+def _loaded(path: Path, **options: Any) -> Any:
+    with reporting(f"run: {path} cannot be loaded", OSError, ValueError, SafetensorError):
+        return load_model(str(path), dtype="auto", **options).eval()
+
+
+def _parameters(model: Any, last: Checkpoint) -> dict[str, Tensor]:
+    """The parameters of a model by the names that they have in snapshots.
+
+    Raises:
+        InputError: the snapshots are of another model.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found = {}
+    for name, header in last.tensors.items():
+        own = named.get(name, named.get(name.removeprefix("base_model.model.")))
+        if own is None or tuple(own.shape) != header.form.shape:
+            what = "missing" if own is None else f"of shape {tuple(own.shape)}"
+            raise InputError(
+                f"run: tensor {name!r} of the snapshots, of shape {header.form.shape}, is {what} "
+                "in the model: they are of another one"
+            )
+        found[name] = own
+    return found
+
+
+def _check_same_run(
+    kept: Sequence[Kept], default: Averaging | None, parameters: dict[str, Tensor]
+) -> None:
+    """Refuse snapshots whose last average of the default's rule is not the default.
+
+    Raises:
+        InputError: they are of another run, or of an earlier step.
+    """
+    last = max(one.snapshot.step for one in kept)
+    for one in kept:
+        if one.snapshot.rule != default or one.snapshot.step != last:
+            continue
+        for name, p in parameters.items():
+            x = load_tensor(one.checkpoint, name)
+            narrow = min(x.itemsize, p.itemsize) < 4
+            most = (2.0**-7 if narrow else 1e-5) * float(x.float().abs().max())
+            if float((x.float() - p.detach().float().cpu()).abs().max()) > most:
+                raise InputError(
+                    f"run: {one.checkpoint.path} is not what the run returned: the snapshots are "
+                    "of another run, or of an earlier step"
+                )
+
+
+# ---- choosing ----------------------------------------------------------------------------------
+
+
+def is_chosen(run: Path) -> bool:
+    """Whether a choice was made in a run and has been written to its end."""
+    return (run / folder.CHOICE).is_file()
+
+
+def choose(
+    run: Path,
+    recipe: Recipe,
+    held_out: HeldOut,
+    console: Console,
+    *,
+    rules: Sequence[Averaging] | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Choose the average that a finished run returns, and write it.
+
+    Args:
+        run: the folder, which this process has locked.
+        recipe: of the run.
+        held_out: sequences; half of them to choose by.
+        console: for a table, a curve and a sentence.
+        rules: what to try; by default power EMAs of `KAPPAS`.
+        device: to compute on; by default an accelerator, if there is one.
+
+    Returns:
+        The content of choice.json.
+
+    Raises:
+        InputError: something cannot be used; nothing has changed then.
+    """
+    with _one_line_of_disk(run):
+        return _choose(run, recipe, held_out, console, rules, device or find_device(None))
+
+
+def _choose(
+    run: Path,
+    recipe: Recipe,
+    held_out: HeldOut,
+    console: Console,
+    rules: Sequence[Averaging] | None,
+    device: str,
+) -> dict[str, Any]:
+    began, facts = time.perf_counter(), environment()
+    before = _default_of(run)
+    about = read_json(before / folder.AVERAGE_FACTS)
+    rule = parse(about["rule"]) if about.get("rule") else None
+    default = Candidate(str(rule or about["method"]), DEFAULT, rule)
+    choosing, reporting_on = halves(held_out, recipe)
+    with _snapshots(run, recipe) as kept, progress_bars(console, transient=True) as progress:
+        like, names = model_like(kept[-1], run / folder.MODEL, before)
+        averages, left_out = _candidates(kept, rule, rules)
+        bar = progress.add_task("choosing", total=len(averages) + 5, losses="")
+
+        def load(path: Path) -> Any:
+            options = {"attn_implementation": recipe.attention} if recipe.attention else {}
+            return _loaded(path, **options).to(device)
+
+        def score(model: Any, candidate: Candidate, half: Half) -> list[float]:
+            progress.update(bar, advance=1, losses=candidate.name)
+            return _scored(model, half, recipe.precision)
+
+        live = Candidate(LIVE, LIVE)
+        model = load(run / folder.LIVE)
+        scores = {live: score(model, live, choosing)}
+        reported = {live: score(model, live, reporting_on)}
+        del model  # before there is another
+        model = load(before)
+        parameters = _parameters(model, kept[-1].checkpoint)
+        _check_same_run(kept, rule, parameters)
+        scores[default] = score(model, default, choosing)
+        reported[default] = score(model, default, reporting_on)
+        for candidate in averages:
+            _put(candidate, kept, parameters)
+            scores[candidate] = score(model, candidate, choosing)
+        best = _best(scores, default)
+        if best not in reported:
+            _put(best, kept, parameters)
+            reported[best] = score(model, best, reporting_on)
+        del model, parameters
+        result = _result(scores, best, default, choosing)
+        result |= _reported(best, default, result, reported, reporting_on)
+        result |= {"left_out": left_out, "snapshots": len(kept)}
+        result["sequences"] = {
+            "choosing": len(choosing.counts),
+            "reporting": len(reporting_on.counts),
+            "data": list(held_out.names),
+        }
+        progress.stop()
+        if result["flat"]:
+            if before.name == folder.FORMER:
+                put(before, run / folder.MODEL)
+            remove(run / folder.FORMER)  # which a kill may have left
+        else:
+            about |= rule_facts(best.rule, about.get("updates") or 0)
+            about |= {"weights": WEIGHTS, "expected_error": best.error, "choice": _plain(result)}
+            if best.weights is None:
+                like = read_headers(run / folder.LIVE)
+            tensor = rebuilt_tensor(kept, best.weights, like, names)
+            _install(run, before, like, tensor, about, _card(before, best, result), console)
+    _show(result, console)
+    save(_curve(result), run / folder.CHOICE_PICTURE)
+    result |= {"seconds": round(time.perf_counter() - began, 1), **facts}
+    write_json(run / folder.CHOICE, _plain(result))
+    say(console, f"The model: {run / folder.MODEL}\nThe losses: {run / folder.CHOICE}")
+    return result
+
+
+def _default_of(run: Path) -> Path:
+    """The folder of the model that the run itself returned, which is whole, as are live weights.
+
+    Raises:
+        InputError: a file is damaged, or the model is gone.
+    """
+    before = run / folder.MODEL
+    if "choice" in read_json(before / folder.AVERAGE_FACTS):
+        before = run / folder.FORMER
+        if not before.is_dir():
+            raise InputError(
+                f"run: {run / folder.MODEL} was chosen, and {before} is gone; delete model/, and "
+                f"paceline train --resume {run} writes the default again"
+            )
+    for path in (before, run / folder.LIVE):
+        folder.require_whole(path, "run")
+    return before
+
+
+def _best(scores: dict[Candidate, list[float]], default: Candidate) -> Candidate:
+    """The one of the lowest loss; of equal ones the default.
+
+    Raises:
+        InputError: no loss is finite.
+    """
+    losses = {x: sum(found) for x, found in scores.items() if math.isfinite(sum(found))}
+    if not losses:
+        raise InputError("run: neither an average nor the live weights have a finite loss")
+    return min(losses, key=lambda x: (losses[x], x is not default))
+
+
+def _result(
+    scores: dict[Candidate, list[float]], best: Candidate, default: Candidate, half: Half
+) -> dict[str, Any]:
+    """What was scored on the first half, and which is chosen by it."""
+    rows = []
+    gaps = {x: difference(found, scores[default], half.counts) for x, found in scores.items()}
+    for x, found in scores.items():
+        rows.append({"average": x.name, "kind": x.kind, "kappa": _kappa(x)})
+        rows[-1] |= {"expected_error": x.error, "loss": sum(found) / sum(half.counts)}
+        rows[-1] |= gaps[x]._asdict()
+    flat = best is default or gaps[best].low <= 0 <= gaps[best].high
+    chosen = default if flat else best
+    return {
+        "chosen": chosen.name,
+        "best": best.name,
+        "default": default.name,
+        "flat": flat,
+        "averages": rows,
+    }
+
+
+def _reported(
+    best: Candidate,
+    default: Candidate,
+    result: dict[str, Any],
+    losses: dict[Candidate, list[float]],
+    half: Half,
+) -> dict[str, Any]:
+    """The best and the default on the other half, and what is to be said."""
+    gap, tokens = difference(losses[best], losses[default], half.counts), sum(half.counts)
+    other = (
+        f"On the other half, {len(half.counts)} sequences, its loss differs from the default's by "
+        f"{gap} nats a token."
+    )
+    by = next(_gap(x) for x in result["averages"] if x["average"] == best.name)
+    if best is default:
+        said = f"The default is the best and stays: {default.name}."
+    elif result["flat"]:
+        said = (
+            f"The curve is flat: {best.name} differs from the default by {by} nats a token, an "
+            f"interval with 0 in it. The default stays: {default.name}. {other}"
+        )
+    else:
+        said = f"Chosen: {best.name}, in place of {default.name}. {other}"
+    losses_of = {"loss": sum(losses[best]) / tokens, "default_loss": sum(losses[default]) / tokens}
+    return {"said": said, "reported": {**losses_of, **gap._asdict()}}
+
+
+@torch.no_grad()
+def _put(candidate: Candidate, kept: Sequence[Kept], parameters: dict[str, Tensor]) -> None:
+    """Put a rebuilt average into a model, a tensor at a time."""
+    assert candidate.weights is not None
+    checkpoints = [one.checkpoint for one in kept]
+    for name, p in parameters.items():
+        p.copy_(weighted_sum(name, checkpoints, candidate.weights(name).weights, torch.float32))
+
+
+def _plain(result: dict[str, Any]) -> dict[str, Any]:
+    """For JSON, which has no NaN: null instead."""
+    return dict(json.loads(json.dumps(result), parse_constant=lambda _: None))
+
+
+def _gap(row: dict[str, Any]) -> Difference:
+    return Difference(*(row[name] for name in Difference._fields))
+
+
+def _kappa(candidate: Candidate) -> float | None:
+    """κ of a plain power EMA, and 0 of the live weights, which are one; else None."""
+    if candidate.kind == LIVE:
+        return 0.0
+    rule = candidate.rule
+    return rule.kappa if isinstance(rule, PowerEMA) and rule == PowerEMA(rule.kappa) else None
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def rule_facts(rule: Averaging | None, updates: int) -> dict[str, Any]:
+    """What paceline.json says of an average's rule, and how far back it reaches."""
+    newest = float(rule.weight(updates)) if rule and updates else 1.0
+    return {
+        "rule": None if rule is None else str(rule),
+        "kappa": getattr(rule, "kappa", None),
+        "weight_of_newest": newest,
+        "half_life_steps": math.log(0.5) / math.log1p(-newest) if 0 < newest < 1 else None,
+    }
+
+
+def _install(
+    run: Path,
+    before: Path,
+    like: Checkpoint,
+    tensor: Callable[[str, torch.dtype], Tensor],
+    facts: dict[str, Any],
+    card: str,
+    console: Console,
+) -> None:
+    """Write model/, once the default is whole beside it."""
+
+    def finish(partial: Path) -> None:
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        if before.name == folder.MODEL:
+            with whole(run / folder.FORMER) as copy:
+                shutil.copytree(before, copy)
+
+    write(run / folder.MODEL, like, tensor, facts, console, finish=finish)
+
+
+def _card(before: Path, chosen: Candidate, result: dict[str, Any]) -> str:
+    """The default's card with a section on the choice."""
+    path = before / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else "# A model trained by paceline\n"
+    rows = {"weights": WEIGHTS, "rule of the average": chosen.name}
+    lines = []
+    for line in text.splitlines():
+        name = line.removeprefix("| ").partition(" |")[0]
+        if line.startswith("| ") and name in rows:
+            line = f"| {name} | {rows[name]} |"
+        lines.append(line)
+    return "\n".join(lines) + f"\n\n## Chosen after the training\n\n{result['said']}\n"
+
+
+# ---- showing -----------------------------------------------------------------------------------
+
+
+def _show(result: dict[str, Any], console: Console) -> None:
+    """Print the table, the curve over κ, and what came of it."""
+    rows, size = result["averages"], result["sequences"]
+    table = Table(box=MARKDOWN)
+    table.add_column("average", overflow="fold")
+    for title in ("error", "loss", "difference from the default [95 %]"):
+        table.add_column(
+            title, justify="right", no_wrap=title != "difference from the default [95 %]"
+        )
+    for x in rows:
+        error = f"{x['expected_error']:.1%}" if x["kind"] == REBUILT else ""
+        mark = " ←" if x["average"] == result["chosen"] else ""
+        shown = x["average"] if x["average"] == x["kind"] else f"{x['average']}, {x['kind']}"
+        table.add_row(
+            Text(shown + mark),
+            error,
+            f"{x['loss']:.4f}",
+            "" if x["kind"] == DEFAULT else str(_gap(x)),
+        )
+    say(console, f"Loss in nats a token, on {size['choosing']} sequences to choose by:")
+    console.print(table)
+    if left_out := result["left_out"]:
+        say(
+            console,
+            f"{len(left_out)} averages cannot be rebuilt from the snapshots and are left out: "
+            f"{', '.join(left_out)}.",
+        )
+    points = sorted((x["kappa"], x["loss"]) for x in rows if x["kappa"] is not None)
+    points = [(kappa, loss) for kappa, loss in points if math.isfinite(loss)]
+    low, high = min(x for _, x in points), max(x for _, x in points)
+    say(console, "\nLoss over κ (0: the live weights):")
+    for kappa, loss in points:
+        place = round(WIDTH * (loss - low) / (high - low)) if high > low else 0
+        say(console, f"  {kappa:<5g} {loss:.4f}  {'·' * place}●")
+    say(console, f"\n{result['said']}")
+
+
+def _curve(result: dict[str, Any]) -> Figure:
+    """Loss over κ, with what was kept, the default and the choice."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axis = figure.subplots()
+    rows = [x for x in result["averages"] if math.isfinite(x["loss"])]
+    points = sorted((x["kappa"], x["loss"]) for x in rows if x["kappa"])
+    axis.plot(*zip(*points, strict=True), color="#999999", lw=1.2, zorder=1) if points else None
+    kinds = {REBUILT: "rebuilt", KEPT: "kept in training", DEFAULT: "default", LIVE: "live weights"}
+    for colour, (kind, label) in zip(COLOURS, kinds.items(), strict=False):
+        own = [x for x in rows if x["kind"] == kind and x["kappa"] is not None]
+        if own:
+            axis.scatter(
+                [x["kappa"] for x in own], [x["loss"] for x in own], color=colour, s=36, label=label
+            )
+    for x in rows:
+        if x["kappa"] is None:  # of other rules
+            axis.axhline(x["loss"], color="#999999", lw=0.8, ls=":")
+            axis.text(0.0, x["loss"], x["average"], fontsize=7, va="bottom")
+        if x["average"] == result["chosen"] and x["kappa"] is not None:
+            axis.scatter([x["kappa"]], [x["loss"]], s=140, facecolors="none", edgecolors="black")
+    axis.set_xlabel("κ of the power EMA (0: the live weights)")
+    axis.set_ylabel("loss, nats a token")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    return figure
