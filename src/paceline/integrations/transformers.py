@@ -18,7 +18,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..base import AveragedOptimizer
+from ..base import LIVE, AveragedOptimizer, Choice
 from ..batchnorm import warn_of_statistics
 from ..files import put, remove
 from ..hosts import check_reach, restoring, swapping, unwrapped
@@ -51,8 +51,8 @@ class PaceTrainer(Trainer):
       `save_total_limit` goes by the steps in the names.
     - BatchNorm's running statistics stay those of the live weights, and a warning says so;
       `paceline.recomputed_statistics` has them of the returned ones.
-    - After `train()` the model holds the returned weights (the best of them, with
-      `load_best_model_at_end`).
+    - After `train()` the model holds the returned weights: the best of them with
+      `load_best_model_at_end`, and with `load_best_average_at_end` the best average.
 
     Metrics with another prefix than `eval` get `_live` after it. Predictions are made by the
     returned model.
@@ -63,10 +63,16 @@ class PaceTrainer(Trainer):
             ema:kappa=0.8 ...`. It needs PACE or Pullback. 0: none.
         snapshot_dtype: torch.float32, or torch.bfloat16, as `paceline.snapshots` has it.
         snapshot_dir: their folder. Default: averages/ in the output_dir.
+        load_best_average_at_end: after the last step score each average, and the live weights, on
+            the evaluation data by `metric_for_best_model` (default: the loss), and return the best.
+            It is then in the model, and what `save_model` writes. `best_average` has its name and
+            the scores, which are logged as `choice_<name>`; the metrics of `train()` have both. It
+            needs PACE or Pullback. Report on other data than these.
         args: all else as for the Trainer.
         kwargs: likewise.
     """
 
+    best_average: Choice | None = None
     _best_loaded = False
     _saving = False
     _uploads: tuple[tuple[str, Future[Any]], ...] = ()  # of checkpoints, by name
@@ -77,9 +83,11 @@ class PaceTrainer(Trainer):
         snapshots: int = 0,
         snapshot_dtype: torch.dtype = torch.float32,
         snapshot_dir: str | Path | None = None,
+        load_best_average_at_end: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.load_best_average_at_end = load_best_average_at_end
         folder = Path(snapshot_dir or Path(self.args.output_dir or ".") / "averages")
         self.snapshots = Snapshots(snapshots, folder, snapshot_dtype)
         if snapshots:
@@ -115,19 +123,73 @@ class PaceTrainer(Trainer):
             return
         try:
             with restoring(optimizer):
-                optimizer.eval(*names) if average else optimizer.train()
+                differs = True
+                if not average:
+                    optimizer.train()
+                elif names:
+                    optimizer.eval(*names)
+                else:
+                    differs = self._hold_returned(optimizer)
                 self._last_loaded_step = -1  # TRL's vLLM has other weights; it loads these
-                yield bool(optimizer.state)
+                yield differs and bool(optimizer.state)
         finally:
             self._last_loaded_step = -1
 
+    def _hold_returned(self, optimizer: Any) -> bool:
+        """Put the returned weights into the model; False if those are the live ones."""
+        if self.best_average is None:
+            optimizer.eval()
+        elif self.best_average.best == LIVE:
+            optimizer.train()
+            return False
+        else:
+            optimizer.eval(self.best_average.best)
+        return True
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, and leave the returned weights in the model."""
-        self._best_loaded = False
+        self._best_loaded, self.best_average = False, None
         output = super().train(*args, **kwargs)
         if optimizer := self._swapping():
-            optimizer.eval()
+            self._hold_returned(optimizer)
         return output
+
+    def _choose_average(self, optimizer: AveragedOptimizer) -> Choice:
+        """Leave the best average in the model, or the live weights; and log the scores.
+
+        Raises:
+            ValueError: the evaluation gives no metric of that name.
+        """
+        metric = self.args.metric_for_best_model or "loss"
+        key = metric if metric.startswith("eval_") else f"eval_{metric}"
+        data: Any = self.eval_dataset
+        sets = {f"eval_{name}": name for name in data} if isinstance(data, dict) else {"eval": None}
+        gathered = _Gathered(self)
+
+        def score() -> float:
+            mine, self.optimizer = self.optimizer, None  # what is in the model, and nothing else
+            metrics: dict[str, float] = {}
+            try:
+                for prefix, name in sets.items():
+                    loader = self.get_eval_dataloader(name)
+                    only_loss = None if self.compute_metrics else True
+                    output = self.evaluation_loop(loader, "Evaluation", only_loss, None, prefix)
+                    metrics |= output.metrics or {}
+            finally:
+                self.optimizer = mine
+            if key not in metrics:
+                raise ValueError(
+                    f"load_best_average_at_end needs the metric {key!r}, and there are "
+                    f"{', '.join(sorted(metrics))}; name one by metric_for_best_model"
+                )
+            return metrics[key]
+
+        try:
+            found = optimizer.choose(score, maximize=bool(self.args.greater_is_better))
+        finally:
+            gathered.restore()
+        self.log({f"choice_{name}": score for name, score in found.scores.items()})
+        return found
 
     # ---- evaluation ---------------------------------------------------------------------------
 
@@ -344,9 +406,16 @@ class PaceTrainer(Trainer):
                 "save_steps be eval_steps",
                 stacklevel=2,
             )
-        if optimizer := self._swapping():
-            optimizer.eval()  # callbacks upload the model at the end
-        return super()._finalize_training(*args, **kwargs)
+        optimizer = self._swapping()
+        if self.load_best_average_at_end and optimizer.state:
+            self.best_average = self._choose_average(optimizer)
+        if optimizer:
+            self._hold_returned(optimizer)  # callbacks upload the model at the end
+        output = super()._finalize_training(*args, **kwargs)
+        if found := self.best_average:
+            scores = {f"choice_{name}": score for name, score in found.scores.items()}
+            output.metrics.update(scores, best_average=found.best)
+        return output
 
     def _tune_save_checkpoint(self, checkpoint_dir: str) -> None:
         with self.averaged():  # as in `_save_checkpoint`
@@ -402,6 +471,14 @@ class PaceTrainer(Trainer):
         given = self._swapping()
         prepared = super()._prepare_for_training(*args, **kwargs)
         prefixes = self._prefixes()
+        if self.load_best_average_at_end:
+            for wrong, why in {
+                "PACE or Pullback": not isinstance(self.bare_optimizer, AveragedOptimizer),
+                "an eval_dataset": self.eval_dataset is None,
+                "load_best_model_at_end=False": self.args.load_best_model_at_end,
+            }.items():
+                if why:
+                    raise ValueError(f"load_best_average_at_end needs {wrong}")
         if (optimizer := self._swapping()) is None:
             if given is not None:
                 raise ValueError(
