@@ -12,7 +12,7 @@ What they miss depends on the residual E(k) = F_T(k) - Σ_i a_i·F_i(k), and on 
 
 Weights are those of least Σ_k E(k)²: the squared error where the iterates are a random walk. That
 norm is close to the best one for other processes, too, while least squares on the profiles, the
-shares of single iterates, is several times worse where the iterates drift (docs/averages.md).
+shares of single iterates, is several times worse where the iterates drift (docs/choose.md).
 
 Source: rebuilding averages after the run is Karras et al., Analyzing and Improving the Training
 Dynamics of Diffusion Models, arXiv:2312.02696 (2024), with power functions and least squares on

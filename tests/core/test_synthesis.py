@@ -147,7 +147,7 @@ def test_the_expected_error_is_the_largest_of_those_measured(target):
 
 
 def test_errors_of_a_table():
-    """Those of docs/averages.md: 10 snapshots over 600 and 3,000 steps, evenly and as advised."""
+    """Those of docs/choose.md: 10 snapshots over 600 and 3,000 steps, evenly and as advised."""
     rows = {
         (600, "even"): [1.4, 0.8, 0.3],
         (3000, "even"): [6.8, 3.3, 0.9],
