@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from contextlib import contextmanager
 from statistics import fmean, stdev
 
 import pytest
@@ -34,7 +35,7 @@ from paceline.averaging import PowerEMA, parse
 from paceline.cli import main
 from paceline.snapshots import SNAPSHOT
 from paceline.sums import find_damage
-from paceline.train import InputError
+from paceline.train import InputError, weighted
 from paceline.train import choose as module
 from paceline.train.build import build_trainer, keep_slow
 from paceline.train.choose import difference
@@ -178,7 +179,7 @@ def test_a_table_and_a_curve_are_printed(made, tmp_path, capsys):
     assert f"{first['chosen']}, rebuilt ←" in said
     assert first["said"] in said
     assert len(first["left_out"]) == 1
-    assert "1 averages cannot be rebuilt from the snapshots and are left out: ema:kappa=0.3" in said
+    assert "Left out, because the snapshots cannot give them: 1 (ema:kappa=0.3)." in said
 
 
 def test_a_flat_curve_keeps_the_default(done, made, run, tmp_path, capsys):
@@ -203,14 +204,14 @@ def test_a_flat_curve_keeps_the_default(done, made, run, tmp_path, capsys):
 
 def test_other_rules_and_other_data(run, more, tmp_path, capsys):
     rows = write_jsonl(tmp_path / "other.jsonl", conversations(40, 7))
-    rules = "uniform:start=30,ema:half_life=12,bema,ema:kappa=0.1"
+    rules = "uniform:start=20,ema:kappa=0.75,bema,ema:kappa=0.1"
     assert main(["choose", str(run), "--rules", rules, "--data", str(rows)]) == 0
     choice = read(run / "choice.json")
     names = [x["average"] for x in choice["averages"]]
-    assert names == ["live", "ema:kappa=0.95", "uniform:start=30", "ema:half_life=12.0"]
+    assert names == ["live", "ema:kappa=0.95", "uniform:start=20", "ema:kappa=0.75"]
     assert choice["left_out"] == ["bema:kappa=0.5", "ema:kappa=0.1"]
     assert choice["sequences"] == {"choosing": 20, "reporting": 20, "data": [str(rows)]}
-    assert (run / "choice.svg").read_text().count("uniform:start=30") == 1
+    assert (run / "choice.svg").read_text().count(">uniform:start=20<") == 1
 
 
 def test_without_snapshots_the_averages_in_checkpoints_are_taken(run, made):
@@ -256,11 +257,21 @@ def fails_at(monkeypatch, moment):
         monkeypatch.setattr(module, "_put", stopped)
     elif moment == "writing":
         monkeypatch.setattr("paceline.train.weighted.write_safetensors", full)
+    elif moment == "renaming":
+        whole = weighted.whole
+
+        @contextmanager
+        def half(path):
+            with whole(path) as partial:
+                yield partial
+                full()
+
+        monkeypatch.setattr(weighted, "whole", half)
     elif moment == "keeping the former":
         monkeypatch.setattr("paceline.train.choose.shutil.copytree", full)
 
 
-@pytest.mark.parametrize("moment", ["scoring", "writing", "keeping the former"])
+@pytest.mark.parametrize("moment", ["scoring", "writing", "keeping the former", "renaming"])
 def test_interrupted_it_leaves_the_run_as_it_was(moment, run, monkeypatch, capsys):
     before = tree(run)
     fails_at(monkeypatch, moment)

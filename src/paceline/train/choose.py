@@ -31,7 +31,7 @@ from tyro.conf import Positional, arg
 from ..averaging import Averaging, PowerEMA, parse
 from ..files import put, remove, scratch, whole
 from ..snapshots import save_averages
-from ..sums import find_damage
+from ..sums import find_damage, write_sums
 from ..synthesis import LIMIT
 from . import InputError, Options, Positive, folder, reporting
 from .build import build_trainer, digest_of, evaluated_together, processes
@@ -611,12 +611,19 @@ def _install(
     """Write model/, once the default is whole beside it."""
 
     def finish(partial: Path) -> None:
+        (partial / "README.md").unlink(missing_ok=True)
+        write_sums(partial)  # not of the card, which may be edited
         (partial / "README.md").write_text(card, encoding="utf-8")
         if before.name == folder.MODEL:
             with whole(run / folder.FORMER) as copy:
                 shutil.copytree(before, copy)
 
-    write(run / folder.MODEL, like, tensor, facts, console, finish=finish)
+    try:
+        write(run / folder.MODEL, like, tensor, facts, console, finish=finish)
+    except BaseException:
+        if "choice" not in read_json(run / folder.MODEL / folder.AVERAGE_FACTS):
+            remove(run / folder.FORMER)  # it is what model/ still is
+        raise
 
 
 def _card(before: Path, chosen: Candidate, result: dict[str, Any]) -> str:
@@ -660,13 +667,14 @@ def _show(result: dict[str, Any], console: Console) -> None:
     if left_out := result["left_out"]:
         say(
             console,
-            f"{len(left_out)} averages cannot be rebuilt from the snapshots and are left out: "
-            f"{', '.join(left_out)}.",
+            f"Left out, because the snapshots cannot give them: {len(left_out)} "
+            f"({', '.join(left_out)}).",
         )
     points = sorted((x["kappa"], x["loss"]) for x in rows if x["kappa"] is not None)
     points = [(kappa, loss) for kappa, loss in points if math.isfinite(loss)]
-    low, high = min(x for _, x in points), max(x for _, x in points)
-    say(console, "\nLoss over κ (0: the live weights):")
+    if points:
+        low, high = min(x for _, x in points), max(x for _, x in points)
+        say(console, "\nLoss over κ (0: the live weights):")
     for kappa, loss in points:
         place = round(WIDTH * (loss - low) / (high - low)) if high > low else 0
         say(console, f"  {kappa:<5g} {loss:.4f}  {'·' * place}●")

@@ -198,7 +198,7 @@ def write(
     facts: dict[str, Any],
     console: Console,
     dtype: str | None = None,
-    finish: Callable[[Path], object] = lambda folder: None,
+    finish: Callable[[Path], object] = write_sums,
 ) -> None:
     """Write a folder or file under another name, and rename it when it is complete.
 
@@ -209,7 +209,7 @@ def write(
         facts: of the average, for its paceline.json or metadata.
         console: shows a bar.
         dtype: of floating-point tensors, instead of their own.
-        finish: changes a complete folder before it gets its name.
+        finish: called with a folder before it gets its name; by default its check sums are written.
     """
     forms = {name: entry.form for name, entry in like.tensors.items()}
     if dtype:
@@ -247,7 +247,6 @@ def write(
             write_json(partial / INDEX, index)
         _copy_the_rest(like.path, partial, dtype)
         write_json(partial / folder.AVERAGE_FACTS, facts)
-        write_sums(partial)
         finish(partial)
 
 
