@@ -26,6 +26,7 @@ TEXT = "\n".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs" f
         (cell_of("pace:lr=0.01:kappa=0.30:pullback=1.0"), True),
         (cell_of(BASE, micro_batch=1), True),
         (cell_of(BASE, loaders=2), True),
+        (cell_of(BASE, snapshots=3, choose=True), True),
         (cell_of(BASE, save_every=3), True),
         (cell_of(BASE, report_to=("none",)), True),
         (cell_of(BASE, gradient_checkpointing=True), True),
@@ -149,6 +150,19 @@ def test_cells_of_all_days_have_one_day(data, monkeypatch):
         with pytest.raises(InterruptedError):
             cell_of(BASE, **data, **changes).train(lambda *_: False)
     assert seen == [module.DAY, day]
+
+
+def test_cells_keep_no_averages(data, monkeypatch):
+    from paceline.study import cells as module
+
+    def assemble(recipe, *_):
+        assert recipe.times_kept == 0
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "_assemble", assemble)
+    for method in (BASE, "adamw:lr=1e-2"):
+        with pytest.raises(InterruptedError):
+            cell_of(method, **data, snapshots=3, choose=True).train(lambda *_: False)
 
 
 def test_the_two_halves_share_nothing(data, tmp_path):

@@ -4,8 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from rich.console import Console
+from training import LLAMA
 
+from paceline.train import find_lr
 from paceline.train.find_lr import rising_rates, suggested_rate
+from paceline.train.recipe import Recipe
 
 
 def test_rates_rise_in_equal_factors():
@@ -37,3 +41,14 @@ def test_losses_after_divergence_do_not_hide_the_valley(broken):
 def test_none_where_the_lowest_is_at_an_end(sign):
     rates = rising_rates()
     assert suggested_rate(rates, [4 + sign * math.log10(x) / 10 for x in rates]) is None
+
+
+def test_the_short_run_keeps_no_averages(monkeypatch):
+    def build(recipe, *_):
+        assert recipe.times_kept == 0
+        raise InterruptedError
+
+    monkeypatch.setattr(find_lr, "build_trainer", build)
+    recipe = Recipe(config=LLAMA, tokenizer="bpe", snapshots=3, choose=True)
+    with pytest.raises(InterruptedError):
+        find_lr.with_found_rate(recipe, Console(quiet=True))

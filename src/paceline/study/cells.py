@@ -114,6 +114,7 @@ class Cell:
         own = self.trajectory
         changes: dict[str, Any] = {"method": own.written, "schedule": own.schedule, "lr": own.lr}
         changes |= {"seed": self.run.seed, "report_to": ("none",)}
+        changes |= {"snapshots": 0, "choose": False}  # nothing of the run stays
         changes["date"] = self.task.recipe.date or DAY
         if self.task.start_folder is not None:
             changes["model"] = str(self.task.start_folder)

@@ -78,7 +78,7 @@ def with_found_rate(recipe: Recipe, console: Console) -> tuple[Recipe, Prepared]
     if recipe.parsed.lr != recipe.lr:
         raise InputError(f"find_lr: {recipe.method!r} has a rate of its own; leave its lr out")
     short: dict[str, Any] = {"steps": STEPS, "epochs": None, "tokens": None, "warmup": 0.0}
-    short |= {"log_every": 1, "report_to": ("none",)}
+    short |= {"log_every": 1, "report_to": ("none",), "snapshots": 0, "choose": False}
     say(console, f"Looking for a learning rate: {STEPS} steps from {LOWEST:g} to {HIGHEST:g}.")
     with TemporaryDirectory() as scratch:
         trainer = build_trainer(
