@@ -451,3 +451,12 @@ def test_data_that_have_changed_are_refused(more, run, capsys):
 
 def test_the_eight_are_plain_power_emas():
     assert [PowerEMA(k) for k in module.KAPPAS] == sorted(map(PowerEMA, module.KAPPAS), key=str)
+
+
+def test_the_help_explains_it(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["choose", "--help"])
+    assert stop.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("paceline choose [-h]", "--data", "--rules", "--device", "the default stays"):
+        assert words in said

@@ -82,11 +82,11 @@ class Choose(Options):
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """Folder of a finished run."""
-    data: Annotated[tuple[str, ...] | None, Names] = None
+    data: Annotated[tuple[str, ...], Names] | None = None
     """Held-out data, given as --eval-data of paceline train is. Default: those of the run."""
     examples: Positive | None = None
     """Sequences at most, >= 1. Default: as many as the run evaluated on."""
-    rules: Annotated[tuple[str, ...] | None, Names] = None
+    rules: Annotated[tuple[str, ...], Names] | None = None
     """Averages to try in place of the eight, as in ema:half_life=200,uniform:start=900."""
     device: str | None = None
     """Device: cpu, cuda, cuda:1, mps, ... Default: an accelerator, if there is one."""
