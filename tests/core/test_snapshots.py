@@ -139,6 +139,7 @@ def test_an_average_that_was_added_says_when_it_began(kind, weights, tmp_path):
     saved = copy.deepcopy(opt.state_dict())
     opt = KINDS[kind](model.parameters())
     opt.load_state_dict(saved)
+    assert opt.state[params[0]]["begun_return_slow"].dtype == torch.float64  # bfloat16 has 8 bits
     steps(opt, params, 3, params, iterates)
     folder = save_averages(tmp_path, model, opt)
     said = {name: facts(folder / f"{name}.safetensors") for name in ("slow", "average")}
