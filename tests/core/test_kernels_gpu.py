@@ -517,7 +517,7 @@ def infinity(x):
         ((9, nothing), "it steps average otherwise"),
         ((12, twice), "it steps an average otherwise"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else f"{x[0]}-{x[1].__name__}",
 )
 def test_one_that_is_wrong_or_fails_is_not_taken(made_wrong, reason, interpreted, kernel):
     """Then it warns once, in one line, and steps as before; True raises."""
