@@ -140,8 +140,9 @@ def same(module, other):
     return all(k == name and torch.equal(x, y) for (k, x), (name, y) in pairs)
 
 
-@pytest.mark.parametrize("live", [False, True])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("kind", "live"), [*((kind, True) for kind in OPTIMIZERS), ("pace", False)]
+)
 def test_validation_and_the_module_after_fit_are_the_average(kind, live):
     module, notes = Module(kind), Notes()
     trainer(ReturnAverage(live=live), notes).fit(module, batches(0), batches(1))
@@ -167,8 +168,9 @@ def test_metrics_to_watch_are_the_averages(tmp_path):
     assert len(best.best_k_models) == EPOCHS  # one a validation: none of live weights
 
 
-@pytest.mark.parametrize("weights_only", [False, True])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("kind", "weights_only"), [*((kind, False) for kind in OPTIMIZERS), ("pace", True)]
+)
 def test_checkpoints_hold_the_average(tmp_path, kind, weights_only):
     saved = ModelCheckpoint(tmp_path, save_weights_only=weights_only)
     module = Module(kind)
@@ -183,8 +185,9 @@ def test_checkpoints_hold_the_average(tmp_path, kind, weights_only):
         torch.testing.assert_close(torch.cat(predicted), loaded.net(data(1).tensors[0]))
 
 
-@pytest.mark.parametrize("every", [BATCHES, 4])  # at the end of an epoch, and within one
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(  # at the end of an epoch, and within one
+    ("kind", "every"), [*((kind, 4) for kind in OPTIMIZERS), ("pace", BATCHES)]
+)
 def test_resume_is_bit_for_bit(tmp_path, kind, every):
     # Within an epoch Lightning begins the data anew: these batches are all the same.
     few = TensorDataset(*(x[:4].repeat(BATCHES, 1) for x in data(0).tensors))
