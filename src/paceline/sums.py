@@ -10,12 +10,13 @@ from pathlib import Path
 from .files import check_regular
 
 SUMS = "checksums.json"
+CARD = "README.md"  # a model's, which may be edited
 CHUNK = 1 << 20  # bytes read at a time
 
 
 def write_sums(folder: Path) -> None:
-    """Write the CRC-32 of each file in a folder and below to its checksums.json."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+    """Write the CRC-32 of each file in a folder and below, but model cards, to checksums.json."""
+    files = sorted(x for x in folder.rglob("*") if x.is_file() and x.name not in (SUMS, CARD))
     sums = {path.relative_to(folder).as_posix(): _crc32(path) for path in files}
     (folder / SUMS).write_text(json.dumps({"crc32": sums}, indent=1) + "\n", encoding="utf-8")
 

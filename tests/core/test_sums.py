@@ -70,6 +70,16 @@ def test_what_is_not_looked_at(saved):
     assert find_damage(saved / ("x" * 300)) is None
 
 
+def test_a_model_card_may_be_edited(tmp_path):
+    for folder in (tmp_path, tmp_path / "below"):
+        folder.mkdir(exist_ok=True)
+        (folder / "README.md").write_text("one")
+    write_sums(tmp_path)
+    for folder in (tmp_path, tmp_path / "below"):
+        (folder / "README.md").write_text("another")
+    assert find_damage(tmp_path) is None
+
+
 @pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "below", "x\0", "x" * 999])
 def test_names_of_what_is_no_file(name, tmp_path):
     """A device that never ends would be read for ever."""

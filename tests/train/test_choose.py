@@ -157,6 +157,9 @@ def test_the_model_says_that_it_was_chosen(done, made):
     assert card.endswith(f"## Chosen after the training\n\n{choice['said']}\n")
     assert (made / "choice.svg").read_text().count("rebuilt") == 1
     assert (made / "choice.png").read_bytes().startswith(b"\x89PNG")
+    of_run = read(made / "paceline.json")["weights"]
+    assert of_run["model"].endswith(f"on held-out data: {choice['chosen']}")
+    assert of_run["model-before-choice"] == read(done[0] / "paceline.json")["weights"]["model"]
     # what the run itself wrote is as it was
     assert read(made / "manifest.json") == read(done[0] / "manifest.json")
 
@@ -200,6 +203,7 @@ def test_a_flat_curve_keeps_the_default(done, made, run, tmp_path, capsys):
     assert same(weights(again / "model"), weights(done[0] / "model"))
     assert "choice" not in read(again / "model" / "paceline.json")
     assert not (again / "model-before-choice").exists()
+    assert read(again / "paceline.json") == read(done[0] / "paceline.json")
 
 
 def test_other_rules_and_other_data(run, more, tmp_path, capsys):

@@ -31,7 +31,7 @@ from tyro.conf import Positional, arg
 from ..averaging import Averaging, PowerEMA, parse
 from ..files import put, remove, scratch, whole
 from ..snapshots import save_averages
-from ..sums import find_damage, write_sums
+from ..sums import CARD, find_damage, write_sums
 from ..synthesis import LIMIT
 from . import InputError, Options, Positive, folder, reporting
 from .build import build_trainer, digest_of, evaluated_together, processes
@@ -472,6 +472,7 @@ def _choose(
                 like = read_headers(run / folder.LIVE)
             tensor = rebuilt_tensor(kept, best.weights, like, names)
             _install(run, before, like, tensor, about, _card(before, best, result), console)
+    _note(run, result["chosen"])
     _show(result, console)
     save(_curve(result), run / folder.CHOICE_PICTURE)
     result |= {"seconds": round(time.perf_counter() - began, 1), **facts}
@@ -611,9 +612,8 @@ def _install(
     """Write model/, once the default is whole beside it."""
 
     def finish(partial: Path) -> None:
-        (partial / "README.md").unlink(missing_ok=True)
-        write_sums(partial)  # not of the card, which may be edited
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        (partial / CARD).write_text(card, encoding="utf-8")
+        write_sums(partial)
         if before.name == folder.MODEL:
             with whole(run / folder.FORMER) as copy:
                 shutil.copytree(before, copy)
@@ -626,9 +626,19 @@ def _install(
         raise
 
 
+def _note(run: Path, chosen: str) -> None:
+    """Have the run's paceline.json say what model/ is; its rule and metrics are the default's."""
+    facts = read_json(run / folder.AVERAGE_FACTS)
+    weights = dict(folder.WEIGHTS_IN)
+    if (run / folder.FORMER).is_dir():
+        weights[folder.FORMER] = weights[folder.MODEL]
+        weights[folder.MODEL] = f"{WEIGHTS}: {chosen}"
+    write_json(run / folder.AVERAGE_FACTS, facts | {"weights": weights})
+
+
 def _card(before: Path, chosen: Candidate, result: dict[str, Any]) -> str:
     """The default's card with a section on the choice."""
-    path = before / "README.md"
+    path = before / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else "# A model trained by paceline\n"
     rows = {"weights": WEIGHTS, "rule of the average": chosen.name}
     lines = []

@@ -64,6 +64,11 @@ CHOICE, CHOICE_PICTURE, FORMER = "choice.json", "choice", "model-before-choice"
 TENSORBOARD, REPORT = "tensorboard", "report.html"
 TRAINING, EVALUATION, CERTIFICATE = "training.jsonl", "eval.json", "certificate.json"
 LOCK, SET_ASIDE = ".lock", "set-aside-"
+WEIGHTS_IN = {  # as paceline.json says it
+    MODEL: "the returned model: the average, or what the method returns instead",
+    LIVE: "the live weights after the last step",
+    CHECKPOINTS: "the returned model; the live weights are in the optimizer's state",
+}
 # What a checkpoint has besides the model.
 TRAINING_STATE = (
     *("optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "latest", "zero_to_fp32.py"),

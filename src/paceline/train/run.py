@@ -30,7 +30,7 @@ from transformers.integrations.integration_utils import (
 
 from ..files import remove, whole
 from ..state import averages_of
-from ..sums import write_sums
+from ..sums import CARD, write_sums
 from . import InputError, Positive, folder, reporting
 from .build import RunTrainer, build_trainer, digest_of, processes
 from .callbacks import EvalAndSaveAtEnd, JsonlMetrics, ProgressBar, Stop
@@ -42,11 +42,6 @@ from .page import write_page
 from .recipe import RESUMABLE_CHANGES, Recipe, RecipeCommand
 from .terminal import progress_bars, quiet, say
 
-WEIGHTS_IN = {
-    folder.MODEL: "the returned model: the average, or what the method returns instead",
-    folder.LIVE: "the live weights after the last step",
-    folder.CHECKPOINTS: "the returned model; the live weights are in the optimizer's state",
-}
 METRICS_MEAN = {
     "loss": "live weights, training batches, mean over the steps since the last line",
     "eval_live_*": "live weights, evaluation data",
@@ -410,7 +405,7 @@ def _finish(
         remove(run / folder.FORMER)
     *_, last = (entry for entry in history if "eval_loss" in entry)
     if main:
-        meaning = {"weights": WEIGHTS_IN, "metrics": METRICS_MEAN}
+        meaning = {"weights": folder.WEIGHTS_IN, "metrics": METRICS_MEAN}
         write_json(run / folder.AVERAGE_FACTS, {**average, **meaning})
         write_page(recipe, history, average, facts, run)
     for name, save in ((folder.LIVE, trainer.save_live_model), (folder.MODEL, trainer.save_model)):
@@ -418,11 +413,11 @@ def _finish(
             save(str(partial))
             if main:
                 (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle
-                about = {**average, "weights": WEIGHTS_IN[name]}
+                about = {**average, "weights": folder.WEIGHTS_IN[name]}
                 write_json(partial / folder.AVERAGE_FACTS, about)
-                write_sums(partial)  # not of the card, which may be edited
                 card = _card(name, recipe, average, last, facts)
-                (partial / "README.md").write_text(card, encoding="utf-8")
+                (partial / CARD).write_text(card, encoding="utf-8")
+                write_sums(partial)
         trainer.accelerator.wait_for_everyone()
     return last
 
@@ -465,7 +460,7 @@ def _card(
     if on_hub := [d for d in data if d.count("/") == 1 and not Path(d).exists()]:
         head["datasets"] = on_hub
     rows = {
-        "weights": WEIGHTS_IN[name],
+        "weights": folder.WEIGHTS_IN[name],
         "method": f"{average['method']}, learning rate {recipe.lr:g}, {recipe.schedule}",
         "rule of the average": average["rule"],
         "updates of the average": average.get("updates"),
