@@ -359,7 +359,7 @@ class Sequences(stateful.RuleBasedStateMachine):
 
 TestSequences = Sequences.TestCase
 TestSequences.settings = settings(
-    max_examples=int(os.environ.get("PACELINE_EXAMPLES", 1000)),
+    max_examples=int(os.environ.get("PACELINE_EXAMPLES", 700)),
     stateful_step_count=10,
     suppress_health_check=list(HealthCheck),
 )
