@@ -161,6 +161,10 @@ def exports_at_stage_3(kind, folder):
         assert torch.equal(x, y)
 
 
+@pytest.mark.skipif(
+    "PACELINE_ZERO_3" not in os.environ,
+    reason="DeepSpeed's stage 3 waits for ever in some runs on the CPU; PACELINE_ZERO_3=1 runs it",
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_stage_3_trains_exports_and_resumes(kind, ranks, tmp_path):
     ranks(exports_at_stage_3, kind, str(tmp_path))
