@@ -3,8 +3,8 @@
 No trainer is imported here. Wrappers are known by what their documentation says of them.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -68,6 +68,21 @@ def is_swapped(optimizer: Any) -> bool:
         mode = getattr(optimizer, "train_mode", True)
         mine = not all(group.get("train_mode", mode) for group in optimizer.param_groups)
     return mine
+
+
+@contextmanager
+def holding(optimizers: Iterable[Any], method: str) -> Iterator[None]:
+    """Have the models hold what each swapping optimizer's `eval` or `train` puts in, in a `with`.
+
+    Args:
+        optimizers: of a trainer; those that do not swap are left out.
+        method: "eval" or "train".
+    """
+    with ExitStack() as stack:
+        for optimizer in filter(None, map(swapping, optimizers)):
+            stack.enter_context(restoring(optimizer))
+            getattr(optimizer, method)()
+        yield
 
 
 @contextmanager

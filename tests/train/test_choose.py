@@ -128,7 +128,7 @@ def test_the_best_becomes_the_model_and_the_former_is_kept(done, made, more):
     assert reported["default_loss"] == pytest.approx(a_token(default), abs=1e-5)
     assert reported["loss"] == pytest.approx(a_token(losses[choice["chosen"]][30:]), abs=2e-3)
     assert reported["difference"] == pytest.approx(reported["loss"] - reported["default_loss"])
-    # the model is that average, but for the expected error of its distance from the live weights
+    # the model is that average, within the expected error
     shares = parse(choice["chosen"]).coefficients(STEPS)
     found, missed, far = weights(made / "model"), 0.0, 0.0
     for name in iterates[0]:

@@ -1,6 +1,5 @@
 """accelerate's checkpoints and optimizers, for optimizers that return another model."""
 
-from contextlib import ExitStack
 from typing import Any
 
 from accelerate import Accelerator
@@ -8,7 +7,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 
 from ..batchnorm import warn_of_statistics
-from ..hosts import check_reach, restoring, swapping, unwrapped
+from ..hosts import check_reach, holding, swapping, unwrapped
 
 
 def attach(accelerator: Accelerator) -> None:
@@ -58,10 +57,7 @@ class _SavingAverages(Accelerator):  # type: ignore[misc]
     """Saves the returned models, and goes on from the live weights."""
 
     def save_state(self, *args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as stack:
-            for optimizer in filter(None, map(swapping, self._optimizers)):
-                stack.enter_context(restoring(optimizer))
-                optimizer.eval()
+        with holding(self._optimizers, "eval"):
             return super().save_state(*args, **kwargs)
 
     def load_state(self, *args: Any, **kwargs: Any) -> None:

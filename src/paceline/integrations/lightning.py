@@ -1,7 +1,7 @@
 """Lightning trainers that evaluate, save and return the average."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 try:
@@ -10,7 +10,7 @@ except ImportError:  # the package of the older name
     import pytorch_lightning as pl  # type: ignore[no-redef]
 
 from ..batchnorm import warn_of_statistics
-from ..hosts import check_reach, restoring, swapping, unwrapped
+from ..hosts import check_reach, holding, swapping, unwrapped
 
 OTHERS = ("WeightAveraging", "StochasticWeightAveraging")  # Lightning's own averages
 
@@ -69,13 +69,13 @@ class ReturnAverage(pl.Callback):
 
         def validate_both() -> Any:
             if self.live and not trainer.sanity_checking:
-                with _live(trainer), _apart(trainer, pl_module):
+                with holding(trainer.optimizers, "train"), _apart(trainer, pl_module):
                     validate()
-            with _averaged(trainer):
+            with holding(trainer.optimizers, "eval"):
                 return validate()
 
         def save_returned(*args: Any, **kwargs: Any) -> Any:
-            with _averaged(trainer):
+            with holding(trainer.optimizers, "eval"):
                 return save(*args, **kwargs)
 
         self._replace(loop, "run", validate_both)
@@ -107,23 +107,6 @@ class ReturnAverage(pl.Callback):
 def _of(trainer: Any) -> list[Any]:
     """The optimizers of a trainer that return another model."""
     return [x for x in map(swapping, trainer.optimizers) if x]
-
-
-@contextmanager
-def _holding(trainer: Any, method: str) -> Iterator[None]:
-    with ExitStack() as stack:
-        for optimizer in _of(trainer):
-            stack.enter_context(restoring(optimizer))
-            getattr(optimizer, method)()
-        yield
-
-
-def _averaged(trainer: Any) -> Any:
-    return _holding(trainer, "eval")
-
-
-def _live(trainer: Any) -> Any:
-    return _holding(trainer, "train")
 
 
 @contextmanager
