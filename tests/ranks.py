@@ -1,9 +1,13 @@
 """Processes that hold one process group, and run functions for tests on all ranks at once."""
 
+import faulthandler
 import os
+import signal
+import time
 import traceback
 from datetime import timedelta
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -37,16 +41,27 @@ class Ranks:
             self.start()
         for pipe in self.pipes:
             pipe.send((function, args, kwargs))
-        results = []
-        for rank, pipe in enumerate(self.pipes):
-            failure = f"no answer in {TIMEOUT} s"
-            if pipe.poll(TIMEOUT):
-                failure, result = pipe.recv()
-            if failure:
-                self.close()  # the other may be waiting for this one; the next call starts anew
-                raise AssertionError(f"on rank {rank}:\n{failure}")
-            results.append(result)
-        return results
+        waiting, results = dict(zip(self.pipes, range(self.count), strict=True)), {}
+        while waiting:
+            ready = wait(waiting, TIMEOUT)
+            failures = [] if ready else [f"no answer in {TIMEOUT} s\n{self.stacks()}"]
+            for pipe in ready:
+                failure, results[waiting[pipe]] = pipe.recv()
+                if failure:
+                    failures.append(f"on rank {waiting[pipe]}:\n{failure}")
+                del waiting[pipe]
+            if failures:
+                self.close()  # others may be waiting for these; the next call starts anew
+                raise AssertionError("\n".join(failures))
+        return [results[rank] for rank in range(self.count)]
+
+    def stacks(self):
+        """Where each rank is, in all of its threads."""
+        for process in self.processes:
+            os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(1)
+        paths = [_stack(self.folder, process.pid) for process in self.processes]
+        return "\n".join(f"{path.name}:\n{path.read_text()}" for path in paths)
 
     def close(self):
         for process in self.processes:
@@ -55,7 +70,14 @@ class Ranks:
         self.pipes, self.processes = [], []
 
 
+def _stack(folder, pid):
+    return folder / f"stack of process {pid}"
+
+
 def _serve(rank, count, path, pipe):
+    faulthandler.register(
+        signal.SIGUSR1, _stack(Path(path).parent, os.getpid()).open("w"), all_threads=True
+    )
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     store = dist.FileStore(path, count)

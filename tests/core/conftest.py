@@ -9,9 +9,7 @@ import torch.distributed as dist
 from tritons import compiled, interpreted  # noqa: F401 - fixtures
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """Two processes of one process group."""
+def two_ranks(tmp_path_factory):
     if not dist.is_available():
         pytest.skip("torch without distributed")
     from ranks import Ranks
@@ -19,6 +17,11 @@ def ranks(tmp_path_factory):
     made = Ranks(2, tmp_path_factory.mktemp("ranks"))
     yield made
     made.close()
+
+
+# Two processes of one process group, for all files or for one.
+ranks = pytest.fixture(two_ranks, scope="session", name="ranks")
+ranks_of_this_file = pytest.fixture(two_ranks, scope="module", name="ranks_of_this_file")
 
 
 @pytest.fixture(scope="module")
