@@ -1,6 +1,5 @@
 """A text and methods for the tests of the comparison and its trainer."""
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -34,11 +33,8 @@ OTHER = TEXT[::-1]
 
 def tiny_runs(tmp_path_factory):
     """Tokens of two different texts, and a function that trains a fresh tiny model on them."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("PACELINE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     tokenizer = make_tokenizer([TEXT, OTHER], 300)
     tokens = load_file(tokenize(Corpus([TEXT], [OTHER]), tokenizer))
-    patch.undo()
 
     def run(text, **options):
         model = make_gpt2(tokenizer, width=16, layers=1, heads=2, positions=16, seed=0)

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from problems import RETURNS
-from sharding import BASES, advance, assert_close, assert_equal, held, net, pullback, wrapped
+from sharding import advance, assert_close, assert_equal, held, net, pullback, wrapped
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from paceline import PACE, load_checkpoint, save_checkpoint
@@ -49,10 +49,15 @@ def with_checkpoints_asked_for(engine, moment, asked, flat=False):
 
 
 @pytest.mark.parametrize(
-    ("asked", "flat"), [("get", False), ("get, set", False), ("get, set", True)]
+    ("engine", "asked", "flat"),
+    [
+        ("ddp", "get, set", False),
+        ("fsdp", "get", False),
+        ("fsdp", "get, set", False),
+        ("fsdp", "get, set", True),
+    ],
 )
 @pytest.mark.parametrize("moment", ["before", "before, swapped", "after", "swapped"])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_asking_for_a_checkpoint_disturbs_nothing(engine, moment, asked, flat, ranks):
     plain = ranks(with_checkpoints_asked_for, engine, moment, "")
     those = ranks(with_checkpoints_asked_for, engine, moment, asked, flat)
@@ -154,8 +159,10 @@ def load_and_go_on_around(engine, folder, base, around):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.distributed.*:UserWarning")
-@pytest.mark.parametrize("around", ["no pull", "adam", "own", "returns"])
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("base", "around"),
+    [*(("AdamW", x) for x in ("no pull", "adam", "own", "returns")), ("SGD", "own")],
+)
 @pytest.mark.parametrize("swapped", [False, True])
 def test_around_another_optimizer_shards_are_saved_and_loaded(
     swapped, base, around, ranks, tmp_path

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from paceline.cli import main
 from paceline.study import bench
@@ -57,12 +58,18 @@ def test_measures_others_by_name(monkeypatch, tmp_path, kernel):
 
 
 def test_the_share_of_a_training_step(monkeypatch, capsys, kernel):
+    layer = torch.nn.Linear(64, 64)
+    passes = list(layer.parameters()), lambda: layer(torch.ones(8, 64)).sum().backward()
+    monkeypatch.setattr(bench, "_small_gpt2", lambda device: passes)
     options = ["--models", "training", "--rounds", "3", "--only", "PACE fused"]
     assert main(["bench", *options, "--threads", "2"]) == 0
     assert "forward and backward" in capsys.readouterr().out
 
 
 def test_the_models_are_what_they_say():
+    params, backward = bench._small_gpt2("cpu")
+    backward()
+    assert all(p.grad.any() for p in params)
     sizes = {model: [_size(s) for s in bench.shapes(model)] for model in ("gpt2", "small")}
     assert sum(sizes["gpt2"]) == 124_439_808
     assert len(sizes["small"]) == 2000

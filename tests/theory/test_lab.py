@@ -18,7 +18,7 @@ SMALL = {
     "limit": "--gain 0 0.5 --runs 20 --a 0.5 --beta 0.2",
     "family": "--e 0.1 0.01",
     "control": "--horizon 20 --coordinates 2",
-    "frontier": "--coordinates 2 --half-lives 100 --steps 10 --drift 0.01",
+    "frontier": "--coordinates 8 --half-lives 1 --steps 10 --drift 0.01",
     "twin": "--steps 20 --runs 4",
     "rate": "--horizons 16 32 --runs 2 --problems 20",
 }
@@ -218,9 +218,7 @@ def test_numbers_in_commands_are_those_that_were_given():
     assert FrontierCommand().command == "paceline theory frontier"
 
 
-def test_what_no_parameters_can_do_is_a_dash_and_null(tmp_path, capsys):
+def test_what_no_parameters_can_do_is_a_dash_and_null(found):
     # In a step nothing that is stable forgets half of a curvature an eighth of the largest.
-    small = ["--coordinates", "8", "--half-lives", "1", "--steps", "10", "--drift", "0.01"]
-    assert main(["theory", "frontier", *small, "--json", "--out", str(tmp_path)]) == 0
-    rows = table(json.loads(capsys.readouterr().out))
+    rows = table(found("frontier")[0])
     assert [row["SGD"] is None for row in rows] == [False, True, True, True]

@@ -223,7 +223,9 @@ socket.socket.__init__ = socket.socket.connect = socket.socket.connect_ex = refu
 
 from paceline.cli import main
 
-status = main(sys.argv[1:])
+for command in " ".join(sys.argv[1:]).split(" then "):
+    if status := main(command.split()):
+        break
 for thread in threading.enumerate():  # a queue of telemetry would be emptied in one
     if thread.name.startswith("Thread-"):
         thread.join(5)
@@ -233,16 +235,14 @@ sys.exit(status or bool(opened))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["chitchat", "file"])
-def test_a_run_on_local_data_opens_no_socket(data, folder, tmp_path):
-    few = ["--steps", "1", "--warmup", "0", "--batch", "4", "--examples", "16"]
-    few += ["--eval-examples", "4", "--vocabulary", "300"]
-    if data == "file":
-        rows = (f'{{"prompt": "Hello?", "completion": "Yes, {i}."}}\n' for i in range(40))
-        (folder / "few.jsonl").write_text("".join(rows))
-        few += ["--data", "few.jsonl"]
+def test_runs_on_local_data_open_no_socket(folder, tmp_path):
+    few = "train demo-sft --steps 1 --warmup 0 --batch 4 --examples 16 --eval-examples 4"
+    few += " --vocabulary 300 --out"
+    rows = (f'{{"prompt": "Hello?", "completion": "Yes, {i}."}}\n' for i in range(40))
+    (folder / "few.jsonl").write_text("".join(rows))
+    commands = f"{few} run then {few} another --data few.jsonl"
     found = subprocess.run(
-        [sys.executable, "-c", NO_SOCKETS, "train", "demo-sft", *few, "--out", "run"],
+        [sys.executable, "-c", NO_SOCKETS, commands],
         env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "datasets")},
         capture_output=True,
         text=True,
@@ -250,4 +250,5 @@ def test_a_run_on_local_data_opens_no_socket(data, folder, tmp_path):
     )
     assert found.returncode == 0, found.stdout + found.stderr
     assert "opened []" in found.stdout
-    assert (folder / "run" / "model" / "paceline.json").is_file()
+    for name in ("run", "another"):
+        assert (folder / name / "model" / "paceline.json").is_file()
