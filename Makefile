@@ -6,26 +6,28 @@ DEMO ?= runs/demo-$(shell date +%Y-%m-%d_%H%M%S)
 
 .PHONY: demo bench test lint types clean
 
-# Rebuilt when what it is made from changes.
-$(VENV)/installed: pyproject.toml constraints.txt
+# The environment is brought up to date when what it is made from changes.
+$(VENV)/demo: EXTRAS := train,study
+$(VENV)/test: EXTRAS := train,study,eval,theory,gpu,test,dev
+$(VENV)/demo $(VENV)/test: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,study,eval,theory,gpu,test,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
-demo: $(VENV)/installed
+demo: $(VENV)/demo
 	$(BIN)/paceline compare --minutes 3.25 --out $(DEMO)
 
-bench: $(VENV)/installed
+bench: $(VENV)/demo
 	$(BIN)/paceline bench
 
-test: $(VENV)/installed
+test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile  # two processes of one thread each
 
-lint: $(VENV)/installed
+lint: $(VENV)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-types: $(VENV)/installed
+types: $(VENV)/test
 	$(BIN)/mypy
 
 clean:
