@@ -514,11 +514,22 @@ def lerp_(averages: Tensors, weights: Tensors, weight: float | Tensor) -> None:
 
 
 def _at_least(least: float, x: float | Tensor) -> float | Tensor:
-    return x.clamp_min(least) if isinstance(x, Tensor) else max(least, x)
+    if isinstance(x, Tensor):
+        return x.clamp_min(least)
+    if arrays := _arrays_of(x):
+        return arrays.maximum(x, least)  # type: ignore[no-any-return]
+    return max(least, x)
 
 
 def _where(condition: bool | Tensor, value: float | Tensor) -> float | Tensor:
     """The value, or 0 where the condition does not hold."""
     if isinstance(condition, Tensor):
         return condition.double() * value
+    if arrays := _arrays_of(condition):
+        return arrays.where(condition, value, 0.0)  # type: ignore[no-any-return]
     return value if condition else 0.0
+
+
+def _arrays_of(x: Any) -> Any:
+    """The functions for an array of another library, such as a step that JAX traces; else None."""
+    return x.__array_namespace__() if hasattr(x, "__array_namespace__") else None
