@@ -51,7 +51,7 @@ from .state import (
     wide_dtype,
 )
 from .swap import SWAPPED, Swapped, write_record
-from .update import TINY, MovedSlot
+from .update import TINY, MovedSlot, Pull
 
 GAINS = ("adam", "own", "scalar")
 HOOKED: Any = Optimizer.profile_hook_step(repr).__code__  # of each `step` that torch has hooks on
@@ -431,18 +431,17 @@ class Pullback(AveragedOptimizer):
         for key, members in alike.items():
             *_, own, step, idle, _ = key
             group, averages = members[0].group, members[0].averages
-            numbers = _numbers(group, averages, step, idle, own)
-            work.append((members, [self._slot(x) for x in members], step + idle, numbers))
-        for members, slots, _, numbers in work:
+            pull = _pull(group, averages, step, idle, own)
+            work.append((members, [self._slot(x) for x in members], step + idle, pull))
+        for members, slots, _, pull in work:
             group = members[0].group
-            none = {"weight": 0.0, "extra_weights": [0.0] * len(numbers["extra_weights"])}
-            now = numbers | (none if self._projections else {})
-            measured[id(group)] += kernels.follow(slots, measure=group["track_stats"], **now)
+            now = pull.without_averages() if self._projections else pull
+            measured[id(group)] += kernels.follow(slots, now, measure=group["track_stats"])
         if self._projections:
             self._project()
-            for _, slots, _, numbers in work:
+            for _, slots, _, pull in work:
                 moved = [x._replace(before=None) for x in slots]
-                kernels.follow(moved, measure=False, **numbers)
+                kernels.follow(moved, pull, measure=False)
         for members, _, step, _ in work:
             take_in(members[0].averages, step, [(x.param, self.state[x.param]) for x in members])
         self._stats = summarize(list(measured.values()), own_step="base_norm")
@@ -641,8 +640,8 @@ def _second_moment(state: dict[str, Any], group: Group) -> Tensor:
     return v.dequantize() if quantized else v  # type: ignore[no-any-return]
 
 
-def _numbers(group: Group, averages: Averages, step: int, idle: int, own: bool) -> dict[str, Any]:
-    """What `pull_` needs besides tensors, at a step under a group's options.
+def _pull(group: Group, averages: Averages, step: int, idle: int, own: bool) -> Pull:
+    """The pull of a step under a group's options.
 
     Args:
         group: the options.
@@ -660,11 +659,11 @@ def _numbers(group: Group, averages: Averages, step: int, idle: int, own: bool) 
         gain = lr * gain * rule.falloff(step + idle)
         if not own:
             beta2, eps = group["betas"][1], group["eps"]
-    return {
-        "gain": gain,
-        "root_bias2": math.sqrt(1.0 - beta2**step),
-        "eps": eps or TINY,
-        "clip": group["gain_clip"],
-        "weight": rule.weight(step + idle),
-        "extra_weights": [averages.rules[key].weight(step + idle) for key in averages.extra],
-    }
+    return Pull(
+        gain=gain,
+        root_bias2=math.sqrt(1.0 - beta2**step),
+        eps=eps or TINY,
+        clip=group["gain_clip"],
+        weight=rule.weight(step + idle),
+        extra_weights=tuple(averages.rules[key].weight(step + idle) for key in averages.extra),
+    )

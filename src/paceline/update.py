@@ -155,6 +155,21 @@ class Slot(NamedTuple):
             yield Slot(*own, self.key, self.start + start, extra)  # type: ignore[arg-type, call-arg]
 
 
+class Pull(NamedTuple):
+    """All that a pull after another optimizer's step needs to know besides its tensors."""
+
+    gain: float | Tensor  # numerator of λ, or λ where there is no second moment; 0.0 = no pull
+    root_bias2: float  # as of `Scalars`
+    eps: float  # ε
+    clip: bool  # gain at most 1
+    weight: float | Tensor  # β_t; 0.0 = the average stays as it is at this step
+    extra_weights: tuple[float | Tensor, ...] = ()  # as `weight`, of each extra average
+
+    def without_averages(self) -> "Pull":
+        """The same pull, in which no average takes anything in."""
+        return self._replace(weight=0.0, extra_weights=(0.0,) * len(self.extra_weights))
+
+
 class MovedSlot(NamedTuple):
     """One tensor that another optimizer has moved, with what pulls it and its average."""
 
@@ -284,17 +299,7 @@ def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, 
     return found | measurements(before, adamw, after, pull, gain, distance, s.clip)
 
 
-def pull_(
-    slots: list[MovedSlot],
-    *,
-    gain: float | Tensor,
-    root_bias2: float,
-    eps: float,
-    clip: bool,
-    weight: float | Tensor,
-    extra_weights: Sequence[float | Tensor] = (),
-    measure: bool = False,
-) -> dict[str, Tensor]:
+def pull_(slots: list[MovedSlot], p: Pull, *, measure: bool = False) -> dict[str, Tensor]:
     """What PACE does beside AdamW's step, after another optimizer's: the pull, and the average.
 
         θ_{t+1} = θ' + min(1, gain / (sqrt(v̂) + ε))·(average - θ_t)
@@ -303,12 +308,7 @@ def pull_(
     Args:
         slots: tensors of one device and dtype, changed in place; all with a pull or none, and all
             with a second moment or none. Without one λ is min(1, gain).
-        gain: numerator of λ.
-        root_bias2: sqrt(1 - beta2^t).
-        eps: ε.
-        clip: gain at most 1.
-        weight: of the new weights in the average.
-        extra_weights: the same of each extra average.
+        p: the numbers.
         measure: return what `measurements` documents.
 
     Returns:
@@ -324,16 +324,16 @@ def pull_(
         denom = None
         if slots[0].second_moment is not None:
             denom = list(torch._foreach_sqrt(_wide([x.second_moment for x in slots], dtype)))
-            torch._foreach_div_(denom, root_bias2)
-            torch._foreach_add_(denom, eps)
-        gains = _add_pull_(theta, pull, denom, gain, clip)
+            torch._foreach_div_(denom, p.root_bias2)
+            torch._foreach_add_(denom, p.eps)
+        gains = _add_pull_(theta, pull, denom, p.gain, p.clip)
         _store_(params, theta, [], rounding.PARAM)
     after = _wide(params, dtype)
-    lerp_(averages, after, weight)
-    _lerp_extra_(slots, extra_weights)
+    lerp_(averages, after, p.weight)
+    _lerp_extra_(slots, p.extra_weights)
     if not before or not measure:
         return {}
-    return measurements(before, moved, after, pull, gains, _minus(averages, after), clip)
+    return measurements(before, moved, after, pull, gains, _minus(averages, after), p.clip)
 
 
 def rest_(slots: list[Slot], s: Scalars, before: tuple[Tensor, Tensor] | None = None) -> None:

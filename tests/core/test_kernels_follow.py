@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from paceline import PACE, Pullback, kernels
 from paceline.averaging import PowerEMA
 from paceline.kernels import cpu
-from paceline.update import MovedSlot, pull_
+from paceline.update import MovedSlot, Pull, pull_
 
 SHAPES = [(150, 151), (7,), (), (0,), (64, 64)]
 FLOAT32, BFLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float64
@@ -23,14 +23,7 @@ DTYPES = [  # of parameters, of second moments
     (BFLOAT16, BFLOAT16),
     (FLOAT64, FLOAT64),
 ]
-NUMBERS = {
-    "gain": 0.3,
-    "root_bias2": 0.4,
-    "eps": 1e-3,
-    "clip": True,
-    "weight": 0.2,
-    "extra_weights": (0.7, 0.0, 0.4),
-}
+PULL = Pull(0.3, root_bias2=0.4, eps=1e-3, clip=True, weight=0.2, extra_weights=(0.7, 0.0, 0.4))
 RULES = {
     "pull": {},
     "clip off": {"clip": False, "gain": 2.0},
@@ -60,16 +53,16 @@ def moved(dtype, of_v, seed=0, **without):
     ]
 
 
-def by_hand(x, n):
+def by_hand(x, pull):
     """The formulas in float64."""
     theta, average, before, v = (None if y is None else y.double().numpy() for y in x[:4])
     if before is not None:
-        gain = n["gain"] if v is None else n["gain"] / (np.sqrt(v) / n["root_bias2"] + n["eps"])
-        gain = np.minimum(gain, 1.0) if n["clip"] else gain
+        gain = pull.gain if v is None else pull.gain / (np.sqrt(v) / pull.root_bias2 + pull.eps)
+        gain = np.minimum(gain, 1.0) if pull.clip else gain
         theta = theta + gain * (average - before)
         theta = torch.as_tensor(theta).to(x.param.dtype).double().numpy()  # as it is stored
     extra = [y.double().numpy() for y in x.extra]
-    weights = (n["weight"], *n["extra_weights"])
+    weights = (pull.weight, *pull.extra_weights)
     return theta, [a + w * (theta - a) for w, a in zip(weights, (average, *extra), strict=True)]
 
 
@@ -87,14 +80,14 @@ def close(x, exact, dtype, flips):
 @pytest.mark.parametrize(("dtype", "of_v"), DTYPES, ids=str)
 def test_it_is_the_formula_and_torchs_operations(dtype, of_v, rule, kernel):
     without = {k: x for k, x in RULES[rule].items() if k in MovedSlot._fields}
-    numbers = NUMBERS | {k: x for k, x in RULES[rule].items() if k in NUMBERS}
+    pull = PULL._replace(**{k: x for k, x in RULES[rule].items() if k in Pull._fields})
     slots = moved(dtype, of_v, **without)
     others, start = copy.deepcopy(slots), copy.deepcopy(slots)
-    cpu.follow(slots, **numbers)
-    pull_(others, **numbers)
+    cpu.follow(slots, pull)
+    pull_(others, pull)
     wide = torch.promote_types(dtype, FLOAT32)
     for x, y, old in zip(slots, others, start, strict=True):
-        theta, averages = by_hand(old, numbers)
+        theta, averages = by_hand(old, pull)
         flips = dtype == BFLOAT16
         for theirs in (theta, y.param.double().numpy()):
             assert close(x.param, theirs, wide, flips)
@@ -116,11 +109,11 @@ def test_no_gain_is_no_pull_and_a_nan_stays_one(kernel):
     (x, *_) = moved(FLOAT32, FLOAT32)
     x.average.fill_(float("inf"))
     before = x.param.clone()
-    cpu.follow([x], **NUMBERS | {"gain": 0.0, "weight": 0.0})
+    cpu.follow([x], PULL._replace(gain=0.0, weight=0.0))
     assert torch.equal(x.param, before)
     x.average.zero_()
     x.second_moment[0, 3] = float("nan")
-    cpu.follow([x], **NUMBERS)
+    cpu.follow([x], PULL)
     assert x.param.isnan().nonzero().tolist() == [[0, 3]]
 
 
@@ -132,7 +125,7 @@ def test_threads_change_nothing(kernel, monkeypatch):
             torch.set_num_threads(count)
             monkeypatch.setattr(cpu, "_openmp", lambda found=openmp: found)
             slots = moved(FLOAT32, FLOAT32)
-            cpu.follow(slots, **NUMBERS)
+            cpu.follow(slots, PULL)
             ends.append([y for x in slots for y in (x.param, x.average, *x.extra)])
     finally:
         torch.set_num_threads(threads)
@@ -149,7 +142,7 @@ def taken(monkeypatch):
     calls, follow = [], cpu.follow
     monkeypatch.setattr(kernels, "WORTH_BUILDING", 100)
     monkeypatch.setattr(
-        cpu, "follow", lambda slots, **x: calls.append(len(slots)) or follow(slots, **x)
+        cpu, "follow", lambda slots, pull: calls.append(len(slots)) or follow(slots, pull)
     )
     return calls
 

@@ -9,12 +9,12 @@ from unittest.mock import patch
 import pytest
 import torch
 from pulled import AVERAGE, adamw, give, params_of
-from test_kernels_follow import DTYPES, NUMBERS, RULES, by_hand, close, moved
+from test_kernels_follow import DTYPES, PULL, RULES, by_hand, close, moved
 from tritons import TARGETS, resources
 
 from paceline import Pullback, kernels
 from paceline.kernels import cpu
-from paceline.update import MovedSlot, pull_
+from paceline.update import MovedSlot, Pull, pull_
 
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="triton is not installed (extra `gpu`)"
@@ -31,15 +31,15 @@ def follows(dtype, of_v, rule):
     from paceline.kernels import gpu
 
     without = {k: x for k, x in RULES[rule].items() if k in MovedSlot._fields}
-    numbers = NUMBERS | {k: x for k, x in RULES[rule].items() if k in NUMBERS}
+    pull = PULL._replace(**{k: x for k, x in RULES[rule].items() if k in Pull._fields})
     with patch("test_kernels_follow.SHAPES", SHAPES):
         slots = moved(dtype, of_v, **without)
     others, start = copy.deepcopy(slots), copy.deepcopy(slots)
-    gpu.follow(slots, **numbers)
-    cpu.follow(others, **numbers)
+    gpu.follow(slots, pull)
+    cpu.follow(others, pull)
     wide, flips = torch.promote_types(dtype, FLOAT32), dtype == BFLOAT16
     for x, y, old in zip(slots, others, start, strict=True):
-        theta, averages = by_hand(old, numbers)
+        theta, averages = by_hand(old, pull)
         for exact in (theta, y.param.double().numpy()):
             assert close(x.param, exact, wide, flips)
         kept, theirs = (x.average, *x.extra), (y.average, *y.extra)
@@ -52,16 +52,16 @@ def follows(dtype, of_v, rule):
     # Numbers that are on the device; no gain is no pull; a NaN stays one.
     with patch("test_kernels_follow.SHAPES", [(1030,)]):
         (x,), (y,) = (moved(dtype, of_v) for _ in range(2))
-    gpu.follow([x], **NUMBERS | {"gain": torch.tensor(0.3, dtype=FLOAT64)})
-    gpu.follow([y], **NUMBERS)
+    gpu.follow([x], PULL._replace(gain=torch.tensor(0.3, dtype=FLOAT64)))
+    gpu.follow([y], PULL)
     assert torch.equal(x.param, y.param)
     before = x.param.clone()
     x.average.fill_(float("inf"))
-    gpu.follow([x], **NUMBERS | {"gain": 0.0, "weight": 0.0, "extra_weights": (0.0, 0.0, 0.0)})
+    gpu.follow([x], PULL.without_averages()._replace(gain=0.0))
     assert torch.equal(x.param, before)
     x.average.zero_()
     x.second_moment[1029] = float("nan")
-    gpu.follow([x], **NUMBERS)
+    gpu.follow([x], PULL)
     assert x.param.isnan().nonzero().tolist() == [[1029]]
 
 
@@ -78,8 +78,8 @@ def chooses(wrong):
         def __getitem__(self, grid):
             raise RuntimeError("no such instruction")
 
-    def off(slots, **numbers):
-        pull_(slots, **numbers | {"weight": 1.01 * numbers["weight"]})
+    def off(slots, pull):
+        pull_(slots, pull._replace(weight=1.01 * pull.weight))
 
     kernels._fault_of_follow.cache_clear()
     kernels._warn.cache_clear()
@@ -91,7 +91,7 @@ def chooses(wrong):
                 gpu, *{"raises": ("_follow", Broken()), "differs": ("follow", off)}[wrong]
             )
         follow = gpu.follow
-        change.setattr(gpu, "follow", lambda *x, **y: calls.append(1) or follow(*x, **y))
+        change.setattr(gpu, "follow", lambda *x: calls.append(1) or follow(*x))
         for kind in ("gpu", None):
             change.setattr(kernels, "device_kind", lambda device, kind=kind: kind)
             params = params_of((40, 50), (7,))
@@ -150,7 +150,7 @@ def take(dtype, of_v, extra, pulls, **numbers):
         for x in moved(dtype, of_v or dtype)
     ]
     slots = slots if pulls else [x._replace(before=None) for x in slots]
-    gpu.follow(slots, **NUMBERS | {"extra_weights": (0.1,) * extra} | numbers)
+    gpu.follow(slots, PULL._replace(extra_weights=(0.1,) * extra, **numbers))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..auto import AUTO
 from ..options import Group
 from ..state import PLAIN, averages_of
-from ..update import MovedSlot, Scalars, Slot, count_, in_batches, pull_, rest_, step_
+from ..update import MovedSlot, Pull, Scalars, Slot, count_, in_batches, pull_, rest_, step_
 from . import cpu
 from .cpu import BuildError
 
@@ -137,13 +137,13 @@ def choose(
     return Each([make([x], [count]) for x, count in zip(kept, counts, strict=True)])
 
 
-def follow(slots: list[MovedSlot], *, measure: bool, **numbers: Any) -> list[dict[str, Any]]:
+def follow(slots: list[MovedSlot], pull: Pull, *, measure: bool) -> list[dict[str, Any]]:
     """`update.pull_` on tensors of one device and dtype: by its kernel where that pays.
 
     Args:
         slots: the tensors.
+        pull: the numbers.
         measure: return `update.measurements`, which no kernel can.
-        numbers: the others, as there.
 
     Returns:
         In parts: the measurements.
@@ -151,13 +151,13 @@ def follow(slots: list[MovedSlot], *, measure: bool, **numbers: Any) -> list[dic
     elements = sum(x.param.numel() for x in slots)
     if not measure and elements >= WORTH_BUILDING and _can_follow(slots):
         if device_kind(slots[0].param.device) == "cpu":
-            cpu.follow(slots, **numbers)
+            cpu.follow(slots, pull)
         else:
             from . import gpu
 
-            gpu.follow(slots, **numbers)
+            gpu.follow(slots, pull)
         return []
-    return [pull_(batch, **numbers, measure=measure) for batch in in_batches(slots)]
+    return [pull_(batch, pull, measure=measure) for batch in in_batches(slots)]
 
 
 def _can_follow(slots: list[MovedSlot]) -> bool:

@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import warnings
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .. import files
 from ..cache import code_folder, is_ours
-from ..update import MovedSlot, Scalars, Slot
+from ..update import MovedSlot, Pull, Scalars, Slot
 
 DTYPES = {  # of parameters and state: how cpu.cpp numbers them
     (torch.float32, torch.float32): 0,
@@ -115,43 +115,33 @@ def numbers(s: Scalars) -> tuple[float | Tensor, ...]:
     )
 
 
-def follow(
-    slots: list[MovedSlot],
-    *,
-    gain: float | Tensor,
-    root_bias2: float,
-    eps: float,
-    clip: bool,
-    weight: float | Tensor,
-    extra_weights: Sequence[float | Tensor] = (),
-) -> None:
+def pull_numbers(p: Pull) -> tuple[float | Tensor, ...]:
+    """A pull's numbers, as cpu.cpp's and gpu.py's `follow` have them."""
+    cap = 1.0 if p.clip else math.inf
+    return (p.gain, 1.0 / p.root_bias2, p.eps, cap, p.weight, *p.extra_weights)
+
+
+def follow(slots: list[MovedSlot], pull: Pull) -> None:
     """`update.pull_` in one pass over memory, without measurements.
 
     A gain of 0 is no pull: then an average that is not finite moves no weights.
 
     Args:
         slots: tensors alike in dtypes and in what they have, contiguous.
-        gain: numerator of λ, or λ itself where there is no second moment.
-        root_bias2: sqrt(1 - beta2^t).
-        eps: ε.
-        clip: gain at most 1.
-        weight: of the new weights in the average.
-        extra_weights: the same of each extra average.
+        pull: the numbers.
     """
     first, v = slots[0], slots[0].second_moment
-    uniform, watches = v is None, first.before is None or not gain
+    uniform, watches = v is None, first.before is None or not pull.gain
     table = array("q")
     for x in slots:
-        given = (x.param, x.before, x.average, x.second_moment)
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in given]
+        tensors = (x.param, x.before, x.average, x.second_moment)
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         table.extend([*addresses, x.param.numel(), *map(Tensor.data_ptr, x.extra)])
-    cap = 1.0 if clip else math.inf
-    numbers = (gain, 1.0 / root_bias2, eps, cap, weight, *extra_weights)
-    pull = array("d", map(float, numbers))
+    given = array("d", map(float, pull_numbers(pull)))
     build().follow(
         table.buffer_info()[0],
         len(slots),
-        pull.buffer_info()[0],
+        given.buffer_info()[0],
         len(first.extra),
         DTYPES[first.param.dtype, first.average.dtype if v is None else v.dtype],
         0 if watches else 2 if uniform else 1,

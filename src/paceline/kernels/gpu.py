@@ -6,7 +6,6 @@ sizes, number of tensors) is read from memory, so that nothing of it has anythin
 
 import functools
 import itertools
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..update import MovedSlot, Scalars, Slot, count_, pull_
+from ..update import MovedSlot, Pull, Scalars, Slot, count_, pull_
 from . import Eager, capturing
-from .cpu import numbers
+from .cpu import numbers, pull_numbers
 
 BLOCK = 1024  # elements of a chunk, which one program steps
 THREADS = 256  # of a program: each takes 4 elements, 16 bytes of float32
@@ -118,48 +117,33 @@ class Kernel:
         return _put(values, dtype, self.device)
 
 
-def follow(
-    slots: list[MovedSlot],
-    *,
-    gain: float | Tensor,
-    root_bias2: float,
-    eps: float,
-    clip: bool,
-    weight: float | Tensor,
-    extra_weights: Sequence[float | Tensor] = (),
-) -> None:
+def follow(slots: list[MovedSlot], pull: Pull) -> None:
     """`update.pull_` in one launch, without measurements.
 
     A gain of 0 is no pull: then an average that is not finite moves no weights.
 
     Args:
         slots: tensors alike in dtypes and in what they have, contiguous.
-        gain: numerator of λ, or λ itself where there is no second moment.
-        root_bias2: sqrt(1 - beta2^t).
-        eps: ε.
-        clip: gain at most 1.
-        weight: of the new weights in the average.
-        extra_weights: the same of each extra average.
+        pull: the numbers.
     """
     first = slots[0]
     device, v = first.param.device, first.second_moment
+    pulls = first.before is not None and (isinstance(pull.gain, Tensor) or pull.gain != 0)
     rows: list[int] = []
     for x in slots:
         own = [0 if y is None else y.data_ptr() for y in x[:4]]
         extra = [y.data_ptr() for y in x.extra]
         rows += [*own, x.param.numel(), functools.reduce(operator.or_, own + extra), *extra]
     chunks = _chunks([x.param.numel() for x in slots], device)
-    cap = 1.0 if clip else math.inf
-    given = (gain, 1.0 / root_bias2, eps, cap, weight, *extra_weights)
     if len(chunks):
         with torch.cuda.device_of(chunks):
             _follow[len(chunks),](
                 chunks,
                 _put(rows, torch.int64, device),
-                _put(given, torch.float64, device),
+                _put(pull_numbers(pull), torch.float64, device),
                 DTYPES[first.param.dtype],
                 DTYPES[(first.param if v is None else v).dtype],
-                pulls=first.before is not None and (isinstance(gain, Tensor) or gain != 0),
+                pulls=pulls,
                 uniform=v is None,
                 extra=len(first.extra),
                 block=BLOCK,
@@ -280,8 +264,7 @@ def fault_of_follow(
         extra: averages besides the pull's.
         pulls: whether there is a pull.
     """
-    numbers: dict[str, Any] = {"gain": 0.3, "root_bias2": 0.4, "eps": 1e-8, "clip": True}
-    numbers |= {"weight": 0.2, "extra_weights": (0.1,) * extra}
+    pull = Pull(0.3, 0.4, 1e-8, clip=True, weight=0.2, extra_weights=(0.1,) * extra)
     wide = torch.promote_types(dtype, torch.float32)
     try:
         ends = []
@@ -292,7 +275,7 @@ def fault_of_follow(
                 v = None if of_v is None else y.exp_avg_sq[:n].to(of_v)
                 before = y.param[:n].clone() if pulls else None
                 slots.append(MovedSlot(x.param, x.average, before, v if pulls else None, x.extra))
-            way(slots, **numbers)
+            way(slots, pull)
             ends.append([y for x in slots for y in (x.param, x.average, *x.extra)])
         if not all(_agree(x, y, dtype == torch.bfloat16) for x, y in zip(*ends, strict=True)):
             return f"on {device} it follows a step otherwise than torch operations do"
