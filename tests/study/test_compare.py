@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paceline.cli import main
 from paceline.study.compare import Comparison, Setting, _affordable_steps
-from paceline.study.runs import Run
+from paceline.study.runs import Run, threads_each
 from paceline.sums import find_damage
 from paceline.train.data import make_tokenizer, read_corpus, tokenize
 from paceline.train.folder import locked
@@ -289,6 +289,15 @@ def test_one_comparison_at_a_time_writes_a_folder(text, tmp_path, capsys):
         assert main(["compare", *SMALL, "--text", text, "--out", str(out)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"paceline: out: {out} is in use by process {os.getpid()} on ")
+
+
+@pytest.mark.parametrize(
+    ("cores", "own", "workers", "threads"), [(8, 8, 2, 4), (8, 1, 2, 1), (8, 4, 1, 4), (2, 2, 3, 1)]
+)
+def test_threads_of_workers(cores, own, workers, threads, monkeypatch):
+    monkeypatch.setattr("paceline.study.runs.cores", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: own)
+    assert threads_each(workers) == threads
 
 
 def test_every_option_is_explained(capsys):

@@ -127,7 +127,7 @@ def test_frontier_has_all_methods_relative_to_the_ema(found):
     for number, tables in enumerate(found("frontier")[0]["tables"]):
         rows = table(found("frontier")[0], number)
         assert len(rows) == 4, tables
-        for row in rows:
+        for row in (row for row in rows if row["SGD"] is not None):
             assert row["EMA"] == 1
             assert row["pull, one gain"] <= 1 + 1e-4  # a gain of 1e-12, near equal modes
             assert row["PACE"] <= row["Adam, EMA"] + 1e-4

@@ -31,7 +31,7 @@ from ..train.recipe import Names
 from ..train.terminal import progress_bars, quiet, show_losses
 from ..train.trainer import Trained, train_blocks
 from .report import Results, write_report
-from .runs import Job, Queue, Row, Run, Watch, run_all, share_runs
+from .runs import Job, Queue, Row, Run, Watch, run_all, share_runs, threads_each
 
 
 class Comparison(Options):
@@ -223,7 +223,7 @@ def _compare(options: Comparison, folder: Path, console: Console) -> Results:
         start = earlier_tokens and _pretrained(options, earlier_tokens, tokenizer, console)
         workers = options.workers or (1 if torch.cuda.is_available() else cores())
         workers = min(workers, len(options.runs))
-        threads = max(1, cores() // workers)
+        threads = threads_each(workers)
         budget = options.steps, options.evaluations
         setting = Setting(start, tokens, tokenizer, options.shape, options.recipe, *budget)
         if options.minutes is not None:

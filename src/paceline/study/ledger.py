@@ -46,7 +46,7 @@ from ..train import InputError, Options, Positive
 from ..train import folder as folders
 from ..train.manifest import cores, environment, write_json
 from .cells import Cell, Result
-from .runs import Job, Queue, loss_of, run_all
+from .runs import Job, Queue, loss_of, run_all, threads_each
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -422,7 +422,7 @@ def work_off(ledger: Ledger, workers: int | None, console: Console) -> None:
         ledger.interrupted = True
         return
     workers = workers or (1 if torch.cuda.is_available() else cores())
-    run_all(ledger, workers, max(1, cores() // workers), console)
+    run_all(ledger, workers, threads_each(workers), console)
 
 
 def write_rows(ledger: Ledger, folder: Path, configuration: dict[str, Any]) -> None:

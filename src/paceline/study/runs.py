@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from ..train.manifest import cores
 from ..train.methods import Method
 from ..train.terminal import progress_bars, quiet, show_losses
 
@@ -113,6 +114,14 @@ class Queue(ABC):
     @abstractmethod
     def progress(self) -> tuple[int, int]:
         """Steps done, without the jobs that run here, and steps in total."""
+
+
+def threads_each(workers: int) -> int:
+    """Threads of each of so many processes: their share of the cores, and at most torch's own.
+
+    So OMP_NUM_THREADS holds for the workers, too.
+    """
+    return max(1, min(cores() // workers, torch.get_num_threads()))
 
 
 def run_all(queue: Queue, workers: int, threads: int, console: Console) -> None:
