@@ -247,11 +247,11 @@ class ScaleRuns:
         A list of values allows each of its items, and None no value.
         """
         rows = self.ends if table is None else table
-        rows = rows[rows.setting == task.name]
+        chosen = rows.setting == task.name
         for column, value in fixed.items():
             values = value if isinstance(value, list | tuple) else [value]
-            rows = rows[rows[column].isna() if value is None else rows[column].isin(values)]
-        return rows
+            chosen &= rows[column].isna() if value is None else rows[column].isin(values)
+        return rows[chosen]
 
     def best(
         self, task: Task, names: Sequence[str], schedules: Sequence[str] = "constant", **fixed: Any
