@@ -30,7 +30,7 @@ def step(params, state, key):
     return optax.apply_updates(params, updates), state
 
 
-keys = jax.random.split(jax.random.key(0), 2003)
+keys = jax.random.split(jax.random.key(0), 803)
 params = {
     "in": jax.random.normal(keys[0], (1, 32)),
     "bias": jax.random.normal(keys[1], (32,)),
