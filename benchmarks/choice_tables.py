@@ -1,0 +1,84 @@
+"""What it is worth to choose the average after the training, from the runs of the two trials.
+
+    python benchmarks/choice_tables.py results/choice
+
+Writes tables.md. Each training kept seven averages. One is chosen on half of the held-out data, and
+its loss is that of the other half.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+from regret import READ_OUTS, SATURATED, written
+from regret_tables import HORIZON, THREE, chosen_after, frame
+from trial_tables import AUTO, TEN, over_tasks
+
+from paceline.study.statistics import Listing
+
+RESULTS = Path(__file__).parents[1] / "results"
+TRIALS = {  # title -> folder, and the tasks
+    "blind trial": ("trial", ""),
+    "finetune, scratch and SmolLM2's last layers": ("regret", "finetune|scratch|smollm2"),
+}
+METHODS = {
+    "AdamW, constant rate": "adamw",
+    "PACE, c = 10": TEN,
+    "PACE, gain 1": SATURATED,
+    "PACE, auto": AUTO,
+}
+FIXED = "κ 0.7, fixed"
+CHOICES = {
+    FIXED: ("k70",),
+    "κ 0.6, fixed": ("k60",),
+    "best of κ 0.5, 0.6, 0.7": THREE,
+    "best of seven": tuple(READ_OUTS),
+}
+RUN = [*HORIZON, "lr", "seed"]
+
+
+def best_rates(losses: pd.DataFrame, method: str) -> pd.DataFrame:
+    """The trainings of a method at each task's best rate, by κ = 0.7 on the half to choose by."""
+    own = losses[losses.method == method]
+    means = own[own.average == "k70"].groupby([*HORIZON, "lr"]).choose.mean()
+    best = {cell[:2]: cell[2] for cell in means.groupby(HORIZON).idxmin()}
+    at = pd.Series([best[cell] for cell in zip(own.task, own.steps, strict=True)], own.index)
+    return own[own.lr == at]
+
+
+def compared(losses: pd.DataFrame, where: str, *, tuned: bool) -> Listing:
+    """Each choice: its loss above the best average of each run, and less that of κ = 0.7.
+
+    Over the seeds and rates of a task, then over tasks.
+    """
+    rows = []
+    for name, method in METHODS.items():
+        own = best_rates(losses, method) if tuned else losses[losses.method == method]
+        by_choice = {
+            choice: chosen_after(own, method, averages).set_index(RUN).report
+            for choice, averages in CHOICES.items()
+        }
+        seven = own[own.average.isin(CHOICES["best of seven"])]
+        lowest = seven.set_index(RUN).report.groupby(RUN).min()
+        for choice, found in by_choice.items():
+            regret = (found - lowest).groupby(HORIZON).mean()
+            less = (found - by_choice[FIXED]).groupby(HORIZON).mean()
+            against = over_tasks(less) if choice != FIXED else [None] * 4
+            rows.append([name, choice, len(regret), float(regret.mean()), *against])
+    at = "at the best rate" if tuned else "over all rates"
+    columns = ["", "returned", "tasks", "above the run's best"]
+    return Listing.of_differences(f"{where}, {at}; less κ 0.7", columns, rows)
+
+
+def tables() -> Iterator[Listing]:
+    for where, (folder, tasks) in TRIALS.items():
+        losses = frame(written(RESULTS / folder))
+        losses = losses[losses.task.str.match(tasks)]
+        for tuned in (False, True):
+            yield compared(losses, where.capitalize(), tuned=tuned)
+
+
+if __name__ == "__main__":
+    parts = [f"## {x.title}\n\n{x.markdown()}" for x in tables()]
+    (Path(sys.argv[1]) / "tables.md").write_text("\n".join(parts), encoding="utf-8")

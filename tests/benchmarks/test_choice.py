@@ -1,0 +1,74 @@
+"""The choice of an average after the training: its tables beside plain loops."""
+
+import importlib
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+SEEDS, RATES = range(5), (1e-3, 1e-2)
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Made-up losses of two tasks, as `benchmarks/regret.py` writes them."""
+    choice, regret = map(importlib.import_module, ("choice_tables", "regret"))
+    random, done = np.random.default_rng(0), {}
+    for folder in ("trial", "regret"):
+        (tmp_path / folder).mkdir()
+        lines = []
+        for task, lr, method, seed in itertools.product(
+            ("finetune", "smollm2"), RATES, choice.METHODS.values(), SEEDS
+        ):
+            cell = regret.Cell(task, 600, lr, method, seed)
+            names = ("live", *regret.READ_OUTS)
+            done[folder, cell] = {name: list(3 + lr + random.normal(0, 0.1, 2)) for name in names}
+            lines.append(json.dumps([*cell, done[folder, cell]]))
+        (tmp_path / folder / "runs.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(choice, "RESULTS", tmp_path)
+    return choice, done
+
+
+def by_hand(choice, done, folder, method, averages, rates):
+    """Mean over tasks of the loss above the run's best, and of that less κ = 0.7's."""
+    above, less = [], []
+    for task in ("finetune", "smollm2"):
+        runs = [
+            x
+            for (at, cell), x in done.items()
+            if (at, cell.task, cell.method) == (folder, task, method) and cell.lr in rates(task)
+        ]
+        chosen = [x[min(averages, key=lambda name: x[name][0])][1] for x in runs]
+        best = [min(x[name][1] for name in choice.READ_OUTS) for x in runs]
+        above.append(np.mean(np.subtract(chosen, best)))
+        less.append(np.mean(np.subtract(chosen, [x["k70"][1] for x in runs])))
+    return np.mean(above), np.mean(less)
+
+
+def test_tables_are_those_of_plain_loops(made):
+    choice, done = made
+    listings = list(choice.tables())
+    assert len(listings) == 4
+    for listing, (folder, tuned) in zip(
+        listings, itertools.product(("trial", "regret"), (False, True)), strict=True
+    ):
+        assert len(listing.rows) == len(choice.METHODS) * len(choice.CHOICES)
+        for name, returned, tasks, above, less, *_ in listing.rows:
+            method = choice.METHODS[name]
+
+            def rates(task, method=method, folder=folder, tuned=tuned):
+                def fixed(lr):
+                    cells = (choice_cell(task, lr, method, seed) for seed in SEEDS)
+                    return np.mean([done[folder, cell]["k70"][0] for cell in cells])
+
+                return [min(RATES, key=fixed)] if tuned else RATES
+
+            exact = by_hand(choice, done, folder, method, choice.CHOICES[returned], rates)
+            assert tasks == 2
+            assert above == pytest.approx(exact[0])
+            assert less is None if returned == choice.FIXED else less == pytest.approx(exact[1])
+
+
+def choice_cell(task, lr, method, seed):
+    return importlib.import_module("regret").Cell(task, 600, lr, method, seed)
