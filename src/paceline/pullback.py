@@ -51,7 +51,7 @@ from .state import (
     wide_dtype,
 )
 from .swap import SWAPPED, Swapped, write_record
-from .update import TINY, MovedSlot, Pull
+from .update import TINY, MovedSlot, PullScalars
 
 GAINS = ("adam", "own", "scalar")
 HOOKED: Any = Optimizer.profile_hook_step(repr).__code__  # of each `step` that torch has hooks on
@@ -640,7 +640,7 @@ def _second_moment(state: dict[str, Any], group: Group) -> Tensor:
     return v.dequantize() if quantized else v  # type: ignore[no-any-return]
 
 
-def _pull(group: Group, averages: Averages, step: int, idle: int, own: bool) -> Pull:
+def _pull(group: Group, averages: Averages, step: int, idle: int, own: bool) -> PullScalars:
     """The pull of a step under a group's options.
 
     Args:
@@ -659,7 +659,7 @@ def _pull(group: Group, averages: Averages, step: int, idle: int, own: bool) -> 
         gain = lr * gain * rule.falloff(step + idle)
         if not own:
             beta2, eps = group["betas"][1], group["eps"]
-    return Pull(
+    return PullScalars(
         gain=gain,
         root_bias2=math.sqrt(1.0 - beta2**step),
         eps=eps or TINY,

@@ -155,7 +155,7 @@ class Slot(NamedTuple):
             yield Slot(*own, self.key, self.start + start, extra)  # type: ignore[arg-type, call-arg]
 
 
-class Pull(NamedTuple):
+class PullScalars(NamedTuple):
     """All that a pull after another optimizer's step needs to know besides its tensors."""
 
     gain: float | Tensor  # numerator of λ, or λ where there is no second moment; 0.0 = no pull
@@ -165,7 +165,7 @@ class Pull(NamedTuple):
     weight: float | Tensor  # β_t; 0.0 = the average stays as it is at this step
     extra_weights: tuple[float | Tensor, ...] = ()  # as `weight`, of each extra average
 
-    def without_averages(self) -> "Pull":
+    def without_averages(self) -> "PullScalars":
         """The same pull, in which no average takes anything in."""
         return self._replace(weight=0.0, extra_weights=(0.0,) * len(self.extra_weights))
 
@@ -299,7 +299,7 @@ def step_(slots: list[Slot], s: Scalars, *, measure: bool = False) -> dict[str, 
     return found | measurements(before, adamw, after, pull, gain, distance, s.clip)
 
 
-def pull_(slots: list[MovedSlot], p: Pull, *, measure: bool = False) -> dict[str, Tensor]:
+def pull_(slots: list[MovedSlot], p: PullScalars, *, measure: bool = False) -> dict[str, Tensor]:
     """What PACE does beside AdamW's step, after another optimizer's: the pull, and the average.
 
         θ_{t+1} = θ' + min(1, gain / (sqrt(v̂) + ε))·(average - θ_t)

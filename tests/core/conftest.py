@@ -1,6 +1,5 @@
 """Fixtures of several files of this room."""
 
-import gc
 import os
 
 import pytest
@@ -19,9 +18,9 @@ def two_ranks(tmp_path_factory):
     made.close()
 
 
-# Two processes of one process group, for all files or for one.
+# Two processes of one process group; others for the files that import DeepSpeed.
 ranks = pytest.fixture(two_ranks, scope="session", name="ranks")
-ranks_of_this_file = pytest.fixture(two_ranks, scope="module", name="ranks_of_this_file")
+ranks_of_deepspeed = pytest.fixture(two_ranks, scope="session", name="ranks_of_deepspeed")
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +28,7 @@ def quick():
     """What takes longer than training a model this small, and decides nothing here."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.freeze()  # the Trainer collects garbage at each start, over all that is imported
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield
-    gc.unfreeze()
     torch.set_num_threads(threads)

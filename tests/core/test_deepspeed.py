@@ -24,9 +24,9 @@ KAPPA = {"returns": 0.9}  # of the average that is returned; else 0.5
 
 
 @pytest.fixture(scope="module")
-def ranks(ranks_of_this_file):
+def ranks(ranks_of_deepspeed):
     """For DeepSpeed is imported, which other files are not to see."""
-    return ranks_of_this_file
+    return ranks_of_deepspeed
 
 
 def started(stage, kind="pace", *, bf16=True):

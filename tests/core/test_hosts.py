@@ -16,9 +16,9 @@ from paceline.hosts import check_reach, is_swapped, restoring, swapping, unwrapp
 
 
 @pytest.fixture(scope="module")
-def ranks(ranks_of_this_file):
+def ranks(ranks_of_deepspeed):
     """For DeepSpeed is imported, which other files are not to see."""
-    return ranks_of_this_file
+    return ranks_of_deepspeed
 
 
 def accelerated(opt):

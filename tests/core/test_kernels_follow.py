@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from paceline import PACE, Pullback, kernels
 from paceline.averaging import PowerEMA
 from paceline.kernels import cpu
-from paceline.update import MovedSlot, Pull, pull_
+from paceline.update import MovedSlot, PullScalars, pull_
 
 SHAPES = [(150, 151), (7,), (), (0,), (64, 64)]
 FLOAT32, BFLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float64
@@ -23,7 +23,9 @@ DTYPES = [  # of parameters, of second moments
     (BFLOAT16, BFLOAT16),
     (FLOAT64, FLOAT64),
 ]
-PULL = Pull(0.3, root_bias2=0.4, eps=1e-3, clip=True, weight=0.2, extra_weights=(0.7, 0.0, 0.4))
+PULL = PullScalars(
+    0.3, root_bias2=0.4, eps=1e-3, clip=True, weight=0.2, extra_weights=(0.7, 0.0, 0.4)
+)
 RULES = {
     "pull": {},
     "clip off": {"clip": False, "gain": 2.0},
@@ -80,7 +82,7 @@ def close(x, exact, dtype, flips):
 @pytest.mark.parametrize(("dtype", "of_v"), DTYPES, ids=str)
 def test_it_is_the_formula_and_torchs_operations(dtype, of_v, rule, kernel):
     without = {k: x for k, x in RULES[rule].items() if k in MovedSlot._fields}
-    pull = PULL._replace(**{k: x for k, x in RULES[rule].items() if k in Pull._fields})
+    pull = PULL._replace(**{k: x for k, x in RULES[rule].items() if k in PullScalars._fields})
     slots = moved(dtype, of_v, **without)
     others, start = copy.deepcopy(slots), copy.deepcopy(slots)
     cpu.follow(slots, pull)

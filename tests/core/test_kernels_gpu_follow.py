@@ -14,7 +14,7 @@ from tritons import TARGETS, resources
 
 from paceline import Pullback, kernels
 from paceline.kernels import cpu
-from paceline.update import MovedSlot, Pull, pull_
+from paceline.update import MovedSlot, PullScalars, pull_
 
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="triton is not installed (extra `gpu`)"
@@ -31,7 +31,7 @@ def follows(dtype, of_v, rule):
     from paceline.kernels import gpu
 
     without = {k: x for k, x in RULES[rule].items() if k in MovedSlot._fields}
-    pull = PULL._replace(**{k: x for k, x in RULES[rule].items() if k in Pull._fields})
+    pull = PULL._replace(**{k: x for k, x in RULES[rule].items() if k in PullScalars._fields})
     with patch("test_kernels_follow.SHAPES", SHAPES):
         slots = moved(dtype, of_v, **without)
     others, start = copy.deepcopy(slots), copy.deepcopy(slots)

@@ -63,7 +63,9 @@ def test_a_wrong_step_is_found(form, what, kernel, monkeypatch):
 
 def test_a_wrong_pull_around_another_optimizer_is_found(kernel, monkeypatch):
     follow = cpu.follow
-    monkeypatch.setattr(cpu, "follow", lambda *x, **y: follow(*x, **y | {"weight": 0.05}))
+    monkeypatch.setattr(
+        cpu, "follow", lambda slots, pull: follow(slots, pull._replace(weight=0.05))
+    )
     assert all("are off by" in x for x in faults("Pullback"))
     assert kernels.WORTH_BUILDING == 2**18
 

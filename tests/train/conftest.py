@@ -60,15 +60,28 @@ def refused(folder, capfd):
 # ---- whole runs ------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="session")
+def drawn():
+    """What draws the curves of pages."""
+    from paceline.train.page import svg
+
+    return svg
+
+
 @pytest.fixture(scope="module")
-def surroundings(tmp_path_factory):
-    """One thread, as the models are tiny; and the datasets' cache among the temporary files."""
+def surroundings(drawn, tmp_path_factory):
+    """One thread, as the models are tiny; the datasets' cache among the temporary files; and no
+    curves on pages, for they take a third of such a run's time.
+    """
     import datasets
+
+    from paceline.train import page
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("data")))
+        patch.setattr(page, "svg", lambda figure: "")
         yield
     torch.set_num_threads(threads)
 
@@ -82,13 +95,17 @@ def values(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def recorded(surroundings, values, tmp_path_factory):
-    """A run that nothing happened to, and what was recorded of it."""
+def recorded(surroundings, drawn, values, tmp_path_factory):
+    """A run that nothing happened to, with its curves, and what was recorded of it."""
     from training import Recorder, go
+
+    from paceline.train import page
 
     recorder = Recorder()
     folder = tmp_path_factory.mktemp("recorded") / "run"
-    assert go(folder, values, recorder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "svg", drawn)
+        assert go(folder, values, recorder)
     return folder, recorder
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..auto import AUTO
 from ..options import Group
 from ..state import PLAIN, averages_of
-from ..update import MovedSlot, Pull, Scalars, Slot, count_, in_batches, pull_, rest_, step_
+from ..update import MovedSlot, PullScalars, Scalars, Slot, count_, in_batches, pull_, rest_, step_
 from . import cpu
 from .cpu import BuildError
 
@@ -137,7 +137,7 @@ def choose(
     return Each([make([x], [count]) for x, count in zip(kept, counts, strict=True)])
 
 
-def follow(slots: list[MovedSlot], pull: Pull, *, measure: bool) -> list[dict[str, Any]]:
+def follow(slots: list[MovedSlot], pull: PullScalars, *, measure: bool) -> list[dict[str, Any]]:
     """`update.pull_` on tensors of one device and dtype: by its kernel where that pays.
 
     Args:

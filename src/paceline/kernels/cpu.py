@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .. import files
 from ..cache import code_folder, is_ours
-from ..update import MovedSlot, Pull, Scalars, Slot
+from ..update import MovedSlot, PullScalars, Scalars, Slot
 
 DTYPES = {  # of parameters and state: how cpu.cpp numbers them
     (torch.float32, torch.float32): 0,
@@ -115,13 +115,13 @@ def numbers(s: Scalars) -> tuple[float | Tensor, ...]:
     )
 
 
-def pull_numbers(p: Pull) -> tuple[float | Tensor, ...]:
+def pull_numbers(p: PullScalars) -> tuple[float | Tensor, ...]:
     """A pull's numbers, as cpu.cpp's and gpu.py's `follow` have them."""
     cap = 1.0 if p.clip else math.inf
     return (p.gain, 1.0 / p.root_bias2, p.eps, cap, p.weight, *p.extra_weights)
 
 
-def follow(slots: list[MovedSlot], pull: Pull) -> None:
+def follow(slots: list[MovedSlot], pull: PullScalars) -> None:
     """`update.pull_` in one pass over memory, without measurements.
 
     A gain of 0 is no pull: then an average that is not finite moves no weights.

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..update import MovedSlot, Pull, Scalars, Slot, count_, pull_
+from ..update import MovedSlot, PullScalars, Scalars, Slot, count_, pull_
 from . import Eager, capturing
 from .cpu import numbers, pull_numbers
 
@@ -117,7 +117,7 @@ class Kernel:
         return _put(values, dtype, self.device)
 
 
-def follow(slots: list[MovedSlot], pull: Pull) -> None:
+def follow(slots: list[MovedSlot], pull: PullScalars) -> None:
     """`update.pull_` in one launch, without measurements.
 
     A gain of 0 is no pull: then an average that is not finite moves no weights.
@@ -264,7 +264,7 @@ def fault_of_follow(
         extra: averages besides the pull's.
         pulls: whether there is a pull.
     """
-    pull = Pull(0.3, 0.4, 1e-8, clip=True, weight=0.2, extra_weights=(0.1,) * extra)
+    pull = PullScalars(0.3, 0.4, 1e-8, clip=True, weight=0.2, extra_weights=(0.1,) * extra)
     wide = torch.promote_types(dtype, torch.float32)
     try:
         ends = []

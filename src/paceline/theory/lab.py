@@ -31,6 +31,7 @@ from .quadratic import (
     Quadratic,
     better_gain,
     half_life,
+    in_range,
     largest_gain,
     limit,
     limiting_error,
@@ -399,6 +400,7 @@ class FrontierCommand(TheoryCommand):
         every = frontier.EVERY
         if any(steps % every or steps < every for steps in self.steps):
             raise ValueError(f"steps must be multiples of {every}, got {self.steps}")
+        in_range("drift", self.drift, "[0, inf)")
         spectrum = _power_law(self.coordinates)
         problems = {
             "one curvature": (np.ones(1), np.ones(1)),

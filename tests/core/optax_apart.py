@@ -1,0 +1,252 @@
+"""PACE for JAX, against the float64 reference, inside of optax's own transformations, under jit."""
+
+import re
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("optax")
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import enable_x64
+from reference import Reference
+
+from paceline.averaging import parse
+from paceline.integrations.optax import PaceState, pace, pace_params
+
+RULES = {  # options of pace, and the reference's
+    "power": ({"pullback": 0.3}, {"ema_power": 0.5}),
+    "strong": ({"pullback": 50.0, "kappa": 0.3}, {"ema_power": 0.3}),
+    "clip off": ({"pullback": 2.0, "clip": False}, {"ema_power": 0.5, "clip": False}),
+    "constant weight": ({"pullback": 0.3, "averaging": "ema:beta=0.05"}, {"ema_beta": 0.05}),
+    "late and seldom": (
+        {"pullback": 0.5, "averaging": "ema:kappa=0.7:rate=0.3:start=5:every=3"},
+        {"ema_power": 0.7, "ema_rate": 0.3, "ema_start": 5, "ema_every": 3},
+    ),
+    "scalar": ({"pullback": 0.3, "gain": "scalar"}, {"gain": "scalar"}),
+    "whole": ({"pullback": 7.0, "gain": "scalar"}, {"gain": "scalar"}),
+    "watching": ({"pullback": 0.0, "b1": 0.0, "eps": 0.0}, {"betas": (0.0, 0.999), "eps": 0.0}),
+}
+SHAPES = {"a": (4, 3), "b": {"c": (7,), "d": ()}}
+STEPS = 40
+
+
+def tree(seed, dtype=None):
+    random = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(random.normal(size=shape), dtype),
+        SHAPES,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def rate(step):
+    return 0.03 * (1 - 0.0125 * step)
+
+
+def trained(transformation, params, steps=STEPS, jit=True):
+    """The parameters after each step, and the state at the end."""
+    update = jax.jit(transformation.update) if jit else transformation.update
+    state, path = transformation.init(params), [params]
+    dtype = params["a"].dtype
+    for t in range(steps):
+        updates, state = update(jax.tree.map(jnp.cos, tree(t, dtype)), state, params)
+        params = optax.apply_updates(params, updates)
+        path.append(params)
+    return path, state
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype", "close"),
+    [*((rule, "float64", 1e-12) for rule in RULES), ("strong", "float32", 2e-6)],
+)
+def test_every_step_is_the_references(rule, dtype, close):
+    options, of_reference = RULES[rule]
+    with enable_x64(dtype == "float64"):
+        params = tree(100, jnp.dtype(dtype))
+        transformation = pace(rate, weight_decay=0.1, **options)
+        state, update = transformation.init(params), jax.jit(transformation.update)
+        refs = [
+            Reference(p, weight_decay=0.1, pullback=options["pullback"], **of_reference)
+            for p in jax.tree.leaves(params)
+        ]
+        for t in range(STEPS):
+            grads = jax.tree.map(jnp.cos, tree(t, jnp.dtype(dtype)))
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            for ref, g in zip(refs, jax.tree.leaves(grads), strict=True):
+                ref.step(g, float(rate(t)))
+            for found, name in (
+                (params, "theta"),
+                (state.average, "ema"),
+                (state.exp_avg, "m"),
+                (state.exp_avg_sq, "v"),
+            ):
+                for x, ref in zip(jax.tree.leaves(found), refs, strict=True):
+                    assert x.dtype == dtype
+                    np.testing.assert_allclose(x, getattr(ref, name), rtol=close, atol=close)
+        assert state.step == STEPS
+
+
+@pytest.mark.parametrize(
+    "rule", ["uniform", "uniform:start=7", "swa:start=5:every=4", "ema:half_life=9", "ema:every=2"]
+)
+def test_what_is_returned_is_the_average_of_the_stored_weights(rule):
+    """Of bfloat16 weights, by the coefficients of the rule."""
+    path, state = trained(pace(0.02, 0.3, returns={"it": rule}), tree(100, jnp.bfloat16))
+    weights = np.asarray(parse(rule).coefficients(STEPS))
+    flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(p)]) for p in path]
+    exact = np.einsum("t,tn->n", weights, np.asarray(flat, np.float64))
+    kept = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.returns["it"])])
+    assert kept.dtype == np.float32
+    np.testing.assert_allclose(kept, exact, rtol=1e-5, atol=1e-6)
+    returned = pace_params(state, path[-1])
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(returned))
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(path[-1]))
+
+
+@pytest.mark.parametrize("mask", [None, {"a": True, "b": {"c": False, "d": True}}])
+def test_without_a_pull_it_is_adamw(mask):
+    given = {"weight_decay": 0.1, "mask": mask}
+    with enable_x64():
+        ours, _ = trained(pace(rate, 0.0, **given), tree(100))
+        theirs, _ = trained(optax.adamw(rate, **given), tree(100))
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-7, atol=1e-8)  # optax has 1 - b1^t in float32
+
+
+def by_name(path, leaf):
+    return "other" if path[0].key == "a" else "pace"
+
+
+AROUND = {
+    "chain": lambda: optax.chain(optax.identity(), pace(rate, 0.3)),
+    "hyperparameters": lambda: optax.inject_hyperparams(pace)(learning_rate=rate, pullback=0.3),
+    "steps": lambda: optax.MultiSteps(pace(rate, 0.3), 1),
+    "finite": lambda: optax.apply_if_finite(pace(rate, 0.3), 3),
+}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with enable_x64():
+        return trained(pace(rate, 0.3), tree(100))
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_inside_of_other_transformations(around, alone):
+    with enable_x64():
+        path, other = trained(AROUND[around](), tree(100))
+        expected = pace_params(alone[1], alone[0][-1])
+        for a, b in ((alone[0][-1], path[-1]), (expected, pace_params(other, path[-1]))):
+            for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-8)  # rates may be float32
+
+
+def test_without_jit_it_is_the_same(alone):
+    with enable_x64():
+        path, _ = trained(pace(rate, 0.3), tree(100), steps=4, jit=False)
+        for x, y in zip(jax.tree.leaves(path), jax.tree.leaves(alone[0][:5]), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-12)
+
+
+def test_of_a_part_of_the_parameters():
+    """What no `pace` steps is returned as it is."""
+    labels = jax.tree_util.tree_map_with_path(by_name, tree(0))
+    both = optax.partition({"other": optax.sgd(0.1), "pace": pace(rate, 0.3)}, labels)
+    path, state = trained(both, tree(100))
+    whole, own = trained(pace(rate, 0.3), tree(100))
+    returned, expected = pace_params(state, path[-1]), pace_params(own, whole[-1])
+    assert jnp.array_equal(returned["a"], path[-1]["a"])
+    assert not jnp.array_equal(returned["a"], expected["a"])
+    for name in "cd":
+        np.testing.assert_allclose(returned["b"][name], expected["b"][name], rtol=1e-6)
+
+
+def test_a_loop_inside_of_jit_and_donated_parameters():
+    transformation = pace(rate, 0.3, return_kappa=0.7)
+
+    def body(carry, grads):
+        params, state = carry
+        updates, state = transformation.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    def run(params, state, grads):
+        return jax.lax.scan(body, (params, state), grads)[0]
+
+    many = jax.tree.map(
+        lambda *x: jnp.cos(jnp.stack(x)), *(tree(t, jnp.float32) for t in range(STEPS))
+    )
+    params = tree(100, jnp.float32)
+    state = transformation.init(params)
+    params, state = jax.jit(run, donate_argnums=(0, 1))(params, state, many)
+    path, other = trained(transformation, tree(100, jnp.float32))
+    for x, y in zip(
+        jax.tree.leaves((params, state)), jax.tree.leaves((path[-1], other)), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6)
+
+
+def test_averages_are_asked_for_by_name():
+    path, state = trained(
+        pace(rate, 0.3, returns={"slow": "ema:kappa=0.7", "mean": "uniform"}), tree(100)
+    )
+    assert isinstance(state, PaceState)
+    for name, found in (
+        (None, state.returns["slow"]),
+        ("mean", state.returns["mean"]),
+        ("average", state.average),
+    ):
+        asked = pace_params(state, path[-1], name)
+        assert all(map(jnp.array_equal, jax.tree.leaves(asked), jax.tree.leaves(found)))
+    with pytest.raises(ValueError, match="name must be one of slow, mean, average, got 'fast'"):
+        pace_params(state, path[-1], "fast")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pullback": -1.0}, "pullback must be a finite number >= 0, got -1.0"),
+        ({"pullback": "auto"}, "pullback must be a finite number >= 0, got 'auto'"),
+        ({"b2": 1.0}, r"b2 must be in \[0, 1\), got 1.0"),
+        ({"eps": float("nan")}, "eps must be a finite number >= 0, got nan"),
+        ({"gain": "own"}, "gain must be 'adam' or 'scalar', got 'own'"),
+        ({"kappa": 1.5}, r"kappa of ema must be in \[0, 1\], got 1.5"),
+        ({"kappa": 0.5, "averaging": "uniform"}, "give either kappa or averaging, got 0.5 and"),
+        ({"return_kappa": 0.5, "returns": "uniform"}, "give either return_kappa or returns"),
+        ({"return_kappa": 0.5, "returns": {"a": "uniform"}}, "give either return_kappa or returns"),
+        ({"averaging": "lawa:window=3"}, "lawa:window=3 needs more than the average"),
+        ({"returns": {"a": "bema"}}, "bema.* needs more than the average"),
+        ({"returns": {"live": "uniform"}}, "not 'average' or 'live', got 'live'"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        pace(0.1, **{"pullback": 0.3, **options})
+
+
+def test_without_gradients_and_epsilon_weights_stay():
+    transformation, params = pace(0.1, 0.3, eps=0.0, weight_decay=0.0), {"w": jnp.ones(3)}
+    updates, _ = transformation.update({"w": jnp.zeros(3)}, transformation.init(params), params)
+    assert jnp.array_equal(updates["w"], jnp.zeros(3))
+
+
+def test_what_it_cannot_do_is_said():
+    transformation = pace(0.1, 0.3)
+    state = transformation.init({"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"needs the parameters: update\(grads, state, params\)"):
+        transformation.update({"w": jnp.ones(3)}, state)
+    with pytest.raises(ValueError, match="real parameters, got complex ones"):
+        transformation.init({"w": jnp.ones(3, jnp.complex64)})
+    with pytest.raises(ValueError, match="there is none in this state"):
+        pace_params(optax.adam(0.1).init({"w": jnp.ones(3)}), {"w": jnp.ones(3)})
+
+
+def test_the_example_runs(capsys):
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "jax_loop.py"))
+    live, returned = map(float, re.findall(r"0\.\d+", capsys.readouterr().out))
+    assert returned < live / 3
