@@ -19,8 +19,8 @@ from paceline.study.statistics import Listing
 
 RESULTS = Path(__file__).parents[1] / "results"
 TRIALS = {  # title -> folder, and the tasks
-    "blind trial": ("trial", ""),
-    "finetune, scratch and SmolLM2's last layers": ("regret", "finetune|scratch|smollm2"),
+    "Blind trial": ("trial", ""),
+    "Finetune, scratch and SmolLM2's last layers": ("regret", "finetune|scratch|smollm2"),
 }
 METHODS = {
     "AdamW, constant rate": "adamw",
@@ -76,7 +76,7 @@ def tables() -> Iterator[Listing]:
         losses = frame(written(RESULTS / folder))
         losses = losses[losses.task.str.match(tasks)]
         for tuned in (False, True):
-            yield compared(losses, where.capitalize(), tuned=tuned)
+            yield compared(losses, where, tuned=tuned)
 
 
 if __name__ == "__main__":

@@ -53,12 +53,14 @@ def at_the_best(losses: pd.DataFrame) -> Iterator[Listing]:
         (edge,) = edges_of(own, tried[name], HORIZON).edge
         rows.append([name, f"{setting.lr:g}", setting.average, edge, float(own.report.mean())])
     yield Listing("Each at its best rate", ["", "lr", "average", EDGE, "loss"], rows)
-    pairs = {
-        f"{one} − {other}": difference(chosen[one], chosen[other], HORIZON).to_numpy()[0].tolist()
+    rows = [
+        [
+            f"{one} − {other}",
+            *difference(chosen[one], chosen[other], HORIZON).to_numpy()[0].tolist(),
+        ]
         for one in OURS
         for other in RIVALS
-    }
-    rows = [[name, *row] for name, row in pairs.items()]
+    ]
     yield Listing.of_differences("PACE less the others, each at its best rate", [""], rows)
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import wait
@@ -46,7 +47,10 @@ class Ranks:
             ready = wait(waiting, TIMEOUT)
             failures = [] if ready else [f"no answer in {TIMEOUT} s\n{self.stacks()}"]
             for pipe in ready:
-                failure, results[waiting[pipe]] = pipe.recv()
+                try:
+                    failure, results[waiting[pipe]] = pipe.recv()
+                except EOFError:
+                    failure = "the process has ended"
                 if failure:
                     failures.append(f"on rank {waiting[pipe]}:\n{failure}")
                 del waiting[pipe]
@@ -58,7 +62,8 @@ class Ranks:
     def stacks(self):
         """Where each rank is, in all of its threads."""
         for process in self.processes:
-            os.kill(process.pid, signal.SIGUSR1)
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGUSR1)
         time.sleep(1)
         paths = [_stack(self.folder, process.pid) for process in self.processes]
         return "\n".join(f"{path.name}:\n{path.read_text()}" for path in paths)

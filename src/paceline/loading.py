@@ -112,7 +112,7 @@ def validated_checkpoint(
                 if keys is None:
                     _check_base_state(state, param, group)
                 wrong = [] if is_partitioned(param) else _nonfinite_keys(state, param)
-                if wrong:  # not of ZeRO stage 3, which never writes what it pads partitions with
+                if wrong:  # ZeRO stage 3 leaves padding unwritten
                     if group["nonfinite"] != "ignore":
                         raise ValueError(
                             f"its {wrong[0]!r} is not finite; to go on with that, set nonfinite to "

@@ -123,18 +123,21 @@ def by_name(path, leaf):
     return "other" if path[0].key == "a" else "pace"
 
 
+ALL = {"a": True, "b": True}  # a prefix of the parameters' tree
 AROUND = {
-    "chain": lambda: optax.chain(optax.identity(), pace(rate, 0.3)),
-    "hyperparameters": lambda: optax.inject_hyperparams(pace)(learning_rate=rate, pullback=0.3),
-    "steps": lambda: optax.MultiSteps(pace(rate, 0.3), 1),
-    "finite": lambda: optax.apply_if_finite(pace(rate, 0.3), 3),
+    "chain": lambda: optax.chain(optax.identity(), pace(rate, 0.3, return_kappa=0.7)),
+    "hyperparameters": lambda: optax.inject_hyperparams(
+        pace, static_args=("kappa", "return_kappa", "mask")
+    )(learning_rate=rate, pullback=0.3, kappa=0.5, return_kappa=0.7),
+    "masked": lambda: optax.masked(pace(rate, 0.3, return_kappa=0.7, mask=ALL), ALL),
+    "finite": lambda: optax.apply_if_finite(pace(rate, 0.3, return_kappa=0.7), 3),
 }
 
 
 @pytest.fixture(scope="module")
 def alone():
     with enable_x64():
-        return trained(pace(rate, 0.3), tree(100))
+        return trained(pace(rate, 0.3, return_kappa=0.7), tree(100))
 
 
 @pytest.mark.parametrize("around", AROUND)
@@ -149,7 +152,7 @@ def test_inside_of_other_transformations(around, alone):
 
 def test_without_jit_it_is_the_same(alone):
     with enable_x64():
-        path, _ = trained(pace(rate, 0.3), tree(100), steps=4, jit=False)
+        path, _ = trained(pace(rate, 0.3, return_kappa=0.7), tree(100), steps=4, jit=False)
         for x, y in zip(jax.tree.leaves(path), jax.tree.leaves(alone[0][:5]), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-12)
 
@@ -157,7 +160,7 @@ def test_without_jit_it_is_the_same(alone):
 def test_of_a_part_of_the_parameters():
     """What no `pace` steps is returned as it is."""
     labels = jax.tree_util.tree_map_with_path(by_name, tree(0))
-    both = optax.partition({"other": optax.sgd(0.1), "pace": pace(rate, 0.3)}, labels)
+    both = optax.partition({"other": optax.sgd(0.1), "pace": pace(rate, 0.3, mask=ALL)}, labels)
     path, state = trained(both, tree(100))
     whole, own = trained(pace(rate, 0.3), tree(100))
     returned, expected = pace_params(state, path[-1]), pace_params(own, whole[-1])
@@ -165,6 +168,34 @@ def test_of_a_part_of_the_parameters():
     assert not jnp.array_equal(returned["a"], expected["a"])
     for name in "cd":
         np.testing.assert_allclose(returned["b"][name], expected["b"][name], rtol=1e-6)
+
+
+def test_gradients_added_up_and_one_that_is_not_finite():
+    def run(transformation, grads):
+        params = {"w": jnp.ones(3)}
+        state = transformation.init(params)
+        for g in grads:
+            updates, state = transformation.update({"w": jnp.asarray(g)}, state, params)
+            params = optax.apply_updates(params, updates)
+        return params["w"], pace_params(state, params)["w"]
+
+    grads = [jnp.full(3, x) for x in (0.5, -0.25, 2.0)]
+    once = run(pace(rate, 0.3), grads)
+    twice = run(optax.MultiSteps(pace(rate, 0.3), 2), [g for g in grads for _ in range(2)])
+    spoilt = [grads[0], jnp.full(3, jnp.nan), *grads[1:]]
+    finite = run(optax.apply_if_finite(pace(rate, 0.3), 3), spoilt)
+    for other in (twice, finite):
+        for x, y in zip(once, other, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def test_the_returned_model_outlives_a_state_that_is_donated():
+    transformation, params = pace(rate, 0.3), {"w": jnp.ones(3)}
+    update = jax.jit(transformation.update, donate_argnums=1)
+    state = transformation.init(params)
+    returned = pace_params(state, params)
+    update({"w": jnp.ones(3)}, state, params)
+    assert jnp.array_equal(returned["w"], jnp.ones(3))
 
 
 def test_a_loop_inside_of_jit_and_donated_parameters():
@@ -215,10 +246,16 @@ def test_averages_are_asked_for_by_name():
         ({"b2": 1.0}, r"b2 must be in \[0, 1\), got 1.0"),
         ({"eps": float("nan")}, "eps must be a finite number >= 0, got nan"),
         ({"gain": "own"}, "gain must be 'adam' or 'scalar', got 'own'"),
-        ({"kappa": 1.5}, r"kappa of ema must be in \[0, 1\], got 1.5"),
-        ({"kappa": 0.5, "averaging": "uniform"}, "give either kappa or averaging, got 0.5 and"),
-        ({"return_kappa": 0.5, "returns": "uniform"}, "give either return_kappa or returns"),
-        ({"return_kappa": 0.5, "returns": {"a": "uniform"}}, "give either return_kappa or returns"),
+        ({"kappa": 1.5}, r"^kappa must be in \[0, 1\], got 1.5"),
+        ({"return_kappa": 1.5}, r"return_kappa must be in \[0, 1\], got 1.5"),
+        ({"kappa": 0.5, "averaging": "uniform"}, "averaging must be left out with kappa, got"),
+        ({"return_kappa": 0.5, "returns": "uniform"}, "returns must be left out with return_kappa"),
+        ({"learning_rate": -1.0}, "learning_rate must be a finite number >= 0, got -1.0"),
+        ({"learning_rate": None}, "learning_rate must be a finite number >= 0, got None"),
+        ({"pullback": jnp.asarray(-1.0)}, "pullback must be a finite number >= 0, got"),
+        ({"b1": True}, r"b1 must be in \[0, 1\), got True"),
+        ({"clip": "no"}, "clip must be True or False, got 'no'"),
+        ({"clip": False, "eps": 0.0}, "clip=False needs eps > 0, got eps=0.0"),
         ({"averaging": "lawa:window=3"}, "lawa:window=3 needs more than the average"),
         ({"returns": {"a": "bema"}}, "bema.* needs more than the average"),
         ({"returns": {"live": "uniform"}}, "not 'average' or 'live', got 'live'"),
@@ -226,7 +263,7 @@ def test_averages_are_asked_for_by_name():
 )
 def test_options_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        pace(0.1, **{"pullback": 0.3, **options})
+        pace(**{"learning_rate": 0.1, "pullback": 0.3, **options})
 
 
 def test_without_gradients_and_epsilon_weights_stay():
@@ -240,8 +277,9 @@ def test_what_it_cannot_do_is_said():
     state = transformation.init({"w": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"needs the parameters: update\(grads, state, params\)"):
         transformation.update({"w": jnp.ones(3)}, state)
-    with pytest.raises(ValueError, match="real parameters, got complex ones"):
-        transformation.init({"w": jnp.ones(3, jnp.complex64)})
+    for dtype in (jnp.complex64, jnp.int32):
+        with pytest.raises(ValueError, match=f"floating-point parameters, got {dtype.__name__}"):
+            transformation.init({"w": jnp.ones(3, dtype)})
     with pytest.raises(ValueError, match="there is none in this state"):
         pace_params(optax.adam(0.1).init({"w": jnp.ones(3)}), {"w": jnp.ones(3)})
 

@@ -25,7 +25,7 @@ KAPPA = {"returns": 0.9}  # of the average that is returned; else 0.5
 
 @pytest.fixture(scope="module")
 def ranks(ranks_of_deepspeed):
-    """For DeepSpeed is imported, which other files are not to see."""
+    """Processes of their own, because DeepSpeed is imported."""
     return ranks_of_deepspeed
 
 

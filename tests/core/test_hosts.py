@@ -17,7 +17,7 @@ from paceline.hosts import check_reach, is_swapped, restoring, swapping, unwrapp
 
 @pytest.fixture(scope="module")
 def ranks(ranks_of_deepspeed):
-    """For DeepSpeed is imported, which other files are not to see."""
+    """Processes of their own, because DeepSpeed is imported."""
     return ranks_of_deepspeed
 
 

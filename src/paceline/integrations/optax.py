@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from ..averaging import Averaging, PowerEMA, as_rule
-from ..options import parse_returns, returns_text
+from ..options import expand_short, number, parse_returns, require, returns_text
 from ..update import TINY
 
 Tree = Any  # a pytree of arrays
@@ -50,7 +50,8 @@ def pace(
         θ_{t+1} = (1 - η·wd)·θ_t - η·m̂_t / (sqrt(v̂_t) + ε) + λ_t·(ema_{t-1} - θ_t)
         ema_t   = (1 - β_t)·ema_{t-1} + β_t·θ_{t+1},     ema_0 = θ_1
 
-    The rule, and what the options mean, are those of `paceline.PACE`.
+    The rule, and what the options mean, are those of `paceline.PACE`, except that nothing guards
+    against gradients that are not finite: one spoils its weight and average, as in `optax.adamw`.
 
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), pace(1e-3, pullback=0.1))
         state = optimizer.init(params)
@@ -60,8 +61,9 @@ def pace(
 
     It must be the last of a chain: the average takes in the parameters plus these updates, and
     would not see what another transformation makes of them. `optax.MultiSteps`, `optax.partition`,
-    `optax.masked` and `optax.inject_hyperparams` may be around it; `optax.apply_if_finite`, too, if
-    the gradients are in float32.
+    `optax.masked` and `optax.apply_if_finite` may be around it, the last for gradients in float32.
+    So may `optax.inject_hyperparams`, with static_args=("kappa", "return_kappa", "mask"), and with
+    hyperparam_dtype=jnp.float32 for gradients in bfloat16.
 
     Args:
         learning_rate: η, a number or a schedule of the steps done, from 0.
@@ -75,7 +77,7 @@ def pace(
         gain: "adam" as above; or "scalar", λ_t = min(1, c), which has no unit.
         kappa: κ of the average, in [0, 1]. Default: 0.5.
         averaging: another rule than a power EMA, or its text. LAWA and BEMA are refused: they need
-            more than the average.
+            more than the average. A rule of your own gets the step as a traced array.
         return_kappa: κ of a second average, which is returned.
         returns: averages that are returned: one, or several by name; the first is the default.
         clip: hold the gain to at most 1.
@@ -84,33 +86,40 @@ def pace(
         A transformation whose `update` needs the parameters.
 
     Raises:
-        ValueError: an argument is out of its range; or two of them say the same.
+        ValueError: an argument is out of its range, or two are given for one thing.
 
     Source: Au & Block, arXiv:2606.25086 (2026).
     """
-    _check("pullback", pullback, 0, math.inf)
-    _check("b1", b1, 0, 1)
-    _check("b2", b2, 0, 1)
-    _check("eps", eps, 0, math.inf)
-    _check("weight_decay", weight_decay, 0, math.inf)
-    if gain not in ("adam", "scalar"):
-        raise ValueError(f"gain must be 'adam' or 'scalar', got {gain!r}")
-    if kappa is not None and averaging is not None:
-        raise ValueError(f"give either kappa or averaging, got {kappa!r} and {averaging!r}")
-    if return_kappa is not None and returns is not None:
-        raise ValueError(
-            f"give either return_kappa or returns, got {return_kappa!r} and {returns!r}"
-        )
-    own = PowerEMA(0.5 if kappa is None else kappa) if averaging is None else as_rule(averaging)
-    rules = parse_returns(returns_text(returns if return_kappa is None else PowerEMA(return_kappa)))
+    options: dict[str, Any] = {
+        **{"learning_rate": learning_rate, "pullback": pullback, "b1": b1, "b2": b2, "eps": eps},
+        **{"weight_decay": weight_decay, "gain": gain, "clip": clip, "kappa": kappa},
+        **{"averaging": averaging, "return_kappa": return_kappa, "returns": returns},
+    }
+    for name in ("learning_rate", "pullback", "b1", "b2", "eps", "weight_decay"):
+        value = options[name]
+        if not (callable(value) or isinstance(value, jax.core.Tracer)):
+            value = float(value) if isinstance(value, jax.Array) else number(value)
+            high = 1 if name in ("b1", "b2") else math.inf
+            range_ = "in [0, 1)" if high == 1 else "a finite number >= 0"
+            require(options, name, 0 <= value < high, range_)
+    require(options, "gain", gain in ("adam", "scalar"), "'adam' or 'scalar'")
+    require(options, "clip", isinstance(clip, bool), "True or False")
+    if not clip and isinstance(eps, float | int) and not eps:
+        raise ValueError("clip=False needs eps > 0, got eps=0.0: a gain would have no bound")
+    expand_short(options)
+    own = PowerEMA() if options["averaging"] is None else as_rule(options["averaging"])
+    rules = parse_returns(returns_text(options["returns"]))
     for rule in (own, *rules.values()):
         if rule.keeps:
             raise ValueError(f"{rule} needs more than the average, which pace does not keep")
 
     def init(params: Tree) -> PaceState:
         for p in jax.tree.leaves(params):
-            if jnp.iscomplexobj(p):
-                raise ValueError("pace is for real parameters, got complex ones")
+            if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
+                raise ValueError(
+                    f"pace is for floating-point parameters, got {jnp.result_type(p)}; leave such "
+                    "out by optax.masked"
+                )
 
         def wide(p: Any) -> jax.Array:
             return jnp.array(p, dtype=_wide(p), copy=True)  # the parameters may be donated
@@ -131,8 +140,8 @@ def pace(
             raise ValueError("pace needs the parameters: update(grads, state, params)")
         t: Any = state.step + 1
         lr = learning_rate(state.step) if callable(learning_rate) else learning_rate
-        decays = mask(params) if callable(mask) else mask
-        decays = jax.tree.map(lambda _: True, params) if decays is None else decays
+        decays = mask(params) if callable(mask) else True if mask is None else mask
+        decays = jax.tree.map(lambda d, p: jax.tree.map(lambda _: d, p), decays, params)
         falloff: Any = own.falloff(t)
 
         def moment(decay: Any, old: jax.Array, new: Any) -> jax.Array:
@@ -174,12 +183,12 @@ def pace(
 
 
 def pace_params(state: Tree, params: Tree, name: str | None = None) -> Tree:
-    """The returned model: an average in the parameters' dtypes.
+    """The returned model: an average in the parameters' dtypes, in memory of its own.
 
     Args:
-        state: of `pace`, or of what it is in: a chain, a partition, `optax.MultiSteps`.
-        params: the parameters. Those that no `pace` steps are returned as they are.
-        name: of the average: one of `returns`, or "average" for that which the pull goes toward.
+        state: of `pace`, or of a chain, a partition or another transformation around it.
+        params: the parameters. Those that no `pace` steps are copied.
+        name: of the average: one of `returns`, or "average" for the one that the pull goes toward.
             Default: the first of `returns`, or "average" where there are none.
 
     Raises:
@@ -194,9 +203,8 @@ def pace_params(state: Tree, params: Tree, name: str | None = None) -> Tree:
         raise ValueError("pace_params needs the state of pace, and there is none in this state")
 
     def put_in(average: Any, p: Any) -> Any:
-        if isinstance(average, optax.MaskedNode):
-            return p
-        return average.astype(jnp.result_type(p))
+        x = p if isinstance(average, optax.MaskedNode) else average
+        return jnp.array(x, jnp.result_type(p), copy=True)  # the state may be donated
 
     for one in found:
         known = {**one.returns, "average": one.average}
@@ -206,15 +214,6 @@ def pace_params(state: Tree, params: Tree, name: str | None = None) -> Tree:
         masked = {"is_leaf": lambda x: isinstance(x, optax.MaskedNode)}
         params = jax.tree.map(put_in, average, params, **masked)
     return params
-
-
-def _check(name: str, value: Any, low: float, high: float) -> None:
-    """Values that are traced, as by `optax.inject_hyperparams`, are not known yet."""
-    if isinstance(value, str) or (
-        isinstance(value, int | float) and not (low <= value < high and math.isfinite(value))
-    ):
-        range_ = f"in [{low}, {high})" if high < math.inf else f"a finite number >= {low}"
-        raise ValueError(f"{name} must be {range_}, got {value!r}")
 
 
 def _wide(p: Any) -> Any:
