@@ -21,7 +21,7 @@ bench: $(VENV)/demo
 	$(BIN)/paceline bench
 
 test: $(VENV)/test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile  # two processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder  # of one thread each
 
 lint: $(VENV)/test
 	$(BIN)/ruff format --check .

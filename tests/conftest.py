@@ -48,3 +48,9 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "slow: takes over some 5 seconds; -m 'not slow' leaves it out"
     )
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no process waits for another at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

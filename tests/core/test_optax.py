@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 def test_pace_for_jax():
     if not importlib.util.find_spec("optax"):
         pytest.skip("optax is not installed (extra `jax`)")

@@ -359,7 +359,7 @@ class Sequences(stateful.RuleBasedStateMachine):
 
 TestSequences = Sequences.TestCase
 TestSequences.settings = settings(
-    max_examples=int(os.environ.get("PACELINE_EXAMPLES", 500)),
+    max_examples=int(os.environ.get("PACELINE_EXAMPLES", 300)),
     stateful_step_count=10,
     suppress_health_check=list(HealthCheck),
 )

@@ -24,6 +24,7 @@ def report():
     return check_optimizer(pace)
 
 
+@pytest.mark.slow
 def test_pace_passes_every_check(report):
     assert [check.name for check in report.checks if check.outcome != "passed"] == []
     assert report.passed, report

@@ -42,9 +42,9 @@ RULES = {
 
 
 PATHS = {  # and the steps on each
-    "together": ({"fused": False}, 200),
+    "together": ({"fused": False}, 100),
     "kernel": ({"fused": True}, 500),
-    "capturable": ({"capturable": True}, 200),
+    "capturable": ({"capturable": True}, 100),
 }
 
 

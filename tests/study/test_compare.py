@@ -55,6 +55,7 @@ def one_line(text):
     return " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_compare_from_start_to_report(text, tmp_path, capsys):
     out = tmp_path / "out"
     status = main(
@@ -102,6 +103,7 @@ def test_compare_from_start_to_report(text, tmp_path, capsys):
     assert "is not an empty folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pretraining_is_done_once_shared_and_not_taken_if_damaged(text, tmp_path, capsys, cache):
     earlier = tmp_path / "earlier.txt"
     earlier.write_text(OTHER)
@@ -142,6 +144,7 @@ def test_pretraining_is_done_once_shared_and_not_taken_if_damaged(text, tmp_path
     assert f"; delete {folder}, and it is made again" in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_reports_what_is_finished(text, tmp_path):
     out = tmp_path / "out"
     options = ["--methods", "ema,pace", "--seeds", "0,1,2,3,4,5,6,7,8,9", "--workers", "1"]

@@ -220,6 +220,7 @@ def test_numbers_in_commands_are_those_that_were_given():
     assert FrontierCommand().command == "paceline theory frontier"
 
 
+@pytest.mark.slow
 def test_what_no_parameters_can_do_is_a_dash_and_null(found):
     # In a step nothing that is stable forgets half of a curvature an eighth of the largest.
     rows = table(found("frontier")[0])
