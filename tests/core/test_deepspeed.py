@@ -105,9 +105,13 @@ def averages_in_the_model(stage, kind, bf16):
 
 
 @pytest.mark.parametrize(
-    ("kind", "bf16"), [*((kind, True) for kind in KINDS), ("pace", False), ("pullback", False)]
+    ("stage", "kind", "bf16"),
+    [
+        *((1, kind, True) for kind in KINDS),
+        *((stage, kind, False) for stage in (1, 2) for kind in ("pace", "pullback")),
+        (2, "returns", True),
+    ],
 )
-@pytest.mark.parametrize("stage", [1, 2])
 def test_the_average_reaches_the_model_and_goes_without_a_trace(stage, kind, bf16, ranks):
     ranks(averages_in_the_model, stage, kind, bf16)
 
@@ -138,8 +142,9 @@ def resumed(stage, kind, folder):
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    ("stage", "kind"), [*((1, kind) for kind in KINDS), (2, "pace"), (2, "pullback")]
+)
 def test_a_checkpoint_holds_the_average_and_resumes_bit_for_bit(stage, kind, ranks, tmp_path):
     ranks(resumed, stage, kind, str(tmp_path))
 

@@ -65,10 +65,13 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize(
-    ("options", "parts", "clip"),
-    [*((options, 1, None) for options in OPTIONS), ("default", 2, 0.5), ("returns", 2, 0.5)],
+    ("engine", "options", "parts", "clip"),
+    [
+        *(("fsdp", options, 1, None) for options in OPTIONS),
+        *(("ddp", options, 1, None) for options in ("default", "kernel", "skip", "returns")),
+        *((engine, "returns", 2, 0.5) for engine in ("ddp", "fsdp")),
+    ],
 )
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_ranks_give_the_trajectory_of_one_process(engine, options, parts, clip, ranks, request):
     if options == "kernel":
         request.getfixturevalue("kernel")
