@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paceline.cli import main
+from paceline.study import runs
 from paceline.study.compare import Comparison, Setting, _affordable_steps
 from paceline.study.runs import Run, threads_each
 from paceline.sums import find_damage
@@ -30,6 +33,18 @@ from paceline.train.folder import locked
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return tiny_runs(tmp_path_factory)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def workers():
+    """Workers of comparisons in this process are forks of one that has imported all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["paceline.study.compare"])
+    parent = multiprocessing.parent_process
+    with pytest.MonkeyPatch.context() as patch:
+        own = SimpleNamespace(get_context=lambda kind: context, parent_process=parent)
+        patch.setattr(runs, "multiprocessing", own)
+        yield
 
 
 @pytest.fixture

@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +19,38 @@ from training import STEPS, assert_ended_alike, near, read, weights, write_recip
 
 from paceline.cli import main
 from paceline.sums import write_sums
-from paceline.train import InputError
+from paceline.train import InputError, verify
 from paceline.train.verify import compare_runs
 
 pytestmark = pytest.mark.usefixtures("surroundings")
+
+
+@pytest.fixture(scope="module")
+def forked(surroundings):
+    """Runs of one process are forks of one that has imported all; those of several are real."""
+    start, pipe = subprocess.run, subprocess.PIPE
+    script = Path(__file__).parents[1] / "forking.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    with (
+        subprocess.Popen(
+            [sys.executable, script], stdin=pipe, stdout=pipe, text=True, env=environment
+        ) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+
+        def run(command, stdout, **options):
+            python, _, module, *given = command
+            if module != verify.__name__:
+                return start(command, stdout=stdout, **options, env=environment)
+            assert python == sys.executable
+            server.stdin.write(f"{json.dumps([given, stdout.name])}\n")
+            server.stdin.flush()
+            return SimpleNamespace(returncode=int(server.stdout.readline()))
+
+        patch.setattr(verify, "subprocess", SimpleNamespace(run=run))
+        yield
+        server.stdin.close()
 
 
 def flip(path, last=False):
@@ -105,8 +138,7 @@ def test_the_comparison_tells_what_is_missing_or_of_another_kind(finished, copie
 
 
 @pytest.mark.slow
-def test_verify_resume_kills_and_certifies(values, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_verify_resume_kills_and_certifies(values, forked, tmp_path, capsys):
     recipe, out = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "out"
     assert main(["verify-resume", str(recipe), "--kills", "3", "--out", str(out)]) == 0
     assert capsys.readouterr().out.count("bit for bit equal") == 5
@@ -124,8 +156,7 @@ def test_verify_resume_kills_and_certifies(values, tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.slow
-def test_verify_resume_at_another_number_of_processes(values, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_verify_resume_at_another_number_of_processes(values, forked, tmp_path, capsys):
     recipe, out = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "out"
     options = ["--kills", "1", "--resume-processes", "2", "--out", str(out)]
     assert main(["verify-resume", str(recipe), *options]) == 0
