@@ -58,9 +58,9 @@ class Averaging(ABC):
     It must be a frozen dataclass whose fields are numbers, for `str` writes them and `parse` reads
     them back; have a `name` of its own; and define `falloff` and `weight`. Both get whole numbers,
     a tensor of steps where the host does not read the count (`capturable=True`), or a traced array
-    under JAX. A rule that
-    needs more tensors than the average names them in `keeps`, makes them in `begin`, and does all
-    in `update_` instead of `weight`. Define the class before a checkpoint is loaded.
+    under JAX. A rule that needs more tensors than the average names them in `keeps`, makes them in
+    `begin`, and does all in `update_` instead of `weight`. Define the class before a checkpoint is
+    loaded.
     """
 
     name: ClassVar[str]

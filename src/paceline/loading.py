@@ -111,8 +111,9 @@ def validated_checkpoint(
                     check_count(name, state[name])
                 if keys is None:
                     _check_base_state(state, param, group)
+                # DeepSpeed's stage 3 leaves the padding of its partitions unwritten.
                 wrong = [] if is_partitioned(param) else _nonfinite_keys(state, param)
-                if wrong:  # ZeRO stage 3 leaves padding unwritten
+                if wrong:
                     if group["nonfinite"] != "ignore":
                         raise ValueError(
                             f"its {wrong[0]!r} is not finite; to go on with that, set nonfinite to "

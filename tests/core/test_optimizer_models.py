@@ -282,7 +282,7 @@ def test_compiled_models_train_and_export_as_their_originals(in_place):
 @pytest.mark.parametrize("whole", [False, True], ids=["the step", "all of it"])
 @pytest.mark.parametrize("kind", ["PACE", "Pullback"])
 def test_a_compiled_step_is_the_step(kind, whole):
-    """Dynamo traces nothing of it, also when the rate changes."""
+    """Dynamo never traces the step, whatever the learning rate is."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()

@@ -53,7 +53,7 @@ def holds(corrected: float | None) -> bool:
 DIFFERENCE = ["difference", "low", "high", "Holm p"]
 INTERVAL = "difference [95 %]"  # these four in one column
 BRACKETS = (
-    "Brackets: 95 % intervals of Student's t of the mean difference, paired by seed, each alone. "
+    "Brackets: 95 % intervals of Student's t of the mean paired difference, each alone. "
     "*: p < 0.05 after Holm's correction for all differences of the table."
 )
 
