@@ -18,12 +18,14 @@ Each file has, in the metadata `paceline_snapshot`, what it is an average of: an
 """
 
 import json
+import logging
 import os
 import re
 import secrets
+import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,13 +35,14 @@ from torch import Tensor, nn
 
 from . import shards
 from .base import AveragedOptimizer
-from .files import whole
+from .files import remove, whole
 from .hosts import unwrapped
 from .loading import WRAPPERS
 from .options import Group
 from .safetensors import Form, in_order, read_metadata, write_safetensors
 from .state import AVERAGE, BEGUN, HISTORY, OFFSET, averages_of, read_history, taken_in
 from .sums import write_sums
+from .synthesis import snapshot_steps
 
 SNAPSHOT = "paceline_snapshot"
 STEP = re.compile(r"step-(\d+)")  # a folder's name
@@ -129,6 +132,72 @@ def averages_bytes(optimizer: Any, *, dtype: torch.dtype = torch.float32) -> int
         for rule in set(averages_of(group).rules.values())
         if not rule.keeps
     )
+
+
+class Snapshots:
+    """Keeps the averages of an optimizer at some steps of a run, closer together toward its end.
+
+    A host calls `begin` before the first step, and `keep` after each.
+
+    Attributes:
+        steps: at which they are kept.
+        bytes: of one snapshot.
+        seconds: that this process has spent on writing them.
+        tell: is given a line with the cost, before the first step. Default: the log.
+
+    Args:
+        count: how many.
+        folder: of the snapshots; of an earlier run there must be none in it.
+        dtype: torch.float32 or torch.bfloat16.
+    """
+
+    def __init__(self, count: int, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.count, self.folder, self.dtype = count, folder, dtype
+        self.steps: list[int] = []
+        self.bytes, self.seconds = 0, 0.0
+        self.tell: Callable[[str], object] = logging.getLogger(__name__).info
+
+    def begin(self, optimizer: Any, step: int, steps: int) -> None:
+        """Refuse what cannot be kept; remove what a resumed run had kept after its checkpoint.
+
+        Args:
+            optimizer: PACE or Pullback, or a wrapper of it.
+            step: that the run goes on from; 0 of a new one.
+            steps: of the whole run.
+
+        Raises:
+            ValueError: the optimizer has no average to keep, or the folder is of another run.
+        """
+        optimizer = unwrapped(optimizer)
+        average = isinstance(optimizer, AveragedOptimizer)
+        self.bytes = averages_bytes(optimizer, dtype=self.dtype) if average else 0
+        if not self.bytes:
+            raise ValueError(
+                "snapshots needs PACE or Pullback with an average of another rule than LAWA and "
+                f"BEMA, got {type(optimizer).__name__}"
+            )
+        for path in [*self.folder.iterdir()] if self.folder.is_dir() else []:
+            found = STEP.fullmatch(path.name)
+            if found and not step:
+                raise ValueError(
+                    f"{self.folder} has snapshots of an earlier run; resume that, or name another "
+                    "folder"
+                )
+            if found and int(found[1]) > step and shards.rank() == 0:
+                remove(path)
+        self.steps = snapshot_steps(steps, self.count)
+        size, count = self.bytes / 2**20, len(self.steps)
+        self.tell(
+            f"Snapshots of the averages: {count} of {size:.4g} MiB each, {count * size:.4g} MiB in "
+            f"all, in {self.folder}."
+        )
+
+    def keep(self, step: int, model: nn.Module, optimizer: Any) -> None:
+        """Keep them if it is time."""
+        if step in self.steps:
+            began = time.perf_counter()
+            save_averages(self.folder, model, optimizer, dtype=self.dtype)
+            self.seconds += time.perf_counter() - began
 
 
 Kind = tuple[str, int, int]  # rule, step, and the one at which it began

@@ -24,8 +24,9 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from pytorch_optimizer import ScheduleFreeWrapper
+from safetensors.torch import load_file
 
-from paceline import PACE, Pullback
+from paceline import PACE, Pullback, snapshot_steps, snapshots
 from paceline.integrations.lightning import ReturnAverage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice
@@ -220,6 +221,58 @@ def test_a_checkpoint_of_live_weights_goes_on_with_the_callback(tmp_path):
     second = Module()
     trainer(ReturnAverage()).fit(second, batches(0), ckpt_path=saved.best_model_path)
     assert same(second, whole)
+
+
+def kept(folder):
+    return {path.parent.name: load_file(path) for path in folder.glob("*/average.safetensors")}
+
+
+def test_snapshots_are_of_the_averages_at_their_steps(tmp_path, monkeypatch):
+    """Batches that accumulate are one step; after a resume they are those of the whole run."""
+    written = []
+    save = snapshots.save_averages
+    monkeypatch.setattr(
+        snapshots, "save_averages", lambda *a, **k: written.append(save(*a, **k).name)
+    )
+    how = {"accumulate_grad_batches": 2, "default_root_dir": tmp_path}
+    saved = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=5, save_top_k=-1)
+    whole = Module()
+    trainer(ReturnAverage(snapshots=3), saved, **how).fit(whole, batches(0))
+    found = kept(tmp_path / "averages")
+    assert written == [f"step-{n}" for n in snapshot_steps(EPOCHS * BATCHES // 2, 3)]
+    assert sorted(found) == sorted(written)
+    last = found[f"step-{EPOCHS * BATCHES // 2}"]
+    assert all(torch.equal(p, last[name]) for name, p in whole.named_parameters())
+    assert {x.dtype for x in last.values()} == {torch.float32}
+
+    again = ReturnAverage(
+        snapshots=3, snapshot_dir=tmp_path / "again", snapshot_dtype=torch.bfloat16
+    )
+    trainer(again, max_steps=5, accumulate_grad_batches=2).fit(Module(), batches(0))
+    assert {x.dtype for x in kept(tmp_path / "again")["step-5"].values()} == {torch.bfloat16}
+
+    path = next((tmp_path / "saved").glob("*step=5.ckpt"))
+    trainer(ReturnAverage(snapshots=3), **how).fit(Module(), batches(0), ckpt_path=path)
+    resumed = kept(tmp_path / "averages")
+    assert resumed.keys() == found.keys()
+    with pytest.raises(ValueError, match="has snapshots of an earlier run; resume that, or name"):
+        trainer(ReturnAverage(snapshots=3), **how).fit(Module(), batches(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "how", "message"),
+    [
+        (lambda: Pair(), {}, "snapshots needs one optimizer, got 2; paceline.snapshots.save_aver"),
+        (lambda: Module("schedule-free"), {}, "snapshots needs PACE or Pullback with an average"),
+        (Module, {"max_epochs": -1}, "snapshots needs max_steps or max_epochs: when to keep them"),
+    ],
+)
+def test_snapshots_that_cannot_be_kept(make, how, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer(ReturnAverage(snapshots=3, snapshot_dir=tmp_path / "x"), **how).fit(
+            make(), batches(0)
+        )
+    assert not (tmp_path / "x").exists()
 
 
 class Pair(pl.LightningModule):

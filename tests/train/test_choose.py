@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 pytest.importorskip("transformers")
 pytest.importorskip("trl")
@@ -38,7 +39,7 @@ from paceline.sums import find_damage
 from paceline.train import InputError, weighted
 from paceline.train import choose as module
 from paceline.train.build import build_trainer, keep_slow
-from paceline.train.choose import difference
+from paceline.train.held_out import Half, HeldOut, difference
 from paceline.train.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("surroundings")
@@ -111,23 +112,23 @@ def test_the_best_becomes_the_model_and_the_former_is_kept(done, made, more):
     assert set(rows) >= {"live", *(f"ema:kappa={k}" for k in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95))}
     assert choice["default"] == "ema:kappa=0.95"
     assert not choice["flat"]
-    assert choice["chosen"] == min(rows, key=lambda name: rows[name]["loss"])
-    assert choice["sequences"] | {"data": 0} == {"choosing": 30, "reporting": 30, "data": 0}
+    assert choice["chosen"] == min(rows, key=lambda name: rows[name]["score"])
+    assert choice["examples"] | {"data": 0} == {"choosing": 30, "reporting": 30, "data": 0}
     # what was scored
     losses = {
         name: by_hand(made, iterates, name if name != "live" else "ema:beta=1", more)
         for name in ("live", "ema:kappa=0.95", "ema:kappa=0.8", choice["chosen"])
     }
     for name, found in losses.items():
-        assert rows[name]["loss"] == pytest.approx(a_token(found[:30]), abs=2e-3)
-    assert rows["live"]["loss"] == pytest.approx(a_token(losses["live"][:30]), abs=1e-5)
+        assert rows[name]["score"] == pytest.approx(a_token(found[:30]), abs=2e-3)
+    assert rows["live"]["score"] == pytest.approx(a_token(losses["live"][:30]), abs=1e-5)
     evaluated = [x["eval_loss"] for x in lines(made) if "eval_loss" in x]
     assert a_token(losses["ema:kappa=0.95"]) == pytest.approx(evaluated[-1], abs=1e-5)
     # what is reported, of the other half
     reported, default = choice["reported"], losses["ema:kappa=0.95"][30:]
-    assert reported["default_loss"] == pytest.approx(a_token(default), abs=1e-5)
-    assert reported["loss"] == pytest.approx(a_token(losses[choice["chosen"]][30:]), abs=2e-3)
-    assert reported["difference"] == pytest.approx(reported["loss"] - reported["default_loss"])
+    assert reported["default_score"] == pytest.approx(a_token(default), abs=1e-5)
+    assert reported["score"] == pytest.approx(a_token(losses[choice["chosen"]][30:]), abs=2e-3)
+    assert reported["difference"] == pytest.approx(reported["score"] - reported["default_score"])
     # the model is that average, within the expected error
     shares = parse(choice["chosen"]).coefficients(STEPS)
     found, missed, far = weights(made / "model"), 0.0, 0.0
@@ -177,7 +178,7 @@ def test_a_table_and_a_curve_are_printed(made, tmp_path, capsys):
         assert (run / name / "README.md").read_text() == (made / name / "README.md").read_text()
     curve = re.findall(r"^  ([\d.]+) +([\d.]+)  ·*●$", said, re.MULTILINE)
     assert [(float(k), float(x)) for k, x in curve] == sorted(
-        (x["kappa"], pytest.approx(x["loss"], abs=5e-5)) for x in first["averages"]
+        (x["kappa"], pytest.approx(x["score"], abs=5e-5)) for x in first["averages"]
     )
     assert f"{first['chosen']}, rebuilt ←" in said
     assert first["said"] in said
@@ -185,8 +186,9 @@ def test_a_table_and_a_curve_are_printed(made, tmp_path, capsys):
     assert "Left out, because the snapshots cannot give them: 1 (ema:kappa=0.3)." in said
 
 
-def test_a_flat_curve_keeps_the_default(done, made, run, tmp_path, capsys):
-    """Two sequences say nothing; and a default that was replaced comes back."""
+def test_a_flat_curve_keeps_the_default(done, made, run, tmp_path, capsys, monkeypatch):
+    """An interval with 0 in it says nothing; and a default that was replaced comes back."""
+    monkeypatch.setattr("paceline.train.held_out.interval", lambda _: (-1.0, 1.0))
     before = tree(run / "model")
     assert main(["choose", str(run), "--examples", "4"]) == 0
     choice = read(run / "choice.json")
@@ -214,7 +216,7 @@ def test_other_rules_and_other_data(run, more, tmp_path, capsys):
     names = [x["average"] for x in choice["averages"]]
     assert names == ["live", "ema:kappa=0.95", "uniform:start=20", "ema:kappa=0.75"]
     assert choice["left_out"] == ["bema:kappa=0.5", "ema:kappa=0.1"]
-    assert choice["sequences"] == {"choosing": 20, "reporting": 20, "data": [str(rows)]}
+    assert choice["examples"] == {"choosing": 20, "reporting": 20, "data": [str(rows)]}
     assert (run / "choice.svg").read_text().count(">uniform:start=20<") == 1
 
 
@@ -223,14 +225,96 @@ def test_without_snapshots_the_averages_in_checkpoints_are_taken(run, made):
     before = {x.name for x in run.iterdir()}
     assert main(["choose", str(run), "--rules", "ema:kappa=0.9,ema:kappa=0.3"]) == 0
     choice, whole = read(run / "choice.json"), read(made / "choice.json")
-    of = {x["average"]: x["loss"] for x in whole["averages"]}
-    found = {x["average"]: x["loss"] for x in choice["averages"]}
+    of = {x["average"]: x["score"] for x in whole["averages"]}
+    found = {x["average"]: x["score"] for x in choice["averages"]}
     assert found.keys() >= {"live", "ema:kappa=0.95"}
     assert all(found[name] == of[name] for name in ("live", "ema:kappa=0.95"))
     assert choice["snapshots"] == 2
     assert {x.name for x in run.iterdir()} - before <= {
         *("choice.json", "choice.svg", "choice.png", "model-before-choice"),
     }
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder with a task of ten examples, one with two metrics, and one with no mean."""
+    pytest.importorskip("lm_eval")
+    place = tmp_path_factory.mktemp("tasks")
+    asked = [turns[0]["content"] for turns in conversations(10, 9)]
+    data = place / "rows.jsonl"
+    rows = [json.dumps({"q": text, "a": n % 2}) for n, text in enumerate(asked)]
+    data.write_text("\n".join(rows))
+    acc = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+    perplexity = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+    of = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{q}}"}
+    of["dataset_kwargs"] = {"data_files": {"test": str(data)}, "cache_dir": str(place / "cache")}
+    choice = {"output_type": "multiple_choice", "doc_to_choice": [" yes", " no"]} | of
+    choice["doc_to_target"] = "a"
+    kinds = {
+        "guess": choice | {"metric_list": [acc]},
+        "two": choice | {"metric_list": [acc, acc | {"metric": "acc_norm"}]},
+        "cloze": of
+        | {"output_type": "loglikelihood", "doc_to_target": " yes", "metric_list": [perplexity]},
+    }
+    for name, task in kinds.items():
+        (place / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | task))
+    return place
+
+
+def test_a_task_in_place_of_the_loss(run, tasks):
+    """Its halves are those that paceline eval scores together."""
+    said = f"choose {run} --task guess --include {tasks} --rules ema:kappa=0.8 --device cpu"
+    assert main(said.split()) == 0
+    choice = read(run / "choice.json")
+    assert choice["measure"] == "acc"
+    assert choice["examples"] == {"choosing": 5, "reporting": 5, "data": ["guess"]}
+    default = run / ("model" if choice["flat"] else "model-before-choice")
+    assert main(f"eval {default} --tasks guess --include {tasks} --out {run}/x.json".split()) == 0
+    whole = read(run / "x.json")["results"]["guess"]["acc"]["model"]["value"]
+    first = next(x["score"] for x in choice["averages"] if x["kind"] == "default")
+    assert (first + choice["reported"]["default_score"]) / 2 == pytest.approx(whole)
+
+
+def test_of_a_task_higher_is_better():
+    """A gain of accuracy has a positive difference, and the best has the highest score."""
+    default, other = module.Candidate("a", "default"), module.Candidate("b", "kept")
+    scores = {default: [-0.0, -1.0, -0.0, -0.0], other: [-1.0, -1.0, -0.0, -1.0]}
+    half = Half([1] * 4, list)
+    held_out = HeldOut(half, half, ("guess",), "acc", True)
+    assert module._best(scores, default) is other
+    found = module._result(scores, other, default, held_out)
+    first, second = found["averages"]
+    assert (first["score"], second["score"], second["difference"]) == (0.25, 0.75, 0.5)
+    spread = student.ppf(0.975, 3) * stdev([1, 0, 0, 1]) / 2
+    assert (second["low"], second["high"]) == pytest.approx((0.5 - spread, 0.5 + spread))
+    said = module._reported(other, default, found, scores, held_out)
+    assert said["reported"] | {"low": 0, "high": 0} == {
+        **{"score": 0.75, "default_score": 0.25, "difference": 0.5, "low": 0, "high": 0}
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--task two", r"^metric: two has acc, acc_norm; name one by --metric"),
+        ("--task two --metric f1", r"^metric: two has acc, acc_norm; got 'f1'"),
+        (
+            "--task two --metric acc,strict",
+            r"^metric: two has no 'acc,strict'; it has acc,none and",
+        ),
+        ("--task cloze", r"^metric: perplexity of cloze is no mean over examples; name another"),
+        ("--task guess --examples 3", r"^task: guess has 3 examples to score on, and at least 4"),
+        ("--task guess --data x.jsonl", r"^data: a task has its own data; give --data or --task"),
+        ("--metric acc", r"^metric: it is of a task; name that by --task"),
+    ],
+)
+def test_tasks_that_cannot_be_chosen_by(arguments, message, run, tasks, capsys):
+    before = tree(run)
+    include = f" --include {tasks}" if "--task" in arguments else ""
+    assert main(["choose", str(run), *f"{arguments}{include}".split()]) == 2
+    said = capsys.readouterr()
+    assert re.search(message, said.err.removeprefix("paceline: ")), said.err
+    assert tree(run) == before
 
 
 def test_the_interval_is_students_of_the_ratio():

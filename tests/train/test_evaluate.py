@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from paceline.sums import write_sums
 from paceline.train import InputError
 from paceline.train.data import make_tokenizer
-from paceline.train.evaluate import Evaluation, _day_of, _paired_stderr, evaluate
+from paceline.train.evaluate import Evaluation, _paired_stderr, day_of, evaluate
 from paceline.train.model import make_gpt2
 
 WORDS = [
@@ -423,8 +423,8 @@ def test_tasks_of_lm_eval(run, tasks, monkeypatch):
         refused(message, run, *names, include=tasks)
 
 
-def test_a_chat_has_the_day_of_its_run(tmp_path):
-    assert _day_of(tmp_path) is None
+def test_a_chat_has_theday_of_its_run(tmp_path):
+    assert day_of(tmp_path) is None
     (tmp_path / "recipe.yaml").write_text("model: x\ndate: 2024-02-29\n")
     for path in (tmp_path, tmp_path / "model"):
-        assert _day_of(path) == datetime.date(2024, 2, 29)
+        assert day_of(path) == datetime.date(2024, 2, 29)

@@ -1,8 +1,12 @@
 """Lightning trainers that evaluate, save and return the average."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import torch
 
 try:
     import lightning.pytorch as pl
@@ -11,6 +15,7 @@ except ImportError:  # the package of the older name
 
 from ..batchnorm import warn_of_statistics
 from ..hosts import check_reach, holding, swapping, unwrapped
+from ..snapshots import Snapshots
 
 OTHERS = ("WeightAveraging", "StochasticWeightAveraging")  # Lightning's own averages
 
@@ -35,14 +40,30 @@ class ReturnAverage(pl.Callback):
     Args:
         live: validate the live weights, too, before the average; what the module logs then has
             the prefix `live_`. Validation takes twice as long. Other callbacks do not see it.
+        snapshots: how many times the averages are kept on the way, closer together toward the end,
+            so that others can be rebuilt: `paceline average DIR --rule ema:kappa=0.8`. It needs one
+            optimizer alone, PACE or Pullback. 0: none.
+        snapshot_dir: their folder. Default: averages/ in the trainer's `default_root_dir`.
+        snapshot_dtype: torch.float32, or torch.bfloat16, as `paceline.snapshots` has it.
 
     Raises:
         ValueError: at the start of `fit`: no optimizer averages, a callback of Lightning averages,
-            too, or the strategy (FSDP1, DeepSpeed) keeps the weights elsewhere.
+            too, or the strategy (FSDP1, DeepSpeed) keeps the weights elsewhere; snapshots cannot be
+            kept, for there are several optimizers or the number of steps is not known.
     """
 
-    def __init__(self, *, live: bool = False) -> None:
-        self.live = live
+    def __init__(
+        self,
+        *,
+        live: bool = False,
+        snapshots: int = 0,
+        snapshot_dir: str | Path | None = None,
+        snapshot_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.live, self._count = live, snapshots
+        self._folder, self._dtype = snapshot_dir, snapshot_dtype
+        self._snapshots: Snapshots | None = None  # of this fit
+        self._kept = 0  # the step that was looked at last
         self._replaced: list[tuple[Any, str]] = []  # methods of this fit's objects
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -89,6 +110,29 @@ class ReturnAverage(pl.Callback):
         """Train the live weights, after a checkpoint that held the average, too."""
         for optimizer in _of(trainer):
             optimizer.train()
+        if self._count:
+            self._begin_snapshots(trainer)
+
+    def _begin_snapshots(self, trainer: Any) -> None:
+        steps, optimizers = trainer.estimated_stepping_batches, trainer.optimizers
+        if len(optimizers) > 1:
+            raise ValueError(
+                f"snapshots needs one optimizer, got {len(optimizers)}; "
+                "paceline.snapshots.save_averages keeps those of several in folders of their own"
+            )
+        if not math.isfinite(steps):
+            raise ValueError("snapshots needs max_steps or max_epochs: when to keep them depends")
+        folder = Path(self._folder or Path(trainer.default_root_dir) / "averages")
+        self._snapshots = Snapshots(self._count, folder, self._dtype)
+        self._snapshots.begin(optimizers[0], trainer.global_step, int(steps))
+        self._kept = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Keep a snapshot of the averages if it is time."""
+        step = trainer.global_step
+        if self._snapshots and step != self._kept:  # batches that accumulate do not step
+            self._snapshots.keep(step, pl_module, trainer.optimizers[0])
+            self._kept = step
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the returned model in the module."""

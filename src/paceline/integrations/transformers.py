@@ -4,7 +4,6 @@ import copy
 import logging
 import re
 import shutil
-import time
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -22,9 +21,8 @@ from ..base import LIVE, AveragedOptimizer, Choice
 from ..batchnorm import warn_of_statistics
 from ..files import put, remove
 from ..hosts import check_reach, restoring, swapping, unwrapped
-from ..snapshots import STEP, averages_bytes, save_averages
+from ..snapshots import Snapshots
 from ..sums import find_damage, write_sums
-from ..synthesis import snapshot_steps
 
 
 class PaceTrainer(Trainer):
@@ -91,7 +89,7 @@ class PaceTrainer(Trainer):
         folder = Path(snapshot_dir or Path(self.args.output_dir or ".") / "averages")
         self.snapshots = Snapshots(snapshots, folder, snapshot_dtype)
         if snapshots:
-            self.add_callback(self.snapshots)
+            self.add_callback(_KeepSnapshots(self.snapshots))
 
     # ---- which weights the model holds -------------------------------------------------------
 
@@ -518,55 +516,20 @@ class PaceTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
 
-class Snapshots(TrainerCallback):
-    """Keeps the averages of the optimizer at some steps, and tells before what it will cost.
+class _KeepSnapshots(TrainerCallback):
+    """Keeps the averages at their steps."""
 
-    Args:
-        count: how many times.
-        folder: of the snapshots; of an earlier run there must be none in it.
-        dtype: of the tensors.
-    """
-
-    def __init__(self, count: int, folder: Path, dtype: torch.dtype) -> None:
-        self.count, self.folder, self.dtype = count, folder, dtype
-        self.steps: list[int] = []
-        self.tell: Callable[[str], object] = logging.getLogger(__name__).info
-        self.bytes, self.seconds = 0, 0.0  # of one, and of all that this process has written
+    def __init__(self, snapshots: Snapshots) -> None:
+        self.snapshots = snapshots
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Refuse what cannot be kept; remove what a resumed run had kept after its checkpoint."""
-        optimizer = unwrapped(given["optimizer"])
-        average = isinstance(optimizer, AveragedOptimizer)
-        self.bytes = averages_bytes(optimizer, dtype=self.dtype) if average else 0
-        if not self.bytes:
-            raise ValueError(
-                "snapshots needs PACE or Pullback with an average of another rule than LAWA and "
-                f"BEMA, got {type(optimizer).__name__}"
-            )
-        if state.is_world_process_zero and self.folder.is_dir():
-            for path in list(self.folder.iterdir()):
-                if not (found := STEP.fullmatch(path.name)):
-                    continue
-                if not state.global_step:
-                    raise ValueError(
-                        f"{self.folder} has snapshots of an earlier run; resume that, or name "
-                        "another folder"
-                    )
-                if int(found[1]) > state.global_step:
-                    remove(path)
-        self.steps = snapshot_steps(state.max_steps, self.count)
-        size, count = self.bytes / 2**20, len(self.steps)
-        self.tell(
-            f"Snapshots of the averages: {count} of {size:.4g} MiB each, {count * size:.4g} MiB in "
-            f"all, in {self.folder}."
-        )
+        """Refuse what cannot be kept."""
+        step, steps = state.global_step, state.max_steps
+        self.snapshots.begin(given["optimizer"], step, steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Keep them if it is time."""
-        if state.global_step in self.steps:
-            began = time.perf_counter()
-            save_averages(self.folder, given["model"], given["optimizer"], dtype=self.dtype)
-            self.seconds += time.perf_counter() - began
+        self.snapshots.keep(state.global_step, given["model"], given["optimizer"])
 
 
 def _named(metrics: dict[str, float], prefix: str, suffix: str) -> dict[str, float]:

@@ -12,12 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from statistics import fmean
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.box import MARKDOWN
 from rich.console import Console
@@ -34,9 +31,8 @@ from ..snapshots import save_averages
 from ..sums import CARD, find_damage, write_sums
 from ..synthesis import LIMIT
 from . import InputError, Options, Positive, folder, reporting
-from .build import build_trainer, digest_of, evaluated_together, processes
 from .evaluate import find_device
-from .intervals import interval
+from .held_out import Difference, Half, HeldOut, difference, held_out_of, task_of
 from .manifest import environment, read_json, write_json
 from .methods import Setup
 from .model import load_model
@@ -56,7 +52,6 @@ from .terminal import progress_bars, quiet, say
 from .weighted import Checkpoint, load_tensor, read_headers, weighted_sum, write
 
 KAPPAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of the power EMAs that are tried
-LEAST = 4  # sequences: an interval needs two in each half
 LIVE, DEFAULT, KEPT, REBUILT = "live", "default", "kept", "rebuilt"
 WEIGHTS = "what paceline choose found best after the training, on held-out data"
 WIDTH = 40  # of the curve in the terminal
@@ -70,9 +65,10 @@ class Choose(Options):
 
     Tried are power EMAs of eight κ, rebuilt from the snapshots; the averages that were kept; the
     live weights; and the default, which is what the run returned. Each is scored by its loss on the
-    first half of the held-out sequences. The best becomes model/, and the former model is kept in
-    model-before-choice/. Best and default are then scored on the other half, and the difference is
-    printed with its 95 % interval (Student's t, paired by sequence).
+    first half of the held-out sequences, or with --task by a metric on the first half of a task's
+    examples. The best becomes model/, and the former model is kept in model-before-choice/. Best
+    and default are then scored on the other half, and the difference is printed with its 95 %
+    interval (Student's t, paired by example).
 
     Where the interval of their difference on the first half contains 0 the curve is flat, and the
     default stays.
@@ -84,8 +80,15 @@ class Choose(Options):
     """Folder of a finished run."""
     data: Annotated[tuple[str, ...], Names] | None = None
     """Held-out data, given as --eval-data of paceline train is. Default: those of the run."""
+    task: str | None = None
+    """A task of lm-eval to choose by, in place of the loss: a name as for paceline eval."""
+    metric: str | None = None
+    """The task's metric as paceline eval prints it: a mean over examples. Default: its only one."""
+    include: Path | None = None
+    """Folder with your own task files (YAML)."""
     examples: Positive | None = None
-    """Sequences at most, >= 1. Default: as many as the run evaluated on."""
+    """Sequences or examples at most, >= 1. Default: as many as the run evaluated on, or all of the
+    task."""
     rules: Annotated[tuple[str, ...], Names] | None = None
     """Averages to try in place of the eight, as in ema:half_life=200,uniform:start=900."""
     device: str | None = None
@@ -110,8 +113,21 @@ def choose_command(options: Choose, console: Console) -> None:
     quiet()
     with folder.locked(run), _one_line_of_disk(run):
         recipe = Recipe(**folder.recipe_of(run, option="run"))
-        held_out = held_out_of(run, recipe, options.data, options.examples)
+        held_out = _held_out(options, recipe)
         choose(run, recipe, held_out, console, rules=rules, device=device)
+
+
+def _held_out(options: Choose, recipe: Recipe) -> HeldOut:
+    """What the options say to score on."""
+    run, most = options.run, options.examples
+    if options.task is None:
+        for name in ("metric", "include"):
+            if getattr(options, name) is not None:
+                raise InputError(f"{name}: it is of a task; name that by --task")
+        return held_out_of(run, recipe, options.data, most)
+    if options.data is not None:
+        raise InputError("data: a task has its own data; give --data or --task, not both")
+    return task_of(run, options.task, options.metric, options.include, most)
 
 
 @contextmanager
@@ -126,120 +142,6 @@ def _one_line_of_disk(run: Path) -> Iterator[None]:
 def _parsed(texts: Sequence[str]) -> list[Averaging]:
     with reporting("rules", ValueError):
         return [parse(text) for text in texts]
-
-
-# ---- data --------------------------------------------------------------------------------------
-
-
-class HeldOut(NamedTuple):
-    """Sequences to score on, and what makes batches of them."""
-
-    data: Any
-    collate: Callable[[Any], Any]
-    names: tuple[str, ...]
-
-
-def held_out_of(
-    run: Path, recipe: Recipe, names: tuple[str, ...] | None = None, most: int | None = None
-) -> HeldOut:
-    """A run's own sequences to evaluate on, which must be as they were, or those of other data.
-
-    Raises:
-        InputError: they cannot be read, or have changed.
-    """
-    # What was trained on is loaded where a part of it was held out.
-    once: dict[str, Any] = {"batch": processes().num_processes, "micro_batch": None}
-    once |= {"steps": 1, "epochs": None, "tokens": None, "warmup": 0.0}
-    once |= {"snapshots": 0, "choose": False, "fsdp": False, "report_to": ()}
-    once |= {"tokenizer": str(run / folder.MODEL), "chat_template": None}
-    if names is not None:
-        once |= {"data": names, "eval_data": names, "streaming": False}
-        once |= {"examples": None, "eval_split": None}
-        once |= {} if most is None else {"eval_examples": most}
-    read: Recipe = recipe.model_copy(update=once)
-    with TemporaryDirectory() as place:
-        trainer = build_trainer(read, Path(place), only_data=True)
-    data = trainer.eval_dataset
-    if names is None:
-        if digest_of(data) != folder.manifest_of(run)["data"]["evaluation_digest"]:
-            raise InputError(
-                "data: those that the run evaluated on have changed; give others by --data"
-            )
-        data = data.select(range(min(len(data), most or len(data))))
-    names = names or recipe.eval_data or recipe.data_names
-    return HeldOut(data, trainer.data_collator, names)
-
-
-class Half(NamedTuple):
-    """Batches of sequences, and of each sequence how many of its tokens count."""
-
-    batches: list[dict[str, Tensor]]
-    counts: list[int]
-
-
-def halves(held_out: HeldOut, recipe: Recipe) -> tuple[Half, Half]:
-    """The first half, to choose by, and the rest, to report on.
-
-    Raises:
-        InputError: there are too few sequences.
-    """
-    rows = list(held_out.data)
-    counts = [int((held_out.collate([row])["labels"][..., 1:] != -100).sum()) for row in rows]
-    found = [(row, count) for row, count in zip(rows, counts, strict=True) if count]
-    if len(found) < LEAST:
-        raise InputError(
-            f"data: {', '.join(held_out.names)} has {len(found)} sequences to score on, and at "
-            f"least {LEAST} are needed, half of them to choose by and half to report on"
-        )
-    # A packed row is not put together with others, so that it has a loss of its own.
-    size = 1 if recipe.packing else evaluated_together(recipe, 1)
-    halves = []
-    for part in (found[: len(found) // 2], found[len(found) // 2 :]):
-        chunks = [part[i : i + size] for i in range(0, len(part), size)]
-        batches = [dict(held_out.collate([row for row, _ in chunk])) for chunk in chunks]
-        halves.append(Half(batches, [count for _, count in part]))
-    return halves[0], halves[1]
-
-
-@torch.no_grad()
-def _scored(model: Any, half: Half, precision: str) -> list[float]:
-    """The loss of each sequence in nats, summed over its tokens."""
-    device, losses = model.device, []
-    for batch in half.batches:
-        inputs = {name: x.to(device) for name, x in batch.items() if name != "labels"}
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(**inputs, use_cache=False).logits
-        for row, labels in zip(logits, batch["labels"].to(device), strict=True):
-            loss = F.cross_entropy(row[:-1].float(), labels[1:], ignore_index=-100, reduction="sum")
-            losses.append(loss.item())
-    return losses
-
-
-class Difference(NamedTuple):
-    """A difference of two losses in nats a token, and its 95 % interval."""
-
-    difference: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.difference:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
-
-
-def difference(losses: list[float], others: list[float], counts: list[int]) -> Difference:
-    """Of losses a token, paired by sequence: with d the differences of sums over n tokens each,
-
-        mean = Σd / Σn,     interval of Student's t over mean + (d - mean·n) / (Σn / sequences)
-
-    Args:
-        losses: of each sequence, summed over its tokens.
-        others: likewise, which are subtracted.
-        counts: n of each sequence.
-    """
-    gaps = [a - b for a, b in zip(losses, others, strict=True)]
-    mean, size = sum(gaps) / sum(counts), fmean(counts)
-    found = interval([mean + (d - mean * n) / size for d, n in zip(gaps, counts, strict=True)])
-    return Difference(mean, *(found or (math.nan, math.nan)))
 
 
 # ---- what can be chosen ------------------------------------------------------------------------
@@ -392,7 +294,7 @@ def choose(
     Args:
         run: the folder, which this process has locked.
         recipe: of the run.
-        held_out: sequences; half of them to choose by.
+        held_out: examples; half of them to choose by.
         console: for a table, a curve and a sentence.
         rules: what to try; by default power EMAs of `KAPPAS`.
         device: to compute on; by default an accelerator, if there is one.
@@ -420,7 +322,7 @@ def _choose(
     about = read_json(before / folder.AVERAGE_FACTS)
     rule = parse(about["rule"]) if about.get("rule") else None
     default = Candidate(str(rule or about["method"]), DEFAULT, rule)
-    choosing, reporting_on = halves(held_out, recipe)
+    choosing, reporting_on = held_out.choosing, held_out.reporting
     with _snapshots(run, recipe) as kept, progress_bars(console, transient=True) as progress:
         like, names = model_like(kept[-1], run / folder.MODEL, before)
         averages, left_out = _candidates(kept, rule, rules)
@@ -432,7 +334,7 @@ def _choose(
 
         def score(model: Any, candidate: Candidate, half: Half) -> list[float]:
             progress.update(bar, advance=1, losses=candidate.name)
-            return _scored(model, half, recipe.precision)
+            return half.costs(model)
 
         live = Candidate(LIVE, LIVE)
         model = load(run / folder.LIVE)
@@ -452,10 +354,10 @@ def _choose(
             _put(best, kept, parameters)
             reported[best] = score(model, best, reporting_on)
         del model, parameters
-        result = _result(scores, best, default, choosing)
-        result |= _reported(best, default, result, reported, reporting_on)
+        result = _result(scores, best, default, held_out)
+        result |= _reported(best, default, result, reported, held_out)
         result |= {"left_out": left_out, "snapshots": len(kept)}
-        result["sequences"] = {
+        result["examples"] = {
             "choosing": len(choosing.counts),
             "reporting": len(reporting_on.counts),
             "data": list(held_out.names),
@@ -501,27 +403,27 @@ def _default_of(run: Path) -> Path:
 
 
 def _best(scores: dict[Candidate, list[float]], default: Candidate) -> Candidate:
-    """The one of the lowest loss; of equal ones the default.
+    """The one of the lowest cost; of equal ones the default.
 
     Raises:
-        InputError: no loss is finite.
+        InputError: no cost is finite.
     """
-    losses = {x: sum(found) for x, found in scores.items() if math.isfinite(sum(found))}
-    if not losses:
-        raise InputError("run: neither an average nor the live weights have a finite loss")
-    return min(losses, key=lambda x: (losses[x], x is not default))
+    costs = {x: sum(found) for x, found in scores.items() if math.isfinite(sum(found))}
+    if not costs:
+        raise InputError("run: neither an average nor the live weights have a finite score")
+    return min(costs, key=lambda x: (costs[x], x is not default))
 
 
 def _result(
-    scores: dict[Candidate, list[float]], best: Candidate, default: Candidate, half: Half
+    scores: dict[Candidate, list[float]], best: Candidate, default: Candidate, held_out: HeldOut
 ) -> dict[str, Any]:
     """What was scored on the first half, and which is chosen by it."""
-    rows = []
-    gaps = {x: difference(found, scores[default], half.counts) for x, found in scores.items()}
+    rows, counts, sign = [], held_out.choosing.counts, held_out.sign
+    gaps = {x: difference(found, scores[default], counts) for x, found in scores.items()}
     for x, found in scores.items():
         rows.append({"average": x.name, "kind": x.kind, "kappa": _kappa(x)})
-        rows[-1] |= {"expected_error": x.error, "loss": sum(found) / sum(half.counts)}
-        rows[-1] |= gaps[x]._asdict()
+        rows[-1] |= {"expected_error": x.error, "score": sign * sum(found) / sum(counts)}
+        rows[-1] |= gaps[x].times(sign)._asdict()
     flat = best is default or gaps[best].low <= 0 <= gaps[best].high
     chosen = default if flat else best
     return {
@@ -529,6 +431,8 @@ def _result(
         "best": best.name,
         "default": default.name,
         "flat": flat,
+        "measure": held_out.measure,
+        "higher_is_better": held_out.higher_is_better,
         "averages": rows,
     }
 
@@ -537,27 +441,31 @@ def _reported(
     best: Candidate,
     default: Candidate,
     result: dict[str, Any],
-    losses: dict[Candidate, list[float]],
-    half: Half,
+    costs: dict[Candidate, list[float]],
+    held_out: HeldOut,
 ) -> dict[str, Any]:
     """The best and the default on the other half, and what is to be said."""
-    gap, tokens = difference(losses[best], losses[default], half.counts), sum(half.counts)
+    counts, sign, measure = held_out.reporting.counts, held_out.sign, held_out.measure
+    gap = difference(costs[best], costs[default], counts).times(sign)
     other = (
-        f"On the other half, {len(half.counts)} sequences, its loss differs from the default's by "
-        f"{gap} nats a token."
+        f"On the other half, {len(counts)} examples, its difference from the default is {gap} "
+        f"({measure})."
     )
     by = next(_gap(x) for x in result["averages"] if x["average"] == best.name)
     if best is default:
         said = f"The default is the best and stays: {default.name}."
     elif result["flat"]:
         said = (
-            f"The curve is flat: {best.name} differs from the default by {by} nats a token, an "
+            f"The curve is flat: {best.name} differs from the default by {by} ({measure}), an "
             f"interval with 0 in it. The default stays: {default.name}. {other}"
         )
     else:
         said = f"Chosen: {best.name}, in place of {default.name}. {other}"
-    losses_of = {"loss": sum(losses[best]) / tokens, "default_loss": sum(losses[default]) / tokens}
-    return {"said": said, "reported": {**losses_of, **gap._asdict()}}
+    means = {
+        name: sign * sum(costs[x]) / sum(counts)
+        for name, x in zip(("score", "default_score"), (best, default), strict=True)
+    }
+    return {"said": said, "reported": {**means, **gap._asdict()}}
 
 
 @torch.no_grad()
@@ -655,10 +563,10 @@ def _card(before: Path, chosen: Candidate, result: dict[str, Any]) -> str:
 
 def _show(result: dict[str, Any], console: Console) -> None:
     """Print the table, the curve over κ, and what came of it."""
-    rows, size = result["averages"], result["sequences"]
+    rows, size = result["averages"], result["examples"]
     table = Table(box=MARKDOWN)
     table.add_column("average", overflow="fold")
-    for title in ("error", "loss", "difference from the default [95 %]"):
+    for title in ("error", "score", "difference from the default [95 %]"):
         table.add_column(
             title, justify="right", no_wrap=title != "difference from the default [95 %]"
         )
@@ -669,10 +577,12 @@ def _show(result: dict[str, Any], console: Console) -> None:
         table.add_row(
             Text(shown + mark),
             error,
-            f"{x['loss']:.4f}",
+            f"{x['score']:.4f}",
             "" if x["kind"] == DEFAULT else str(_gap(x)),
         )
-    say(console, f"Loss in nats a token, on {size['choosing']} sequences to choose by:")
+    better = "higher" if result["higher_is_better"] else "lower"
+    where = f"on {size['choosing']} examples to choose by"
+    say(console, f"Score: {result['measure']}, {better} is better, {where}:")
     console.print(table)
     if left_out := result["left_out"]:
         say(
@@ -680,39 +590,43 @@ def _show(result: dict[str, Any], console: Console) -> None:
             f"Left out, because the snapshots cannot give them: {len(left_out)} "
             f"({', '.join(left_out)}).",
         )
-    points = sorted((x["kappa"], x["loss"]) for x in rows if x["kappa"] is not None)
-    points = [(kappa, loss) for kappa, loss in points if math.isfinite(loss)]
+    points = sorted((x["kappa"], x["score"]) for x in rows if x["kappa"] is not None)
+    points = [(kappa, score) for kappa, score in points if math.isfinite(score)]
     if points:
         low, high = min(x for _, x in points), max(x for _, x in points)
-        say(console, "\nLoss over κ (0: the live weights):")
-    for kappa, loss in points:
-        place = round(WIDTH * (loss - low) / (high - low)) if high > low else 0
-        say(console, f"  {kappa:<5g} {loss:.4f}  {'·' * place}●")
+        say(console, "\nScore over κ (0: the live weights):")
+    for kappa, score in points:
+        place = round(WIDTH * (score - low) / (high - low)) if high > low else 0
+        say(console, f"  {kappa:<5g} {score:.4f}  {'·' * place}●")
     say(console, f"\n{result['said']}")
 
 
 def _curve(result: dict[str, Any]) -> Figure:
-    """Loss over κ, with what was kept, the default and the choice."""
+    """Score over κ, with what was kept, the default and the choice."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axis = figure.subplots()
-    rows = [x for x in result["averages"] if math.isfinite(x["loss"])]
-    points = sorted((x["kappa"], x["loss"]) for x in rows if x["kappa"])
+    rows = [x for x in result["averages"] if math.isfinite(x["score"])]
+    points = sorted((x["kappa"], x["score"]) for x in rows if x["kappa"])
     axis.plot(*zip(*points, strict=True), color="#999999", lw=1.2, zorder=1) if points else None
     kinds = {REBUILT: "rebuilt", KEPT: "kept in training", DEFAULT: "default", LIVE: "live weights"}
     for colour, (kind, label) in zip(COLOURS, kinds.items(), strict=False):
         own = [x for x in rows if x["kind"] == kind and x["kappa"] is not None]
         if own:
             axis.scatter(
-                [x["kappa"] for x in own], [x["loss"] for x in own], color=colour, s=36, label=label
+                [x["kappa"] for x in own],
+                [x["score"] for x in own],
+                color=colour,
+                s=36,
+                label=label,
             )
     for x in rows:
         if x["kappa"] is None:  # of other rules
-            axis.axhline(x["loss"], color="#999999", lw=0.8, ls=":")
-            axis.text(0.0, x["loss"], x["average"], fontsize=7, va="bottom")
+            axis.axhline(x["score"], color="#999999", lw=0.8, ls=":")
+            axis.text(0.0, x["score"], x["average"], fontsize=7, va="bottom")
         if x["average"] == result["chosen"] and x["kappa"] is not None:
-            axis.scatter([x["kappa"]], [x["loss"]], s=140, facecolors="none", edgecolors="black")
+            axis.scatter([x["kappa"]], [x["score"]], s=140, facecolors="none", edgecolors="black")
     axis.set_xlabel("κ of the power EMA (0: the live weights)")
-    axis.set_ylabel("loss, nats a token")
+    axis.set_ylabel(result["measure"])
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)

@@ -5,7 +5,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import date
 from difflib import get_close_matches
@@ -36,6 +36,7 @@ from .terminal import progress_bars, say
 
 COMPARED = {"live": folder.LIVE, "returned": folder.MODEL}
 SEED = 1234  # lm-eval's own, for the same few-shot examples as its command shows
+BATCH = 8  # sequences computed at a time
 RESAMPLINGS = 1000  # for standard errors without a formula
 Scores = dict[str, dict[str, dict[str, dict[str, Any]]]]
 
@@ -63,7 +64,7 @@ class Evaluation(Options):
     """First so many examples of each task, >= 1. Default: all."""
     few_shot: Annotated[int, Field(ge=0)] | None = None
     """Solved examples in each prompt, >= 0; zero-shot tasks get none. Default: the task's own."""
-    batch: Positive = 8
+    batch: Positive = BATCH
     """Sequences computed at a time, >= 1."""
     chat: bool = False
     """Put each request into the model's chat template."""
@@ -96,10 +97,10 @@ def evaluate(options: Evaluation, console: Console) -> dict[str, Any]:
     hub_is_there()  # otherwise its libraries would try for a minute
     with _quiet(console) as progress:
         reading = progress.add_task("tasks", total=None)
-        tasks = _tasks(options)
+        tasks = load_tasks(options.tasks, options.include, options.few_shot)
         progress.remove_task(reading)
         tokenizer = [*models.values()][-1]
-        with clock(_day_of(Path(options.model))):
+        with clock(day_of(Path(options.model))):
             scored = {
                 name: _score(name, path, tokenizer, tasks, options, device, progress)
                 for name, path in models.items()
@@ -148,7 +149,7 @@ def _models(given: str) -> dict[str, str]:
     return {"model": given}
 
 
-def _day_of(path: Path) -> date | None:
+def day_of(path: Path) -> date | None:
     """The day of a run, or of the run that a model is a part of; None without one."""
     run = next((part for part in (path, path.parent) if folder.is_begun(part)), None)
     return None if run is None else Recipe(**folder.recipe_of(run)).date
@@ -170,11 +171,21 @@ def find_device(given: str | None) -> str:
     return given
 
 
-def _tasks(options: Evaluation) -> Any:
-    """The named tasks and groups with their data, as a `TaskDict` of lm-eval."""
+def load_tasks(
+    names: Sequence[str], include: Path | None = None, few_shot: int | None = None
+) -> Any:
+    """The named tasks and groups with their data, as a `TaskDict` of lm-eval.
+
+    Args:
+        names: of tasks, groups or tags.
+        include: folder with task files.
+        few_shot: solved examples in each prompt; by default the task's own number.
+
+    Raises:
+        InputError: there is no such folder or task, or a task cannot be made.
+    """
     from lm_eval.tasks import TaskManager
 
-    names, include = [*options.tasks], options.include
     if include and not include.is_dir():
         raise InputError(f"include: no such folder: {include}")
     # Only the user's own tasks if they suffice: reading all of lm-eval's files takes 9 seconds.
@@ -187,7 +198,7 @@ def _tasks(options: Evaluation) -> Any:
             hint = f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists them"
             raise InputError(f"unknown task {name!r}; {hint}")
     try:
-        tasks = manager.load(names)
+        tasks = manager.load([*names])
     except Exception as error:  # a task file can run any code
         hint = ""
         if isinstance(error, ConnectionError):
@@ -195,8 +206,8 @@ def _tasks(options: Evaluation) -> Any:
         raise InputError(f"tasks: {_first_line(error)}{hint}") from error
     for task in tasks["tasks"].values():  # as lm-eval's command does
         own = task.get_config("num_fewshot")
-        if own is None or (own and options.few_shot is not None):
-            task.set_config("num_fewshot", options.few_shot or 0)
+        if own is None or (own and few_shot is not None):
+            task.set_config("num_fewshot", few_shot or 0)
     return tasks
 
 
@@ -206,6 +217,18 @@ def _first_line(error: BaseException) -> str:
 
 
 # ---- evaluating ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Silence what the libraries log and print."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager
@@ -219,13 +242,8 @@ def _quiet(console: Console) -> Iterator[Progress]:
         redirect_stdout=False,
         redirect_stderr=False,
     )
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with progress, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            yield progress
-    finally:
-        logging.disable(before)
+    with progress, silenced():
+        yield progress
 
 
 def _score(
@@ -238,26 +256,56 @@ def _score(
     progress: Progress,
 ) -> dict[str, Any]:
     """lm-eval's results for one model, with the scores of each example."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
     try:
         model: Any = load_model(path, dtype="auto")
-        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path} cannot be loaded: {_first_line(error)}") from error
-    lm = HFLM(
-        pretrained=model.to(device),
-        tokenizer=loaded,
-        batch_size=options.batch,
-        softmax_dtype="float32",
-    )
     bar = progress.add_task(name, total=None)
 
     def answered(*_: Any) -> None:
         requests = sum(len(task.instances) for task in tasks["tasks"].values())
         progress.update(bar, advance=1, total=requests)
 
+    how = options.model_dump(include={"limit", "few_shot", "batch", "chat"})
+    return scores_of(model.to(device), tokenizer, tasks, answered=answered, **how)
+
+
+def scores_of(
+    model: Any,
+    tokenizer: str,
+    tasks: Any,
+    *,
+    samples: dict[str, list[int]] | None = None,
+    limit: int | None = None,
+    few_shot: int | None = None,
+    batch: int = BATCH,
+    chat: bool = False,
+    answered: Callable[..., Any] = lambda *_: None,
+) -> dict[str, Any]:
+    """lm-eval's results for a model, with the scores of each example.
+
+    Args:
+        model: on its device.
+        tokenizer: its folder, or its name on the Hub.
+        tasks: of `load_tasks`.
+        samples: numbers of the examples by task; by default all.
+        limit: first so many examples of each task.
+        few_shot: that was asked for, for the message where it is too many.
+        batch: sequences computed at a time.
+        chat: put each request into the model's chat template.
+        answered: called after each request.
+
+    Raises:
+        InputError: the tokenizer cannot be loaded, or a task cannot be run.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{tokenizer} cannot be loaded: {_first_line(error)}") from error
+    lm = HFLM(pretrained=model, tokenizer=loaded, batch_size=batch, softmax_dtype="float32")
     lm.set_cache_hook(SimpleNamespace(add_partial=answered))
     set_seed(SEED)
     for task in tasks["tasks"].values():
@@ -266,13 +314,13 @@ def _score(
         return lm_eval.evaluate(
             lm=lm,
             task_dict=tasks,
-            limit=options.limit,
+            limit=limit,
+            samples=samples,
             bootstrap_iters=RESAMPLINGS,
-            apply_chat_template=options.chat,
+            apply_chat_template=chat,
         )
     except (ValueError, AssertionError) as error:
-        shots = options.few_shot
-        hint = f"; --few-shot {shots} may be more examples than there are" if shots else ""
+        hint = f"; --few-shot {few_shot} may be more examples than there are" if few_shot else ""
         raise InputError(f"tasks: {_first_line(error)}{hint}") from error
 
 
@@ -306,19 +354,29 @@ def _paired_stderr(scored: list[dict[str, Any]], task: str, key: str) -> float |
 
     With the differences d of n examples it is stdev(d) / √n, with n - 1 degrees of freedom.
     """
-    metric, _, which = key.partition(",")
-    columns = []
-    for found in scored:
-        samples = found["samples"].get(task, ())  # a group has none
-        column = [sample.get(metric) for sample in samples if sample["filter"] == which]
-        numbers = [float(x) for x in column if isinstance(x, int | float)]
-        if len(numbers) < max(2, len(column)):
-            return None
-        if not math.isclose(fmean(numbers), found["results"][task][key], abs_tol=1e-12):
-            return None
-        columns.append(numbers)
+    columns = [of_examples(found, task, key) for found in scored]
+    if not all(columns) or len(columns[0]) < 2:
+        return None
     differences = [after - before for before, after in zip(*columns, strict=True)]
     return stdev(differences) / math.sqrt(len(differences))
+
+
+def of_examples(found: dict[str, Any], task: str, key: str) -> list[float]:
+    """A metric of each example of a task; none if the metric is not their mean.
+
+    Args:
+        found: lm-eval's results for a model.
+        task: its name; a group has no examples.
+        key: the metric and its filter, as in "acc,none".
+    """
+    metric, _, which = key.partition(",")
+    samples = found["samples"].get(task, ())
+    column = [sample.get(metric) for sample in samples if sample["filter"] == which]
+    numbers = [float(x) for x in column if isinstance(x, int | float)]
+    if not numbers or len(numbers) < len(column):
+        return []
+    is_mean = math.isclose(fmean(numbers), found["results"][task][key], abs_tol=1e-12)
+    return numbers if is_mean else []
 
 
 def _score_table(results: Scores, found: dict[str, Any]) -> Table:

@@ -35,8 +35,9 @@ from . import InputError, Positive, folder, reporting
 from .build import RunTrainer, build_trainer, digest_of, processes
 from .callbacks import EvalAndSaveAtEnd, JsonlMetrics, ProgressBar, Stop
 from .chat import show_example
-from .choose import HeldOut, choose, halves, held_out_of, is_chosen, rule_facts
+from .choose import choose, is_chosen, rule_facts
 from .find_lr import with_found_rate
+from .held_out import held_out_of, sequences
 from .manifest import environment, write_json
 from .page import write_page
 from .recipe import RESUMABLE_CHANGES, Recipe, RecipeCommand
@@ -124,9 +125,9 @@ def train(
         finished, checkpoint = _on_main(lambda: _starting_point(options, run))
         if finished:
             if recipe.choose and not _on_main(lambda: is_chosen(run)):
-                held_out = held_out_of(run, recipe)  # it was killed while it chose
+                halves = held_out_of(run, recipe)  # it was killed while it chose
                 if processes().is_main_process:
-                    choose(run, recipe, held_out, console)
+                    choose(run, recipe, halves, console)
                 return run
             say(console, f"{run} is finished.")
             return run
@@ -139,9 +140,10 @@ def train(
                     recipe, data = with_found_rate(recipe, console)
                 trainer = build_trainer(recipe, checkpoints, prepared=data)
                 names = recipe.eval_data or recipe.data_names
-                held_out = HeldOut(trainer.eval_dataset, trainer.data_collator, names)
+                dataset, collate = trainer.eval_dataset, trainer.data_collator
+                held_out = partial(sequences, dataset, collate, recipe, names)
                 if recipe.choose:
-                    halves(held_out, recipe)  # before the training: there must be enough
+                    held_out()  # before the training: there must be enough
                 facts = _start(trainer, recipe, run, checkpoint, console)
             except BaseException:
                 if is_new:  # the Trainer makes it before everything has been checked
@@ -151,7 +153,7 @@ def train(
             ended = _fit(trainer, recipe, run, checkpoint, facts, console, callbacks)
             del trainer  # for the memory
             if ended and recipe.choose and processes().is_main_process:
-                choose(run, recipe, held_out, console)
+                choose(run, recipe, held_out(), console)
             return ended
 
 

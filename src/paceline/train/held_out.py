@@ -1,0 +1,227 @@
+"""Halves of held-out examples: `paceline choose` chooses by one, and reports on the other."""
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import InputError, folder
+from .build import build_trainer, digest_of, evaluated_together, processes
+from .evaluate import day_of, load_tasks, of_examples, scores_of, silenced
+from .intervals import interval
+from .recipe import Recipe
+from .sandbox import clock
+
+LEAST = 4  # examples: an interval needs two in each half
+
+
+class Half(NamedTuple):
+    """One half of the held-out examples."""
+
+    counts: list[int]  # of each example: the tokens that count; 1 for an example of a task
+    costs: Callable[[Any], list[float]]  # a model -> the cost of each example; lower is better
+
+
+class HeldOut(NamedTuple):
+    """Examples to score models on, and what their scores are."""
+
+    choosing: Half
+    reporting: Half
+    names: tuple[str, ...]  # of the data, or of the task
+    measure: str = "loss, nats a token"
+    higher_is_better: bool = False
+
+    @property
+    def sign(self) -> int:
+        """Of a score as it is shown: sign * (sum of costs) / (sum of counts)."""
+        return -1 if self.higher_is_better else 1
+
+
+# ---- losses of sequences ------------------------------------------------------------------------
+
+
+def held_out_of(
+    run: Path, recipe: Recipe, names: tuple[str, ...] | None = None, most: int | None = None
+) -> HeldOut:
+    """A run's own sequences to evaluate on, which must be as they were, or those of other data.
+
+    Raises:
+        InputError: they cannot be read, have changed, or are too few.
+    """
+    # What was trained on is loaded where a part of it was held out.
+    once: dict[str, Any] = {"batch": processes().num_processes, "micro_batch": None}
+    once |= {"steps": 1, "epochs": None, "tokens": None, "warmup": 0.0}
+    once |= {"snapshots": 0, "choose": False, "fsdp": False, "report_to": ()}
+    once |= {"tokenizer": str(run / folder.MODEL), "chat_template": None}
+    if names is not None:
+        once |= {"data": names, "eval_data": names, "streaming": False}
+        once |= {"examples": None, "eval_split": None}
+        once |= {} if most is None else {"eval_examples": most}
+    read: Recipe = recipe.model_copy(update=once)
+    with TemporaryDirectory() as place:
+        trainer = build_trainer(read, Path(place), only_data=True)
+    data = trainer.eval_dataset
+    if names is None:
+        if digest_of(data) != folder.manifest_of(run)["data"]["evaluation_digest"]:
+            raise InputError(
+                "data: those that the run evaluated on have changed; give others by --data"
+            )
+        data = data.select(range(min(len(data), most or len(data))))
+    names = names or recipe.eval_data or recipe.data_names
+    return sequences(data, trainer.data_collator, recipe, names)
+
+
+def sequences(
+    data: Any, collate: Callable[[Any], Any], recipe: Recipe, names: tuple[str, ...]
+) -> HeldOut:
+    """The halves of a dataset's sequences, in its order. Their cost is the loss in nats.
+
+    Raises:
+        InputError: there are too few sequences.
+    """
+    rows = list(data)
+    counts = [int((collate([row])["labels"][..., 1:] != -100).sum()) for row in rows]
+    found = [(row, count) for row, count in zip(rows, counts, strict=True) if count]
+    _require(len(found), "data", ", ".join(names), "sequences")
+    # A packed row is not put together with others, so that it has a loss of its own.
+    size = 1 if recipe.packing else evaluated_together(recipe, 1)
+    halves = []
+    for part in (found[: len(found) // 2], found[len(found) // 2 :]):
+        chunks = [part[i : i + size] for i in range(0, len(part), size)]
+        batches = [dict(collate([row for row, _ in chunk])) for chunk in chunks]
+        halves.append(Half([count for _, count in part], _losses(batches, recipe.precision)))
+    return HeldOut(halves[0], halves[1], names)
+
+
+def _require(number: int, option: str, name: str, kind: str) -> None:
+    if number < LEAST:
+        raise InputError(
+            f"{option}: {name} has {number} {kind} to score on, and at least {LEAST} are needed, "
+            "half of them to choose by and half to report on"
+        )
+
+
+def _losses(batches: list[dict[str, Tensor]], precision: str) -> Callable[[Any], list[float]]:
+    @torch.no_grad()
+    def losses(model: Any) -> list[float]:
+        """The loss of each sequence in nats, summed over its tokens."""
+        device, found = model.device, []
+        for batch in batches:
+            inputs = {name: x.to(device) for name, x in batch.items() if name != "labels"}
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(**inputs, use_cache=False).logits
+            for row, labels in zip(logits, batch["labels"].to(device), strict=True):
+                loss = F.cross_entropy(
+                    row[:-1].float(), labels[1:], ignore_index=-100, reduction="sum"
+                )
+                found.append(loss.item())
+        return found
+
+    return losses
+
+
+# ---- scores of a task ---------------------------------------------------------------------------
+
+
+def task_of(
+    run: Path, name: str, metric: str | None, include: Path | None, most: int | None
+) -> HeldOut:
+    """The halves of the examples of a task of lm-eval, in its order.
+
+    Args:
+        run: the folder of the run that is scored; its model has the tokenizer.
+        name: of the task.
+        metric: as `paceline eval` prints it: a mean over examples. None: the task's only one.
+        include: folder with task files, if it is not one of lm-eval's.
+        most: examples at most; None: all.
+
+    Raises:
+        InputError: lm-eval, the task or the metric is not there, or it has too few examples.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("task: lm-eval is not installed: pip install 'paceline[eval]'")
+    with silenced():
+        tasks = load_tasks([name], include)
+    if list(tasks["tasks"]) != [name]:
+        raise InputError(f"task: {name} is a group; give one of {', '.join(tasks['tasks'])}")
+    task = tasks["tasks"][name]
+    better = task.higher_is_better()
+    if metric is None and len(better) == 1:
+        [metric] = better
+    higher = better.get(metric.partition(",")[0]) if metric else None
+    if metric is None or higher is None:
+        got = "name one by --metric" if metric is None else f"got {metric!r}"
+        raise InputError(f"metric: {name} has {', '.join(better) or 'none'}; {got}")
+    number = min(len(task.eval_docs), most or len(task.eval_docs))
+    _require(number, "task", name, "examples")
+    asked, tokenizer, day = metric, str(run / folder.MODEL), day_of(run)
+
+    def half(examples: range) -> Half:
+        def costs(model: Any) -> list[float]:
+            with silenced(), clock(day):
+                found = scores_of(model, tokenizer, tasks, samples={name: [*examples]})
+            scores = _of_each(found, name, asked)
+            return [-x for x in scores] if higher else scores
+
+        return Half([1] * len(examples), costs)
+
+    middle = number // 2
+    return HeldOut(half(range(middle)), half(range(middle, number)), (name,), metric, higher)
+
+
+def _of_each(found: dict[str, Any], task: str, metric: str) -> list[float]:
+    """A metric of each example.
+
+    Raises:
+        InputError: it has several filters, or is not a mean over examples.
+    """
+    keys = [key for key in found["results"][task] if metric in (key, key.partition(",")[0])]
+    if metric + ",none" in keys:
+        keys = [metric + ",none"]
+    if len(keys) != 1:
+        there = [x for x in found["results"][task] if "," in x and "_stderr" not in x]
+        raise InputError(f"metric: {task} has no {metric!r}; it has {' and '.join(there)}")
+    if numbers := of_examples(found, task, keys[0]):
+        return numbers
+    raise InputError(f"metric: {metric} of {task} is no mean over examples; name another")
+
+
+# ---- differences --------------------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+    """A difference of two mean costs or scores, and its 95 % interval."""
+
+    difference: float
+    low: float
+    high: float
+
+    def times(self, sign: int) -> "Difference":
+        """Itself, or with -1 that of the opposite scores."""
+        return self if sign == 1 else Difference(-self.difference, -self.high, -self.low)
+
+    def __str__(self) -> str:
+        return f"{self.difference:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+def difference(costs: list[float], others: list[float], counts: list[int]) -> Difference:
+    """Of mean costs, paired by example: with d the differences of sums over n tokens each,
+
+        mean = Σd / Σn,     interval of Student's t over mean + (d - mean·n) / (Σn / examples)
+
+    Args:
+        costs: of each example, summed over its tokens.
+        others: likewise, which are subtracted.
+        counts: n of each example.
+    """
+    gaps = [a - b for a, b in zip(costs, others, strict=True)]
+    mean, size = sum(gaps) / sum(counts), fmean(counts)
+    found = interval([mean + (d - mean * n) / size for d, n in zip(gaps, counts, strict=True)])
+    return Difference(mean, *(found or (math.nan, math.nan)))
