@@ -165,6 +165,17 @@ def test_the_model_says_that_it_was_chosen(done, made):
     assert read(made / "manifest.json") == read(done[0] / "manifest.json")
 
 
+def test_the_report_shows_the_choice(done, made):
+    before, page = ((run / "report.html").read_text() for run in (done[0], made))
+    said = read(made / "choice.json")["said"]
+    assert f"<h2>Chosen after the training</h2>\n<p>{said} " in page.replace("&#39;", "'")
+    assert "Chosen after" not in before
+    for part in ("On the way there", "The average", "Recipe"):  # else it is as it was
+        wanted = before.partition(f"<h2>{part}")[2].partition("<h2>")[0].partition("<details>")[0]
+        assert wanted
+        assert wanted in page
+
+
 def test_a_table_and_a_curve_are_printed(made, tmp_path, capsys):
     """And a second choice is the first one, with the same former model."""
     run = shutil.copytree(made, tmp_path / "run")

@@ -36,7 +36,7 @@ from .held_out import Difference, Half, HeldOut, difference, held_out_of, task_o
 from .manifest import environment, read_json, write_json
 from .methods import Setup
 from .model import load_model
-from .page import COLOURS, save
+from .page import COLOURS, save, write_page
 from .rebuild import (
     Kept,
     Weights,
@@ -377,6 +377,7 @@ def _choose(
     _note(run, result["chosen"])
     _show(result, console)
     save(_curve(result), run / folder.CHOICE_PICTURE)
+    _report(run, recipe, result)
     result |= {"seconds": round(time.perf_counter() - began, 1), **facts}
     write_json(run / folder.CHOICE, _plain(result))
     say(console, f"The model: {run / folder.MODEL}\nThe losses: {run / folder.CHOICE}")
@@ -542,6 +543,16 @@ def _note(run: Path, chosen: str) -> None:
         weights[folder.FORMER] = weights[folder.MODEL]
         weights[folder.MODEL] = f"{WEIGHTS}: {chosen}"
     write_json(run / folder.AVERAGE_FACTS, facts | {"weights": weights})
+
+
+def _report(run: Path, recipe: Recipe, result: dict[str, Any]) -> None:
+    """Write the run's report once more, with the choice."""
+    lines, _ = folder.read_lines(run / folder.METRICS)
+    history = [{k: math.nan if x is None else x for k, x in line.items()} for _, line in lines]
+    average = read_json(run / folder.AVERAGE_FACTS)
+    average = {k: x for k, x in average.items() if not isinstance(x, dict)}
+    choice = (result["said"], _curve(result))
+    write_page(recipe, history, average, folder.manifest_of(run), run, choice)
 
 
 def _card(before: Path, chosen: Candidate, result: dict[str, Any]) -> str:

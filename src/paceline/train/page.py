@@ -52,8 +52,9 @@ def write_page(
     average: dict[str, Any],
     manifest: dict[str, Any],
     run: Path,
+    choice: tuple[str, Figure] | None = None,
 ) -> None:
-    """Write a run's report.html: curves, final losses and settings."""
+    """Write a run's report.html: curves, final losses, settings, and what a choice found."""
     evaluations = [entry for entry in history if "eval_loss" in entry]
     render(
         run / REPORT,
@@ -66,6 +67,7 @@ def write_page(
         average=average,
         manifest=manifest,
         svg=svg(_curves(history)),
+        choice=choice and (choice[0], svg(choice[1])),
     )
 
 
