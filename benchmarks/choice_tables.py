@@ -1,18 +1,26 @@
-"""What it is worth to choose the average after the training, from the runs of the two trials.
+"""What it is worth to choose the average after the training, and how many data that needs.
 
     python benchmarks/choice_tables.py results/choice
 
-Writes tables.md. Each training kept seven averages. One is chosen on half of the held-out data, and
-its loss is that of the other half.
+Writes tables.md from the runs of the two trials, and from those of benchmarks/choice.py. Each
+training kept seven averages. One is chosen on half of the held-out data, and its loss is that of
+the other half.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+from choice import BLOCKS, REBUILT, Cell
+from choice import CHOICES as CHOSEN_FROM
+from choice import written as chosen_runs
 from regret import READ_OUTS, SATURATED, written
 from regret_tables import HORIZON, THREE, chosen_after, frame
+from tasks import CONTEXT
 from trial_tables import AUTO, TEN, over_tasks
 
 from paceline.study.statistics import Listing
@@ -71,7 +79,33 @@ def compared(losses: pd.DataFrame, where: str, *, tuned: bool) -> Listing:
     return Listing.of_differences(f"{where}, {at}; less κ 0.7", columns, rows)
 
 
+def by_data(runs: dict[Cell, dict[str, Any]]) -> Listing:
+    """Each choice on so many tokens, over the seeds and rates of a task, then over tasks."""
+    rows = []
+    for name, (at, number) in itertools.product(
+        (*CHOSEN_FROM, *REBUILT.values()), enumerate(BLOCKS)
+    ):
+        by_task: dict[str, list[list[float]]] = {}
+        for cell, found in runs.items():
+            by_task.setdefault(cell.task, []).append(found[name][at])
+        less, above = pd.DataFrame({k: np.mean(x, 0) for k, x in by_task.items()}).to_numpy()
+        row = [name, number * CONTEXT, len(less), float(above.mean())]
+        rows.append([*row, *over_tasks(pd.Series(less))])
+    columns = ["", "tokens to choose by", "tasks", "above the run's best"]
+    return Listing.of_differences("How many data a choice needs; less κ 0.7", columns, rows)
+
+
+def errors(runs: dict[Cell, dict[str, Any]]) -> Listing:
+    """Of κ = 0.7 as it was rebuilt, as a share of its distance from the live weights."""
+    found = {name: [x[f"error, {name}"] for x in runs.values()] for name in REBUILT.values()}
+    rows = [[name, len(x), float(np.median(x)), max(x)] for name, x in found.items()]
+    return Listing("Error of κ 0.7, rebuilt", ["", "trainings", "median", "largest"], rows)
+
+
 def tables() -> Iterator[Listing]:
+    if runs := chosen_runs(RESULTS / "choice"):
+        yield by_data(runs)
+        yield errors(runs)
     for where, (folder, tasks) in TRIALS.items():
         losses = frame(written(RESULTS / folder))
         losses = losses[losses.task.str.match(tasks)]

@@ -96,7 +96,9 @@ class Cell(NamedTuple):
 # ---- trainings ----------------------------------------------------------------------------------
 
 
-def optimizer_of(method: Method, parameters: list[Tensor], warmup: int) -> Optimizer:
+def optimizer_of(
+    method: Method, parameters: list[Tensor], warmup: int, returns: dict[str, str] = READ_OUTS
+) -> Optimizer:
     if method.name == "schedule-free":
         return schedulefree.AdamWScheduleFree(
             parameters, lr=method.lr, warmup_steps=warmup, weight_decay=WEIGHT_DECAY
@@ -109,7 +111,7 @@ def optimizer_of(method: Method, parameters: list[Tensor], warmup: int) -> Optim
         gain=method.get("gain") or "adam",
         kappa=method.kappa or 0.5,
         fused=True,
-        returns=READ_OUTS,
+        returns=returns,
     )
 
 

@@ -56,6 +56,8 @@ class Problem(NamedTuple):
     parameters: list[Tensor]
     loss: Callable[[], Tensor]  # of the next batch
     judge: Callable[[], list[float]]  # nats on the half to choose by and the half to report
+    model: nn.Module | None = None  # of a language task, with the nats of each held-out block:
+    blocks: Callable[[], Tensor] | None = None  # (2, blocks of a half); all tokens are learned
 
 
 class Task(NamedTuple):
@@ -109,13 +111,13 @@ def language(model: nn.Module, data: Data, seed: int, *, bf16: bool = False) -> 
     """A causal language model on blocks of tokens in the order that a seed gives."""
     order = torch.Generator().manual_seed(seed)
 
-    def nats(inputs: Tensor, labels: Tensor) -> Tensor:
+    def nats(inputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
         said = labels[:, 1:] >= 0  # logits only where there is a loss
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             hidden = model.base_model(**{name: inputs}, use_cache=False)[0][:, :-1]
             logits = model.lm_head(hidden[said])
-        return F.cross_entropy(logits.float(), labels[:, 1:][said])
+        return F.cross_entropy(logits.float(), labels[:, 1:][said], reduction=reduction)
 
     def loss() -> Tensor:
         chosen = torch.randint(len(data.train[0]), (BATCH,), generator=order)
@@ -125,7 +127,11 @@ def language(model: nn.Module, data: Data, seed: int, *, bf16: bool = False) -> 
         halves = zip(*(x.chunk(2) for x in data.held_out), strict=True)
         return [nats(*half).item() for half in halves]
 
-    return Problem([p for p in model.parameters() if p.requires_grad], loss, judge)
+    def blocks_of_all_tokens() -> Tensor:
+        return nats(*data.held_out, "none").view(2, len(data.held_out[0]) // 2, -1).mean(2)
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return Problem(parameters, loss, judge, model, blocks_of_all_tokens)
 
 
 def gpt(seed: int) -> nn.Module:

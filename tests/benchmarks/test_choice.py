@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 SEEDS, RATES = range(5), (1e-3, 1e-2)
 
@@ -74,3 +75,49 @@ def test_tables_are_those_of_plain_loops(made):
             assert tasks == 2
             assert above == pytest.approx(exact[0])
             assert less is None if returned == choice.FIXED else less == pytest.approx(exact[1])
+
+
+def test_the_choice_by_few_data_is_over_draws():
+    """On all blocks it is the best of them; on one, the mean over what each block picks."""
+    choice = importlib.import_module("choice")
+    random = np.random.default_rng(1)
+    losses = {name: torch.tensor(random.normal(3, 0.1, (2, 128))) for name in "abc"}
+    means = {name: x.mean(1).tolist() for name, x in losses.items()}
+    found = choice.chosen(losses, 3.0, 2.5, seed=0)
+    least = min(means, key=lambda name: means[name][0])
+    assert found[-1] == pytest.approx([means[least][1] - 3, means[least][1] - 2.5], abs=1e-6)
+    picked = [min("abc", key=lambda name: float(losses[name][0, n])) for n in range(128)]
+    by_block = [means[name][1] - 3 for name in picked]
+    error = np.std(by_block) / np.sqrt(choice.DRAWS)
+    assert abs(found[0][0] - np.mean(by_block)) < 4 * error
+
+
+def test_tables_by_data_are_over_tasks(made, tmp_path):
+    """A task is the mean over its rates and seeds."""
+    tables, (choice, random) = (
+        made[0],
+        (importlib.import_module("choice"), np.random.default_rng(2)),
+    )
+    runs, names = {}, (*choice.CHOICES, *choice.REBUILT.values())
+    for task, lr, seed in itertools.product(("a", "b", "c"), RATES, range(2)):
+        found = {name: random.normal(0, 1, (len(choice.BLOCKS), 2)).tolist() for name in names}
+        runs[choice.Cell(task, lr, seed)] = found | {
+            f"error, {name}": float(random.uniform()) for name in choice.REBUILT.values()
+        }
+    (tmp_path / "choice").mkdir()
+    lines = [json.dumps([*cell, found]) for cell, found in runs.items()]
+    (tmp_path / "choice" / "runs.jsonl").write_text("\n".join(lines))
+    by_data, errors = itertools.islice(tables.tables(), 2)
+    for row, (name, at) in zip(
+        by_data.rows, itertools.product(names, range(len(choice.BLOCKS))), strict=True
+    ):
+        of = {
+            task: np.mean([x[name][at] for cell, x in runs.items() if cell.task == task], axis=0)
+            for task in "abc"
+        }
+        less, above = np.mean([*of.values()], axis=0)
+        assert row[:3] == [name, 32 * choice.BLOCKS[at], 3]
+        assert row[3:5] == pytest.approx([above, less])
+    for row, name in zip(errors.rows, choice.REBUILT.values(), strict=True):
+        own = [x[f"error, {name}"] for x in runs.values()]
+        assert row == [name, 12, pytest.approx(np.median(own)), max(own)]
