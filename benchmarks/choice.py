@@ -34,7 +34,7 @@ from paceline.train.weighted import weighted_sum
 
 RETURNS = {**READ_OUTS, "slow": "ema:kappa=0.9"}
 KEPT = (PowerEMA(0.3), PowerEMA(0.9))  # what averages are rebuilt from
-SEEDS, SNAPSHOTS = range(3), 12
+SEEDS, SNAPSHOTS = range(2), 12
 BLOCKS, DRAWS = (1, 2, 4, 8, 16, 32, 64, 128), 50
 FIXED, TARGET = "k70", PowerEMA(0.7)
 REBUILT = {torch.float32: "eight, rebuilt", torch.bfloat16: "eight, rebuilt from bfloat16"}
