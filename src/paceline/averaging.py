@@ -327,7 +327,7 @@ class EMA(Averaging):
         return _where(step % self.every == 0, beta)
 
     def scaling(self, k: float) -> dict[str, Any]:
-        """β' = 1 - (1 - β)^r, an update standing for r = k·every'/every; half_life' = half_life/k."""
+        """β' = 1 - (1 - β)^r, for the r = k·every'/every updates that one stands for."""
         every, updates = _scaled_every(self.every, k)
         if self.half_life is not None:
             return {"half_life": self.half_life / k, "every": every}
