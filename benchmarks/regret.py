@@ -28,7 +28,7 @@ from typing import NamedTuple
 import pandas as pd
 import schedulefree
 import torch
-from tasks import BLIND, TASKS, WEIGHT_DECAY, WHOLE, Problem, Task
+from tasks import BLIND, TASKS, WEIGHT_DECAY, WHOLE, Problem, Task, fit
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -123,12 +123,7 @@ def train(
     schedule = method.make_scheduler(optimizer, warmup, steps)
     if method.name == "schedule-free":
         optimizer.train()
-    for _ in range(steps):
-        problem.loss().backward()
-        nn.utils.clip_grad_norm_(problem.parameters, clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    fit(problem, optimizer, schedule, steps, clip)
     with torch.no_grad():
         if method.name == "schedule-free":
             optimizer.eval()

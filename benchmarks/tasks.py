@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from paceline import PACE
@@ -58,6 +60,18 @@ class Problem(NamedTuple):
     judge: Callable[[], list[float]]  # nats on the half to choose by and the half to report
     model: nn.Module | None = None  # of a language task, with the nats of each held-out block:
     blocks: Callable[[], Tensor] | None = None  # (2, blocks of a half); all tokens are learned
+
+
+def fit(
+    problem: Problem, optimizer: Optimizer, schedule: LRScheduler, steps: int, clip: float
+) -> None:
+    """Train a problem for so many steps."""
+    for _ in range(steps):
+        problem.loss().backward()
+        nn.utils.clip_grad_norm_(problem.parameters, clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
 
 
 class Task(NamedTuple):
@@ -107,8 +121,10 @@ def texts() -> tuple[Any, dict[str, Data]]:
     return tokenizer, in_blocks(tokenizer, {"code": code, "talk": talk})
 
 
-def language(model: nn.Module, data: Data, seed: int, *, bf16: bool = False) -> Problem:
-    """A causal language model on blocks of tokens in the order that a seed gives."""
+def language(
+    model: nn.Module, data: Data, seed: int, *, batch: int = BATCH, bf16: bool = False
+) -> Problem:
+    """A causal language model on blocks of tokens in the order that a seed gives at any batch."""
     order = torch.Generator().manual_seed(seed)
 
     def nats(inputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
@@ -120,7 +136,7 @@ def language(model: nn.Module, data: Data, seed: int, *, bf16: bool = False) -> 
         return F.cross_entropy(logits.float(), labels[:, 1:][said], reduction=reduction)
 
     def loss() -> Tensor:
-        chosen = torch.randint(len(data.train[0]), (BATCH,), generator=order)
+        chosen = torch.randint(len(data.train[0]), (batch,), generator=order)
         return nats(*(x[chosen] for x in data.train))
 
     def judge() -> list[float]:
@@ -145,11 +161,11 @@ def scratch(seed: int) -> Problem:
     return language(gpt(seed), texts()[1]["code"], seed)
 
 
-def finetune(seed: int) -> Problem:
+def finetune(seed: int, batch: int = BATCH) -> Problem:
     """The same model, first trained on code, on conversations."""
     model = gpt(0)
     model.load_state_dict(started())
-    return language(model, texts()[1]["talk"], seed)
+    return language(model, texts()[1]["talk"], seed, batch=batch)
 
 
 @functools.cache
@@ -170,12 +186,7 @@ def pretrained(model: nn.Module, tokenizer: Any, data: Data) -> dict[str, Tensor
             problem.parameters, lr=method.lr, weight_decay=WEIGHT_DECAY, pullback=0, fused=True
         )
         schedule = method.make_scheduler(optimizer, warmup, steps)
-        for _ in range(steps):
-            problem.loss().backward()
-            nn.utils.clip_grad_norm_(problem.parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+        fit(problem, optimizer, schedule, steps, 1.0)
         with whole(path) as partial:
             torch.save(model.state_dict(), partial)
     return torch.load(path, weights_only=True)

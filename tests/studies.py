@@ -10,7 +10,6 @@ from paceline.study import sweep
 from paceline.study.cells import Cell, Task
 from paceline.study.ledger import Outcomes
 from paceline.study.runs import Run
-from paceline.train.methods import parse_method
 from paceline.train.recipe import Recipe
 
 RECIPE = {
@@ -31,7 +30,7 @@ TASK = Task("tiny", Recipe(**RECIPE))
 def cell_of(text="adamw:lr=1e-2", seed=0, task=TASK, **changes):
     if changes:
         task = Task(task.name, Recipe(**{**RECIPE, **changes}), task.start)
-    methods = tuple(parse_method(part, **task.recipe.method_defaults) for part in text.split(","))
+    methods = tuple(task.recipe.method_of(part) for part in text.split(","))
     return Cell(task, Run(methods, seed))
 
 

@@ -15,8 +15,8 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -59,7 +59,8 @@ class Averaging(ABC):
     them back; have a `name` of its own; and define `falloff` and `weight`. Both get whole numbers,
     a tensor of steps where the host does not read the count (`capturable=True`), or a traced array
     under JAX. A rule that needs more tensors than the average names them in `keeps`, makes them in
-    `begin`, and does all in `update_` instead of `weight`. Define the class before a checkpoint is
+    `begin`, and does all in `update_` instead of `weight`. One that can follow a change of the
+    batch defines `scaling`; {} says that nothing changes. Define the class before a checkpoint is
     loaded.
     """
 
@@ -148,6 +149,56 @@ class Averaging(ABC):
             self.update_(step, [iterates[step]], [average], [kept])
         return average
 
+    def scaled(self, k: float) -> Self:
+        """The rule that makes the same average of the data when the batch grows k-fold.
+
+        Step t of the large batch ends where step k·t of the small one does. What came after it
+        shall weigh the same in both averages. With c and c' their `coefficients`, for all t:
+
+            Σ_{j>t} c'_j = Σ_{s>k·t} c_s
+
+        | rule | changes | agrees |
+        |---|---|---|
+        | EMA | β' = 1 - (1 - β)^k, half_life' = half_life/k | exactly |
+        | PowerEMA | γ' = γ·k^(1-1/κ), ρ' = ρ/k + (k^(1/κ) - 1)/(k·γ) | to (k-1)/(2e)·β_T |
+        | Uniform, SWA | ρ' = ρ/k | exactly, if it is a whole number |
+        | LAWA | window'·every' = window·every/k | exactly, if they are whole numbers |
+        | BEMA | γ' = k·γ, τ' = τ/k | exactly; without φ/k in whole numbers there is no rule |
+
+        All of them take in every (every/k)-th iterate. Where that is a whole number, the average
+        takes in the same points of the data with the same weights: β stays, and a power EMA has
+        γ' = k·γ, ρ' = ρ/k, exactly. Else `every` is rounded to a whole number of steps, at least 1,
+        and starts to a whole step. `every=1`, which takes in all, stays; except that of LAWA and
+        BEMA with k < 1. `PowerEMA.scaling` has the derivation.
+
+        Args:
+            k: the new batch over the old one, in [2^-53, 2^53]; below 1 for a smaller one.
+
+        Raises:
+            ValueError: k is out of its range; or the rule has no scaling by k, and why.
+
+        Source: the constant EMA is that of Busbridge et al., How to Scale Your EMA,
+        arXiv:2307.13813 (2023).
+        """
+        real = isinstance(k, (int, float)) and not isinstance(k, bool)
+        if not real or not 1 / MAX_STEPS <= k <= MAX_STEPS:
+            raise ValueError(f"k must be a number in [2^-53, 2^53], got {k!r}")
+        if k == 1:
+            return self
+        try:
+            return replace(self, **self.scaling(k))
+        except (ValueError, ArithmeticError) as error:
+            why = "its numbers would be too large" if isinstance(error, ArithmeticError) else error
+            raise ValueError(f"{self} has no scaling by {k:g}: {why}") from error
+
+    def scaling(self, k: float) -> dict[str, Any]:
+        """The fields that `scaled` changes, and their values, for a k that is not 1.
+
+        Raises:
+            ValueError: no values make the same average; the message says why.
+        """
+        raise ValueError(f"{type(self).__name__} does not define scaling()")
+
     def __str__(self) -> str:
         parts = [self.name]
         for at, field in enumerate(fields(self)):
@@ -202,6 +253,31 @@ class PowerEMA(Averaging):
         """β_t at every `every`-th step."""
         return _where(step % self.every == 0, self.falloff(step))
 
+    def scaling(self, k: float) -> dict[str, Any]:
+        """κ stays; γ and ρ change.
+
+        An update of the large batch stands for r = k·every'/every of the small one, at k times its
+        step. It has to weigh 1 - Π(1 - β) over those r, which is r·β to first order. Again a power
+        of the step, it is the same rule with other numbers:
+
+            r·(1 + γ·(k·t - ρ))^-κ = (1 + γ'·(t - ρ'))^-κ
+            γ' = k·γ·r^(-1/κ),       ρ' = ρ/k + (r^(1/κ) - 1)/(k·γ)
+
+        Up to ρ' the small batch's average forgets within a step of the large one, so that the large
+        one's is the live weights. A ρ' below 0, of a smaller batch, is 0.
+
+        The second order of the product, (r-1)/2·β of the weight, is left out. At step T of the
+        small batch it moves the sums of `scaled` by at most (r-1)/(2e)·β_T + O(β_T²), with β_T
+        above the floor of 1e-4, which does not change. With r = 1, and with κ = γ = 1, they are
+        equal.
+        """
+        every, updates = _scaled_every(self.every, k)
+        if self.kappa == 0:  # the live weights
+            return {"every": every}
+        longer = updates ** (1.0 / self.kappa)
+        start = self.start / k + (longer - 1.0) / (k * self.rate)
+        return {"rate": k * self.rate / longer, "start": max(0.0, start), "every": every}
+
 
 @dataclass(frozen=True)
 class EMA(Averaging):
@@ -250,6 +326,15 @@ class EMA(Averaging):
             beta = -math.expm1(-math.log(2) * self.every / self.half_life)
         return _where(step % self.every == 0, beta)
 
+    def scaling(self, k: float) -> dict[str, Any]:
+        """β' = 1 - (1 - β)^r, for the r = k·every'/every updates that one stands for."""
+        every, updates = _scaled_every(self.every, k)
+        if self.half_life is not None:
+            return {"half_life": self.half_life / k, "every": every}
+        assert self.beta is not None
+        kept = -math.inf if self.beta == 1 else math.log1p(-self.beta)
+        return {"beta": -math.expm1(updates * kept), "every": every}
+
 
 @dataclass(frozen=True)
 class SWA(Averaging):
@@ -282,6 +367,10 @@ class SWA(Averaging):
         since = step - self.start
         return _where((since < self.every) | (since % self.every == 0), self.falloff(step))
 
+    def scaling(self, k: float) -> dict[str, Any]:
+        """ρ' = ρ/k and every' = every/k."""
+        return {"start": round(self.start / k), "every": _scaled_every(self.every, k)[0]}
+
 
 @dataclass(frozen=True)
 class Uniform(Averaging):
@@ -309,6 +398,10 @@ class Uniform(Averaging):
         return 1.0 / _at_least(1, step - self.start)
 
     weight = falloff
+
+    def scaling(self, k: float) -> dict[str, Any]:
+        """ρ' = ρ/k."""
+        return {"start": round(self.start / k)}
 
 
 @dataclass(frozen=True)
@@ -365,6 +458,18 @@ class LAWA(Averaging):
             own[here].copy_(x)
             for count, name in enumerate(there, 1):  # what is equal in all stays as it is
                 average.lerp_(own[name].to(average.dtype), 1.0 / count)
+
+    def scaling(self, k: float) -> dict[str, Any]:
+        """K'·every' = K·every/k: fewer steps between snapshots, and where that is 1, fewer of them.
+
+        Raises:
+            ValueError: all K are within half a step of the large batch.
+        """
+        every = max(1, round(self.every / k))
+        window = round(self.window * self.every / (k * every))
+        if window == 0:
+            raise ValueError(f"its {self.window * self.every} steps are within half a new one")
+        return {"window": window, "every": every}
 
 
 @dataclass(frozen=True)
@@ -440,6 +545,18 @@ class BEMA(Averaging):
             torch.sub(x, initial, out=average)
             average.mul_(age**-self.bias_power).add_(ema)
 
+    def scaling(self, k: float) -> dict[str, Any]:
+        """γ' = k·γ, τ' = τ/k, φ' = φ/k: the same powers at the same points of the data.
+
+        Raises:
+            ValueError: φ/k is no whole number. A step would then stand for r > 1 updates, and β
+                would have to grow r-fold where α stays. Both are powers of the same ρ + γ·t.
+        """
+        every = round(self.every / k)
+        if not math.isclose(k * every, self.every):
+            raise ValueError(f"every={self.every} over {k:g} is no whole number; give a multiple")
+        return {"rate": k * self.rate, "start": round(self.start / k), "every": every}
+
 
 def parse(text: str) -> Averaging:
     """A rule from its text: `ema` (with kappa, or with beta or half_life), `uniform`, `swa`, ...
@@ -512,6 +629,12 @@ def lerp_(averages: Tensors, weights: Tensors, weight: float | Tensor) -> None:
             average.lerp_(x, weight.to(average.dtype))
     elif weight:
         torch._foreach_lerp_(averages, weights, weight)
+
+
+def _scaled_every(every: int, k: float) -> tuple[int, float]:
+    """`every` in steps of k times the data, and how many old updates a new one stands for."""
+    new = 1 if every == 1 else max(1, round(every / k))
+    return new, k * new / every
 
 
 def _at_least(least: float, x: float | Tensor) -> float | Tensor:

@@ -12,8 +12,8 @@ pytest.importorskip("transformers")
 
 from studies import BASE, RECIPE, TASK, cell_of
 
+from paceline.averaging import EMA, PowerEMA
 from paceline.study.cells import Task, cells
-from paceline.train.methods import parse_method
 from paceline.train.recipe import Recipe
 
 TEXT = "\n".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs" for i in range(300))
@@ -66,7 +66,7 @@ def test_where_a_start_comes_from_is_part_of_a_cell():
 def test_methods_that_share_a_trajectory_are_one_cell():
     texts = ["adamw:lr=1e-2", "ema:kappa=0.3:lr=1e-2", "uniform:lr=1e-2", "pace:lr=1e-2"]
     texts += ["pace:lr=1e-2:return_kappa=0.7", "adamw:lr=1e-3", "ema:kappa=0.3:lr=1e-2"]
-    methods = [parse_method(text, **TASK.recipe.method_defaults) for text in texts]
+    methods = [TASK.recipe.method_of(text) for text in texts]
     found = cells(TASK, methods, (3, 4))
     assert [(len(cell.run.methods), cell.run.seed) for cell in found] == [
         *((3, 3), (2, 3), (1, 3)),
@@ -163,6 +163,19 @@ def test_cells_keep_no_averages(data, monkeypatch):
     for method in (BASE, "adamw:lr=1e-2"):
         with pytest.raises(InterruptedError):
             cell_of(method, **data, snapshots=3, choose=True).train(lambda *_: False)
+
+
+def test_what_watches_is_for_another_batch_too(data, tmp_path):
+    """And its half-life of 64 tokens is the same at any batch: 2 steps of 32."""
+    from paceline.study.cells import _assemble
+
+    texts = "adamw:lr=1e-2,ema:kappa=0.3:lr=1e-2,ema:half_life=64 tokens:lr=1e-2"
+    cell = cell_of(texts, **data, average_batch=1)
+    recipe = Recipe(**cell.task.recipe.model_dump() | {"method": cell.trajectory.written})
+    trainer = _assemble(recipe, tmp_path, cell.run.methods)
+    trainer.create_optimizer()
+    watching = next(iter(trainer.read_outs.values())).func.__self__
+    assert watching.rules == [PowerEMA(0.3).scaled(2), EMA(half_life=2)]
 
 
 def test_the_two_halves_share_nothing(data, tmp_path):

@@ -66,6 +66,13 @@ def text(tmp_path):
     return str(path)
 
 
+def test_half_lives_of_the_comparisons_data():
+    """4 sequences of 32 tokens a step, in three texts."""
+    texts = ("ema:half_life=1280 tokens", "ema:half_life=40 samples", "ema:half_life=20")
+    methods = [Comparison(methods=(text,), lr=(1e-3,)).compared for text in texts]
+    assert [[method.half_life for method in own] for own in methods] == [[10.0], [10.0], [20.0]]
+
+
 def one_line(text):
     return " ".join(text.split())
 

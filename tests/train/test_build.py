@@ -34,8 +34,10 @@ from training import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
+from paceline.averaging import PowerEMA
 from paceline.cli import main
 from paceline.train import InputError
+from paceline.train import run as run_module
 from paceline.train.build import _fingerprint, _split_batch, build_trainer
 from paceline.train.data import make_tokenizer
 from paceline.train.recipe import Recipe
@@ -185,6 +187,27 @@ def test_methods_return_what_they_say(values, method, tmp_path):
     if model:
         tolerance = 5e-3 if "bf16" in method else 1e-6
         assert apart(returned, model(recorder.weights)) <= tolerance
+
+
+def test_an_average_for_another_batch(values, tmp_path, capsys, monkeypatch):
+    """Twice the recipe's batch: the note, and the rule that it names."""
+    rules = []
+
+    def fit(trainer, *_):
+        rules.append(trainer.create_optimizer().param_groups[0]["averaging"])
+
+    monkeypatch.setattr(run_module, "_fit", fit)
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", values))
+    arguments = ["train", recipe, "--batch", "8", "--out"]
+    assert main([*arguments, str(tmp_path / "stays")]) == 130
+    (said,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("batch: "))
+    assert said.endswith(
+        "--average-batch 4 keeps it the same function of the data, "
+        "ema:kappa=0.3:rate=0.198:start=4.54."
+    )
+    assert main([*arguments, str(tmp_path / "scaled"), "--average-batch", "4"]) == 130
+    assert "batch: " not in capsys.readouterr().out
+    assert rules == ["ema:kappa=0.3", str(PowerEMA(0.3).scaled(2))]
 
 
 def test_losses_of_text_are_means_over_predicted_tokens(values, tmp_path):

@@ -46,6 +46,7 @@ WRITTEN = [
         "adamw:power",
     ),
     *("ema", "ema:wsd:kappa=0.123456789:state=bf16", "ema:half_life=12.5:eps=0.1"),
+    "ema:half_life=4M tokens",
     "ema:power:kappa=0.3:return_kappa=0.7",
     *(
         "ema:twin:kappa=1:twin_gain=1",
@@ -121,6 +122,57 @@ def test_averages_of_methods():
     assert {text: method_of(text).averaging(200) for text in averages} == averages
 
 
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("4M tokens", 31.25),
+        ("4000000tokens", 31.25),
+        ("0.128 M tokens", 1),
+        ("6.4e4 tokens", 0.5),
+        ("1.28B tokens", 10**4),
+        ("1.28T tokens", 10**7),
+        ("2000 samples", 15.625),
+        ("2k samples", 15.625),
+        ("50", 50),
+    ],
+)
+def test_half_lives_of_data(text, steps):
+    """128 sequences of 1000 tokens a step."""
+    method = method_of(f"ema:half_life={text}").in_steps(128, 128_000)
+    assert method == method_of(f"ema:half_life={steps}")
+    assert method.averaging(9) == EMA(half_life=steps)
+
+
+def test_half_lives_of_tokens_where_steps_have_different_numbers():
+    assert method_of("ema:half_life=256 samples").in_steps(128, None).half_life == 2
+    with pytest.raises(
+        InputError, match="half_life: .* give samples or --packing, got '1k tokens'"
+    ):
+        method_of("ema:half_life=1k tokens").in_steps(128, None)
+
+
+def test_averages_at_another_batch():
+    """A fourfold one. A start that is a share of the steps is the same share of the data."""
+    averages = {
+        "ema": [PowerEMA(0.3).scaled(4)],
+        "ema:half_life=50": [EMA(half_life=12.5)],
+        "uniform:start=0.25": [Uniform(50)],
+        "swa:start=0.1:every=8": [SWA(20, 2)],
+        "lawa:window=4:every=8": [LAWA(4, 2)],
+        "bema:every=4": [BEMA(rate=4.0)],
+        "adamw": [],
+        "schedule-free": [],
+        "pace:every=4": [PowerEMA(0.3, rate=4.0)],
+        "pace:return_kappa=0.7": [PowerEMA(0.3).scaled(4), PowerEMA(0.7).scaled(4)],
+        "pullback:sgd:return_kappa=0.7": [PowerEMA(0.3).scaled(4), PowerEMA(0.7).scaled(4)],
+    }
+    assert {text: method_of(text).rules(200, 4) for text in averages} == averages
+    for text in ("lookahead", "bema"):
+        with pytest.raises(ValueError, match="has no scaling by 4"):
+            method_of(text).rules(200, 4)
+        method_of(text).rules(200)
+
+
 def test_methods_that_only_watch_share_their_training():
     texts = ["adamw", "ema", "pace", "uniform", "ema:state=bf16", "lawa", "bema", "ema:wsd"]
     texts += ["ema:eps=0.1", "adamw:eps=0.1", "ema:eps=0.01"]
@@ -186,6 +238,21 @@ def test_schedules():
         ("ema:half_life=5:kappa=0.3", "half_life and kappa say the same thing"),
         ("ema:twin:half_life=5", "half_life and kappa say the same thing"),
         ("ema:half_life=0", "half_life: .*greater than 0"),
+        ("ema:half_life=nan", "half_life: .*finite"),
+        *(
+            (f"ema:half_life={text}", f"half_life: give steps > 0, .* got '{text}'")
+            for text in (
+                "soon",
+                "4M",
+                "4m tokens",
+                "2000 sample",
+                "0 tokens",
+                "-1 samples",
+                "1e999 tokens",
+                "1.2.3 tokens",
+                "M tokens",
+            )
+        ),
         ("ema:return_kappa=0.7", "return_kappa: the schedule constant has no kappa; give kappa"),
         ("ema:wsd:return_kappa=0.7", "return_kappa: the schedule wsd has no kappa"),
         ("uniform:start=1", "start: .*less than 1"),

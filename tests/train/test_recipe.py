@@ -14,10 +14,12 @@ import torch
 from recipes import shipped_recipe
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from paceline.cli import main
+from paceline.averaging import EMA, PowerEMA
+from paceline.cli import _parse, main
 from paceline.train import InputError, sources
 from paceline.train.methods import BASES
 from paceline.train.recipe import Recipe, RecipeCommand, read_recipe, shipped
+from paceline.train.run import Train, note_on_batch
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -389,6 +391,17 @@ def test_a_recipe_that_may_not_be_read(monkeypatch, refused):
         ),
         ({"lora_rank": 4, "from_scratch": True}, "lora_rank: adapters of random weights"),
         ({"lora_rank": 4, "model": None, **NEW}, "lora_rank: adapters of random weights"),
+        ({"average_batch": 0}, "average_batch: "),
+        (
+            {"average_batch": 32, "method": "bema"},
+            "average_batch: bema:kappa=0.5 has no scaling by 4: every=1 over 4 is no whole number",
+        ),
+        ({"average_batch": 32, "method": "lookahead"}, "average_batch: lookahead has no scaling"),
+        (
+            {"average_batch": 1, "method": "lawa:window=3:every=2"},
+            "average_batch: lawa:window=3:every=2 has no scaling by 128: its 6 steps are within",
+        ),
+        ({"method": "ema:half_life=4M tokens"}, "half_life: conversations have different numbers"),
         ({"batch": 6, "micro_batch": 4}, "micro_batch: 4 does not divide the batch of 6"),
         ({"batch": 4, "micro_batch": 8}, "micro_batch: 8 does not divide the batch of 4"),
         (
@@ -427,6 +440,80 @@ def test_bad_values_name_their_key(values, message):
 def test_values_at_their_bounds_are_good(values):
     recipe = Recipe(**LEAST | values)
     assert all(getattr(recipe, k) == (tuple(v) if k == "betas" else v) for k, v in values.items())
+
+
+def test_half_lives_of_the_recipes_data():
+    """128 sequences a step, of 1000 tokens; also where the average is for another batch."""
+    given = {"task": "pretrain", "context": 1000, "method": "ema:half_life=4M tokens"}
+    recipe = Recipe(**LEAST, **given)
+    assert recipe.method == "ema:half_life=4M tokens"
+    assert recipe.rules(9) == [EMA(half_life=31.25)]
+    assert Recipe(**LEAST, **given, batch=256).rules(9) == [EMA(half_life=15.625)]
+    assert Recipe(**LEAST, **given, average_batch=64).rules(9) == [EMA(half_life=31.25)]
+    packed = {**given, "task": "sft", "packing": True}
+    assert Recipe(**LEAST, **packed).rules(9) == [EMA(half_life=31.25)]
+    samples = {"method": "ema:half_life=256 samples"}
+    assert Recipe(**LEAST, **samples).rules(9) == [EMA(half_life=2)]
+
+
+def test_averages_for_another_batch():
+    assert Recipe(**LEAST).rules(9) == [PowerEMA(0.3)]
+    scaled = Recipe(**LEAST, average_batch=32)
+    assert scaled.rules(9) == [PowerEMA(0.3).scaled(4)]
+    assert Recipe(**LEAST, average_batch=512).rules(9) == [PowerEMA(0.3).scaled(0.25)]
+    assert Recipe(**LEAST, average_batch=32, method="adamw").rules(9) == []
+
+
+def note(folder, *options, **file):
+    """What is said of a recipe's file with these options."""
+    (folder / "mine.yaml").write_text(yaml.safe_dump({**LEAST, "task": "pretrain", **file}))
+    arguments = ["mine.yaml", *options]
+    return note_on_batch(_parse("train", Train, arguments), 2000)
+
+
+def test_another_batch_than_the_files(folder):
+    said = note(folder, "--batch", "512", batch=128)
+    reach = [math.log1p(-w) for w in (4 * (1 + 4 * 2000) ** -0.3, 2001**-0.3)]
+    assert said == (
+        "batch: 512 sequences in place of the recipe's 128. The average stays ema:kappa=0.3 in "
+        "steps, each now 4 times the data; at the end its half-life takes "
+        f"{reach[0] / reach[1]:.2g} times as much. --average-batch 128 keeps it the same function "
+        "of the data, ema:kappa=0.3:rate=0.0394:start=25.1."
+    )
+    said = note(folder, "--batch", "32", method="ema:half_life=200")  # the default is 128
+    assert "its half-life takes 0.25 times as much" in said
+    assert said.endswith("--average-batch 128 keeps it the same function of the data, "
+                         "ema:half_life=800.")  # fmt: skip
+    said = note(folder, "--batch", "256", method="pace:return_kappa=0.7")
+    assert "stays ema:kappa=0.3 and ema:kappa=0.7 in steps" in said
+    assert "half-life" not in note(folder, "--batch", "256", method="swa")
+    for method in ("bema", "lookahead"):
+        said = note(folder, "--batch", "256", method=method)
+        assert f"stays {method}" in said
+        assert "cannot be kept the same function of it (average_batch: " in said
+        assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [
+        ([], {}),
+        (["--batch", "128"], {}),
+        (["--lr", "0.1"], {"batch": 64}),
+        (["--batch", "64", "--average-batch", "128"], {}),
+        (["--batch", "64"], {"average_batch": 128}),
+        *(
+            (["--batch", "384"], {"method": f"ema:half_life=4M {unit}"})
+            for unit in ("tokens", "samples")
+        ),
+        *(
+            (["--batch", "384"], {"method": method})
+            for method in ("uniform", "adamw", "swa:every=1")
+        ),
+    ],
+)
+def test_nothing_is_said_where_the_average_stays(options, file, folder):
+    assert note(folder, *options, **file) is None
 
 
 def test_the_method_gets_what_it_needs_of_the_recipe():

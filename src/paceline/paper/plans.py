@@ -357,9 +357,8 @@ class ScaleRuns:
 
 def methods_on(task: Task, text: str, **lists: Iterable[Any]) -> list[Method]:
     """The methods of a text with every combination of option values."""
-    defaults = task.recipe.method_defaults
     options = [[f"{name}={value}" for value in values] for name, values in lists.items()]
-    return [parse_method(":".join([text, *x]), **defaults) for x in itertools.product(*options)]
+    return [task.recipe.method_of(":".join([text, *x])) for x in itertools.product(*options)]
 
 
 def _with_slower(methods: Iterable[Method]) -> list[Method]:

@@ -140,8 +140,9 @@ class Comparison(Options):
         compared: list[Method] = []
         defaults = self.model_dump(include={"pullback", "kappa", "twin_gain", "schedule"})
         for text in self.methods:
-            found = [parse_method(text, lr=lr, **defaults) for lr in self.lr]
-            compared += dict.fromkeys(found)  # one, not one a rate, where the text has its own
+            found = (parse_method(text, lr=lr, **defaults) for lr in self.lr)
+            in_steps = [x.in_steps(self.batch, self.batch * self.context) for x in found]
+            compared += dict.fromkeys(in_steps)  # one, not one a rate, where the text has its own
         return compared
 
     @cached_property

@@ -20,7 +20,7 @@ from rich.console import Console
 from ..files import write_text
 from ..train import InputError, Options, Positive, read_small, unknown
 from ..train.folder import locked
-from ..train.methods import Method, parse_method
+from ..train.methods import Method
 from ..train.recipe import Recipe, parse_yaml, read_recipe
 from ..train.terminal import quiet
 from .cells import Cell, Task
@@ -140,7 +140,7 @@ class MethodGrid:
         parts = [self.written, *([str(schedule)] if schedule not in (None, "constant") else [])]
         text = ":".join([*parts, *(f"{k}={x}" for k, x in values.items())])
         try:
-            return parse_method(text, **self.study.task.recipe.method_defaults)
+            return self.study.task.recipe.method_of(text)
         except InputError as error:
             raise InputError(f"{self.name}: {error}") from error
 

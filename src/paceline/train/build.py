@@ -277,6 +277,7 @@ def build_trainer(
         weight_decay=recipe.weight_decay,
         betas=recipe.betas,
         stochastic_round=recipe.precision == "pure-bf16",
+        scale=recipe.scale,
         snapshots=recipe.times_kept,
         snapshot_dtype=getattr(torch, recipe.snapshot_dtype),
         snapshot_dir=folder.with_name(AVERAGES),

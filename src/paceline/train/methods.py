@@ -11,6 +11,8 @@ Methods are written as text, `name[:schedule][:option=value]...`, as in `ema:twi
 `Method.written` writes it.
 """
 
+import math
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,7 +23,7 @@ import pytorch_optimizer
 import schedulefree
 import torch
 import tyro
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
@@ -106,6 +108,35 @@ State = Annotated[
     Literal["fp32", "bf16"] | None, AfterValidator(lambda x: None if x == "fp32" else x)
 ]
 
+# ---- half-lives of data --------------------------------------------------------------------------
+
+AMOUNT = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?) ?([kMBT]?) ?(tokens|samples)")
+THOUSANDS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+def _amount(text: str) -> tuple[float, str] | None:
+    """Of a text like 4M tokens the number and the unit."""
+    found = AMOUNT.fullmatch(text.strip())
+    return (float(found[1]) * THOUSANDS[found[2]], found[3]) if found else None
+
+
+def _readable_half_life(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        amount = _amount(value)
+    if amount is None or not 0 < amount[0] < math.inf:
+        raise InputError(
+            f"half_life: give steps > 0, as in 200, or data, as in 4M tokens or 2000 samples, "
+            f"got {value!r}"
+        )
+    return value
+
+
+HalfLife = Annotated[Number | str, BeforeValidator(_readable_half_life)]
+
 # ---- methods ------------------------------------------------------------------------------------
 
 
@@ -119,6 +150,7 @@ class Setup(NamedTuple):
     steps: int  # of the run
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam's moments, except in bases of pullback
     stochastic_round: bool = False  # of bfloat16 parameters, where PACE writes them
+    scale: float = 1.0  # the batch over the one that the averages are for, as in Averaging.scaled
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -173,6 +205,37 @@ class Method(Options):
         None if it returns what the optimizer of the trajectory returns.
         """
         return None
+
+    @property
+    def pulled_toward(self) -> Averaging | None:
+        """The average that its live weights are pulled toward."""
+        return None
+
+    def rules(self, steps: int, scale: float = 1.0) -> list[Averaging]:
+        """The averages that its optimizer keeps; the last is returned, the first pulls if any does.
+
+        Args:
+            steps: of the run.
+            scale: the batch over the one that the method's options are for.
+
+        Raises:
+            ValueError: one has no such scaling.
+        """
+        # A share of the steps is the same share of the data.
+        own = (self.pulled_toward, self.averaging(round(scale * steps)))
+        return [rule.scaled(scale) for rule in own if rule is not None]
+
+    def in_steps(self, samples: int, tokens: int | None) -> Self:
+        """The method with a half-life of data in steps.
+
+        Args:
+            samples: sequences a step.
+            tokens: a step; None where steps have different numbers.
+
+        Raises:
+            InputError: it is in tokens, and those of a step are None.
+        """
+        return self
 
     @property
     def trajectory(self) -> "Method":
@@ -257,8 +320,8 @@ class AveragedMethod(Method):
         return AdamWMethod(lr=self.lr, schedule=self.schedule, eps=self.eps, **of_schedule)
 
     def build(self, setup: Setup) -> Optimizer:
-        if average := self.averaging(setup.steps):
-            return self.build_pace(setup, average, pullback=0.0)
+        if rules := self.rules(setup.steps, setup.scale):
+            return self.build_pace(setup, *rules, pullback=0.0)
         return torch.optim.AdamW(setup.groups, lr=self.lr, betas=setup.betas, eps=self.eps or 1e-8)
 
 
@@ -269,12 +332,12 @@ class AdamWMethod(AveragedMethod):
 
 
 class EMAMethod(AveragedMethod):
-    """The EMA of AdamW's weights, with power kappa or a constant half_life in steps."""
+    """The EMA of AdamW's weights, with power kappa or a half_life, as in 200 or 4M tokens."""
 
     name = "ema"
 
     kappa: Power | None = None
-    half_life: Number | None = None
+    half_life: HalfLife | None = None
     state: State = None  # dtype of m, v and the average
     return_kappa: Power | None = None  # of the average, where kappa is the schedule's
 
@@ -294,7 +357,20 @@ class EMAMethod(AveragedMethod):
     def trajectory(self) -> Method:
         return self if self.state else super().trajectory
 
+    def in_steps(self, samples: int, tokens: int | None) -> Self:
+        amount = _amount(self.half_life) if isinstance(self.half_life, str) else None
+        if amount is None:
+            return self
+        a_step = {"samples": samples, "tokens": tokens}[amount[1]]
+        if a_step is None:
+            raise InputError(
+                "half_life: conversations have different numbers of tokens, and so have steps; "
+                f"give samples or --packing, got {self.half_life!r}"
+            )
+        return self.model_copy(update={"half_life": amount[0] / a_step})
+
     def averaging(self, steps: int) -> Averaging:
+        assert not isinstance(self.half_life, str)  # else it is for in_steps
         if self.half_life is not None:
             return EMA(half_life=self.half_life)
         kappa = self.kappa if self.return_kappa is None else self.return_kappa
@@ -357,6 +433,11 @@ class LookaheadMethod(Method):
     every: Interval = 5
     alpha: Gain = 0.5
 
+    def rules(self, steps: int, scale: float = 1.0) -> list[Averaging]:
+        if scale != 1:
+            raise ValueError(f"lookahead has no scaling by {scale:g}")
+        return []
+
     def build(self, setup: Setup) -> Optimizer:
         base = torch.optim.AdamW(setup.groups, lr=self.lr, betas=setup.betas)
         return _Lookahead(base, k=self.every, alpha=self.alpha)
@@ -403,6 +484,10 @@ class PulledMethod(Method):
     def trajectory(self) -> Method:
         return self.model_copy(update={"return_kappa": None})
 
+    @property
+    def pulled_toward(self) -> Averaging:
+        return PowerEMA(self.kappa, every=self.get("every") or 1)
+
     def averaging(self, steps: int) -> Averaging | None:
         return None if self.return_kappa is None else PowerEMA(self.return_kappa)
 
@@ -429,12 +514,13 @@ class PACEMethod(PulledMethod):
         return ({"kappa": AUTO_KAPPA, "return_kappa": AUTO_RETURN_KAPPA} if auto else {}) | values
 
     def build(self, setup: Setup) -> Optimizer:
+        own, *others = self.rules(setup.steps, setup.scale)
         return self.build_pace(
             setup,
-            PowerEMA(self.kappa, every=self.every or 1),
+            own,
             pullback=self.pullback,
             gain=self.gain or "adam",
-            return_kappa=self.return_kappa,
+            returns=others[0] if others else None,
         )
 
 
@@ -458,12 +544,13 @@ class PullbackMethod(PulledMethod):
     def build(self, setup: Setup) -> Optimizer:
         groups = setup.groups if self.base != "muon" else _split_for_muon(setup)
         assert isinstance(self.pullback, float)
+        own, *others = self.rules(setup.steps, setup.scale)
         return Pullback(
             BASES[self.base](groups, self.lr),
             self.pullback,
-            PowerEMA(self.kappa),
+            own,
             gain=self.gain or "adam",
-            return_kappa=self.return_kappa,
+            returns=others[0] if others else None,
         )
 
 

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from transformers import AutoConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from ..averaging import Averaging
 from . import (
     LARGEST,
     BelowOne,
@@ -27,6 +28,7 @@ from . import (
     Positive,
     Power,
     read_small,
+    reporting,
     unknown,
 )
 from .methods import METHODS, Method, PulledMethod, ScheduleName, parse_method
@@ -191,6 +193,8 @@ class Recipe(Options):
     """Linear warm-up, >= 0: a number of steps, or below 1 a share of all steps."""
     batch: Annotated[Positive, DATA] = 128
     """Sequences a step, >= 1, summed over processes and accumulation."""
+    average_batch: Positive | None = None
+    """Batch, >= 1, that the average's options are for. With another --batch the averages change to stay the same function of the data. --lr and --pullback do not; docs/averages.md has their rules. Default: batch."""
     micro_batch: Annotated[Positive | None, RESUMABLE] = None
     """Sequences that a process computes at a time, >= 1. Fewer take less memory and give the same result. Default: batch divided by the processes."""
     steps: Positive | None = None
@@ -267,6 +271,8 @@ class Recipe(Options):
             raise InputError(
                 f"micro_batch: {self.micro_batch} does not divide the batch of {self.batch}"
             )
+        with reporting("average_batch", ValueError):
+            self.rules(10**6)
         if self.times_kept and not self._keeps_averages:
             raise InputError(
                 f"{'choose' if self.choose else 'snapshots'}: {self.method} keeps no average that others can be rebuilt from; pace, "
@@ -291,15 +297,28 @@ class Recipe(Options):
         """What it trains on, also if that is the default."""
         return self.data or (("chitchat",) if self.task == "sft" else ("python",))
 
-    @property
-    def method_defaults(self) -> dict[str, Any]:
-        """The options that methods get where their text leaves them open."""
-        return {name: getattr(self, name) for name in keys_with(METHOD) - {"method", "seed"}}
+    def method_of(self, text: str) -> Method:
+        """The method of a text, with the recipe's options where it leaves them open."""
+        defaults = {name: getattr(self, name) for name in keys_with(METHOD) - {"method", "seed"}}
+        samples = self.average_batch or self.batch
+        full = self.task == "pretrain" or self.packing  # sequences, of as many tokens as --context
+        return parse_method(text, **defaults).in_steps(
+            samples, samples * self.context if full else None
+        )
 
     @cached_property
     def parsed(self) -> Method:
         """The method, with all its options."""
-        return parse_method(self.method, **self.method_defaults)
+        return self.method_of(self.method)
+
+    @property
+    def scale(self) -> float:
+        """The batch over the one that the average's options are for."""
+        return self.batch / (self.average_batch or self.batch)
+
+    def rules(self, steps: int) -> list[Averaging]:
+        """The averages that the optimizer keeps in a run of so many steps, the returned one last."""
+        return self.parsed.rules(steps, self.scale)
 
     @property
     def times_kept(self) -> int:

@@ -3,7 +3,9 @@
 import argparse
 import errno
 import itertools
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -28,6 +30,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
+from ..averaging import EMA, Averaging, PowerEMA
 from ..files import remove, whole
 from ..state import averages_of
 from ..sums import CARD, write_sums
@@ -40,7 +43,7 @@ from .find_lr import with_found_rate
 from .held_out import held_out_of, sequences
 from .manifest import environment, write_json
 from .page import write_page
-from .recipe import RESUMABLE_CHANGES, Recipe, RecipeCommand
+from .recipe import RESUMABLE_CHANGES, Recipe, RecipeCommand, read_recipe
 from .terminal import progress_bars, quiet, say
 
 METRICS_MEAN = {
@@ -145,6 +148,8 @@ def train(
                 if recipe.choose:
                     held_out()  # before the training: there must be enough
                 facts = _start(trainer, recipe, run, checkpoint, console)
+                if note := note_on_batch(options, trainer.args.max_steps):
+                    say(console, note)
             except BaseException:
                 if is_new:  # the Trainer makes it before everything has been checked
                     with suppress(OSError):
@@ -337,6 +342,62 @@ def _start(
     if checkpoint:
         say(console, f"Resuming from {checkpoint.name}.")
     return facts
+
+
+def note_on_batch(options: RecipeCommand, steps: int) -> str | None:
+    """What another batch than that of the recipe's file does to the average, in one line.
+
+    Args:
+        options: of the command.
+        steps: of the run.
+
+    Returns:
+        None where the average stays the same function of the data.
+    """
+    if options.recipe is None or options.average_batch is not None:
+        return None
+    written = read_recipe(options.recipe).get("batch", Recipe.model_fields["batch"].default)
+    if options.batch == written:
+        return None
+    recipe = options.plain
+    now = recipe.rules(steps)
+    told = (
+        f"batch: {options.batch} sequences in place of the recipe's {written}. The average stays "
+        f"{' and '.join(map(_short, now)) or recipe.parsed.label} in steps, each now "
+        f"{options.batch / written:.3g} times the data"
+    )
+    try:
+        same = Recipe(**{**recipe.model_dump(), "average_batch": written})
+    except InputError as error:
+        return f"{told}, and cannot be kept the same function of it ({error})."
+    # At a round number of steps, where starts that are a share of them are whole.
+    if all(map(_are_close, recipe.rules(10**6), same.rules(10**6))):
+        return None
+    then = same.rules(steps)
+    lives = [_half_life(rules[-1], steps) for rules in (now, then)]
+    if lives[0] and lives[1]:
+        told += f"; at the end its half-life takes {lives[0] / lives[1]:.2g} times as much"
+    return (
+        f"{told}. --average-batch {written} keeps it the same function of the data, "
+        f"{' and '.join(map(_short, then))}."
+    )
+
+
+def _half_life(rule: Averaging, steps: int) -> float | None:
+    """Steps after which an iterate counts half as much; None where it is no EMA."""
+    is_ema = isinstance(rule, EMA | PowerEMA)
+    return rule_facts(rule, steps)["half_life_steps"] if is_ema else None
+
+
+def _short(rule: Averaging) -> str:
+    """A rule's text with three digits of its numbers."""
+    return re.sub(r"\d+\.\d+(e[-+]\d+)?", lambda found: f"{float(found[0]):.3g}", str(rule))
+
+
+def _are_close(rule: Averaging, other: Averaging) -> bool:
+    """Whether two rules of one kind differ by rounding alone."""
+    pairs = [(getattr(rule, x), getattr(other, x)) for x in vars(rule)]
+    return all(a == b or math.isclose(a, b, rel_tol=1e-5) for a, b in pairs)
 
 
 def _fit(

@@ -67,12 +67,17 @@ class OneMethodTrainer(PaceTrainer):
         weight_decay: float,
         betas: tuple[float, float] = (0.9, 0.999),
         stochastic_round: bool = False,
+        scale: float = 1.0,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self.method, self.warmup = method, warmup
+        self.method, self.warmup, self.scale = method, warmup, scale
         self.setup = partial(
-            Setup, weight_decay=weight_decay, betas=betas, stochastic_round=stochastic_round
+            Setup,
+            weight_decay=weight_decay,
+            betas=betas,
+            stochastic_round=stochastic_round,
+            scale=scale,
         )
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
@@ -123,8 +128,9 @@ class MethodTrainer(OneMethodTrainer):
         """The trajectory's optimizer, with the averages of the methods that only watch it."""
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        others = {m: m.averaging(self.args.max_steps) for m in self.methods if m != self.method}
-        watching = {method: rule for method, rule in others.items() if rule is not None}
+        others = [method for method in self.methods if method != self.method]
+        rules = {method: method.rules(self.args.max_steps, self.scale) for method in others}
+        watching = {method: own[-1] for method, own in rules.items() if own}
         if made and watching:
             averages = ReadOuts(optimizer, list(watching.values()))
             for index, method in enumerate(watching):

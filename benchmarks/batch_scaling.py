@@ -1,0 +1,142 @@
+"""What the scaling rule of averages does: one task at batches × 1, 2, 4 and 8, of the same data.
+
+    python benchmarks/batch_scaling.py results/batch-scaling    # hours; skips what runs.jsonl has
+
+All batches see the same sequences in the same order, and take 1/k of the steps. The learning rate
+is √k times as high (Malladi et al., arXiv:2205.10287); β1, β2 and ε stay. Averages are kept as they
+are at the first batch, and as `Averaging.scaled(k)` makes them, beside one training. Of a pull the
+average stays, or is scaled, or is scaled with c divided by k, which keeps its gain over the data.
+
+Each training writes a line to runs.jsonl as it ends, so that the command can be stopped and started
+again. Rates are chosen on one half of the held-out data and losses are of the other.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from saturated import interval
+from tasks import BATCH, TASKS, WEIGHT_DECAY, finetune, fit
+
+from paceline import EMA, PACE, PowerEMA
+from paceline.train.methods import parse_method
+
+FACTORS = (1, 2, 4, 8)
+STEPS = 1200  # at the first batch
+RETURNED = {"power": PowerEMA(0.7), "halflife": EMA(half_life=STEPS / 12)}
+PULL, C = PowerEMA(0.3), 10.0
+VARIANTS = ("watched", "pulled", "pulled, scaled", "pulled, scaled, c/k")
+TASK = TASKS["finetune"]
+
+
+class Cell(NamedTuple):
+    """One training."""
+
+    factor: int  # k
+    variant: str
+    lr: float  # at the first batch
+    seed: int
+
+
+def trained(steps: int, cell: Cell) -> tuple[Cell, dict[str, list[float]]]:
+    """Run a training of so many steps at the first batch; losses are infinite after divergence."""
+    k, problem = cell.factor, finetune(cell.seed, cell.factor * BATCH)
+    pulled = cell.variant.startswith("pulled")
+    scaled = {f"{name}scaled": rule.scaled(k) for name, rule in RETURNED.items()}
+    optimizer = PACE(
+        problem.parameters,
+        lr=cell.lr * math.sqrt(k),
+        weight_decay=WEIGHT_DECAY,
+        pullback=(C / k if "c/k" in cell.variant else C) if pulled else 0.0,
+        averaging=PULL.scaled(k) if "scaled" in cell.variant else PULL,
+        returns={**RETURNED, **scaled},
+        fused=True,
+    )
+    warmup = round(TASK.warmup * steps / k)
+    schedule = parse_method("adamw:lr=1").make_scheduler(optimizer, warmup, steps // k)
+    fit(problem, optimizer, schedule, steps // k, TASK.clip)
+    with torch.no_grad():
+        found = {"live": problem.judge()}
+        for name in (*RETURNED, *scaled):
+            with optimizer.averaged(name):
+                found[name] = problem.judge()
+    return cell, {
+        name: [round(x, 5) if math.isfinite(x) else math.inf for x in pair]
+        for name, pair in found.items()
+    }
+
+
+def written(path: Path) -> dict[Cell, dict[str, list[float]]]:
+    """The trainings so far: average -> losses to choose by and to report."""
+    done = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):  # half a line, of a run that was killed
+            *cell, losses = json.loads(line)
+            done[Cell(*cell)] = losses
+    return done
+
+
+def run(path: Path, steps: int, seeds: int, workers: int) -> None:
+    """Run the trainings that the file lacks; those of a seed before those of the next."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = written(path)
+    asked = itertools.product(range(seeds), FACTORS, VARIANTS, TASK.rates)
+    cells = [Cell(k, variant, float(f"{lr:.3g}"), seed) for seed, k, variant, lr in asked]
+    # At the first batch the scaled pulls are the pull.
+    todo = [cell for cell in cells if cell not in done and (cell.factor > 1 or "," not in cell[1])]
+    print(f"{len(todo)} trainings to run", flush=True)
+    torch.set_num_threads(1)  # as in the workers
+    finetune(0)  # its start is made once, before many want it
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(workers, torch.set_num_threads, (1,)) as pool, path.open("a") as file:
+        for cell, losses in pool.imap_unordered(partial(trained, steps), todo):
+            print(json.dumps([*cell, losses]), file=file, flush=True)
+
+
+def tables(done: dict[Cell, dict[str, list[float]]]) -> str:
+    """Losses of each average at each batch, at its best rate, and what scaling it changed."""
+    rows = [
+        {**cell._asdict(), "average": name, "choose": pair[0], "report": pair[1]}
+        for cell, losses in done.items()
+        for name, pair in losses.items()
+    ]
+    frame = pd.DataFrame(rows).set_index(["variant", "average", "factor", "lr", "seed"])
+    means = frame.choose.groupby(["variant", "average", "factor", "lr"]).mean()
+    best = {
+        at: frame.report.loc[own.idxmin()].sort_index()
+        for at, own in means.groupby(["variant", "average", "factor"])
+    }
+    lines = ["| training | average | batch | loss | scaled | the scaled one less the other |"]
+    lines += ["|---|---|---:|---:|---:|---:|"]
+    for (variant, average, k), losses in best.items():
+        if average in RETURNED:
+            scaled = best[variant, f"{average}scaled", k]
+            cells = [variant, average, f"× {k}", f"{losses.mean():.4f}", f"{scaled.mean():.4f}"]
+            lines.append(f"| {' | '.join([*cells, interval(scaled - losses)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path, help="folder for runs.jsonl and tables.md")
+    parser.add_argument("--steps", type=int, default=STEPS, help="at the first batch, in eights")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
+    given = parser.parse_args()
+    if given.steps < 1 or given.steps % max(FACTORS):
+        parser.error(f"--steps must be a multiple of {max(FACTORS)}, got {given.steps}")
+    path = given.out / "runs.jsonl"
+    run(path, given.steps, given.seeds, given.workers)
+    (given.out / "tables.md").write_text(tables(written(path)))
+
+
+if __name__ == "__main__":
+    main()
