@@ -7,7 +7,6 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -175,20 +174,23 @@ def _parse(name: str, options: Any, arguments: list[str]) -> Any:
     """
     import tyro
 
-    from .train import InputError
+    from .train import InputError, nearest
 
     # The defaults are those of the recipe that is named, if one is.
     starting = getattr(options, "starting", lambda arguments: None)(arguments)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
+            found: Any = tyro.cli(
                 options,
                 prog=f"paceline {name}",
                 args=arguments,
                 default=tyro.MISSING_NONPROP if starting is None else starting,
                 config=(tyro.conf.OmitArgPrefixes,),
             )
+        words = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+        found.refuse_unused({word.strip("-").replace("-", "_") for word in words})
+        return found
     except SystemExit as stop:
         if stop.code != 2:
             raise
@@ -197,7 +199,7 @@ def _parse(name: str, options: Any, arguments: list[str]) -> Any:
     text = "\n".join("" if not line.strip("─-") else line for line in lines)
     message, *hints = [" ".join(part.split()) for part in re.split(r"\n\n+", text.strip())]
     near = re.findall(r"Perhaps you meant: (--[\w-]+)", " ".join(hints))
-    if not near and (wrong := re.match(r"Unrecognized options: (--[\w-]+)", message)):
-        known = [f"--{field.replace('_', '-')}" for field in options.model_fields]
-        near = get_close_matches(wrong[1], known, n=1)
+    if wrong := re.match(r"Unrecognized options: --([\w-]+)", message):
+        meant = nearest(wrong[1].replace("-", "_"), options.model_fields, 0.6)
+        near = near or ([f"--{meant.replace('_', '-')}"] if meant else [])
     raise InputError(message + (f"; did you mean {near[0]}?" if near else ""))

@@ -122,8 +122,8 @@ class PACE(AveragedOptimizer):
             (ZeRO) this rank's alone count, and ranks that hold DTensors wait for each other
             and must step the same ones. Ours, not the paper's (docs/averages.md). Required, here or
             in every group, for no default has been earned.
-        gain: "adam" as above; or "scalar", λ_t = min(1, c) for all coordinates: c has no unit then,
-            and the pull amounts to the learning rate η·β_t/(β_t + c·(1 - β_t)).
+        gain: "adam" as above; or "scalar", λ_t = c for all coordinates: c is in [0, 1] and has no
+            unit then, and the pull amounts to the learning rate η·β_t/(β_t + c·(1 - β_t)).
         kappa: κ in [0, 1], how fast the averaging weight decays. Larger is a slower average. Short
             for averaging=PowerEMA(kappa).
         averaging: the average that the pull goes toward: a rule of `paceline.averaging`, one of

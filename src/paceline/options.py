@@ -130,6 +130,16 @@ def check_average_and_pull(options: Group, *, auto: bool = False) -> None:
     require(options, "nonfinite", options["nonfinite"] in NONFINITE, known)
 
 
+def check_scalar(options: Group, clip: bool) -> None:
+    """Check a scalar gain, which is `pullback` itself: one that is clipped to 1 is not above it.
+
+    Raises:
+        ValueError: it is.
+    """
+    if options["gain"] == "scalar" and clip and options["pullback"] != AUTO:
+        require(options, "pullback", options["pullback"] <= 1, "in [0, 1] with gain='scalar'")
+
+
 def check_pace(options: Group) -> None:
     """Check PACE's options, and make them plain numbers and text.
 
@@ -152,6 +162,7 @@ def check_pace(options: Group) -> None:
         check(name, 0 <= number(options[name]) < math.inf, "a finite number >= 0")
         options[name] = float(options[name])
     check("gain", options["gain"] in ("adam", "scalar"), "one of adam, scalar")
+    check_scalar(options, options["clip"])
     betas = options["betas"]
     pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
     fine = pair and all(0 <= number(b, tensors=True) < 1 for b in betas)

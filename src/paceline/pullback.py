@@ -20,6 +20,7 @@ from .options import (
     Group,
     check_average_and_pull,
     check_lr,
+    check_scalar,
     expand_short,
     number,
     require,
@@ -100,7 +101,8 @@ class Pullback(AveragedOptimizer):
             `max_exp_avg_sq`), with the group's betas[1] and eps, for each parameter for which the
             base keeps that in the parameter's own coordinates; for others as "own", which is a
             second moment kept here, and right for bases that keep `exp_avg_sq` scaled or corrected
-            (Prodigy, StableAdamW). "scalar": there is none, λ is min(1, c) for all coordinates.
+            (Prodigy, StableAdamW). "scalar": there is none, λ is c for all coordinates,
+            in [0, 1] unless gain_clip is False.
         gain_beta2: decay in [0, 1) of its own second moment.
         gain_eps: ε >= 0 beside its own second moment, in the unit of a gradient.
         gain_clip: hold the gain to at most 1, so that the pull never goes past the average.
@@ -580,6 +582,7 @@ def _assign(group: Group, options: Group) -> None:
 def _check_options(options: Group) -> None:
     check_average_and_pull(options)
     require(options, "gain", options["gain"] in GAINS, f"one of {', '.join(GAINS)}")
+    check_scalar(options, options["gain_clip"])
     require(options, "gain_beta2", 0 <= number(options["gain_beta2"]) < 1, "in [0, 1)")
     require(options, "gain_eps", 0 <= number(options["gain_eps"]) < math.inf, "a number >= 0")
     for name in ("gain_beta2", "gain_eps"):

@@ -119,10 +119,11 @@ KEPT = {
     "no pull": set_option("pullback", 0.0),
     "the decay": set_option("weight_decay", 0.5),
     "the clip": set_option("clip", False),
-    "a uniform gain": set_option("gain", "scalar"),
+    "a uniform gain": lambda params, opt: (set_option("pullback", 0.5)(params, opt),
+                                           set_option("gain", "scalar")(params, opt)),
     "the betas": set_option("betas", (0.5, 0.9)),
     "a gradient elsewhere": lambda params, opt: None,
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES | KEPT)

@@ -73,8 +73,8 @@ def new_groups(draw, most):
         options["ema_beta"] = draw(pick([0.1, 0.5]))
     # Without a clip a gain above 2 would be unstable, and magnify the rounding.
     options["eps"] = 1e-8 if options["clip"] else 0.5
-    if options["gain"] == "scalar" and not options["clip"]:
-        options["pullback"] = min(options["pullback"], 0.3)
+    if options["gain"] == "scalar":
+        options["pullback"] = min(options["pullback"], 1.0 if options["clip"] else 0.3)
     options["returns"] = {name: RETURNED[name][0] for name in options["returns"]} or None
     options["fused"] = draw(pick([None, False, has_kernel()]))
     shapes = draw(st.lists(pick([(1,), (3,), (), (2, 2)]), min_size=1, max_size=most))

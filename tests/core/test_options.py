@@ -125,3 +125,23 @@ def test_a_bases_own_kappa_stays_its_own():
     walk(opt, [p], 0, 2)
     group = opt.param_groups[0]
     assert (group["kappa"], group["averaging"]) == (1000.0, "ema:kappa=0.3")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p, c, clip: PACE([p], gain="scalar", pullback=c, clip=clip),
+        lambda p, c, clip: PACE([{"params": [p], "gain": "scalar", "pullback": c, "clip": clip}]),
+        lambda p, c, clip: Pullback(
+            torch.optim.SGD([p], lr=0.1), gain="scalar", pullback=c, gain_clip=clip
+        ),
+    ],
+    ids=["PACE", "a group", "Pullback"],
+)
+def test_a_scalar_gain_that_is_clipped_is_at_most_1(make):
+    with pytest.raises(
+        ValueError, match=r"^pullback must be in \[0, 1\] with gain='scalar', got 2"
+    ):
+        make(Parameter(torch.ones(2)), 2.0, True)
+    for c, clip in ((1.0, True), (2.0, False)):
+        assert make(Parameter(torch.ones(2)), c, clip).param_groups[0]["pullback"] == c

@@ -36,7 +36,7 @@ RULES = {
         "ema_every": 3,
     },
     "scalar": {"pullback": 0.3, "gain": "scalar", "ema_power": 0.3},
-    "whole": {"pullback": 7.0, "gain": "scalar"},  # clipped: all the way to the average
+    "whole": {"pullback": 1.0, "gain": "scalar"},  # all the way to the average
     "watching": {"pullback": 0.0, "ema_power": 0.2},
 }
 

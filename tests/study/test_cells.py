@@ -1,6 +1,7 @@
 """Cells: who trains what."""
 
 import datetime
+import io
 import json
 import pickle
 
@@ -10,10 +11,12 @@ pytest.importorskip("optuna")
 pytest.importorskip("transformers")
 
 
+from rich.console import Console
 from studies import BASE, RECIPE, TASK, cell_of
 
 from paceline.averaging import EMA, PowerEMA
 from paceline.study.cells import Task, cells
+from paceline.train.folder import locked
 from paceline.train.recipe import Recipe
 
 TEXT = "\n".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs" for i in range(300))
@@ -190,3 +193,61 @@ def test_the_two_halves_share_nothing(data, tmp_path):
     assert min(len(chosen_by), len(reported)) > 5
     assert abs(len(halves["selection"]) - len(halves["test"])) <= 1
     assert not chosen_by & reported
+
+
+def test_a_start_that_was_killed_goes_on(tmp_path, monkeypatch):
+    """By the run's own folder, in the cache; and it is made once."""
+    from paceline.study import cells as module
+
+    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
+    task = Task("tiny", TASK.recipe, Recipe(**RECIPE, seed=5))
+    run = tmp_path / f"{task.start_folder.name}-run"
+    given = []
+
+    def killed(options, console):
+        given.append(options)
+        (run / "checkpoints").mkdir(parents=True)
+        if len(given) == 2:  # the first was killed before it wrote its recipe
+            (run / "recipe.yaml").write_text(options.to_yaml())
+        raise SystemExit
+
+    def finished(options, console):
+        given.append(options)
+        (run / "model").mkdir()
+        (run / "model/config.json").write_text("{}")
+        return run
+
+    for train, error in ((killed, SystemExit), (killed, SystemExit), (lambda *_: None, None)):
+        monkeypatch.setattr(module, "train_by", train)
+        with pytest.raises(error or KeyboardInterrupt):
+            task.make_start(Console(quiet=True))
+    monkeypatch.setattr(module, "train_by", finished)
+    for _ in range(2):
+        task.make_start(Console(quiet=True))
+    assert [options.resume for options in given] == [None, None, run]
+    assert [options.out for options in given] == [run, run, None]
+    assert given[2].seed == 5
+    assert [path.name for path in tmp_path.iterdir()] == [task.start_folder.name]
+    assert (task.start_folder / "config.json").exists()
+
+
+def test_a_start_that_another_process_trains_is_waited_for(tmp_path, monkeypatch):
+    from paceline.study import cells as module
+
+    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(module, "WAIT", 0.01)
+    monkeypatch.setattr(module, "train_by", lambda *_: pytest.fail("it is trained elsewhere"))
+    task = Task("tiny", TASK.recipe, Recipe(**RECIPE, seed=6))
+    waits = []
+
+    def other(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            task.start_folder.mkdir()
+
+    monkeypatch.setattr(module.time, "sleep", other)
+    console = Console(file=io.StringIO(), width=300)
+    with locked(tmp_path / f"{task.start_folder.name}-lock"):
+        task.make_start(console)
+    assert waits == [0.01, 0.01]
+    assert console.file.getvalue().count("Waiting for another process: out: ") == 1

@@ -284,6 +284,15 @@ def test_a_time_budget_shortens_all_runs_alike(tiny, tmp_path):
         (["--methods", "ema,ema:state=fp32"], "are the same run"),
         (["--methods", "pace,pace:kappa=0.30000001"], "are the same run"),  # in the same folder
         (["--lr", "0.01,0.0100000001"], "are the same run"),
+        (
+            ["--methods", "adamw,ema", "--pullback", "3"],
+            "pullback: adamw, ema have their own, or none",
+        ),
+        (
+            ["--methods", "pace:kappa=0.3,ema:kappa=0.7", "--kappa", "1"],
+            "kappa: ema:kappa=0.7, pace:ka",
+        ),
+        (["--twin-gain", "0.5"], "twin_gain: adamw:cosine, ema:kappa=0.7"),
         (["--kapa", "0.3"], "Unrecognized options: --kapa, 0.3; did you mean --kappa?"),
         (["--kappa", "1.5"], "kappa: Input should be less than or equal to 1, got 1.5"),
         (["--kappa", "much"], "--kappa"),

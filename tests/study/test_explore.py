@@ -1,5 +1,6 @@
 """`paceline report`: what is read, and what is computed of it."""
 
+import dataclasses
 import json
 import math
 import re
@@ -32,6 +33,7 @@ from paceline.study.explore import (
     best,
     configurations,
     curve_series,
+    default_baseline,
     difference,
     find,
     gather,
@@ -135,7 +137,8 @@ def test_unfinished_torn_and_repeated_runs_are_noted(tmp_path):
     assert notes == [
         "0: the last line of metrics.jsonl is torn, and was skipped",
         "0: unfinished, and not in the tables: 0 ends at step 10",
-        "2: in an earlier folder too, and not used: 2",
+        "2: the same training (method, rate and seed) is in a folder that was read before; this "
+        "copy is not used: 2",
         "3: unfinished, and not in the tables: 3 ends at step 10",
     ]
     assert [(c.label, list(c.runs), c.finished) for c in cells] == [
@@ -329,6 +332,24 @@ def test_the_best_is_chosen_by_the_selection_loss_over_common_seeds(tmp_path):
     assert best(bare) is bare[0]  # over seed 0
     assert best(bare[1:]) is bare[1]
     assert best([chosen, bare[1]]) is bare[1]  # where one has none, by what is shown
+
+
+def test_the_baseline_is_that_of_the_sweep(tmp_path):
+    """Another would turn the signs of its tables."""
+    folder = write_sweep(tmp_path / "sweep")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "baseline": "ema kappa=0.3"}))
+    cells, _ = cells_of(folder)
+    sweep, other = read(folder), read(write_comparison(tmp_path / "cmp"))
+    for sources in ([sweep], [other, sweep]):
+        found = tables(cells, default_baseline(sources))
+        first = ["ema", "ema kappa=0.3", "ema kappa=0.3"]
+        assert [table.baselines[0] for table in found] == first
+    line = next(i for i, x in enumerate(found[-1].entries) if x.name == "adamw")
+    assert float(found[-1].differences[0][line][0]) == pytest.approx(0.1)
+    assert default_baseline([other]) == {"adamw"}
+    another = dataclasses.replace(other, manifest={"baseline": "adamw"})
+    assert default_baseline([sweep, another]) == {"adamw"}  # they do not agree
 
 
 def test_tables_compare_the_best_and_the_equal(tmp_path):

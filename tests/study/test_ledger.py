@@ -98,6 +98,38 @@ def test_two_workers_share_cells_and_see_what_came_of_each(worker):
     assert states(third) == {"COMPLETE": 4, "FAIL": 1}
 
 
+def test_it_stops_where_the_first_of_every_method_fail_alike(worker):
+    a = worker(*FIVE)
+    first = a.claim()
+    assert first.name == FIVE[0].name
+    a.fail(first, "no such model")
+    assert a.stopped() is None  # of one method alone
+    second = a.claim()
+    assert second.name == FIVE[3].name  # of the other, before the rest of the first
+    a.fail(second, "no such model")
+    b = worker(*FIVE)
+    for ledger in (a, b):
+        assert ledger.stopped() == "no such model"
+        assert ledger.claim() is None
+        assert not ledger.may_have_more()
+    b.forget_failures()
+    assert b.stopped() is None
+    assert b.claim().name == FIVE[0].name
+
+
+@pytest.mark.parametrize("how", ["another reason", "one that finished"])
+def test_it_goes_on_where_they_do_not_all_fail_alike(how, worker):
+    a = worker(*FIVE)
+    a.fail(a.claim(), "no such model")
+    if how == "another reason":
+        a.fail(a.claim(), "no memory")
+    else:
+        finish(a, a.claim(), FIVE[3])
+    assert a.stopped() is None
+    assert a.may_have_more()
+    assert a.claim().name == FIVE[1].name
+
+
 def test_what_the_dashboard_shows_of_a_cell(worker):
     text = "pace:twin:pullback=2:kappa=0.4:twin_gain=0.5:lr=1e-2:every=3"
     cell = cell_of(f"{text},{text}:return_kappa=0.8", seed=2)

@@ -295,7 +295,7 @@ def test_rates_that_diverged_bound_a_best():
 def test_a_seed_that_diverged_makes_no_best():
     text = said(ema=((3, 3), (2, LOST), (3.1, 3.1)), pace=((3, 3), (2.5, 2.5), (3, 3)))
     assert not any("ema has the lowest loss" in sentence for sentence in text)
-    assert "ema diverged at 0.002." in text
+    assert "ema diverged in 1 of 2 seeds at 0.002." in text
 
 
 def test_a_method_with_one_rate_of_its_own():

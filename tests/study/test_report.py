@@ -47,7 +47,7 @@ def test_verdict_says_who_won_by_how_much_over_how_many_seeds():
     assert [re.sub(r"[-+][0-9.]+ to [-+][0-9.]+", "A to B", sentence) for sentence in found] == [
         "At learning rate 0.01 ema twin has the lowest loss: 2.000 ±0.000, 0.050 nats lower "
         "than pace (95 % interval A to B, lower in 1 of 2 seeds, so it may be chance).",
-        "At learning rate 0.01 adamw diverged.",
+        "At learning rate 0.01 adamw diverged in 1 of 2 seeds.",
         "At learning rate 0.01, against the same average without the pull, the loss of pace is "
         "0.200 nats lower than ema (95 % interval A to B, lower in 2 of 2 seeds).",
         "At learning rate 0.01, against the schedule of a gain of 0.9, the loss of pace is 0.050 "
@@ -150,8 +150,57 @@ def test_pull_alone_means_that_nothing_else_differs():
     )
     assert not any("without the pull" in sentence for sentence in said)
     slower = row("pace slower", 1, 0, 2.0, return_kappa=0.7)  # another average is returned
-    said = verdict_of(slower, row("ema", 1, 0, 2.1))
-    assert not any("without the pull" in sentence for sentence in said)
+    said = verdict_of(slower, row("ema", 1, 0, 2.1), row("ema slow", 1, 0, 2.2, kappa=0.7))
+    found = [sentence for sentence in said if "without the pull" in sentence]
+    assert len(found) == 1
+    assert "of pace slower is 0.200 nats lower than ema slow" in found[0]  # the same is returned
+    for other in ({"every": 3}, {"state": "bf16"}, {"pullback": 0.0}):
+        said = verdict_of(row("pace other", 1, 0, 2.0, **other), row("ema", 1, 0, 2.1))
+        assert not any("without the pull" in sentence for sentence in said)
+
+
+def test_a_pull_that_is_off_has_no_gain_to_speak_of():
+    """Its rows have none, and nothing is said of it."""
+    off = row("pace off", 1, 0, 2.0, pullback=0.0)
+    del off["gain_mean"], off["clipped"]
+    assert [x.split(",")[0] for x in verdict_of(off, row("ema", 1, 0, 2.1))] == [
+        "At learning rate 1 pace off has the lowest loss: 2.000",
+        "Small differences of one seed may be chance; give --seeds 0",
+    ]
+    hardly = row("pace", 1, 0, 2.0, gain_mean=0.001, clipped=0.0)
+    said = verdict_of(hardly, row("ema", 1, 0, 2.1))
+    assert "pace is 0.00, and 0.0% of the coordinates are clipped. It hardly pulls then." in said[2]
+    assert "hardly" not in "".join(verdict_of(row("pace", 1, 0, 2.0), row("ema", 1, 0, 2.1)))
+
+
+def test_the_epsilon_of_a_pull_is_of_a_gain_with_a_unit():
+    ema = row("ema eps=2", 1, 0, 2.1, eps=2.0)
+    said = verdict_of(row("pace", 1, 0, 2.0), ema)
+    assert "the ε that its pull amounts to" in said[1]
+    other = row("ema eps=1", 1, 0, 2.1, eps=1.0)
+    for facts in ({"gain": "scalar", "pullback": 1.0}, {"pullback": "auto"}):
+        said = verdict_of(row("pace x", 1, 0, 2.0, **facts), ema, other)
+        assert not any("amounts to" in sentence for sentence in said)
+
+
+def test_of_one_run_nothing_is_compared():
+    assert verdict_of(row("a", 1, 0, 2.0)) == []
+    rows = [row("a", 1, 0, 2.0), row("b", 1, 0, 2.5), row("a", 1, 1, 2.0)]
+    said = verdict(Results(4, rows, interrupted=True))
+    assert said[1] == "Small differences of one seed may be chance."  # it was given more
+
+
+def test_equal_on_average_is_not_equal():
+    rows = [row("a", 1, 0, 2.0), row("a", 1, 1, 3.0), row("b", 1, 0, 3.0), row("b", 1, 1, 2.0)]
+    assert "equal" not in verdict_of(*rows)[0]
+    assert "so it may be chance" in verdict_of(*rows)[0]
+
+
+def test_all_with_the_lowest_loss_are_named():
+    rows = [row(x, lr, 0, lr) for x in "ab" for lr in (1, 2)] + [
+        row("c", lr, 0, 9) for lr in (1, 2)
+    ]
+    assert "The lowest loss at each rate: a and b at 1 and 2." in verdict_of(*rows)
 
 
 def test_the_best_returned_model_is_the_one_marked():

@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 pytest.importorskip("transformers")
 
@@ -237,7 +238,7 @@ def test_notes_are_only_of_what_a_table_has():
     assert plain.notes == one_seed.notes == []
     edge = Listing("title", [EDGE, *DIFFERENCE], [["lr at the top", 0.5, None, None, None]])
     assert edge.notes == [WIDEN]
-    assert edge.shown().caption == WIDEN
+    assert edge.shown(Console()).caption == WIDEN
 
 
 def test_tables_as_text(tmp_path):

@@ -247,6 +247,13 @@ GOOD = {"recipe": "RECIPE", "methods": {"adamw": {"lr": [1e-3, 1e-2]}, "ema": {}
         ({"tuning_seeds": 4}, "tuning_seeds: 4 leaves none of the 4 seeds to report; give more"),
         ({"baseline": "adam"}, "baseline: unknown method 'adam'; did you mean 'adamw'?"),
         ({"methdos": {}}, "unknown key 'methdos'; did you mean 'methods'?"),
+        ({"method": "pace"}, "unknown key 'method'; did you mean 'methods'?"),
+        ({"change": {"learning_rate": 3}}, "unknown key 'learning_rate'; did you mean 'lr'?"),
+        ({"change": {"seed": 3}}, "change: seed: "),
+        (
+            {"methods": {"pace": {"pullback": 1}}, "change": {"pullback": 3}},
+            "change: pullback: pace:pullback=1 has its own, or none; leave pullback out",
+        ),
     ],
 )  # fmt: skip
 def test_bad_sweeps_are_one_line_and_status_2(change, message, tmp_path, capsys, monkeypatch):

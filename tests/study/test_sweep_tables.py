@@ -1,13 +1,16 @@
 """What is chosen from what, and what the tables of a sweep say of it."""
 
+import io
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("optuna")
 pytest.importorskip("transformers")
 
+from rich.console import Console
 from studies import SWEEP, cell_of, study_in, worked_off
 from sweeping import result_of
 
@@ -183,6 +186,50 @@ def test_equal_means_that_nothing_else_differs(tmp_path):
     plan = Tuning(study_in(tmp_path, text))
     rows = equal_of(plan, worked_off(plan))
     assert [row["method"] for row in rows] == ["pullback adamw pullback=1 kappa=0.3"]
+
+
+def test_a_pull_is_compared_at_the_kappa_that_it_returns(tmp_path):
+    text = """
+    recipe: RECIPE
+    methods:
+      ema: {lr: 1e-2, kappa: [0.3, 0.7]}
+      slower: {method: pace, lr: 1e-2, pullback: 1, kappa: 0.3, return_kappa: 0.7}
+    seeds: [0]
+    """
+    plan = Tuning(study_in(tmp_path, text))
+    (row,) = equal_of(plan, worked_off(plan))
+    assert row["without the pull"] == "ema kappa=0.7"
+
+
+def test_what_is_said_of_a_sweep_is_so(tmp_path):
+    alone = "recipe: RECIPE\nmethods: {pace: {lr: [1e-3, 1e-2], pullback: 1}}\nseeds: [0, 1]\n"
+    for text, shared in ((alone, False), (SWEEP, True)):
+        plan = Tuning(study_in(tmp_path, text))
+        said = " ".join(sweep.protocol(plan, worked_off(plan)))
+        assert ("Averages of AdamW are read out of shared trainings" in said) == shared
+
+
+def test_tables_fit_80_columns(tmp_path):
+    plan = Tuning(study_in(tmp_path, SWEEP.replace("[0, 1]", "[0, 1, 2]")))
+    outcomes = worked_off(plan)
+    for table in (sweep.best_table(plan, outcomes), sweep.equal_table(plan, outcomes)):
+        for width in (80, 200):
+            console = Console(width=width, file=io.StringIO())
+            console.print(table.shown(console))
+            said = console.file.getvalue()
+            assert "…" not in said
+            # Numbers are whole, and in one line: a row's loss and difference.
+            assert re.search(r"(\d\.\d{4}) │ +-\d\.\d{4} \[-\d\.\d{4}, -\d\.\d{4}\]", said)
+            for row in table.rows:
+                name, where = str(row[1]), " ".join(re.sub(r"[│\s]+", " ", said).split())
+                assert name in where
+
+
+def test_the_manifest_names_the_baseline(tmp_path):
+    plan = Tuning(study_in(tmp_path, SWEEP + "baseline: ema\n"))
+    ledger = SimpleNamespace(outcomes=worked_off(plan), left=list)
+    assert sweep.baseline_of(plan, ledger) == {"baseline": "ema kappa=0.3"}
+    assert sweep.baseline_of(plan, SimpleNamespace(left=lambda: [1])) == {}
 
 
 def test_the_same_tables_from_whatever_order(tmp_path):

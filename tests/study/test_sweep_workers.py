@@ -55,6 +55,7 @@ def whole(server, tmp_path_factory):
 
 @needs_fork
 def test_what_a_sweep_leaves(whole, server):
+    assert json.loads((whole / "manifest.json").read_text())["baseline"] == "adamw"
     metrics = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     # Two points of each model: of AdamW's trainings three, with wsd one, one of each pull; and
     # with the other seed.

@@ -396,7 +396,10 @@ def test_epochs_and_tokens_are_numbers_of_steps(values, tmp_path, capfd):
     steps, trainer = steps_of(values, tmp_path, batch=5, epochs=2.0)  # each leaves out the same few
     assert steps == 2 * (SEQUENCES // 5)
     assert len(trainer.train_dataset) == SEQUENCES // 5 * 5
-    assert f"data: {SEQUENCES % 5} of {SEQUENCES} sequences are left out" in capfd.readouterr().err
+    kept = (
+        f"data: kept {SEQUENCES // 5 * 5} of {SEQUENCES} sequences to train on: {SEQUENCES % 5} do"
+    )
+    assert kept in capfd.readouterr().err
     per_step = 4 * sum(lengths) / len(lengths)
     assert steps_of(values, tmp_path, tokens=3.0 * sum(lengths))[0] == 3 * SEQUENCES // 4
     assert steps_of(values, tmp_path, tokens=2.5 * per_step)[0] == 3

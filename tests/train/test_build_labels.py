@@ -107,10 +107,46 @@ def test_rows_of_which_nothing_is_left_are_left_out(tmp_path, capsys):
     assert len(trainer.train_dataset) == 20
     assert len(trainer.eval_dataset) == 3
     said = capsys.readouterr().err
-    assert "paceline: data: 2 of 22 conversations are left out: nothing of their first 64" in said
+    longer = "longer than the context, with nothing to learn within it"
+    assert said == (
+        f"paceline: data: kept 20 of 22 conversations to train on, context 64: 2 {longer}\n"
+        f"paceline: data: kept 3 of 4 conversations to evaluate on, context 64: 1 {longer}\n"
+    )
     write_lines("x.jsonl", [{"messages": silent}] * 4)
-    with pytest.raises(InputError, match="^data: nothing of the first 64 tokens of any conv"):
+    with pytest.raises(
+        InputError, match="^data: no conversation to train on in x.jsonl has any.* 64 tokens;"
+    ):
         built(tmp_path, data=("x.jsonl",), context=64)
+
+
+def test_what_a_template_refuses_is_a_bad_row_too(tmp_path, capsys):
+    Path("strict.jinja").write_text(
+        "{% for m in messages %}{% if 'no' in m.content %}{{ raise_exception('No no.') }}"
+        "{% endif %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endfor %}"
+    )
+    refused = {"messages": [user("no"), assistant("x")]}
+    write_lines("x.jsonl", [*MESSAGES, refused])
+    write_lines("y.jsonl", MESSAGES[:3])
+    given = {"data": ("x.jsonl",), "eval_data": ("y.jsonl",), "chat_template": "strict.jinja"}
+    with pytest.raises(InputError, match=r"No no\. \(x.jsonl, line 21\); --skip-bad-rows leaves"):
+        built(tmp_path, **given)
+    trainer = built(tmp_path, **given, skip_bad_rows=True)
+    assert len(trainer.train_dataset) == 20
+    assert capsys.readouterr().err == (
+        "paceline: data: x.jsonl: kept 20 of 21 rows: 1 left out because chat_template: No no. "
+        "(the first: x.jsonl, line 21)\n"
+    )
+
+
+def test_what_is_cut_off_is_said(tmp_path, capsys):
+    long = {"messages": [user("a"), assistant("b " * 200)]}
+    write_lines("x.jsonl", [*MESSAGES[1:], long])
+    write_lines("y.jsonl", MESSAGES[:3])
+    built(tmp_path, data=("x.jsonl",), eval_data=("y.jsonl",), context=64)
+    assert capsys.readouterr().err == (
+        "paceline: data: kept 20 of 20 conversations to train on, context 64: 1 longer than the "
+        "context, and cut off there\n"
+    )
 
 
 def test_turns_that_are_marked_are_not_learned(tmp_path):
@@ -154,8 +190,8 @@ def test_labels_of_text_are_all_but_the_first(tmp_path):
 def test_a_stream_says_once_that_it_leaves_out_what_is_not_learned(capfd):
     rows = [{"input_ids": [1] * 9, "assistant_masks": [0] * i + [1]} for i in range(9)]
     stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
-    assert len(list(build._within(stream, 4))) == 3
+    assert len(list(build._within(stream, 4, "to train on", "x"))) == 3
     assert capfd.readouterr().err == (
-        "paceline: data: conversations are left out of whose first 4 tokens (--context) nothing is "
-        "learned\n"
+        "paceline: data: conversations to train on are left out that have nothing to learn within "
+        "the context of 4 tokens\n"
     )

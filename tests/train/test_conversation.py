@@ -66,6 +66,37 @@ def test_what_is_beside_the_turns_reaches_it():
     assert converted({**expected, "system": "Be brief."})[0] == expected  # said twice
 
 
+def test_instruction_input_and_output_are_a_prompt_and_a_completion():
+    row = {"instruction": "Add.", "input": "1 and 2", "output": "3", "text": "all of it"}
+    found, ignored = converted(row)
+    assert found == {"messages": [user("Add.\n\n1 and 2"), assistant("3")]}
+    assert ignored == ["text"]
+    for nothing in ({}, {"input": ""}, {"input": None}):
+        found, _ = converted({"instruction": "Hi.", "output": "Hello.", **nothing})
+        assert found == {"messages": [user("Hi."), assistant("Hello.")]}
+    told, _ = converted({**row, "system": "Be brief."})
+    assert told["messages"][0] == system("Be brief.")
+    empty = conversation_of({"instruction": "Hi.", "output": None}, "")
+    assert empty.left_out == "output is empty"
+    # Where a row has turns, these columns say something that is not known.
+    with pytest.raises(InputError, match="'instruction' cannot be obeyed"):
+        converted({"prompt": "a", "completion": "b", "instruction": "c", "output": "d"})
+
+
+def test_content_may_be_parts_of_text():
+    parts = [{"type": "text", "text": "1 +"}, {"type": "text", "text": " 1", "image_url": None}]
+    found, _ = converted({"messages": [user(parts), assistant([{"type": "text", "text": "2"}])]})
+    assert found == {"messages": [user("1 + 1"), assistant("2")]}
+
+
+@pytest.mark.parametrize("name", ["tool_calls", "reasoning_content", "reasoning", "thinking"])
+def test_content_may_be_null_beside_what_is_said_otherwise(name):
+    said = CALL if name == "tool_calls" else "Well ..."
+    for turn in ({"role": "assistant", "content": None}, {"role": "assistant"}):
+        found, _ = converted({"messages": [user("Q"), {**turn, name: said}]})
+        assert found["messages"][1] == {"role": "assistant", "content": "", name: said}
+
+
 # ---- what is obeyed --------------------------------------------------------------------------
 
 
@@ -174,6 +205,18 @@ def test_what_is_about_a_row_or_a_message_is_ignored_aloud():
         ({"messages": [user("Q"), {**assistant("A"), "weight": [0]}]}, "weight must be 0 or 1"),
         ({"messages": [user("Q"), assistant("\ud800")]}, "it is nested too deeply, or its text"),
         ({"prompt": "a", "completion": "b", "context": "c"}, "'context' cannot be obeyed"),
+        (
+            {"instruction": "a", "output": "b", "history": [["c", "d"]]},
+            "'history' cannot be obeyed",
+        ),
+        ({"instruction": "a", "output": "b", "prompt": "c"}, "'prompt' beside instruction and out"),
+        ({"instruction": "a", "output": ["b"]}, "output must be text, got"),
+        (
+            {"messages": [user([{"type": "image_url", "image_url": "a"}]), assistant("b")]},
+            "content must be text, got the part {'type': 'image_url'",
+        ),
+        ({"messages": [user(["a"]), assistant("b")]}, "content must be text, got the part 'a'"),
+        ({"messages": [user("a"), assistant(None)]}, "content must be text, got None"),
         (
             {"messages": [{"role": "user", "from": "gpt", "content": "a"}]},
             "a message has a key in two",

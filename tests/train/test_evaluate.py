@@ -382,7 +382,9 @@ def test_what_cannot_be_evaluated(run, tasks, tmp_path, monkeypatch):
     weights.unlink()
     refused("model cannot be loaded: .*model.safetensors", run / "model", "choice", include=tasks)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused("nobody/nothing cannot be loaded: ", "nobody/nothing", "choice", include=tasks)
+    for name in ("nobody/nothing", "nofolder"):
+        refused(f"^model: there is no .*'{name}' here", name, "choice", include=tasks)
+    refused("^model: no such folder: ./nofolder", "./nofolder", "choice")
 
 
 def test_options_that_cannot_be_used(run, tasks, tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ def test_the_short_run_keeps_no_averages(monkeypatch):
         assert recipe.times_kept == 0
         raise InterruptedError
 
-    monkeypatch.setattr(find_lr, "build_trainer", build)
+    monkeypatch.setattr(find_lr, "build_fitting", build)
     recipe = Recipe(config=LLAMA, tokenizer="bpe", snapshots=3, choose=True)
     with pytest.raises(InterruptedError):
         find_lr.with_found_rate(recipe, Console(quiet=True))

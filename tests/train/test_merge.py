@@ -27,7 +27,7 @@ from paceline.averaging import parse
 from paceline.cli import main
 from paceline.train import InputError, weighted
 from paceline.train import merge as merging
-from paceline.train.folder import step_of
+from paceline.train.folder import LIVE, WEIGHTS_IN, step_of
 from paceline.train.merge import Merge
 
 
@@ -428,6 +428,26 @@ def test_adapters(tmp_path, capsys):
     assert sum("lora" in name for name in loaded) == 4
     for name, tensor in loaded.items():
         torch.testing.assert_close(tensor, mean(states, name).float(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["pace", "adamw"])
+def test_the_folder_of_a_run(method, tmp_path, capsys):
+    """Its checkpoints are a folder below it, and are averages but for AdamW."""
+    run = tmp_path / "run"
+    for step in (5, 10):
+        (run / f"checkpoints/checkpoint-{step}").mkdir(parents=True)
+        state = {"x": torch.tensor([float(step)])}
+        save_file(state, run / f"checkpoints/checkpoint-{step}/model.safetensors")
+    (run / "recipe.yaml").write_text(f"task: sft\nmethod: {method}\n")
+    average(run, "--out", tmp_path / "out")
+    assert load_file(tmp_path / "out/model.safetensors")["x"] == 7.5
+    said = "2 of these 2 are averages already, such as"
+    assert (said in " ".join(capsys.readouterr().out.split())) == (method == "pace")
+    (run / "live").mkdir()
+    facts = {"rule": "ema", "weights": WEIGHTS_IN[LIVE]}
+    (run / "live/paceline.json").write_text(json.dumps(facts))
+    assert not merging.is_average(run / "live")
+    assert merging.is_average(tmp_path / "out")
 
 
 # ---- memory, kills, full disks -----------------------------------------------------------------

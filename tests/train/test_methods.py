@@ -10,7 +10,7 @@ from comparing import method_of, schedule_of
 from paceline.averaging import BEMA, EMA, LAWA, SWA, PowerEMA, Uniform
 from paceline.study.runs import share_runs
 from paceline.train import InputError
-from paceline.train.methods import METHODS, parse_method
+from paceline.train.methods import METHODS, beside_the_pull, parse_method
 
 
 def test_methods_are_written_as_documented():
@@ -32,8 +32,8 @@ def test_methods_are_written_as_documented():
     assert method_of("ema:eps=1e-3").label == "ema kappa=0.3 eps=0.001"
     assert method_of("lookahead:alpha=0.8").label == "lookahead every=5 alpha=0.8"
     assert method_of("pullback:muon:pullback=1").label == "pullback muon pullback=1 kappa=0.3"
-    assert method_of("pullback:sgd:cosine:gain=scalar").label == (
-        "pullback sgd cosine pullback=3 kappa=0.3 gain=scalar"
+    assert method_of("pullback:sgd:cosine:gain=scalar:pullback=0.5").label == (
+        "pullback sgd cosine pullback=0.5 kappa=0.3 gain=scalar"
     )
 
 
@@ -284,3 +284,33 @@ def test_schedules():
 def test_bad_methods(text, message):
     with pytest.raises(InputError, match=message):
         method_of(text)
+
+
+@pytest.mark.parametrize(
+    ("pulled", "ema", "differing"),
+    [
+        ("pace", "ema", set()),
+        ("pullback:adamw", "ema", set()),
+        ("pace:pullback=auto", "ema:kappa=0.6", set()),  # what it returns
+        ("pace:return_kappa=0.7", "ema:kappa=0.7", set()),  # the same average is returned
+        ("pace:return_kappa=0.7", "ema", {"return_kappa"}),
+        ("pace:cosine", "ema:cosine", set()),
+        ("pace:twin:return_kappa=0.7", "ema:twin:return_kappa=0.7", set()),
+        ("pace:twin:kappa=0.2:return_kappa=0.7", "ema:twin:return_kappa=0.7", {"kappa"}),
+        ("pace", "ema:twin", {"schedule", "twin_gain"}),
+        ("pace:every=3", "ema", {"every"}),
+        ("pace:state=bf16", "ema", {"state"}),
+        ("pace:eps=1e-3", "ema", {"eps"}),
+        ("pace", "ema:half_life=9", {"half_life", "return_kappa"}),
+        ("pace:lr=1", "ema", {"lr"}),
+    ],
+)
+def test_what_differs_beside_the_pull(pulled, ema, differing):
+    assert beside_the_pull(method_of(pulled), method_of(ema)) == differing
+
+
+def test_a_scalar_gain_is_in_0_to_1():
+    for text in ("pace:gain=scalar:pullback=2", "pullback:sgd:gain=scalar:pullback=2"):
+        with pytest.raises(InputError, match=r"it is the gain itself, in \[0, 1\], got 2"):
+            method_of(text)
+    assert method_of("pace:gain=scalar:pullback=1").get("pullback") == 1

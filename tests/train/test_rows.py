@@ -21,6 +21,12 @@ TEXTS = [
 ]
 
 
+def values_of(*arguments):
+    rows = list(rows_of(*arguments))
+    assert not any(row.broken for row in rows)
+    return [row.value for row in rows]
+
+
 def csv_text(texts):
     quoted = (x.replace('"', '""') for x in texts)
     return "a,b\n" + "".join(f'{i},"{x}"\n' for i, x in enumerate(quoted))
@@ -36,34 +42,71 @@ def test_text_is_text(name, bom):
     packed = name.endswith("gz")
     Path(name).write_bytes(gzip.compress(data) if packed else data)
     place = Path(name).resolve().as_uri() if packed else name
-    assert list(rows_of(place, "csv" if name == "a.csv" else "json")) == rows
+    assert values_of(place, "csv" if name == "a.csv" else "json") == rows
 
 
 def test_values_of_json_are_as_they_are():
     rows = [{"a": {"x": None}}, {"a": {"y": 2**70}}, {"b": ["1", 2, None]}, {}]
     Path("a.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\r\n \n")
-    assert list(rows_of("a.jsonl", "json")) == rows
+    assert values_of("a.jsonl", "json") == rows
     Path("tabs.csv").write_text("a\tb\n\n1,\t\n")
-    assert list(rows_of("tabs.csv", "csv", "\t")) == [{"a": "1,", "b": ""}]
+    assert values_of("tabs.csv", "csv", "\t") == [{"a": "1,", "b": ""}]
 
 
 @pytest.mark.parametrize(
     ("kind", "text", "message"),
     [
-        ("json", '{"a": 1}\n{"a": [}', "row 1 is not JSON: Expecting value"),
-        ("json", '{"a": 1, "a": 2}', "row 0 is not JSON: a key is given twice"),
-        ("json", '{"a": NaN}', "row 0 is not JSON: NaN is not a number"),
-        ("json", "[" * 100_000, "the list is nested too deeply"),
-        ("json", '{"a":' * 100_000, "row 0 is nested too deeply"),
-        ("json", '{"a": %s}' % ("1" * 5000), "row 0 is not JSON: Exceeds the limit"),
-        ("json", '[{"a": 1}\n', "the list is not JSON"),
-        ("csv", "a,b\n1,2\n1\n", "row 1 has 1 fields, and the header has 2"),
-        ("csv", "a,b\n1,2,3\n", "row 0 has 3 fields"),
+        ("json", "[" * 100_000, "the file is nested too deeply"),
+        ("json", '[{"a": 1}\n', r"the file is not JSON: Expecting ',' delimiter \(line 2, col"),
+        # with the file's own lines, those that are blank among them
+        ("json", '\n[{"a": 1},\n\n{"a": [}]', r"the file is not JSON: .*\(line 4, column 8\)"),
+        ("json", '\n\n{\n "a": 1\n\n "b": 2}', r"the file is not JSON: .*\(line 6, column 2\)"),
         ("csv", "a,a\n1,2\n", "the header names a column twice"),
-        ("csv", 'a,b\n1,2\n"1,2\n', "after row 0: unexpected end"),
+        ("csv", 'a,b\n1,2\n\n"1,2\n', "line 4: unexpected end"),
     ],
 )
 def test_what_is_not_of_its_kind(kind, text, message):
     Path("x").write_text(text)
     with pytest.raises(ValueError, match=f"^{message}"):
         list(rows_of("x", kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "place", "reason"),
+    [
+        (
+            "json",
+            '{"a": 1}\n{"a": [}\n',
+            "line 2",
+            "is not JSON: Expecting value (line 2, column 8)",
+        ),
+        ("json", '\n{"a": 1}\n\n \n{"a": [}\n', "line 5", "is not JSON: Expecting value"),
+        ("json", '{"a": [}\n{"a": 1}\n', "line 1", "is not JSON: Expecting value"),
+        ("json", 'hello\n{"a": 1}\n', "line 1", "is not JSON: Expecting value"),
+        ("json", '{"a": 1}\n{"a":\n', "line 2", "is not JSON: Expecting value"),
+        ("json", '{"a": 1, "a": 2}\n{"a": 1}', "line 1", "is not JSON: a key is given twice"),
+        ("json", '{"a": 1}\n{"a": NaN}', "line 2", "is not JSON: NaN is not a number"),
+        ("json", '{"a": 1}\n' + '{"a":' * 100_000, "line 2", "is nested too deeply"),
+        ("json", '{"a": 1}\n{"a": %s}' % ("1" * 5000), "line 2", "is not JSON: Exceeds the limit"),
+        ("csv", 'a,b\n\n"1\n1",2\n1\n', "line 5", "has 1 fields, and the header has 2"),
+        ("csv", "a,b\n1,2,3\n1,2\n", "line 2", "has 3 fields"),
+    ],
+)
+def test_a_line_that_is_no_row_has_its_own_number(kind, text, place, reason):
+    Path("x").write_text(text)
+    (broken,) = [row for row in rows_of("x", kind) if row.broken]
+    assert broken.place == place
+    assert broken.broken.startswith(reason)
+    assert len(list(rows_of("x", kind))) == 2  # the other one is read
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_may_be_the_data_of_an_object(indent):
+    rows = [{"a": "1"}, {"a": "2"}]
+    Path("a.json").write_text(json.dumps({"version": 2, "data": rows}, indent=indent))
+    assert list(rows_of("a.json", "json")) == [("row 0", rows[0], None), ("row 1", rows[1], None)]
+    # but in a file of several objects it is a column
+    Path("a.jsonl").write_text("\n".join(json.dumps({"data": rows}) for _ in range(2)))
+    assert values_of("a.jsonl", "json") == [{"data": rows}] * 2
+    Path("one.json").write_text(json.dumps({"a": "1"}, indent=indent))
+    assert values_of("one.json", "json") == [{"a": "1"}]

@@ -490,8 +490,6 @@ def test_full_disk_at_the_end(finished, copied, save, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"batch": 100}, [f"batch: 100 sequences a step are more than the {SEQUENCES}"]),
-        ({"context": 65}, ["context: 65 tokens are more than the model's 64"]),
         ({"fsdp": True}, ["fsdp: ", "torchrun"]),
         ({"micro_batch": 3}, ["micro_batch: 3 does not divide the batch of 4"]),
         ({"warmup": 12.0}, ["warmup: 12 steps must be fewer than the 12 steps of the run"]),

@@ -70,6 +70,16 @@ FORMS = {
         [{"messages": [{**m, "weight": 1, "name": None} for m in talk(n)]} for n in range(20)],
     ),
     "list.json": lambda path: Path(path).write_text(json.dumps(MESSAGES, indent=1)),
+    "data.json": lambda path: Path(path).write_text(json.dumps({"data": MESSAGES}, indent=1)),
+    "alpaca.jsonl": lambda path: write_lines(
+        path, [{"instruction": f"question {n}", "output": f"answer {n}"} for n in range(20)]
+    ),
+    "parts.parquet": lambda path: Dataset.from_list(
+        [
+            {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in x]}
+            for x in map(talk, range(20))
+        ]
+    ).to_parquet(path),
     "rows.parquet": lambda path: Dataset.from_list(MESSAGES).to_parquet(path),
     "rows.csv": lambda path: write_csv(path, PAIRS),
     "UPPER.JSONL": lambda path: write_lines(path, MESSAGES),
@@ -175,7 +185,7 @@ def test_rows_where_no_assistant_speaks_are_left_out():
     assert sorted(numbers([*data.train, *data.evaluation])) == list(range(20))
     write_lines("p.jsonl", [{"prompt": "x", "completion": None}, {"prompt": "x", "completion": ""}])
     with pytest.raises(
-        InputError, match="p.jsonl has no usable examples: 2 because completion is empty"
+        InputError, match="p.jsonl has no usable examples: 2 left out because completion is empty"
     ):
         load("p.jsonl")
 
@@ -294,29 +304,29 @@ def message(row, **message):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (message(3, role="narrator", content="x"), "x.jsonl, row 3: unknown role 'narrator'"),
-        (message(2, role="user", content=None), "x.jsonl, row 2: content must be text, got None"),
-        (message(1, role="user", content=["x"]), "x.jsonl, row 1: content must be text, got"),
-        (message(0, role=None, content="x"), "x.jsonl, row 0: a message needs a role and content"),
+        (message(3, role="narrator", content="x"), "x.jsonl, line 4: unknown role 'narrator'"),
+        (message(2, role="user", content=None), "x.jsonl, line 3: content must be text, got None"),
+        (message(1, role="user", content=["x"]), "x.jsonl, line 2: content must be text, got"),
+        (message(0, role=None, content="x"), "x.jsonl, line 1: a message needs a role and content"),
         (
-            lambda p: write_lines(p, [{"messages": [user([{"type": "text", "text": "x"}])]}]),
-            "x.jsonl, row 0: content must be text, got .*'type': 'text'",
+            lambda p: write_lines(p, [{"messages": [user([{"type": "image", "url": "x"}])]}]),
+            "x.jsonl, line 1: content must be text, got the part .*'type': 'image'",
         ),
         (
             lambda p: write_lines(p, [{"messages": [{"content": "x"}]}]),
-            "x.jsonl, row 0: a message needs a role and content",
+            "x.jsonl, line 1: a message needs a role and content",
         ),
         (
             lambda p: write_lines(p, [{"messages": ["x"]}]),
-            "x.jsonl, row 0: a message needs a role and content, got 'x'",
+            "x.jsonl, line 1: a message needs a role and content, got 'x'",
         ),
         (
             lambda p: write_lines(p, [{"messages": "hello"}]),
-            "x.jsonl, row 0: messages must be messages or text, got 'hello'",
+            "x.jsonl, line 1: messages must be messages or text, got 'hello'",
         ),
         (
             lambda p: write_lines(p, [{"prompt": "1 + 1", "completion": 2}]),
-            "x.jsonl, row 0: completion must be messages or text, got 2",
+            "x.jsonl, line 1: completion must be messages or text, got 2",
         ),
         (
             lambda p: write_lines(p, [{"question": "x", "answer": "y"}]),
@@ -329,12 +339,12 @@ def message(row, **message):
         (lambda p: write_lines(p, MESSAGES[:1]), "x.jsonl has 1 usable examples"),
         (
             lambda p: write_lines(p, [{"messages": []}] * 9),
-            "x.jsonl has no usable examples: 9 because",
+            "x.jsonl has no usable examples: 9 left out because",
         ),
         (text(b""), "x.jsonl has no rows"),
         (text(b"\n\n"), "x.jsonl has no rows"),
-        (text(b'{"messages": [}\n'), "x.jsonl cannot be read: row 0 is not JSON: Expecting value"),
-        (text(b"hello\n"), "x.jsonl cannot be read: row 0 is not JSON: Expecting value"),
+        (text(b'{"messages": [}\n'), "x.jsonl cannot be read: line 1 is not JSON: Expecting value"),
+        (text(b"hello\n"), "x.jsonl cannot be read: line 1 is not JSON: Expecting value"),
         (text(b"\x00\x01\x02"), "x.jsonl cannot be read: "),
         (
             text(b'{"messages": [{"role": "user", "content": "caf\xe9"}]}\n' * 3),
@@ -367,7 +377,7 @@ def test_bad_conversations_name_file_and_row(write, message, folder, capfd, logg
         ("notes.txt", "notes.txt has other files than one kind of .jsonl, .json, .parquet, .csv"),
         ("empty", "empty has other files than one kind of .jsonl"),
         ("mixed", "mixed has other files than one kind of .jsonl"),
-        ("broken", ".*broken/b.jsonl cannot be read: row 2 is not JSON: Expecting property"),
+        ("broken", ".*broken/b.jsonl cannot be read: line 3 is not JSON: Expecting property"),
         ("python", "python is the sources of Python's standard library; this task takes chitchat"),
         ("torch", "torch is the sources of the installed torch; this task takes chitchat"),
     ],
@@ -398,7 +408,7 @@ def test_nothing_usable_names_what_and_why():
     write_lines("x.jsonl", MESSAGES)
     write_lines("silent.jsonl", [{"messages": talk(0)[:1]}] * 3)
     message = (
-        r"^data: silent.jsonl has no usable examples: 3 because the assistant says nothing .* 0\)$"
+        r"^data: silent.jsonl has no usable examples: 3 left out because the assistant .* 1\)$"
     )
     with pytest.raises(InputError, match=message):
         load("x.jsonl", eval_data=["silent.jsonl"])
@@ -429,17 +439,41 @@ def test_rows_that_are_left_out_are_counted_aloud(capfd):
     rows = [*PAIRS, {"prompt": "x", "completion": None}, {"prompt": "y", "completion": " "}]
     for write in (write_lines, lambda p, rows: Dataset.from_list(rows).to_parquet(p)):
         path = "x.jsonl" if write is write_lines else "x.parquet"
+        places = ("line 21", "line 22") if write is write_lines else ("row 20", "row 21")
         write(path, [{**row, "id": 3} for row in rows])
         data = load(path)
         assert sorted(numbers([*data.train, *data.evaluation])) == list(range(20))
         out, error = capfd.readouterr()
         assert out == ""
         assert error == (
-            f"paceline: data: {path}: 2 of 22 rows are left out: 1 because completion is empty "
-            f"(the first: {path}, row 20); 1 because the assistant says nothing that is to be "
-            f"learned (the first: {path}, row 21)\n"
+            f"paceline: data: {path}: kept 20 of 22 rows: 1 left out because completion is empty "
+            f"(the first: {path}, {places[0]}); 1 left out because the assistant says nothing that "
+            f"is to be learned (the first: {path}, {places[1]})\n"
             f"paceline: data: {path}: 1 columns are not used: id\n"
         )
+
+
+def test_bad_rows_are_left_out_aloud_if_asked_to(capfd):
+    narrated = {"messages": [*talk(9), {"role": "narrator", "content": "x"}]}
+    write_lines("x.jsonl", [*MESSAGES, narrated, narrated])
+    with Path("x.jsonl").open("a") as file:
+        file.write('\n{"messages": [}\nhello\n')
+    Dataset.from_list([*MESSAGES, narrated]).to_parquet("x.parquet")
+    Path("x.csv").write_text("prompt,completion\n" + "a,answer 1\n" * 20 + "\na\n")
+    unknown = "left out because unknown role 'narrator'; known: assistant, system, tool, user"
+    expected = {
+        "x.jsonl": f"kept 20 of 24 rows: 2 {unknown} (the first: x.jsonl, line 21); 2 left out "
+        "because the line is not JSON (the first: x.jsonl, line 24)",
+        "x.parquet": f"kept 20 of 21 rows: 1 {unknown} (the first: x.parquet, row 20)",
+        "x.csv": "kept 20 of 21 rows: 1 left out because the line has 1 fields, and the header has "
+        "2 (the first: x.csv, line 23)",
+    }
+    for name, said in expected.items():
+        data = load(name, skip_bad_rows=True)
+        assert len(data.train) + len(data.evaluation) == 20
+        assert capfd.readouterr().err == f"paceline: data: {name}: {said}\n"
+        with pytest.raises(InputError, match=r"; --skip-bad-rows leaves out such rows$"):
+            load(name)
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.jsonl", "x.parquet"])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from ..averaging import Averaging, PowerEMA, as_rule
-from ..options import expand_short, number, parse_returns, require, returns_text
+from ..options import check_scalar, expand_short, number, parse_returns, require, returns_text
 from ..update import TINY
 
 Tree = Any  # a pytree of arrays
@@ -74,7 +74,7 @@ def pace(
         weight_decay: decoupled weight decay wd >= 0.
         mask: whether each weight decays: a tree of booleans, or a function of the parameters that
             gives one. Default: all do.
-        gain: "adam" as above; or "scalar", λ_t = min(1, c), which has no unit.
+        gain: "adam" as above; or "scalar", λ_t = c in [0, 1], which has no unit.
         kappa: κ of the average, in [0, 1]. Default: 0.5.
         averaging: another rule than a power EMA, or its text. LAWA and BEMA are refused: they need
             more than the average. A rule of your own gets the step as a traced array.
@@ -104,6 +104,8 @@ def pace(
             require(options, name, 0 <= value < high, range_)
     require(options, "gain", gain in ("adam", "scalar"), "'adam' or 'scalar'")
     require(options, "clip", isinstance(clip, bool), "True or False")
+    if isinstance(pullback, float | int):
+        check_scalar(options, clip)
     if not clip and isinstance(eps, float | int) and not eps:
         raise ValueError("clip=False needs eps > 0, got eps=0.0: a gain would have no bound")
     expand_short(options)

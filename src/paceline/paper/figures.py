@@ -228,7 +228,7 @@ def show_figure(
     text += f"\n\n{drawn.ends.markdown()}\nNumbers in the figure: [{name}.csv]({name}.csv)\n"
     write_text(folder / f"{name}.md", text)
     if len(options.figures) == 1:
-        console.print(drawn.ends.shown())
+        console.print(drawn.ends.shown(console))
     say(console, f"{title}: {folder / name}.svg, .png, .csv, .md")
 
 

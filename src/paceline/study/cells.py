@@ -14,10 +14,11 @@ from rich.console import Console
 from transformers.trainer_utils import SaveStrategy
 
 from ..cache import cache_folder
-from ..files import put
+from ..files import put, remove
 from ..train import InputError
 from ..train.build import PerToken, Prepared, build_trainer
 from ..train.data import content_key
+from ..train.folder import MODEL, InUse, is_begun, locked, recipe_of
 from ..train.methods import Method
 from ..train.recipe import DATA, METHOD, RESUMABLE_CHANGES, Recipe, keys_with
 from ..train.run import Train
@@ -27,6 +28,7 @@ from .runs import Row, Run, Watch, finite_values, share_runs
 
 # On the clock of chat templates, where the recipe gives no date: cells may run on many days.
 DAY = date(2026, 1, 1)
+WAIT = 5.0  # seconds, while another process trains the model to start from
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,40 @@ class Task:
         return cache_folder() / f"start-{key}"
 
     def make_start(self, console: Console) -> None:
-        """Train the model to start from, unless it is in the cache."""
+        """Train the model to start from, unless it is in the cache.
+
+        One process trains it, and others wait. A training that was killed goes on from its last
+        checkpoint.
+        """
         folder = self.start_folder
-        if self.start is None or folder is None or folder.exists():
+        if self.start is None or folder is None:
             return
-        console.print(f"Training the model that {self.name} starts from, once.", highlight=False)
-        with TemporaryDirectory(dir=cache_folder()) as scratch:
-            run = train_by(Train(**self.start.model_dump(), out=Path(scratch) / "run"), console)
-            if run is None:
-                raise KeyboardInterrupt
-            if not folder.exists():  # or another process was faster
-                put(run / "model", folder)
+        said = False
+        while not folder.exists():
+            try:
+                with locked(folder.with_name(f"{folder.name}-lock")):
+                    if not folder.exists():
+                        self._train_start(self.start, folder, console)
+            except InUse as error:
+                if not said:
+                    console.print(f"Waiting for another process: {error}", markup=False)
+                said = True
+                time.sleep(WAIT)
+
+    def _train_start(self, start: Recipe, folder: Path, console: Console) -> None:
+        run = folder.with_name(f"{folder.name}-run")
+        if is_begun(run):
+            said = f"Going on with the training of the model that {self.name} starts from: {run}"
+            options = Train(**recipe_of(run), resume=run)
+        else:
+            said = f"Training the model that {self.name} starts from, once: {run}"
+            remove(run)  # of a training that was killed before its first step
+            options = Train(**start.model_dump(), out=run)
+        console.print(said, highlight=False, markup=False)
+        if train_by(options, console) is None:
+            raise KeyboardInterrupt
+        put(run / MODEL, folder)
+        remove(run)
 
 
 def _dump(recipe: Recipe, but: Iterable[str] = ()) -> dict[str, Any]:

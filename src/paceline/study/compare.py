@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
@@ -25,7 +26,14 @@ from ..train import Gain, InputError, NonNegative, Number, Options, Positive, Po
 from ..train import data as texts
 from ..train import folder as folders
 from ..train.manifest import cores, environment, write_json
-from ..train.methods import WSD_DECAY_SHARE, Method, ScheduleName, methods_help, parse_method
+from ..train.methods import (
+    WSD_DECAY_SHARE,
+    Method,
+    ScheduleName,
+    methods_help,
+    parse_method,
+    refuse_untaken,
+)
 from ..train.model import make_gpt2
 from ..train.recipe import Names
 from ..train.terminal import progress_bars, quiet, show_losses
@@ -40,8 +48,10 @@ class Comparison(Options):
     Every method starts from the same weights and sees the same batches in the same order. The
     validation loss of live weights and returned model is measured on the same text.
 
-    A method is written name[:schedule][:option=value]..., as in ema:twin:twin_gain=0.5 or
-    pace:pullback=1:kappa=0.5:lr=3e-3. All have the option lr. Averages of AdamW share one training.
+    A method is written name[:schedule][:option=value]..., as in ema:twin:twin_gain=0.5,
+    pace:pullback=1:kappa=0.5:lr=3e-3 or pace:pullback=auto. All have the option lr. With
+    return_kappa a method returns another average than the one of kappa, which it pulls toward.
+    Averages of AdamW share one training.
 
     The default rates and options were chosen on the validation part of the default text.
     """
@@ -58,7 +68,7 @@ class Comparison(Options):
     """Peak learning rates > 0, separated by commas; each method is run at each of them."""
     schedule: ScheduleName = "constant"
     pullback: NonNegative | Literal["auto"] = 10.0
-    """Strength c >= 0 of the pull of pace and pullback, in the unit of a gradient; auto: pace sets it itself."""
+    """Strength c >= 0 of the pull of pace and pullback, in the unit of a gradient; or auto, with which pace sets it itself and, unless kappa is given, pulls toward κ 0.3 and returns κ 0.6."""
     kappa: Power | None = None
     """Power κ in [0, 1] of the averages of ema, pace and pullback, and of the schedules power and twin. Default: 0.3, and PACE's own with --pullback auto."""
     twin_gain: Gain = 1.0
@@ -133,6 +143,11 @@ class Comparison(Options):
             raise InputError(f"methods: two of {', '.join(self.methods)} are the same run")
         _check_warmup(self.warmup, self.steps)
         return self
+
+    def refuse_unused(self, given: Collection[str]) -> None:
+        """Refuse options of methods that no method takes."""
+        names = {"lr", "pullback", "kappa", "twin_gain", "schedule"}
+        refuse_untaken(names.intersection(given), self.methods, self.schedule)
 
     @cached_property
     def compared(self) -> list[Method]:

@@ -6,7 +6,7 @@ import gzip
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -328,7 +328,10 @@ def gather(sources: Iterable[Source]) -> list[MethodRuns]:
         if unfinished:
             source.notes.append(f"unfinished, and not in the tables: {', '.join(unfinished)}")
         if twice:
-            source.notes.append(f"in an earlier folder too, and not used: {', '.join(twice)}")
+            source.notes.append(
+                "the same training (method, rate and seed) is in a folder that was read before; "
+                f"this copy is not used: {', '.join(twice)}"
+            )
     gathered = []
     for names, runs in cells.items():
         finished = any(done for _, done in runs.values())
@@ -388,12 +391,13 @@ class Table:
     at: str  # which run of the baseline is meant, such as "at the same rate"
     entries: list[TableLine]
     notes: Sequence[str] = ()
+    default: Collection[str] = (DEFAULT_BASELINE,)  # names of the baseline to begin with
 
     @property
     def baselines(self) -> list[str]:
         """Names, the default first."""
         names = dict.fromkeys(entry.name for entry in self.entries)
-        return sorted(names, key=lambda name: name != DEFAULT_BASELINE)
+        return sorted(names, key=lambda name: name not in self.default)
 
     @functools.cached_property
     def differences(self) -> list[list[tuple[str, str]]]:
@@ -415,8 +419,20 @@ class Table:
         return [marked([to(name, entry) for entry in self.entries]) for name in self.baselines]
 
 
-def tables(cells: Iterable[MethodRuns]) -> list[Table]:
-    """Tables of methods at their best options, at their best rates, and at equal rates."""
+def default_baseline(sources: Iterable[Source]) -> set[str]:
+    """Label and kind of the method that all sweeps among the sources compare with; or AdamW."""
+    labels = {label for x in sources if isinstance(label := x.manifest.get("baseline"), str)}
+    rows = (row for source in sources for row in source.rows if {row.label} == labels)
+    return next(({row.label, row.family} for row in rows), {DEFAULT_BASELINE})
+
+
+def tables(
+    cells: Iterable[MethodRuns], baseline: Collection[str] = (DEFAULT_BASELINE,)
+) -> list[Table]:
+    """Tables of methods at their best options, at their best rates, and at equal rates.
+
+    Differences are to the method of one of the names in `baseline`, until another is picked.
+    """
     done = [cell for cell in cells if cell.finished]
     kinds = "Each kind of method at its best options and learning rate", "at its best"
     labels = "Each method at its best learning rate", "at its best rate"
@@ -430,7 +446,8 @@ def tables(cells: Iterable[MethodRuns]) -> list[Table]:
     families, methods, everything = (len(table.entries) for table in found)
     rates = {(cell.setting, cell.lr) for cell in done}
     several = everything > methods or len(rates) > len({cell.setting for cell in done})
-    return found[0 if families < methods else 1 : 3 if several else 2]
+    kept = found[0 if families < methods else 1 : 3 if several else 2]
+    return [replace(table, default=baseline) for table in kept]
 
 
 def _at_the_best(
@@ -604,7 +621,7 @@ def report_command(options: ReportOptions, console: Console) -> None:
     cells = gather(sources)
     if not cells:
         raise InputError(f"runs: there is no evaluation in {sources[0].folder} yet; train longer")
-    found = tables(cells)
+    found = tables(cells, default_baseline(sources))
     names = _folder_names(sources)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

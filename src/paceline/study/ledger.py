@@ -161,7 +161,13 @@ class Ledger(Queue, AbstractContextManager["Ledger"]):
     @_patiently
     def claim(self) -> Job | None:
         """The next cell that no worker has claimed; None if there is none now."""
-        for cell in self.left():
+        if self.stopped():
+            return None
+        left = self.left()
+        if self.outcomes.failed and not self._any_finished():  # does every method fail?
+            tried = {_study_name(x) for x in self.wanted if x.key in self.outcomes.failed}
+            left.sort(key=lambda cell: _study_name(cell) in tried)
+        for cell in left:
             # A cell of this name still runs here; it may be this one, whose claim has expired.
             if cell.key in self.taken or cell.name in self.mine:
                 continue
@@ -171,7 +177,22 @@ class Ledger(Queue, AbstractContextManager["Ledger"]):
 
     def may_have_more(self) -> bool:
         """Whether cells have not ended; other workers have them, and may give them back."""
-        return bool(self.left())
+        return bool(self.left()) and not self.stopped()
+
+    def stopped(self) -> str | None:
+        """Why no more cells are claimed: all that ended failed alike, some of every method.
+
+        None if there is no such reason, or no cell is left.
+        """
+        left = self.left()
+        failed = [cell for cell in self.wanted if cell.key in self.outcomes.failed]
+        reasons = {self.outcomes.failed[cell.key] for cell in failed}
+        untried = {_study_name(cell) for cell in self.wanted} - {_study_name(x) for x in failed}
+        alike = len(reasons) == 1 and len(failed) > 1 and not untried
+        return reasons.pop() if left and alike and not self._any_finished() else None
+
+    def _any_finished(self) -> bool:
+        return any(cell.key in self.outcomes.finished for cell in self.wanted)
 
     def finish(self, job: Job, result: Result) -> None:
         """Record the result of a cell."""
@@ -423,23 +444,35 @@ def work_off(ledger: Ledger, workers: int | None, console: Console) -> None:
         return
     workers = workers or (1 if torch.cuda.is_available() else cores())
     run_all(ledger, workers, threads_each(workers), console)
+    if reason := ledger.stopped():
+        console.print(
+            f"Stopped: the first trainings of every method failed alike: {reason}. When that is "
+            "mended, --retry-failed tries them again.",
+            style="red",
+            markup=False,
+            highlight=False,
+        )
 
 
-def write_rows(ledger: Ledger, folder: Path, configuration: dict[str, Any]) -> None:
-    """Write metrics.jsonl, training.jsonl and manifest.json with the results of the cells."""
+def write_rows(ledger: Ledger, folder: Path, configuration: dict[str, Any], **facts: Any) -> None:
+    """Write metrics.jsonl, training.jsonl and manifest.json with the results of the cells.
+
+    The manifest has the configuration and these further facts.
+    """
     finished = ledger.outcomes.finished
     ended = [cell for cell in ledger.wanted if cell.key in finished]
 
     metrics = [folders.json_line(row) for cell in ended for row in finished[cell.key].rows]
     training: list[str] = []
     for cell in ended:
-        facts = {"setting": cell.task.name, "trained_with": cell.run.name}
-        training += [folders.json_line({**facts, **line}) for line in finished[cell.key].log]
+        of = {"setting": cell.task.name, "trained_with": cell.run.name}
+        training += [folders.json_line({**of, **line}) for line in finished[cell.key].log]
     write_text(folder / folders.METRICS, "".join(metrics))
     write_text(folder / folders.TRAINING, "".join(training))
     manifest = {
         **environment(),
         "configuration": configuration,
+        **facts,
         "tasks": {cell.task.name: cell.task.fixed for cell in ledger.wanted},
         "trainings": len(ledger.wanted),
         "finished": len(ended),

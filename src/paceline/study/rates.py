@@ -263,7 +263,7 @@ def show_difference(mine: Mapping[int, float], its: Mapping[int, float], name: s
     if not all(map(math.isfinite, pairs)):
         return f"not comparable with {name}, as a run diverged"
     mean, ends = fmean(pairs), interval(pairs)
-    if abs(mean) < 0.0005:
+    if all(abs(pair) < 0.0005 for pair in pairs):
         return f"equal to that of {name}"
     word = "lower" if mean < 0 else "higher"
     text = f"{abs(mean):.3f} nats {word} than {name}"
@@ -313,22 +313,33 @@ def rate_sentences(curves: Sequence[RateCurve]) -> list[str]:
     if len(curves) > 1 and not fixed:
         sentences += _how_wide(curves)
     for curve in curves:
-        lost = [lr for lr, mean in curve.means.items() if mean == math.inf]
-        if lost:
-            everywhere = len(lost) == len(curve.losses) > 1
-            where = "every rate" if everywhere else _listed(lost)
-            sentences.append(f"{curve.method} diverged at {where}.")
+        where: dict[str, list[float]] = {}
+        for lr, by_seed in curve.losses.items():
+            if how := diverged(by_seed):
+                where.setdefault(how, []).append(lr)
+        for how, lost in where.items():
+            at = "every rate" if len(lost) == len(curve.losses) > 1 else _listed(lost)
+            sentences.append(f"{curve.method} {how} at {at}.")
     return sentences
 
 
+def diverged(losses: Mapping[int, float]) -> str:
+    """`diverged`, with how many of the seeds if not all did; empty if none did."""
+    lost = sum(not math.isfinite(loss) for loss in losses.values())
+    if 0 < lost < len(losses):
+        return f"diverged in {lost} of {len(losses)} seeds"
+    return "diverged" if lost else ""
+
+
 def _lowest_by_rate(curves: Sequence[RateCurve]) -> list[str]:
-    """The method with the lowest loss at each rate at which there are several."""
+    """The methods with the lowest loss at each rate at which there are several."""
     where: dict[str, list[float]] = {}
     for lr in rates_of(curves):
         here = [curve for curve in curves if lr in curve.means]
-        lowest = min(here, key=lambda curve: curve.means[lr])
-        if len(here) > 1 and math.isfinite(lowest.means[lr]):
-            where.setdefault(lowest.method, []).append(lr)
+        lowest = lowest_at(here, lr)
+        if len(here) > 1 and math.isfinite(lowest):
+            methods = " and ".join(x.method for x in here if x.means[lr] == lowest)
+            where.setdefault(methods, []).append(lr)
     parts = [f"{method} at {_listed(rates)}" for method, rates in where.items()]
     return [f"The lowest loss at each rate: {', '.join(parts)}."] if parts else []
 

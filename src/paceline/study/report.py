@@ -15,11 +15,13 @@ from rich.table import Table
 
 from ..auto import AUTO
 from ..train.folder import REPORT
+from ..train.methods import Method, beside_the_pull, method_of_row
 from ..train.page import render, save, svg
 from .rates import (
     Look,
     RateCurve,
     curves_of,
+    diverged,
     looks,
     lowest_at,
     rate_figure,
@@ -71,6 +73,16 @@ class FinalLosses(NamedTuple):
     """The last row of each seed's run, of one method at one learning rate."""
 
     rows: dict[int, dict[str, Any]]
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """A row, for the values that all rows share."""
+        return next(iter(self.rows.values()))
+
+    @property
+    def method(self) -> Method:
+        """The method."""
+        return method_of_row(self.first)
 
     def losses(self, which: str = "returned") -> dict[int, float]:
         """The `live` or `returned` loss of each seed, nats a token; infinite after divergence."""
@@ -154,20 +166,22 @@ def verdict(results: Results) -> list[str]:
     for lr in rates:
         here = {label: by_rate[lr] for label, by_rate in cells.items() if lr in by_rate}
         for label, cell in here.items():
-            if next(iter(cell.rows.values()))["name"] == "pace" and math.isfinite(cell.mean()):
+            if cell.first["name"] == "pace" and math.isfinite(cell.mean()):
                 sentences += _about_the_pull(label, cell, here, lr)
     seeds = [set(cell.rows) for by_rate in cells.values() for cell in by_rate.values()]
+    every = {row["seed"] for row in results.rows}
     if not set.intersection(*seeds):
         sentences.append("No seed was finished by all methods, so their means do not compare.")
-    elif max(map(len, seeds)) == 1:
-        sentences.append("Small differences of one seed may be chance; give --seeds 0,1,2.")
-    elif len(cells) > 2:
+    elif max(map(len, seeds)) == 1 and len(seeds) > 1:
+        more = "; give --seeds 0,1,2" if len(every) == 1 and not results.interrupted else ""
+        sentences.append(f"Small differences of one seed may be chance{more}.")
+    elif len(seeds) > 2 and any("95 % interval" in sentence for sentence in sentences):
         sentences.append(
             "Each interval is for its difference alone: which method has the lowest loss was not "
             "known before."
         )
     used = set.union(*seeds)
-    if used < {row["seed"] for row in results.rows}:
+    if used < every:
         sentences.append(
             f"Losses are those of seed {', '.join(map(str, sorted(used)))}, which every method "
             "finished. The curves and metrics.jsonl have the other finished runs too."
@@ -179,8 +193,8 @@ def _at_one_rate(cells: FinalTable, lr: float) -> list[str]:
     """The returned model with the lowest loss, its lead over the next, and what diverged."""
     here = {label: by_rate[lr] for label, by_rate in cells.items()}
     ranked = sorted(here, key=lambda label: here[label].mean())
-    lost = [label for label in here if here[label].mean() == math.inf]
-    sentences = [f"At learning rate {lr:g} {label} diverged." for label in lost]
+    lost = {label: how for label in here if (how := diverged(here[label].losses()))}
+    sentences = [f"At learning rate {lr:g} {label} {how}." for label, how in lost.items()]
     if len(here) > len(lost) and len(here) > 1:
         first, second = (here[label] for label in ranked[:2])
         lead = show_difference(first.losses(), second.losses(), ranked[1])
@@ -196,33 +210,41 @@ def _about_the_pull(
 ) -> list[str]:
     """Sentences on PACE against the EMA without its pull, and against its twins."""
     sentences = []
-    mine = next(iter(cell.rows.values()))
+    pace = cell.method
+    if not pace.pulls:
+        return []
     for other, its in here.items():
-        facts = next(iter(its.rows.values()))
-        same = all(facts.get(key) == mine.get(key) for key in ("kappa", "return_kappa"))
-        if facts["name"] != "ema" or not same:
+        if its.first["name"] != "ema":
             continue
-        alike = all(facts[key] == mine[key] for key in ("schedule", "twin_gain"))
+        ema = its.method
+        differing = beside_the_pull(pace, ema)
         # The ε that the pull amounts to where it is not clipped; see docs/theory.md.
-        c = math.nan if mine["pullback"] == AUTO else mine["pullback"]
-        amounts_to = (mine["eps"] or 1e-8) + lr * c
-        if alike and facts["eps"] == mine["eps"]:
+        with_unit = pace.get("pullback") != AUTO and pace.get("gain") in (None, "adam")
+        amounts_to = (pace.get("eps") or 1e-8) + lr * (
+            pace.get("pullback") if with_unit else math.nan
+        )
+        if not differing:
             against = "the same average without the pull"
-        elif alike and math.isclose(facts["eps"] or 1e-8, amounts_to, rel_tol=0.01):
+        elif differing == {"eps"} and math.isclose(
+            ema.get("eps") or 1e-8, amounts_to, rel_tol=0.01
+        ):
             against = "the ε that its pull amounts to"
-        elif not alike and facts["schedule"] == "twin" and mine["schedule"] == "constant":
-            against = f"the schedule of a gain of {facts['twin_gain']:g}"
+        elif differing == {"schedule", "twin_gain"} and (
+            (ema.schedule, pace.schedule) == ("twin", "constant")
+        ):
+            against = f"the schedule of a gain of {ema.twin_gain:g}"
         else:
             continue
         loss = show_difference(cell.losses(), its.losses(), other)
         at = f"At learning rate {lr:g}, against {against}"
         sentences.append(f"{at}, the loss of {label} is {loss}.")
-    gains = [row["gain_mean"] for row in cell.rows.values() if row["gain_mean"] is not None]
-    if sentences and gains:
-        clipped = fmean(row["clipped"] for row in cell.rows.values())
+    ends = [row for row in cell.rows.values() if row.get("gain_mean") is not None]
+    if sentences and ends:
+        gain, clipped = (fmean(row[name] for row in ends) for name in ("gain_mean", "clipped"))
+        hardly = " It hardly pulls then." if gain < 0.005 else ""
         sentences.append(
-            f"At the end, the mean gain of {label} is {fmean(gains):.2f}, and "
-            f"{clipped:.1%} of the coordinates are clipped."
+            f"At the end, the mean gain of {label} is {gain:.2f}, and {clipped:.1%} of the "
+            f"coordinates are clipped.{hardly}"
         )
     return sentences
 

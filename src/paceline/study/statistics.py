@@ -7,7 +7,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from scipy.special import stdtr
 
 from ..files import whole
@@ -154,15 +156,31 @@ class Listing(NamedTuple):
     def _has_differences(self) -> bool:
         return self.columns[-len(DIFFERENCE) :] == DIFFERENCE
 
-    def shown(self) -> Table:
-        """The table for the terminal."""
+    def shown(self, console: Console) -> Table:
+        """The table for the terminal.
+
+        Where it is too wide, the last two columns stand beside the first, and the others below it.
+        """
         columns, rows = self._texts()
+        wide = self._table(columns, rows)
+        unbounded = console.options.update(max_width=10**4)
+        if console.measure(wide, options=unbounded).maximum <= console.width or len(columns) < 4:
+            return wide
+        first, *middle = columns[:-2]
+        stacked = []
+        for name, *values in rows:
+            below = zip(middle, values[:-2], strict=True)
+            text = ", ".join(f"{column} {value}" for column, value in below if value)
+            stacked.append([f"{name}\n{text}", *values[-2:]])
+        return self._table([first, *columns[-2:]], stacked)
+
+    def _table(self, columns: list[str], rows: list[list[str]]) -> Table:
         table = Table(title=self.title, caption="\n".join(self.notes) or None)
         for column in columns:
-            justify: Any = "left" if column == columns[0] else "right"
-            table.add_column(column, justify=justify, no_wrap=column == INTERVAL)
+            first = column == columns[0]
+            table.add_column(Text(column), justify="left" if first else "right", no_wrap=not first)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         return table
 
     def markdown(self) -> str:

@@ -20,13 +20,13 @@ from rich.console import Console
 from ..files import write_text
 from ..train import InputError, Options, Positive, read_small, unknown
 from ..train.folder import locked
-from ..train.methods import Method
-from ..train.recipe import Recipe, parse_yaml, read_recipe
+from ..train.methods import Method, beside_the_pull, refuse_untaken
+from ..train.recipe import METHOD, Recipe, keys_with, parse_yaml, read_recipe
 from ..train.terminal import quiet
 from .cells import Cell, Task
 from .ledger import Ledger, Outcomes, SharedOptions, open_ledger, work_off, write_rows
 from .runs import Row, Run, loss_of, share_runs
-from .statistics import BRACKETS, EDGE, Listing, edges, paired
+from .statistics import EDGE, Listing, edges, paired
 
 FAILED = ["all diverged or failed", None]  # instead of a setting and a learning rate
 TRIALS_AT_A_TIME = 4  # that TPE draws before it gets their losses
@@ -85,6 +85,11 @@ class Study(Options):
         """The other seeds, which losses are reported of; the only one, if it is one."""
         return self.seeds[self.tuning_seeds :] or self.seeds
 
+    @property
+    def compared_with(self) -> str:
+        """The baseline, also if that is the default."""
+        return self.baseline or next(iter(self.methods))
+
     @cached_property
     def task(self) -> Task:
         """The recipe and the recipe that it starts from."""
@@ -95,8 +100,18 @@ class Study(Options):
 
     @cached_property
     def families(self) -> dict[str, "MethodGrid"]:
-        """The methods, each with its grid."""
-        return {name: MethodGrid(name, self, options) for name, options in self.methods.items()}
+        """The methods, each with its grid.
+
+        Raises:
+            InputError: a method cannot be used, or `change` has an option that no method takes.
+        """
+        found = {name: MethodGrid(name, self, options) for name, options in self.methods.items()}
+        texts = [text for family in found.values() for text in family.texts]
+        try:
+            refuse_untaken(keys_with(METHOD) & self.change.keys(), texts, self.task.recipe.schedule)
+        except InputError as error:
+            raise InputError(f"change: {error}") from error
+        return found
 
 
 Training = tuple[Method, ...]  # the methods that are read out of it
@@ -130,6 +145,7 @@ class MethodGrid:
                     raise InputError(f"{name}: {option}: {error}, got {value}") from error
             else:
                 self.lists[option] = value if isinstance(value, list) else [value]
+        self.texts: set[str] = set()  # of all its settings
         self.grid()  # raises InputError for a wrong option or value
         self.grid({option: d.high for option, d in self.ranges.items()})
 
@@ -139,6 +155,7 @@ class MethodGrid:
         schedule = values.pop("schedule", None)
         parts = [self.written, *([str(schedule)] if schedule not in (None, "constant") else [])]
         text = ":".join([*parts, *(f"{k}={x}" for k, x in values.items())])
+        self.texts.add(text)
         try:
             return self.study.task.recipe.method_of(text)
         except InputError as error:
@@ -332,7 +349,7 @@ def sweep_command(options: Sweep, console: Console) -> int:
         if not options.show:
             work_off(ledger, options.workers, console)
         ledger.look()
-        write_rows(ledger, folder, json.loads(study.model_dump_json()))
+        write_rows(ledger, folder, json.loads(study.model_dump_json()), **baseline_of(plan, ledger))
         report_sweep(plan, ledger, folder, console)
     return 130 if ledger.interrupted else 1 if ledger.failures() else 0
 
@@ -354,12 +371,20 @@ def read_study(path: Path) -> Study:
     return Study(**values)
 
 
+def baseline_of(plan: Tuning, ledger: Ledger) -> dict[str, Any]:
+    """What others are compared with, for the manifest; nothing before all trainings have ended."""
+    if ledger.left():
+        return {}
+    chosen = next(x for x in plan.chosen(ledger.outcomes) if x.name == plan.study.compared_with)
+    return {"baseline": chosen.method.label} if chosen.method else {}
+
+
 def report_sweep(plan: Tuning, ledger: Ledger, folder: Path, console: Console) -> None:
     """Print the protocol and the tables; write them as CSV and report.md."""
     outcomes = ledger.outcomes
     if ledger.interrupted or ledger.left():
         left = f"{len(ledger.left())} of {len(ledger.wanted)} trainings are left"
-        console.print(f"{left}; the same command resumes.")
+        console.print(f"{left}." if ledger.stopped() else f"{left}; the same command resumes.")
         return
     for name, reason in ledger.failures().items():
         console.print(f"Failed: {name}: {reason}", style="red", markup=False, highlight=False)
@@ -370,7 +395,7 @@ def report_sweep(plan: Tuning, ledger: Ledger, folder: Path, console: Console) -
     text = "".join(f"- {sentence}\n" for sentence in sentences)
     for name, table in zip(("best", "equal"), tables, strict=True):
         if table.rows:
-            console.print(table.shown())
+            console.print(table.shown(console))
             table.write(folder / f"{name}.csv")
             text += f"\n{table.title}\n\n{table.markdown()}"
     write_text(folder / "report.md", text)
@@ -383,16 +408,16 @@ def protocol(plan: Tuning, outcomes: Outcomes) -> list[str]:
     chosen = plan.chosen(outcomes)
     own = "; ".join(f"{x.name} {x.trainings} trainings, {x.models} models" for x in chosen)
     all_ = "Every method" if len({each.trainings for each in chosen}) == 1 else "Not every method"
+    several = any(len(cell.run.methods) > 1 for cell in plan.wanted(outcomes))
+    shared = " Averages of AdamW are read out of shared trainings." if several else ""
     return [
         f"{study.task.name}: with one seed, all methods start from the same weights and see the "
         "same batches for the same number of steps.",
         f"Settings: {study.sampler}, tried with seed {_listed(study.tuned_on)}. "
-        f"{all_} chose from the same number of trainings: {own}. Averages of AdamW are read out "
-        "of shared trainings.",
+        f"{all_} chose from the same number of trainings: {own}.{shared}",
         "Settings were chosen on one half of the evaluation data. Losses are from the other half, "
         f"of the chosen settings with seed {_listed(study.reported)}. {_chose(study)} A diverged "
         "run counts as an infinite loss.",
-        BRACKETS,
         *(
             f"No best was found for {x.name}: {x.edge} of its grid. Widen the grid."
             for x in chosen
@@ -422,7 +447,7 @@ def best_table(plan: Tuning, outcomes: Outcomes) -> Listing:
         for each in chosen
         if each.method
     }
-    baseline = plan.study.baseline or next(iter(plan.study.families))
+    baseline = plan.study.compared_with
     rows: list[list[Any]] = []
     for each in chosen:
         own = losses.get(each.name, {})
@@ -439,18 +464,17 @@ def best_table(plan: Tuning, outcomes: Outcomes) -> Listing:
 
 
 def equal_table(plan: Tuning, outcomes: Outcomes) -> Listing:
-    """Each pull against the same average without a pull, at equal κ, schedule and rate.
+    """Each pull against the same average without a pull, at equal returned κ, schedule and rate.
 
     Seeds that chose settings are left out where both have others.
     """
     losses, tuned_on = plan.losses(outcomes), set(plan.study.tuned_on)
-    same = ("lr", "kappa", "schedule", "twin_gain", "every", "state", "return_kappa", "eps")
     rows = []
     for method in sorted((m for m in losses if m.pulls), key=lambda m: (m.lr, m.label)):
         if method.name == "pullback" and method.get("base") != "adamw":
             continue
         for other in losses:
-            if other.name != "ema" or any(other.get(k) != method.get(k) for k in same):
+            if other.name != "ema" or beside_the_pull(method, other):
                 continue
             if both := losses[method].keys() & losses[other].keys():
                 seeds = sorted((both - tuned_on) or both)
@@ -459,5 +483,5 @@ def equal_table(plan: Tuning, outcomes: Outcomes) -> Listing:
                 first = [method.label, other.label, f"{method.lr:g}", len(seeds), *means]
                 rows.append([*first, *paired(mine, its)])
     columns = ["method", "without the pull", "lr", "seeds", "loss", "without"]
-    title = "Each pull against the same average without it, at equal κ and learning rate"
+    title = "Each pull against the same returned average without it, at equal learning rate"
     return Listing.of_differences(title, columns, rows)

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -68,11 +68,25 @@ class Options(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            first = error.errors()[0]
+            found = error.errors()
+            # A wrong name explains a missing one.
+            first = next((x for x in found if x["type"] == "extra_forbidden"), found[0])
             name = str(first["loc"][0]) if first["loc"] else "options"
             if first["type"] == "extra_forbidden":
                 raise InputError(unknown(name, type(self).model_fields)) from error
+            if first["type"] == "missing":
+                raise InputError(f"{name}: it is missing; give it") from error
             raise InputError(f"{name}: {first['msg']}, got {first['input']!r}") from error
+
+    def refuse_unused(self, given: Collection[str]) -> None:
+        """Refuse options that were given and change nothing; by default there are none.
+
+        Args:
+            given: names of the options on the command line.
+
+        Raises:
+            InputError: names the first of them.
+        """
 
 
 def _is_text(value: Any) -> bool:
@@ -85,9 +99,30 @@ def _is_text(value: Any) -> bool:
     return all(map(_is_text, value)) if isinstance(value, list | tuple) else True
 
 
+# What other trainers and the paper call our keys.
+ALSO_CALLED = {
+    **{"c": "pullback", "η": "lr", "learning_rate": "lr", "peak_lr": "lr", "optimizer": "method"},
+    **{"lr_scheduler_type": "schedule", "scheduler": "schedule", "warmup_steps": "warmup"},
+    **{"warmup_ratio": "warmup", "max_steps": "steps", "num_train_epochs": "epochs"},
+    **{"batch_size": "batch", "per_device_train_batch_size": "micro_batch", "dataset": "data"},
+    **{"max_length": "context", "max_seq_length": "context", "block_size": "context"},
+    **{"model_name_or_path": "model", "output_dir": "out", "lora_r": "lora_rank"},
+    **{"grad_clip": "max_grad_norm", "logging_steps": "log_every", "save_steps": "save_every"},
+    **{"resume_from_checkpoint": "resume", "random_seed": "seed", "wd": "weight_decay"},
+}
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known name that is meant by this one, or looks like it; None if none does."""
+    known = sorted(known)
+    if (also := ALSO_CALLED.get(name.lower())) in known:
+        return also
+    return next(iter(get_close_matches(name, known, n=1, cutoff=cutoff)), None)
+
+
 def unknown(name: str, known: Iterable[str], what: str = "key") -> str:
     """The message for an unknown name, with the nearest known one."""
     known = sorted(known)
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    near = nearest(name, known)
+    hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
     return f"unknown {what} {name!r}; {hint}"

@@ -9,11 +9,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import peft
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, Features, IterableDataset, Sequence, Value, concatenate_datasets
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -42,8 +43,16 @@ from .model import (
     one_line,
 )
 from .recipe import Recipe
-from .terminal import tell
+from .terminal import tell, told_once
 from .trainer import OneMethodTrainer
+
+FEWEST_STEPS = 8  # of an epoch, where the batch is made to fit
+SHORTEST = 16  # tokens of a piece of text, where the context is made to fit
+TOKENS = Sequence(Value("int64"))
+ENCODED = Features(
+    {"input_ids": TOKENS, "assistant_masks": TOKENS}
+    | dict.fromkeys(sources.ABOUT_ROWS, Value("string"))
+)
 
 # ---- the trainer --------------------------------------------------------------------------------
 
@@ -231,6 +240,8 @@ def build_trainer(
     with state.main_process_first():  # the others then read the cache
         prepared = prepared or _prepare(recipe)
     tokenizer = prepared.tokenizer
+    if conversations and not recipe.packing:  # before the model is loaded
+        _check_batch(recipe, prepared.train, state.num_processes)
     set_seed(recipe.seed)
     if only_data:
         model: Any = make_gpt2(tokenizer, width=8, layers=1, heads=1, positions=8, seed=0)
@@ -310,17 +321,13 @@ def build_trainer(
         steps = math.ceil(recipe.tokens / (recipe.batch * recipe.context))
     if isinstance(trainer.train_dataset, Dataset):
         count = len(trainer.train_dataset)
-        if count < recipe.batch:
-            raise InputError(
-                f"batch: {recipe.batch} sequences a step are more than the {count} in the data; "
-                "give a smaller --batch or more --data"
-            )
+        _check_batch(recipe, trainer.train_dataset, state.num_processes)
         # Whole batches only: a smaller last one would count as a step. Each epoch leaves out the
         # same few sequences.
         if rest := count % recipe.batch:
             tell(
-                f"data: {rest} of {count} sequences are left out: they do not fill a batch of "
-                f"{recipe.batch}"
+                f"data: kept {count - rest} of {count} sequences to train on: {rest} do not fill a "
+                f"batch of {recipe.batch}"
             )
         trainer.train_dataset = trainer.train_dataset.select(range(count - count % recipe.batch))
         steps = steps or _steps_of_data(recipe, trainer.train_dataset)
@@ -336,6 +343,70 @@ def build_trainer(
     return trainer
 
 
+class DoesNotFit(InputError):
+    """A batch or a context does not fit the data or the model; `instead` has keys that fit."""
+
+    def __init__(self, what: str, advice: str, instead: dict[str, Any]) -> None:
+        super().__init__(f"{what}; {advice}")
+        self.what, self.instead = what, instead
+
+
+def build_fitting(recipe: Recipe, *args: Any, **options: Any) -> tuple[Recipe, Any]:
+    """`build_trainer` with a batch and a context that fit the data and the model; says so.
+
+    Returns:
+        The recipe with what was taken, and the trainer.
+
+    Raises:
+        InputError: as `build_trainer` does.
+    """
+    taken: list[dict[str, Any]] = []
+    said: list[str] = []
+    with told_once():  # what is said of the data
+        while True:
+            try:
+                trainer = build_trainer(recipe, *args, **options)
+                break
+            except DoesNotFit as error:
+                what, instead = error.what, error.instead
+                if instead in taken:  # data and model leave no context
+                    raise
+            taken.append(instead)
+            recipe = recipe.model_copy(update=instead)
+            flags = [f"--{key.replace('_', '-')} {x}" for key, x in instead.items() if x]
+            said.append(f"{what}, so {' and '.join(flags)} is taken")
+    for line in said:
+        tell(line)
+    return recipe, trainer
+
+
+def _check_batch(recipe: Recipe, data: Any, processes: int) -> None:
+    """Refuse a batch of more sequences than there are.
+
+    What fits is the largest power of two that leaves an epoch eight steps, of pieces of text that
+    are short enough for that.
+    """
+    if not isinstance(data, Dataset) or (count := len(data)) >= recipe.batch:
+        return
+    what = f"batch: {recipe.batch} sequences a step are more than the {count} in the data"
+    advice = "give a smaller --batch or more --data"
+    if count < processes:
+        raise InputError(f"{what}, and than the {processes} processes; give more --data")
+    if recipe.task == "pretrain" and count < FEWEST_STEPS:
+        tokens = sum(map(len, data["input_ids"]))
+        shorter = _power_of_two(tokens // FEWEST_STEPS)
+        if SHORTEST <= shorter < recipe.context:
+            raise DoesNotFit(what, advice, {"context": shorter})
+    each = _power_of_two(count // (FEWEST_STEPS * processes))
+    micro = recipe.micro_batch and min(each, _power_of_two(recipe.micro_batch))
+    raise DoesNotFit(what, advice, {"batch": each * processes, "micro_batch": micro})
+
+
+def _power_of_two(most: int) -> int:
+    """The largest power of two up to this number, at least 1."""
+    return 1 << max(0, most.bit_length() - 1)
+
+
 def _prepare(recipe: Recipe) -> Prepared:
     """Load the data and the tokenizer; conversations are tokenized, text is not yet."""
     data = sources.load_sources(recipe)
@@ -343,42 +414,92 @@ def _prepare(recipe: Recipe) -> Prepared:
     if recipe.task == "pretrain":
         return Prepared(*data, tokenizer)
     encode = conversation_encoder(tokenizer, recipe.date)
-    train, evaluation = (
-        part.map(
-            lambda row: encode(**json.loads(row["conversation"])), remove_columns=["conversation"]
+    parts = []
+    for part, what, names in (
+        (data.train, "to train on", recipe.data_names),
+        (data.evaluation, "to evaluate on", recipe.eval_data or recipe.data_names),
+    ):
+        rows = part.map(
+            partial(_encoded, encode=encode, skip_bad=recipe.skip_bad_rows),
+            remove_columns=["conversation"],
+            features=ENCODED if recipe.skip_bad_rows else None,
         )
-        for part in data
-    )
-    train, evaluation = (_within(part, recipe.context) for part in (train, evaluation))
-    if isinstance(train, Dataset) and not len(train):
-        raise InputError(
-            f"data: nothing of the first {recipe.context} tokens of any conversation is learned; "
-            "give a larger --context"
-        )
+        name = ", ".join(names)
+        rows = sources.usable(rows, name) if recipe.skip_bad_rows else rows
+        parts.append(_within(rows, recipe.context, what, name))
+    train, evaluation = parts
     return Prepared(train, evaluation, tokenizer)
 
 
-def _within(data: Any, context: int) -> Any:
-    """The conversations of which something is learned within the context; says how many are not."""
+def _encoded(row: dict[str, str], *, encode: Any, skip_bad: bool) -> dict[str, Any]:
+    """The tokens of a conversation and which are learned; with `skip_bad` also why there are none.
+
+    Raises:
+        InputError: the template cannot write the conversation, and it is not to be skipped.
+    """
+    conversation = json.loads(row["conversation"])
+    about: dict[str, Any] = dict.fromkeys(sources.ABOUT_ROWS) if skip_bad else {}
+    try:
+        return {**encode(**conversation), **about}
+    except InputError as error:
+        if not skip_bad:
+            raise InputError(f"{error}; {sources.SKIP_BAD}") from error
+        where = conversation.get("at", "a conversation")
+        reason = str(error).removeprefix(f"data: {where}: ").removesuffix(f" ({where})")
+        return about | {"input_ids": [], "assistant_masks": [], "left_out": reason, "at": where}
+
+
+def _within(data: Any, context: int, what: str, name: str) -> Any:
+    """The conversations of which something is learned within the context; says how many are not.
+
+    Messages say `what` they are for, and the `name` of the data.
+
+    Raises:
+        DoesNotFit: there are none.
+    """
     told = isinstance(data, Dataset)
 
     def is_learned(masks: list[int]) -> bool:
         nonlocal told
         if not any(masks[1:context]) and not told:  # of a stream, at the first one
             tell(
-                "data: conversations are left out of whose first "
-                f"{context} tokens (--context) nothing is learned"
+                f"data: conversations {what} are left out that have nothing to learn within the "
+                f"context of {context} tokens"
             )
             told = True
         return any(masks[1:context])
 
     kept = data.filter(is_learned, input_columns=["assistant_masks"])
-    if isinstance(data, Dataset) and len(data) > len(kept) > 0:
+    if not isinstance(data, Dataset):
+        return kept
+    longer, cut = (int((_lengths(part) > context).sum()) for part in (data, kept))
+    silent = len(data) - len(kept) - (longer - cut)
+    reasons = {
+        "longer than the context, with nothing to learn within it": longer - cut,
+        "with nothing to learn": silent,
+        "longer than the context, and cut off there": cut,
+    }
+    if not len(kept):
+        room = int(_lengths(data).max(initial=0))
+        said = (
+            f"data: no conversation {what} in {name} has anything to learn in its first {context} "
+        )
+        said += "tokens"
+        if room <= context:
+            raise InputError(f"{said}; give other data")
+        raise DoesNotFit(said, "give a larger --context", {"context": room})
+    if said := ", ".join(f"{count} {why}" for why, count in reasons.items() if count):
         tell(
-            f"data: {len(data) - len(kept)} of {len(data)} conversations are left out: nothing of "
-            f"their first {context} tokens (--context) is learned"
+            f"data: kept {len(kept)} of {len(data)} conversations {what}, context {context}: {said}"
         )
     return kept
+
+
+def _lengths(data: Dataset) -> Any:
+    """Tokens of each conversation."""
+    rows = data.with_format("arrow").iter(1000) if len(data) else ()
+    parts = [pc.list_value_length(r["assistant_masks"].combine_chunks()).to_numpy() for r in rows]
+    return np.concatenate([np.zeros(0, int), *parts])
 
 
 def _without_first_labels(collator: Callable[[Any], Any], examples: Any) -> Any:
@@ -515,7 +636,8 @@ def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     check_sizes(config)
     room = getattr(config.get_text_config(), "max_position_embeddings", recipe.context)
     if recipe.context > room:
-        raise InputError(f"context: {recipe.context} tokens are more than the model's {room}")
+        what = f"context: {recipe.context} tokens are more than the model's {room}"
+        raise DoesNotFit(what, f"give --context {room} or less", {"context": room})
     if recipe.model is None or recipe.from_scratch:
         model = new_model(config, **options)
     else:

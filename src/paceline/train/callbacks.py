@@ -79,7 +79,7 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         names = {"loss": "loss", "eval_live_loss": "live", "eval_loss": "returned"}
         self.losses |= {name: logs[key] for key, name in names.items() if key in logs}
-        shown = "  ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items())
+        shown = " ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items())
         self.progress.update(self.task, description="training", losses=shown)
 
 

@@ -9,7 +9,8 @@ from .rows import parse_json
 # ---- what is known -------------------------------------------------------------------------------
 
 # Where a row has its turns; of several the first that it fills counts.
-FORMS = (("messages",), ("conversations",), ("prompt", "completion"))
+FORMS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
+ALPACA = ("instruction", "input", "output")  # the first two are the prompt
 SPEAKER = {"prompt": "user", "completion": "assistant"}  # of columns with plain text
 SYSTEM = ("system", "system_prompt", "system_message")  # beside the turns: becomes the first turn
 EXTRAS = ("tools", "documents", "chat_template_kwargs")  # beside the turns: for the template
@@ -93,6 +94,8 @@ def _is_empty(value: Any) -> bool:
 
 def _converted(row: dict[str, Any], columns: dict[str, Any], where: str) -> Converted:
     form = next((names for names in FORMS if all(name in row for name in names)), ())
+    if form == FORMS[-1]:
+        row, form = _from_alpaca(row, where), FORMS[-2]
     known = (*form, *SYSTEM, *EXTRAS, *LEARNED, *NOT_LEARNED)
     ignored = [str(name) for name in row if name not in known]
     if not form:
@@ -133,10 +136,27 @@ def _converted(row: dict[str, Any], columns: dict[str, Any], where: str) -> Conv
     return Converted(text, None, sorted(set(ignored)))
 
 
+def _from_alpaca(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row of instruction, input and output with a prompt and a completion in their place."""
+    texts = {name: row.get(name, "") for name in ALPACA}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise InputError(f"data: {where}: {name} must be text, got {text!r:.80}")
+    for name in FORMS[-2]:
+        if name in row:
+            raise InputError(
+                f"data: {where}: {name!r} beside instruction and output cannot be obeyed; leave "
+                "the column out"
+            )
+    rest = {name: x for name, x in row.items() if name not in ALPACA}
+    prompt = "\n\n".join(filter(None, (texts["instruction"], texts["input"])))
+    return rest | {"prompt": prompt, "completion": texts["output"]}
+
+
 def _no_form(columns: dict[str, Any]) -> str:
     return (
-        "it has none of the columns messages, conversations, or prompt and completion, only "
-        + ", ".join(map(str, columns))
+        "it has none of the columns messages, conversations, prompt and completion, or instruction "
+        "and output, only " + ", ".join(map(str, columns))
     )
 
 
@@ -180,8 +200,10 @@ def _message(turn: dict[str, Any], where: str) -> dict[str, Any]:
     if role not in ROLES:
         known = ", ".join(sorted(set(ROLES.values())))
         raise InputError(f"data: {where}: unknown role {role!r}; known: {known}")
-    if content is None and turn.get("tool_calls"):
+    if content is None and any(turn.get(name) for name in ("tool_calls", *REASONING)):
         content = ""  # OpenAI's way
+    if isinstance(content, list):
+        content = _joined(content, where)
     if not isinstance(content, str):
         raise InputError(f"data: {where}: content must be text, got {content!r:.80}")
     message: dict[str, Any] = {"role": ROLES[role], "content": content}
@@ -196,6 +218,18 @@ def _message(turn: dict[str, Any], where: str) -> dict[str, Any]:
             raise InputError(f"data: {where}: {name} must be text, got {value!r:.80}")
         message[name] = value
     return message
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    """The text of a content in parts, `{"type": "text", "text": ...}` each."""
+    texts = []
+    for part in parts:
+        filled = {k: x for k, x in part.items() if x is not None} if isinstance(part, dict) else {}
+        text = filled.get("text")
+        if filled != {"type": "text", "text": text} or not isinstance(text, str):
+            raise InputError(f"data: {where}: content must be text, got the part {part!r:.80}")
+        texts.append(text)
+    return "".join(texts)
 
 
 def _is_learned(marked: dict[str, Any], where: str) -> bool:

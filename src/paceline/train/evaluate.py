@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from datetime import date
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -31,7 +31,7 @@ from .manifest import environment, write_json
 from .model import load_model
 from .recipe import Names, Recipe
 from .sandbox import clock
-from .sources import hub_is_there
+from .sources import from_hub, hub_is_there, is_here
 from .terminal import progress_bars, say
 
 COMPARED = {"live": folder.LIVE, "returned": folder.MODEL}
@@ -141,11 +141,13 @@ def _models(given: str) -> dict[str, str]:
     run = {name: str(path / part) for name, part in COMPARED.items() if _is_model(path / part)}
     if "returned" in run:
         return run
-    if path.exists() and not _is_model(path):
+    if is_here(given) and not _is_model(path):
         raise InputError(
             f"{given} is neither the folder of a run (with model/ and live/) nor that of a model "
             "(with config.json)"
         )
+    if not is_here(given) and (given.startswith((".", "/", "~")) or given.count("/") > 1):
+        raise InputError(f"model: no such folder: {given}")
     return {"model": given}
 
 
@@ -257,7 +259,9 @@ def _score(
 ) -> dict[str, Any]:
     """lm-eval's results for one model, with the scores of each example."""
     try:
-        model: Any = load_model(path, dtype="auto")
+        failed = f"there is no folder {path!r} here, and no such model on the Hub"
+        with from_hub("model", path, failed) if not is_here(path) else nullcontext():
+            model: Any = load_model(path, dtype="auto")
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path} cannot be loaded: {_first_line(error)}") from error
     bar = progress.add_task(name, total=None)

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from . import InputError
-from .build import Prepared, RunTrainer, build_trainer
+from .build import Prepared, RunTrainer, build_fitting
 from .recipe import Recipe
 from .terminal import say
 
@@ -81,7 +81,7 @@ def with_found_rate(recipe: Recipe, console: Console) -> tuple[Recipe, Prepared]
     short |= {"log_every": 1, "report_to": ("none",), "snapshots": 0, "choose": False}
     say(console, f"Looking for a learning rate: {STEPS} steps from {LOWEST:g} to {HIGHEST:g}.")
     with TemporaryDirectory() as scratch:
-        trainer = build_trainer(
+        fitting, trainer = build_fitting(
             Recipe(**{**recipe.model_dump(), **short}), Path(scratch), RisingTrainer
         )
         trainer.args.eval_strategy = IntervalStrategy.NO
@@ -96,4 +96,5 @@ def with_found_rate(recipe: Recipe, console: Console) -> tuple[Recipe, Prepared]
         )
     say(console, f"Learning rate {rate:g}: there the loss of the short run was lowest.")
     data = Prepared(trainer.train_dataset, trainer.eval_dataset, trainer.processing_class)
-    return Recipe(**{**recipe.model_dump(), "lr": rate}), data
+    fits = {key: getattr(fitting, key) for key in ("batch", "micro_batch", "context")}
+    return Recipe(**{**recipe.model_dump(), **fits, "lr": rate}), data

@@ -77,6 +77,10 @@ TRAINING_STATE = (
 JsonLines = list[tuple[int, dict[str, Any]]]
 
 
+class InUse(InputError):
+    """Another process holds the lock of a folder."""
+
+
 def require_empty(folder: Path, instead: str = "") -> None:
     """Refuse a folder for results that holds something; `instead` ends the message.
 
@@ -129,7 +133,8 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
         shared: others that share it may hold it, too.
 
     Raises:
-        InputError: another process holds it; the line names it. Or it cannot be made or written to.
+        InUse: another process holds it; the line names it.
+        InputError: it cannot be made or written to.
     """
     if not os.path.isdir(folder):  # noqa: PTH112 - a name of any length
         require_empty(folder)
@@ -160,7 +165,7 @@ def _take(path: Path, shared: bool) -> IO[bytes]:
         try:
             if instead := _refusal(file, shared):
                 who = _holder(file)
-                raise InputError(f"out: {path.parent} is in use by {who}; {instead}")
+                raise InUse(f"out: {path.parent} is in use by {who}; {instead}")
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 mine = {"host": platform.node(), "process": os.getpid()}
                 mine |= {"since": datetime.now().astimezone().isoformat(timespec="seconds")}

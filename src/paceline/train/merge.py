@@ -21,7 +21,7 @@ from torch import Tensor
 from tyro.conf import Positional, arg
 
 from ..averaging import parse
-from ..safetensors import NAMES
+from ..safetensors import NAMES, read_metadata
 from . import InputError, Options, folder, reporting
 from .manifest import read_json
 from .rebuild import read_snapshots, rebuild, snapshot_files
@@ -55,7 +55,9 @@ class Merge(Options):
 
     Checkpoints are folders of a model (model.safetensors, whole or in shards), folders of an
     adapter (adapter_model.safetensors), or .safetensors files, all of one kind. One folder with
-    checkpoint-N folders stands for all of those. Checkpoints whose names differ only in numbers,
+    checkpoint-N folders, or the folder of a run, stands for all of those. Those of a run hold what
+    its method returns, which is mostly an average already; this is said. Checkpoints whose names
+    differ only in numbers,
     such as step_500 and step_1000, are put in the order of the numbers. Others stay in the order
     given, in which the last number of a name must not fall.
 
@@ -124,6 +126,10 @@ def merge(options: Merge, console: Console) -> None:
         for path, weight in zip(paths, weights, strict=True):
             table.add_row(Text(str(path)), f"{weight:.4g}")
         console.print(table)
+        if averaged := [path for path in paths if is_average(path)]:
+            say = f"{len(averaged)} of these {len(paths)} are averages already, such as"
+            hint = "what paceline train --snapshots keeps gives any average of the live weights"
+            console.print(Text(f"{say} {averaged[-1]}: this averages averages; {hint}."))
         if checkpoints[-1].kind == "an adapter folder":
             console.print(
                 "Each factor of the adapters is averaged by itself, and not their products."
@@ -149,6 +155,19 @@ def merge(options: Merge, console: Console) -> None:
 # ---- reading -----------------------------------------------------------------------------------
 
 
+def is_average(path: Path) -> bool:
+    """Whether a checkpoint is known to hold an average and not an iterate."""
+    if path.is_file():
+        return "paceline" in read_metadata(path)
+    run = path.parent.parent
+    if path.parent.name == folder.CHECKPOINTS and folder.is_begun(run):
+        text = (run / folder.RECIPE).read_text(encoding="utf-8")
+        return not re.search(r"^method: ['\"]?adamw\b", text, re.MULTILINE)
+    about = path / folder.AVERAGE_FACTS
+    facts = read_json(about) if about.is_file() else {}
+    return bool(facts.get("rule")) and facts.get("weights") != folder.WEIGHTS_IN[folder.LIVE]
+
+
 def _in_order(paths: Sequence[Path]) -> tuple[Sequence[Path], str]:
     """The checkpoints from first to last, and a text that says how they were ordered.
 
@@ -156,7 +175,8 @@ def _in_order(paths: Sequence[Path]) -> tuple[Sequence[Path], str]:
         InputError: the numbers in their names leave it open, or fall in the order given.
     """
     if len(paths) == 1:
-        paths = folder.checkpoints_in(paths[0]) or paths
+        in_run = folder.checkpoints_in(paths[0] / folder.CHECKPOINTS)
+        paths = folder.checkpoints_in(paths[0]) or in_run or paths
     parts = [[x.removesuffix(".safetensors") for x in p.absolute().parts[::-1]] for p in paths]
     # of step_500/model and step_1000/model the folders
     names = next((x for x in zip(*parts, strict=False) if len(set(x)) > 1), ())

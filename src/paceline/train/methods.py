@@ -14,7 +14,7 @@ Methods are written as text, `name[:schedule][:option=value]...`, as in `ema:twi
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from inspect import get_annotations
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -241,6 +241,12 @@ class Method(Options):
     def trajectory(self) -> "Method":
         """The method whose live weights are this one's: plain AdamW if it only averages those."""
         return self
+
+    @property
+    def returned_kappa(self) -> float | None:
+        """κ of the power EMA that it returns; None if it returns none."""
+        kappa: float | None = self.get("return_kappa")
+        return self.get("kappa") if kappa is None else kappa
 
     @property
     def pulls(self) -> bool:
@@ -480,6 +486,15 @@ class PulledMethod(Method):
     kappa: Power
     return_kappa: Power | None = None  # of another average, which is returned instead
 
+    @model_validator(mode="after")
+    def _scalar(self) -> Self:
+        c = self.pullback
+        if self.get("gain") == "scalar" and isinstance(c, float) and c > 1:
+            raise InputError(
+                f"pullback: with gain=scalar it is the gain itself, in [0, 1], got {c:g}"
+            )
+        return self
+
     @property
     def trajectory(self) -> Method:
         return self.model_copy(update={"return_kappa": None})
@@ -613,6 +628,18 @@ def methods_help() -> str:
     return "\n\n".join([*lines, f"NAME of pullback: {', '.join(BASES)}."])
 
 
+def beside_the_pull(pulled: Method, ema: Method) -> set[str]:
+    """The options, besides the pull, in which a pulled AdamW and an EMA of AdamW differ.
+
+    Where there are none, the EMA is what the pulled method would be without its pull: the same
+    training, and the same average returned.
+    """
+    names = {"lr", "schedule", "twin_gain", "every", "state", "eps", "half_life"}
+    names |= {"kappa"} if "kappa" in LR_SCHEDULES[ema.schedule].options else set()
+    found = {name for name in names if pulled.get(name) != ema.get(name)}
+    return found | ({"return_kappa"} if pulled.returned_kappa != ema.returned_kappa else set())
+
+
 def method_of_row(row: Mapping[str, Any]) -> Method:
     """The method whose `Method.row` is in a row of a table; None and NaN stand for no value."""
     kind = METHODS[row["name"]]
@@ -633,6 +660,34 @@ def parse_method(text: str, *, schedule: str = "constant", **defaults: Any) -> M
         InputError: an unknown name, base, schedule or option, one that is given twice, an option
             that the method does not have, or a value out of its range.
     """
+    kind, own, taken = _read(text, schedule)
+    left = {k: x for k, x in defaults.items() if k in taken and x is not None}
+    try:
+        return kind(**left | own)
+    except InputError as error:
+        raise InputError(f"method {text!r}: {error}") from error
+
+
+def refuse_untaken(given: Iterable[str], texts: Collection[str], schedule: str) -> None:
+    """Refuse options of a command that none of its methods takes from it.
+
+    Args:
+        given: names of options of methods, given on the command line.
+        texts: the methods.
+        schedule: of those that name none.
+
+    Raises:
+        InputError: names the first such option, and what to do.
+    """
+    taken = {name for text in texts for name in _read(text, schedule)[2]}
+    for name in sorted(given):
+        if name not in taken:
+            why = "has its own, or none" if len(texts) == 1 else "have their own, or none"
+            raise InputError(f"{name}: {', '.join(sorted(texts))} {why}; leave {name} out")
+
+
+def _read(text: str, schedule: str) -> tuple[type[Method], dict[str, str], set[str]]:
+    """A method's class, its own options, and the names of those that the command gives."""
     name, *parts = text.strip().split(":")
     if name not in METHODS:
         raise InputError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
@@ -653,15 +708,11 @@ def parse_method(text: str, *, schedule: str = "constant", **defaults: Any) -> M
         if option in given:
             raise InputError(f"method {text!r} gives {option!r} twice")
         given[option] = value
+    left = {"schedule"} if schedules and "schedule" not in head else set()
     head.setdefault("schedule", schedule if schedules else "constant")
     options = kind.options(_known_schedule(head["schedule"]))
     for option in own:
         if option not in options:
             raise InputError(f"method {text!r} has no option {option!r}; it has {options}")
     own |= head
-    wanted = kind.from_command(own)
-    left = {k: x for k, x in defaults.items() if k in wanted and x is not None}
-    try:
-        return kind(**left | own)
-    except InputError as error:
-        raise InputError(f"method {text!r}: {error}") from error
+    return kind, own, (kind.from_command(own) - own.keys()) | left

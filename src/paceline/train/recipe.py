@@ -4,6 +4,7 @@ import datetime
 import json
 import re
 from collections import Counter
+from collections.abc import Collection
 from enum import Enum
 from functools import cached_property
 from importlib.resources import files
@@ -31,7 +32,7 @@ from . import (
     reporting,
     unknown,
 )
-from .methods import METHODS, Method, PulledMethod, ScheduleName, parse_method
+from .methods import METHODS, Method, PulledMethod, ScheduleName, parse_method, refuse_untaken
 
 # ---- YAML ---------------------------------------------------------------------------------------
 
@@ -108,8 +109,9 @@ Mapping = tyro.constructors.PrimitiveConstructorSpec(
     str_from_instance=lambda value: [json.dumps(value)],
 )
 MethodHelp = tyro.conf.arg(
-    help=f"name[:schedule][:option=value]..., as paceline compare --help explains. Names: "
-    f"{', '.join(METHODS)}."
+    help="name[:schedule][:option=value]..., as in pace:pullback=auto, pace:return_kappa=0.7 (which "
+    "returns another average than it pulls toward) or ema:wsd:kappa=0.7; paceline compare --help "
+    f"has all options. Names: {', '.join(METHODS)}."
 )
 Split = BeforeValidator(lambda value: tuple(value.split(",")) if isinstance(value, str) else value)
 
@@ -151,7 +153,7 @@ class Recipe(Options):
     """Day on the clock of a chat template that has one, as in 2026-11-29. Default: the day a run begins."""
 
     data: Annotated[Annotated[tuple[str, ...], Names, Split] | None, DATA] = None
-    """Separated by commas: files (JSONL, JSON, Parquet, CSV; text for pretrain), folders of them, names of Hub datasets, or built-in data that need no network: chitchat for sft, python and torch for pretrain. Default: chitchat or python. Conversations are messages (role, content), ShareGPT's conversations (from, value), or prompt and completion."""
+    """Separated by commas: files (JSONL, JSON, Parquet, CSV; text for pretrain), folders of them, names of Hub datasets, or built-in data that need no network: chitchat for sft, python and torch for pretrain. Default: chitchat or python. Conversations are messages (role, content), ShareGPT's conversations (from, value), prompt and completion, or Alpaca's instruction, input and output."""
     data_config: Annotated[str | None, DATA] = None
     """Configuration (subset) of a Hub dataset."""
     split: Annotated[str, DATA] = "train"
@@ -168,6 +170,8 @@ class Recipe(Options):
     """Sequences to evaluate on at most, >= 1. At most a tenth of the data is held out."""
     examples: Annotated[Positive | None, DATA] = None
     """Examples (conversations, documents) to train on at most, >= 1."""
+    skip_bad_rows: Annotated[bool, DATA] = False
+    """Leave out rows that cannot be used, and say how many and why, instead of stopping at the first."""
     context: Annotated[int, Field(ge=2, le=2**30), DATA] = 1280
     """Tokens a sequence, >= 2. Longer conversations are cut off; text is cut into pieces of this length."""
     packing: Annotated[bool, DATA] = False
@@ -178,7 +182,7 @@ class Recipe(Options):
     """Peak learning rate, > 0."""
     schedule: Annotated[ScheduleName, METHOD] = "constant"
     pullback: Annotated[NonNegative | Literal["auto"], METHOD] = 0.1
-    """Strength c >= 0 of the pull of pace and pullback, in the unit of a gradient; auto: pace sets it itself."""
+    """Strength c >= 0 of the pull of pace and pullback, in the unit of a gradient; or auto, with which pace sets it itself and, unless kappa is given, pulls toward κ 0.3 and returns κ 0.6."""
     kappa: Annotated[Power | None, METHOD] = None
     """Power κ in [0, 1] of the average of pace, ema and pullback, and of the schedules power and twin. Default: 0.3, and PACE's own with --pullback auto."""
     twin_gain: Annotated[Gain, METHOD] = 1.0
@@ -413,6 +417,11 @@ class RecipeCommand(Recipe):
                 return cls(**{"recipe": name, **read_recipe(name)})
             before = name
         return None
+
+    def refuse_unused(self, given: Collection[str]) -> None:
+        """Refuse options of methods that the recipe's method does not take."""
+        names = (keys_with(METHOD) - {"method", "seed"}) & set(given)
+        refuse_untaken(names, [self.method], self.schedule)
 
     @property
     def plain(self) -> Recipe:

@@ -35,7 +35,7 @@ from ..files import remove, whole
 from ..state import averages_of
 from ..sums import CARD, write_sums
 from . import InputError, Positive, folder, reporting
-from .build import RunTrainer, build_trainer, digest_of, processes
+from .build import RunTrainer, build_fitting, digest_of, processes
 from .callbacks import EvalAndSaveAtEnd, JsonlMetrics, ProgressBar, Stop
 from .chat import show_example
 from .choose import choose, is_chosen, rule_facts
@@ -141,7 +141,7 @@ def train(
                 data = None
                 if options.find_lr:
                     recipe, data = with_found_rate(recipe, console)
-                trainer = build_trainer(recipe, checkpoints, prepared=data)
+                recipe, trainer = build_fitting(recipe, checkpoints, prepared=data)
                 names = recipe.eval_data or recipe.data_names
                 dataset, collate = trainer.eval_dataset, trainer.data_collator
                 held_out = partial(sequences, dataset, collate, recipe, names)
@@ -220,9 +220,8 @@ def train_command(options: Train, console: Console) -> int:
 def show_command(options: Show, console: Console) -> None:
     """Print some of the examples that a recipe trains on, as the model gets them."""
     quiet()
-    recipe = options.plain
     with TemporaryDirectory() as scratch:
-        trainer = build_trainer(recipe, Path(scratch), only_data=True)
+        recipe, trainer = build_fitting(options.plain, Path(scratch), only_data=True)
     data = trainer.train_dataset
     for number, example in enumerate(itertools.islice(data, options.show), 1):
         batch = trainer.data_collator([example])

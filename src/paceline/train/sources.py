@@ -43,6 +43,7 @@ READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 # Files that may lie beside the data, as in the folder of a Hub dataset.
 BESIDE = {"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "dataset_infos.json"}
 ABOUT_ROWS = ("left_out", "at", "ignored")  # why a row is left out, where it is, other columns
+SKIP_BAD = "--skip-bad-rows leaves out such rows"
 TOLD: set[tuple[str, str]] = set()  # of streams: what has been said of them
 SHUFFLED_AT_A_TIME = 10_000  # examples of a stream
 FEW = 10  # documents; of fewer, the last tenth of each is held out
@@ -148,7 +149,7 @@ def _read_source(name: str, recipe: Recipe, split: str, streaming: bool) -> Data
     features = Features(
         dict.fromkeys(["text" if column else "conversation", *ABOUT_ROWS], Value("string"))
     )
-    given: dict[str, Any] = {"column": column, "made_by": MADE_BY}
+    given: dict[str, Any] = {"column": column, "skip_bad": recipe.skip_bad_rows, "made_by": MADE_BY}
     rows: Data
     with _reading(name):
         if isinstance(found, Plain):
@@ -161,7 +162,7 @@ def _read_source(name: str, recipe: Recipe, split: str, streaming: bool) -> Data
             columns = found.column_names or list(next(iter(found)))
             convert = functools.partial(_convert_typed, name=name, **given)
             rows = found.map(convert, with_indices=True, remove_columns=columns, features=features)
-    return _usable(rows, name)
+    return usable(rows, name)
 
 
 # ---- rows -------------------------------------------------------------------------------------
@@ -187,33 +188,47 @@ def _convert_plain(
     kind: str,
     separator: str,
     column: str | None,
+    skip_bad: bool,
     stamps: object,
     made_by: str,
 ) -> Iterator[dict[str, Any]]:
     """The rows of files, converted; the last two arguments are for the cache."""
-    index = -1
+    empty = True
     for file, label in zip(files, labels, strict=True):
         try:
-            for index, row in enumerate(rows_of(file, kind, separator)):
-                yield _convert(row, f"{label}, row {index}", column)
+            for place, row, broken in rows_of(file, kind, separator):
+                empty = False
+                if broken is None:
+                    yield _convert(row, f"{label}, {place}", column, skip_bad)
+                elif skip_bad:  # without the details, so that they are counted together
+                    what = f"the line {broken.partition(':')[0]}"
+                    yield _left_out(what, f"{label}, {place}", column)
+                else:
+                    raise ValueError(f"{place} {broken}; {SKIP_BAD}")
         except UnicodeDecodeError as error:
             raise InputError(f"data: {label} is not UTF-8: {error}") from error
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"data: {label} cannot be read: {reason}") from error
-        if index < 0 and label == labels[-1]:
+        if empty and label == labels[-1]:
             raise InputError(f"data: {label} has no rows")
 
 
 def _convert_typed(
-    row: dict[str, Any], index: int, *, name: str, column: str | None, made_by: str
+    row: dict[str, Any],
+    index: int,
+    *,
+    name: str,
+    column: str | None,
+    skip_bad: bool,
+    made_by: str,
 ) -> dict[str, Any]:
     """A row of a format with types, converted.
 
     All objects of a column have the same keys there, with nulls for those that one does not have.
     """
     row = {key: _without_nulls(value) for key, value in row.items()}
-    return _convert(row, f"{name}, row {index}", column)
+    return _convert(row, f"{name}, row {index}", column, skip_bad)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -224,43 +239,58 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _convert(row: Any, where: str, column: str | None) -> dict[str, Any]:
+def _convert(row: Any, where: str, column: str | None, skip_bad: bool) -> dict[str, Any]:
     """The conversation of a row, or its text; and ABOUT_ROWS."""
-    found = conversation_of(row, where) if column is None else text_of(row, where, column)
-    return {
-        "text" if column else "conversation": found.text,
-        "left_out": found.left_out,
-        "at": where if found.left_out else None,
-        "ignored": None if found.left_out else "\n".join(found.ignored) or None,
-    }
+    try:
+        found = conversation_of(row, where) if column is None else text_of(row, where, column)
+    except InputError as error:
+        if not skip_bad:
+            raise InputError(f"{error}; {SKIP_BAD}") from error
+        return _left_out(str(error).removeprefix(f"data: {where}: "), where, column)
+    if found.left_out:
+        return _left_out(found.left_out, where, column)
+    ignored = "\n".join(found.ignored) or None
+    return {_name_of(column): found.text, "left_out": None, "at": None, "ignored": ignored}
 
 
-def _usable(rows: Data, name: str) -> Data:
+def _left_out(reason: str, where: str, column: str | None) -> dict[str, Any]:
+    return {_name_of(column): None, "left_out": reason, "at": where, "ignored": None}
+
+
+def _name_of(column: str | None) -> str:
+    return "text" if column else "conversation"
+
+
+def usable(rows: Data, name: str) -> Data:
     """The rows that are not left out; says how many are, and why, and what is not used of others.
 
     Of a stream it says so at the first one.
 
+    Args:
+        rows: with the columns ABOUT_ROWS, which the result does not have.
+        name: of the data.
+
     Raises:
         InputError: there are none.
     """
-    (kept,) = set(rows.features) - set(ABOUT_ROWS)
+    kept = [column for column in rows.features if column not in ABOUT_ROWS]
     if isinstance(rows, IterableDataset):
         rows = rows.filter(functools.partial(_tell_of_stream, name=name))
-        return rows.select_columns([kept])
+        return rows.select_columns(kept)
     reasons, lost = [], 0
     left_out = rows.data.column("left_out")
     for reason, count in _counts(left_out).items():
         lost += count
         first = rows[pc.index(left_out, reason).as_py()]["at"]
-        reasons.append(f"{count} because {reason} (the first: {first})")
+        reasons.append(f"{count} left out because {reason} (the first: {first})")
     said = "; ".join(reasons[:3]) + "; ..." * (len(reasons) > 3)
     if lost == len(rows):
         raise InputError(f"data: {name} has no usable examples: {said or 'it is empty'}")
     if lost:
-        tell(f"data: {name}: {lost} of {len(rows)} rows are left out: {said}")
+        tell(f"data: {name}: kept {len(rows) - lost} of {len(rows)} rows: {said}")
         rows = rows.filter(lambda reason: reason is None, input_columns=["left_out"])
     _tell_ignored(name, _counts(rows.data.column("ignored")))
-    return rows.select_columns([kept])
+    return rows.select_columns(kept)
 
 
 def _counts(column: Any) -> dict[str, int]:
@@ -421,8 +451,8 @@ def _documents(name: str, files: list[Path]) -> Dataset:
         copies = len(files) - len(documents) - len(others)
         first = f" (the first: {others[0]})" if others else ""
         tell(
-            f"data: {name}: {len(files) - len(documents)} of {len(files)} files are left out: "
-            f"{len(others)} are not UTF-8 text{first}, {copies} are copies of others"
+            f"data: {name}: kept {len(documents)} of {len(files)} files: {len(others)} are not "
+            f"UTF-8 text{first}, {copies} are copies of others"
         )
     random.Random(0).shuffle(documents)
     return Dataset.from_dict({"text": documents})
@@ -518,7 +548,7 @@ def from_hub(what: str, name: str, failed: str, *, local: bool = False) -> Itera
             raise InputError(f"{what}: {failed}: {' '.join(str(error).split())}") from error
         hub, kind = huggingface_hub.constants.ENDPOINT, "--repo-type dataset " * (what == "data")
         raise InputError(
-            f"{what}: cannot reach {hub} for {name!r}, which is not in the local cache; on a "
-            f"machine with a network run hf download {kind}{name} --local-dir FOLDER, copy the "
-            f"folder here, and give --{what} FOLDER"
+            f"{what}: there is no {name!r} here or in the local cache, and {hub} cannot be "
+            f"reached; on a machine with a network run hf download {kind}{name} --local-dir "
+            f"FOLDER, copy the folder here, and give its path as the {what}"
         ) from error

@@ -3,12 +3,22 @@
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 from rich.text import Text
 
 
@@ -26,8 +36,26 @@ def say(console: Console, text: str, end: str = "\n") -> None:
     console.print(Text(text), end=end, soft_wrap=True)
 
 
+_told: set[str] | None = None  # lines that are not printed again
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """For the time of the context, `tell` prints equal lines once."""
+    global _told
+    before, _told = _told, set()
+    try:
+        yield
+    finally:
+        _told = before
+
+
 def tell(text: str) -> None:
     """Print a line to standard error, in one process of several."""
+    if _told is not None and text in _told:
+        return
+    if _told is not None:
+        _told.add(text)
     if os.environ.get("RANK", "0") == "0":
         print(f"paceline: {text}", file=sys.stderr)
 
@@ -39,15 +67,24 @@ def progress_bars(console: Console, *columns: Any, **options: Any) -> Progress:
     """
     losses = (TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[losses]}"))
     return Progress(
-        TextColumn("{task.description}"),
+        _Name("{task.description}", table_column=Column()),
         BarColumn(bar_width=24),
         *(columns or losses),
-        TimeElapsedColumn(),
+        TimeElapsedColumn(Column(no_wrap=True)),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
         console=console,
         **options,
     )
+
+
+class _Name(TextColumn):
+    """A name that ends in … where there is no room; numbers are never cut."""
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 def show_losses(losses: dict[str, float]) -> str:
@@ -62,4 +99,4 @@ def show_losses(losses: dict[str, float]) -> str:
     live = losses["eval_live_loss"]
     found = [x for name, x in losses.items() if name.startswith("eval_") and name.endswith("_loss")]
     found.remove(live)
-    return f"live {live:.3f}  returned {min(found, default=live):.3f}"
+    return f"live {live:.3f} returned {min(found, default=live):.3f}"

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from . import InputError, Positive, folder
 from .build import evaluated_together
 from .manifest import write_json
-from .recipe import RecipeCommand
+from .recipe import Recipe, RecipeCommand
 from .run import Train, train
 from .terminal import say
 
@@ -85,6 +85,7 @@ def _verify(options: Verify, out: Path, console: Console) -> int:
 
     run("training without a kill", out / "whole.log", {}, whole, options.processes)
     facts = folder.manifest_of(whole)
+    recipe = Recipe(**facts["recipe"])  # with a batch and a context that fit
     together = evaluated_together(recipe, recipe.micro_batch or recipe.batch)
     batches = -(-facts["data"]["evaluation_sequences"] // together)
     rng = random.Random(0)
@@ -144,8 +145,9 @@ def compare_runs(whole: Path, killed: Path) -> Iterator[dict[str, Any]]:
         yield _tensor_row("optimizer", a, b)
     states = [json.loads((end / "trainer_state.json").read_text("utf-8")) for end in ends]
     orders = [state["stateful_callbacks"]["paceline"]["order"] for state in states]
-    drift = "other sequences or another order"
-    yield {"what": "data order", "equal": orders[0] == orders[1], "drift": drift}
+    equal = orders[0] == orders[1]
+    drift = "" if equal else "other sequences or another order"
+    yield {"what": "data order", "equal": equal, "drift": drift}
     losses = [
         {
             f"{key} {entry['step']}": torch.tensor(entry[key], dtype=torch.float64)
