@@ -18,6 +18,7 @@ from .evaluate import day_of, load_tasks, of_examples, scores_of, silenced
 from .intervals import interval
 from .recipe import Recipe
 from .sandbox import clock
+from .terminal import tell, told_to
 
 LEAST = 4  # examples: an interval needs two in each half
 
@@ -65,8 +66,12 @@ def held_out_of(
         once |= {"examples": None, "eval_split": None}
         once |= {} if most is None else {"eval_examples": most}
     read: Recipe = recipe.model_copy(update=once)
-    with TemporaryDirectory() as place:
+    said: list[str] = []  # of its own data the run has said it
+    with TemporaryDirectory() as place, told_to(said.append):
         trainer = build_trainer(read, Path(place), only_data=True)
+    for line in dict.fromkeys(said) if names is not None else ():
+        if "to train on" not in line:
+            tell(line)
     data = trainer.eval_dataset
     if names is None:
         if digest_of(data) != folder.manifest_of(run)["data"]["evaluation_digest"]:

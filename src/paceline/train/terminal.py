@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,28 +36,42 @@ def say(console: Console, text: str, end: str = "\n") -> None:
     console.print(Text(text), end=end, soft_wrap=True)
 
 
-_told: set[str] | None = None  # lines that are not printed again
+def _to_stderr(text: str) -> None:
+    print(f"paceline: {text}", file=sys.stderr)
+
+
+_hear: Callable[[str], object] = _to_stderr  # what `tell` passes lines to
 
 
 @contextmanager
 def told_once() -> Iterator[None]:
     """For the time of the context, `tell` prints equal lines once."""
-    global _told
-    before, _told = _told, set()
+    said: set[str] = set()
+
+    def once(text: str, hear: Callable[[str], object] = _hear) -> None:
+        if text not in said:
+            said.add(text)
+            hear(text)
+
+    with told_to(once):
+        yield
+
+
+@contextmanager
+def told_to(hear: Callable[[str], object]) -> Iterator[None]:
+    """For the time of the context, `tell` passes its lines to a function."""
+    global _hear
+    before, _hear = _hear, hear
     try:
         yield
     finally:
-        _told = before
+        _hear = before
 
 
 def tell(text: str) -> None:
     """Print a line to standard error, in one process of several."""
-    if _told is not None and text in _told:
-        return
-    if _told is not None:
-        _told.add(text)
     if os.environ.get("RANK", "0") == "0":
-        print(f"paceline: {text}", file=sys.stderr)
+        _hear(text)
 
 
 def progress_bars(console: Console, *columns: Any, **options: Any) -> Progress:
