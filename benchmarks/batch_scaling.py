@@ -108,12 +108,10 @@ def tables(done: dict[Cell, dict[str, list[float]]]) -> str:
         for cell, losses in done.items()
         for name, pair in losses.items()
     ]
-    frame = pd.DataFrame(rows).set_index(["variant", "average", "factor", "lr", "seed"])
-    means = frame.choose.groupby(["variant", "average", "factor", "lr"]).mean()
-    best = {
-        at: frame.report.loc[own.idxmin()].sort_index()
-        for at, own in means.groupby(["variant", "average", "factor"])
-    }
+    keys = ["variant", "average", "factor", "lr", "seed"]
+    frame = pd.DataFrame(rows).set_index(keys).sort_index()
+    means = frame.choose.groupby(keys[:-1]).mean()
+    best = {at: frame.report.loc[own.idxmin()] for at, own in means.groupby(keys[:-2])}
     lines = ["| training | average | batch | loss | scaled | the scaled one less the other |"]
     lines += ["|---|---|---:|---:|---:|---:|"]
     for (variant, average, k), losses in best.items():

@@ -464,11 +464,11 @@ def test_averages_for_another_batch():
     assert Recipe(**LEAST, average_batch=32, method="adamw").rules(9) == []
 
 
-def note(folder, *options, **file):
-    """What is said of a recipe's file with these options."""
+def note(folder, *options, steps=2000, **file):
+    """What is said of a recipe's file with these options, in a run of so many steps."""
     (folder / "mine.yaml").write_text(yaml.safe_dump({**LEAST, "task": "pretrain", **file}))
     arguments = ["mine.yaml", *options]
-    return note_on_batch(_parse("train", Train, arguments), 2000)
+    return note_on_batch(_parse("train", Train, arguments), steps)
 
 
 def test_another_batch_than_the_files(folder):
@@ -501,7 +501,7 @@ def test_another_batch_than_the_files(folder):
         (["--batch", "128"], {}),
         (["--lr", "0.1"], {"batch": 64}),
         (["--batch", "64", "--average-batch", "128"], {}),
-        (["--batch", "64"], {"average_batch": 128}),
+        (["--batch", "64"], {"average_batch": 32}),
         *(
             (["--batch", "384"], {"method": f"ema:half_life=4M {unit}"})
             for unit in ("tokens", "samples")
@@ -514,6 +514,7 @@ def test_another_batch_than_the_files(folder):
 )
 def test_nothing_is_said_where_the_average_stays(options, file, folder):
     assert note(folder, *options, **file) is None
+    assert note(folder, *options, steps=10, **file) is None  # starts are rounded
 
 
 def test_the_method_gets_what_it_needs_of_the_recipe():

@@ -116,7 +116,7 @@ THOUSANDS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 def _amount(text: str) -> tuple[float, str] | None:
     """Of a text like 4M tokens the number and the unit."""
-    found = AMOUNT.fullmatch(text.strip())
+    found = AMOUNT.fullmatch(text)
     return (float(found[1]) * THOUSANDS[found[2]], found[3]) if found else None
 
 

@@ -356,8 +356,6 @@ def note_on_batch(options: RecipeCommand, steps: int) -> str | None:
     if options.recipe is None or options.average_batch is not None:
         return None
     written = read_recipe(options.recipe).get("batch", Recipe.model_fields["batch"].default)
-    if options.batch == written:
-        return None
     recipe = options.plain
     now = recipe.rules(steps)
     told = (
