@@ -15,7 +15,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from inspect import get_annotations
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -267,6 +267,7 @@ class Method(Options):
         return LR_SCHEDULES[self.schedule].make(optimizer, self, warmup, steps)
 
     @classmethod
+    @cache
     def options(cls, schedule: str = "constant") -> list[str]:
         """Names of its options, those that the command gives first; then the schedule's, and lr."""
         classes = [c for c in cls.__mro__ if issubclass(c, Method) and c is not Method]

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection
 from enum import Enum
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -341,6 +341,7 @@ class Recipe(Options):
         return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+@cache
 def keys_with(*roles: Role) -> frozenset[str]:
     """The recipe's keys that have one of the roles."""
     fields = Recipe.model_fields.items()
