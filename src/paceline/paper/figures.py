@@ -255,7 +255,7 @@ def write_script(figure: str, missing: list[Cell], folder: Path) -> Path:
         for run, method in zip(cell.run.names, cell.run.methods, strict=True):
             if method.get("return_kappa") is None:
                 words = ["paceline", "train", str(recipe), "--method", method.written]
-                words += ["--lr", f"{method.lr:g}", "--seed", str(cell.run.seed)]
+                words += ["--seed", str(cell.run.seed)]
                 lines.append(shlex.join([*words, "--out", str(folder / "runs" / name / run)]))
     path = folder / f"figure-{figure}.sh"
     write_text(path, "\n".join(lines) + "\n")
