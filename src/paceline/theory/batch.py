@@ -227,6 +227,11 @@ def best_by_batch(
     raise AssertionError("moments end")
 
 
+def _better(known: Best, own: Best) -> Best:
+    """The lower of two, the first of equal ones; one that is NaN only if both are."""
+    return own if own.value < known.value or not known.parameters else known
+
+
 def best_of_each(
     methods: Mapping[str, GridMethod], spectrum: Spectrum, *options: Any
 ) -> dict[str, Found]:
@@ -240,9 +245,9 @@ def best_of_each(
     found: dict[str, Found] = {}
     for name, method in methods.items():
         own = best_by_batch(method, spectrum, *options)
-        known = found.get(method.contains or "", own)
-        pairs = (zip(*each, strict=True) for each in zip(own, known, strict=True))
-        found[name] = Found(*([b if not a.value < b.value else a for a, b in x] for x in pairs))
+        known = found[method.contains] if method.contains else own
+        pairs = (zip(*each, strict=True) for each in zip(known, own, strict=True))
+        found[name] = Found(*([_better(*x) for x in each] for each in pairs))
     return found
 
 

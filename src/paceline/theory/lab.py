@@ -837,11 +837,11 @@ class RiverCommand(TheoryCommand):
     """How far the river swings to each side, >= 0."""
     noise: tuple[float, ...] = (0.3, 1.0)
     """Standard deviations of the gradient's noise on a hill of curvature 1, >= 0: valleys."""
-    rates: tuple[float, ...] = tuple(2.0**i for i in range(-4, 5))
+    rates: tuple[float, ...] = tuple(2.0**i for i in range(-4, 4))
     """Learning rates, > 0, ascending."""
     steps: AtLeastTwo = 1000
     """Steps, >= 2."""
-    runs: AtLeastTwo = 64
+    runs: AtLeastTwo = 128
     """Independent runs, >= 2."""
     seed: int = 0
     """Seed of the noise, which all methods share."""
@@ -872,7 +872,8 @@ class RiverCommand(TheoryCommand):
         self._draw_heights(axes[0, 1], valley, journeys)
         figure.set_figwidth(12)
         figure.legend(loc="outside right center", fontsize=8)
-        columns = ["noise", "", "best rate", "edge", "loss, 95 %", "along", "above", "live above"]
+        columns = ["noise", "", "best rate", "edge", "loss, 95 %"]
+        columns += ["less the pull's", "along", "above", "live above"]
         pair = ["noise", "rate", "momentum 0.9, 95 %", "no momentum, 95 %"]
         tables = [
             Rows("Each at its best rate, returned model", columns, best),
@@ -892,17 +893,18 @@ class RiverCommand(TheoryCommand):
         places: dict[str, Any],
         found: dict[str, Any],
     ) -> list[list[Any]]:
+        at = {name: int(np.nanargmin(mean)) for name, (mean, _) in found.items()}
+        own = {name: valley.loss(places[name][i]) for name, i in at.items()}
         rows = []
-        for name, (mean, half) in found.items():
-            i = int(np.nanargmin(mean))
+        for name, i in at.items():
             edge = {0: "bottom", len(self.rates) - 1: "top"}.get(i, "")
             live = journeys.get(name, journeys["EMA"]).live[i]
-            at = places[name][i]
-            numbers = (at[:, 0], valley.height(at), valley.height(live))
-            loss = f"{mean[i]:.4f} ± {half[i]:.4f}"
-            rows.append(
-                [valley.noise, name, self.rates[i], edge, loss, *(float(x.mean()) for x in numbers)]
-            )
+            numbers = (places[name][i, :, 0], *map(valley.height, (places[name][i], live)))
+            gaps = [_mean_and_half(x[None]) for x in (own[name], own[name] - own["pull"])]
+            written = [f"{mean[0]:.4f} ± {half[0]:.4f}" for mean, half in gaps]
+            written[1] = "" if name == "pull" else written[1]
+            rows.append([valley.noise, name, self.rates[i], edge, *written])
+            rows[-1] += [float(x.mean()) for x in numbers]
         return rows
 
     def _against(self, valley: river.River, *groups: dict[str, river.Journey]) -> list[list[Any]]:

@@ -70,7 +70,7 @@ class River:
         return torch.eye(n, dtype=torch.float64) - 2 * torch.outer(v, v) / (v @ v)
 
     def floor(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The river's place across the valley and its derivative, of x: (..., 1) to (..., hills)."""
+        """The river's place across the valley and its derivative at x, (..., 1): (..., hills)."""
         phase = torch.arange(len(self.hills), dtype=x.dtype)
         angle = x / self.length + phase
         bend = self.bend
