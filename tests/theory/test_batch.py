@@ -180,7 +180,7 @@ def steps():
 
 def test_scaling_is_perfect_at_small_batches_and_ends_at_large_ones(steps):
     first, second, third, last = steps[HEAVY]
-    assert 3.7 < first / second < 4.1
+    assert 3.6 < first / second < 4.4  # of 4; the grid of rates is coarse
     assert third / last < 8  # of 64
     first, _, third, last = steps[SGD]
     assert first / third < 8  # of 16: it ends sooner without momentum

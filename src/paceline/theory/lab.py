@@ -924,7 +924,9 @@ class RiverCommand(TheoryCommand):
         below = found["pull"][0] < found["EMA"][0]
         for rate, shaded in zip(self.rates, below, strict=True):
             if shaded:
-                axis.axvspan(rate / 2**0.5, rate * 2**0.5, color=LOOKS["pull"]["color"], alpha=0.12)
+                axis.axvspan(
+                    rate / 2**0.5, rate * 2**0.5, color=LOOKS["pull"]["color"], alpha=0.12, lw=0
+                )
         lowest = min(np.nanmin(mean) for mean, _ in found.values())
         axis.set(xlabel="learning rate", ylabel="loss", ylim=(1.3 * lowest, 0.5 * abs(lowest)))
         axis.set_xscale("log", base=2)
@@ -932,9 +934,12 @@ class RiverCommand(TheoryCommand):
     def _draw_map(
         self, axis: Any, valley: river.River, journeys: dict[str, river.Journey], i: int
     ) -> None:
-        """The first run of some methods at one rate, on the valley."""
-        paths = {"constant": journeys["EMA"].path[:, i], "pull": journeys["pull"].path[:, i]}
-        ends = {name: x.returned[i, 0] for name, x in journeys.items()}
+        """One run of some methods at one rate, on the valley: that of the pull's median way."""
+        ways = journeys["pull"].returned[i, : river.FOLLOWED, 0]
+        run = int(ways.argsort()[len(ways) // 2])
+        paths = {"constant": journeys["EMA"].path[:, i, run]}
+        paths["pull"] = journeys["pull"].path[:, i, run]
+        ends = {name: x.returned[i, run] for name, x in journeys.items()}
         places = torch.cat([*paths.values(), torch.stack([*ends.values()])])
         low, high = places[:, 0].min().item(), places[:, 0].max().item()
         x = torch.linspace(low - 0.3, high + 0.3, 400, dtype=torch.float64)
@@ -942,10 +947,10 @@ class RiverCommand(TheoryCommand):
         sides = places[:, 1].abs().max().item()
         y = torch.linspace(-1.1 * sides, 1.1 * sides, 200, dtype=torch.float64)
         height = valley.hills[0] / 2 * (y[:, None] - bottom) ** 2
-        axis.contourf(x, y, height.sqrt(), 12, cmap="Greys", alpha=0.5)
+        axis.pcolormesh(x, y, height.sqrt(), cmap="Greys", alpha=0.5, rasterized=True)
         axis.plot(x, bottom, color="#56B4E9", lw=2, label="the river")
         for name, path in paths.items():
-            look = {"color": LOOKS[name]["color"], "lw": 0.5, "alpha": 0.8}
+            look = {"color": LOOKS[name]["color"], "lw": 0.5, "alpha": 0.8, "rasterized": True}
             axis.plot(path[:, 0], path[:, 1], **look)
         for name, end in ends.items():
             axis.plot(end[0], end[1], **(LOOKS[name] | {"mec": "white", "ls": ""}))

@@ -32,6 +32,7 @@ from .simulate import read_out
 KAPPA, RETURN_KAPPA = 0.3, 0.7  # of the pull and of the power schedule; of the returned average
 NEARNESS = 0.9  # of Schedule-Free's gradient to the average
 WARMUP, DECAY = 0.05, 0.2  # shares of the steps, of all methods, and of the decay to 0
+FOLLOWED = 9  # runs whose way is kept
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,11 @@ PAIR = ("pull", "power")  # they differ in where the gradient is taken
 
 
 class Journey(NamedTuple):
-    """Places (rates, runs, 1 + hills) after the last step, and the first run's on the way."""
+    """Places (rates, runs, 1 + hills) after the last step, and the first runs' on the way."""
 
     live: Tensor
     returned: Tensor
-    path: Tensor  # (steps + 1, rates, 1 + hills), of the live weights
+    path: Tensor  # (steps + 1, rates, at most 9 runs, 1 + hills), of the live weights
 
 
 def travel(
@@ -169,7 +170,7 @@ def travel(
     u = Parameter(torch.zeros((len(rate), runs, 1 + n), dtype=torch.float64))
     options = {"betas": (momentum, 0.999), "weight_decay": 0.0, "nonfinite": "ignore"}
     optimizer = PACE([u], lr=1.0, **(options | dict(method.options)))
-    path = [u.detach()[:, 0].clone()]
+    path = [u.detach()[:, :FOLLOWED].clone()]
     for k in range(1, steps + 1):
         at = u.detach()
         if method.nearness and k > 1:
@@ -178,6 +179,6 @@ def travel(
         u.grad = river.gradient(rate * at @ turn, noise.expand(len(rate), -1, -1)) @ turn
         optimizer.param_groups[0]["lr"] = min(1.0, k / warmup) * method.schedule(k, steps)
         optimizer.step()
-        path.append(u.detach()[:, 0].clone())
+        path.append(u.detach()[:, :FOLLOWED].clone())
     live, returned = (rate * x @ turn for x in read_out(optimizer, u))
-    return Journey(live, returned, rate[:, 0] * torch.stack(path) @ turn)
+    return Journey(live, returned, rate * torch.stack(path) @ turn)
