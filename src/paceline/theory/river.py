@@ -168,8 +168,9 @@ def travel(
     generator = torch.Generator().manual_seed(seed)
     turn, n, warmup = river.turn(), len(river.hills), max(1, round(WARMUP * steps))
     u = Parameter(torch.zeros((len(rate), runs, 1 + n), dtype=torch.float64))
-    options = {"betas": (momentum, 0.999), "weight_decay": 0.0, "nonfinite": "ignore"}
-    optimizer = PACE([u], lr=1.0, **(options | dict(method.options)))
+    fixed: dict[str, Any] = {"weight_decay": 0.0, "nonfinite": "ignore"}
+    options = {"betas": (momentum, 0.999)} | fixed | dict(method.options)
+    optimizer = PACE([u], lr=1.0, **options)
     path = [u.detach()[:, :FOLLOWED].clone()]
     for k in range(1, steps + 1):
         at = u.detach()
