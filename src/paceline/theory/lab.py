@@ -947,7 +947,9 @@ class RiverCommand(TheoryCommand):
         sides = places[:, 1].abs().max().item()
         y = torch.linspace(-1.1 * sides, 1.1 * sides, 200, dtype=torch.float64)
         height = valley.hills[0] / 2 * (y[:, None] - bottom) ** 2
-        axis.pcolormesh(x, y, height.sqrt(), cmap="Greys", alpha=0.5, rasterized=True)
+        axis.pcolormesh(
+            x.numpy(), y.numpy(), height.sqrt().numpy(), cmap="Greys", alpha=0.5, rasterized=True
+        )
         axis.plot(x, bottom, color="#56B4E9", lw=2, label="the river")
         for name, path in paths.items():
             look = {"color": LOOKS[name]["color"], "lw": 0.5, "alpha": 0.8, "rasterized": True}
