@@ -95,6 +95,10 @@ BOTH = {  # the package's, and ours
         Pull(RATES, 0.2, GAINS, 0.5),
         pull(RATES, 0.2, GAINS, 0.5),
     ),
+    "momentum, rates change": (
+        Pull(lowered_each, 0.2, GAINS, 0.8),
+        pull(lowered_each, 0.2, GAINS, 0.8),
+    ),
     "schedule-free": (ScheduleFree(0.3), schedule_free(0.3)),
     "schedule-free, rates change": (
         ScheduleFree(lowered_each, 0.5),

@@ -59,6 +59,8 @@ COMMANDS = {
             ("frontier", "each method at its own best parameters"),
             ("twin", "the EMA that a pull amounts to"),
             ("rate", "the rate on a convex Lipschitz problem"),
+            ("batch", "steps and losses against the batch size"),
+            ("river", "a valley with a river: along it, and above it"),
         )
     },
 }

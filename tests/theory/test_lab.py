@@ -21,6 +21,8 @@ SMALL = {
     "frontier": "--coordinates 8 --half-lives 1 100 --steps 10 --drift 0.01",
     "twin": "--steps 20 --runs 4",
     "rate": "--horizons 16 32 --runs 2 --problems 20",
+    "batch": "--coordinates 20 --target 0.5 --horizon 4 --batches 8 512",
+    "river": "--steps 40 --runs 3 --rates 0.5 1 --noise 0.3",
 }
 
 
@@ -191,6 +193,12 @@ def test_no_loss_is_above_the_bound(found):
         ("twin --gain 5", "not stable: gain must be below"),
         ("rate --horizons 64", "horizons and errors must be two or more"),
         ("rate --pullback 2", "--pullback"),
+        ("batch --batches 8 4", "batches must ascend, got (8.0, 4.0)"),
+        ("batch --batches 0 4", "batches must be in (0, inf), got 0"),
+        ("batch --target 1", "--target"),
+        ("river --rates 1 0.5", "rates must ascend, got (1.0, 0.5)"),
+        ("river --rates 0 1", "rates must be in (0, inf), got 0"),
+        ("river --noise -1", "noise must be in [0, inf), got -1, 1 below"),
         ("limt", "unknown command 'theory limt'; did you mean 'theory limit'?"),
         ("limit --bta 1", "did you mean --beta?"),
     ],
@@ -205,11 +213,40 @@ def test_what_cannot_be_is_one_line(command, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments", [["theory"], ["theory", "--help"], ["theory", "-h"]])
-def test_help_lists_the_six(arguments, capsys):
+def test_help_lists_them_all(arguments, capsys):
     assert main(arguments) == 0
     listed = re.findall(r"^  (\S.*?)  ", capsys.readouterr().out, flags=re.M)
     assert [name.strip() for name in listed] == [n for n in COMMANDS if n.startswith("theory ")]
-    assert len(listed) == 6
+    assert len(listed) == len(SMALL)
+
+
+def test_batch_has_each_method_at_each_batch(found):
+    rows = table(found("batch")[0])
+    assert [row["batch"] for row in rows] == [8, 512]
+    for row in rows:
+        assert row["pull"] <= row["EMA"]
+        assert row["EMA, momentum"] <= row["SGD, momentum"] <= row["SGD"] + 1  # other grids
+    regimes = {row[""]: row for row in table(found("batch")[0], 3)}
+    assert regimes["SGD"]["examples"] == 8 * rows[0]["SGD"]
+    assert regimes["SGD"]["fewest steps"] == rows[1]["SGD"]
+    assert len(table(found("batch")[0], 4)) == 2 * len(regimes)
+
+
+def test_river_has_each_method_at_its_best_and_the_pair_at_each_rate(found):
+    rows = table(found("river")[0])
+    assert [row[""] for row in rows] == [
+        *("constant", "EMA", "decay", "power", "pull", "Schedule-Free"),
+    ]
+    by_name = {row[""]: row for row in rows}
+    assert by_name["constant"]["above"] == by_name["constant"]["live above"]
+    assert by_name["decay"]["above"] == by_name["decay"]["live above"]
+    assert by_name["EMA"]["above"] < by_name["EMA"]["live above"]
+    for row in rows:
+        loss, half = map(float, row["loss, 95 %"].split(" ± "))
+        assert loss == pytest.approx(row["above"] - 0.02 * row["along"], abs=1e-4)
+        assert half > 0
+        assert row["edge"] in ("top", "bottom")  # of two rates
+    assert [row["rate"] for row in table(found("river")[0], 1)] == [0.5, 1]
 
 
 def test_numbers_in_commands_are_those_that_were_given():

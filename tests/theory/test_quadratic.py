@@ -319,10 +319,6 @@ def test_lookahead_error_is_the_sum_over_cycles():
 EYE, NAN = np.eye(2), float("nan")
 
 REFUSED = {
-    "momentum and a changing rate": (
-        lambda: Pull(lowered, momentum=0.5),
-        ["momentum needs a constant lr"],
-    ),
     "below": (
         lambda: in_range("x", [3, -1, -2], "[0, 5]"),
         ["x must be in [0, 5], got -2, 2 below"],

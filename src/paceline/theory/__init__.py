@@ -5,6 +5,8 @@
 - `control`: the control problem that the gain comes from.
 - `rate`: the bound on convex problems, and where it is reached.
 - `frontier`: each method's least loss at its own best parameters.
+- `batch`: steps and losses against the batch size, of tuned methods.
+- `river`: PACE's runs in a valley with a river at its bottom.
 - `simulate`: measurements with the library's own optimizers.
 
 docs/theory.md explains them. Importing this package does not import SciPy.

@@ -25,7 +25,8 @@ from ..averaging import EMA, PowerEMA, Uniform
 from ..optimizer import PACE
 from ..pullback import Pullback
 from ..train import InputError, Options
-from . import control, frontier
+from ..train.intervals import interval
+from . import batch, control, frontier, river
 from .quadratic import (
     Pull,
     Quadratic,
@@ -44,6 +45,22 @@ from .twin import twin_epsilon, twin_modes, twin_rate, twin_ratio
 
 LONGEST = 100_000  # steps of an experiment
 BETA, GAINS = 0.1, (0.0, 0.1, 0.5, 1.0)  # of the bound's table
+# Colours that the colour-blind can tell apart (Okabe and Ito), markers, and sizes: lines that lie
+# upon another show.
+LOOKS: dict[str, dict[str, Any]] = {
+    name: {"color": colour, "marker": marker, "ms": size, "lw": 1.2, "zorder": 10 - size}
+    for name, colour, marker, size in (
+        ("SGD", "#000000", "o", 5),
+        ("constant", "#000000", "o", 5),
+        ("power", "#009E73", "D", 8),
+        ("EMA", "#0072B2", "s", 6),
+        ("decay", "#E69F00", "P", 6),
+        ("gain 1", "#E69F00", "P", 6),
+        ("pull", "#D55E00", "^", 4),
+        ("Schedule-Free", "#CC79A7", "v", 5),
+        ("its schedule", "#56B4E9", "X", 5),
+    )
+}
 AtLeastOne = Annotated[int, Field(ge=1)]
 AtLeastTwo = Annotated[int, Field(ge=2)]
 
@@ -142,7 +159,9 @@ def _json_value(x: Any) -> "str | float | None":
 
 
 def _cell(x: float) -> str:
-    return f"{x:.4g}" if math.isfinite(x) else "—"
+    if not math.isfinite(x):
+        return "—"
+    return f"{x:.0f}" if x == round(x) and abs(x) < 1e6 else f"{x:.4g}"
 
 
 def _subplots(columns: int, rows: int = 1) -> tuple[Figure, Any]:
@@ -683,3 +702,272 @@ class RateCommand(TheoryCommand):
         axis.legend(fontsize=7)
         columns = ["gain", "1/r", "C", "√(C/r)", "swinging", "travelling", "random, largest"]
         return Rows(f"Mean loss / bound; β = {BETA:g}, T = {self.horizons[-1]}", columns, rows)
+
+
+class BatchCommand(TheoryCommand):
+    """Steps to a loss, and the least loss, against the batch: each method at its own best.
+
+    The noisy quadratic of Zhang et al., arXiv:1907.04164: curvatures 1/i, and noise of variance
+    1/(i·B) at a batch of B. Losses are exact. Parameters are searched on grids, and a best at the
+    edge of its grid is said to be.
+    """
+
+    coordinates: AtLeastOne = 10_000
+    """Coordinates of the spectrum, >= 1."""
+    target: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the start's loss that is to be reached, in (0, 1)."""
+    horizon: AtLeastOne = 500
+    """Steps after which the least loss is taken, >= 1."""
+    batches: tuple[float, ...] = tuple(2.0**i for i in range(3, 15))
+    """Batch sizes B > 0, ascending."""
+
+    def find(self) -> Finding:
+        if list(self.batches) != sorted(set(self.batches)):
+            raise ValueError(f"batches must ascend, got {self.batches}")
+        spectrum = batch.power_law(self.coordinates)
+        start = float(spectrum.loss(np.ones(spectrum.problem.size)))
+        found = batch.best_of_each(batch.METHODS, spectrum, self.batches, self.target, self.horizon)
+        steps = {name: np.array([x.value for x in each.steps]) for name, each in found.items()}
+        losses = {
+            name: np.array([x.value for x in each.loss]) / start for name, each in found.items()
+        }
+        rates = {
+            name: [float(batch.learning_rate(x.parameters)) for x in each.steps]
+            for name, each in found.items()
+        }
+        goal = f"steps to {self.target:.0%} of the start's loss"
+        least = f"loss after {self.horizon} steps / the start's"
+        saved = {
+            name: steps[name] / steps[method.base]
+            for name, method in batch.METHODS.items()
+            if name != method.base
+        }
+        figure, (axes,) = _subplots(3)
+        drawn = (
+            (steps, goal),
+            (saved, "steps / those without an average"),
+            (losses, least),
+        )
+        for axis, (values, label) in zip(axes, drawn, strict=True):
+            for name, value in values.items():
+                look = LOOKS[name.removesuffix(", momentum")]
+                if batch.METHODS[name].base == batch.HEAVY:
+                    look = look | {"ls": "--", "mfc": "white"}
+                axis.plot(self.batches, value, label=name if axis is axes[0] else None, **look)
+            axis.set(xlabel="batch", ylabel=label, yscale="log")
+            axis.set_xscale("log", base=2)
+        few = np.array(self.batches[:5])
+        perfect = steps[batch.SGD][0] * few[0] / few
+        axes[0].plot(few, perfect, color="grey", ls=":", label="1 / batch")
+        axes[1].axhline(1, color="grey", ls=":")
+        axes[1].set_yscale("linear")
+        figure.set_figwidth(16)
+        figure.legend(loc="outside right center", fontsize=8)
+        names, batches = list(found), self.batches
+        tables = [
+            Rows(
+                title[0].upper() + title[1:],
+                ["batch", *names],
+                [[b, *row] for b, row in zip(batches, zip(*x.values(), strict=True), strict=True)],
+            )
+            for title, x in (
+                (goal, steps),
+                (least, losses),
+                ("its learning rate, for steps", rates),
+            )
+        ]
+        tables += [self._regimes(steps), self._parameters(found)]
+        return Finding(tables, self._notes(found), figure)
+
+    def _regimes(self, steps: dict[str, Any]) -> Rows:
+        rows = []
+        for name, method in batch.METHODS.items():
+            mine, base = steps[name], steps[method.base]
+            pays = batch.pays_up_to(self.batches, mine, base)
+            ends = [batch.perfect_up_to(self.batches, mine), batch.useful_up_to(self.batches, mine)]
+            rows.append([name, self.batches[0] * mine[0], *ends, mine[-1], pays])
+        columns = ["", "examples", "perfect up to", "useful up to", "fewest steps", "pays up to"]
+        return Rows("Examples at the smallest batch, and batches of the regimes", columns, rows)
+
+    def _parameters(self, found: dict[str, batch.Found]) -> Rows:
+        rows, shown = [], sorted({0, len(self.batches) // 2, len(self.batches) - 1})
+        names = ["momentum", "mu", "kappa", "gain", "fall", "warmup"]
+        for (name, each), i in product(found.items(), shown):
+            x = each.steps[i].parameters
+            rows.append([name, self.batches[i], *(x.get(key, math.nan) for key in names)])
+        return Rows("Its other parameters, for steps", ["", "batch", *names], rows)
+
+    def _notes(self, found: dict[str, batch.Found]) -> list[str]:
+        edges: dict[str, list[str]] = {}
+        for name, each in found.items():
+            for what, bests in zip(("steps", "loss"), each, strict=True):
+                for b, best in zip(self.batches, bests, strict=True):
+                    for edge in best.edges:
+                        edges.setdefault(f"{name}: {edge}, for {what}", []).append(f"{b:g}")
+        at_edges = [f"{which} at {', '.join(at)}" for which, at in edges.items()]
+        return [
+            "Perfect: examples within 20 % of the smallest batch's. Useful: larger batches save "
+            "less than 20 % of the steps. Pays: saves at least 5 % of the steps without average.",
+            "`gain 1` and `its schedule` move the average by the same rate, and differ in where "
+            "the gradient is taken: one undamped step ahead, and at the weights.",
+            "At an edge of its grid: " + ("; ".join(at_edges) or "none") + ".",
+        ]
+
+
+def _mean_and_half(values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over the last axis, and half of Student's 95 % interval; NaN where there is none."""
+    ends = [interval(row.tolist()) or (math.nan, math.nan) for row in values]
+    low, high = np.array(ends).T
+    return (low + high) / 2, (high - low) / 2
+
+
+class RiverCommand(TheoryCommand):
+    """A valley with a river in it: how far methods come along it, and how high above it they stay.
+
+    PACE itself runs all methods, with Adam's moments and a warm-up. The constant rate returns its
+    live weights, and so does the decay. The others return averages: of κ = 0.7, or Schedule-Free's.
+    The pull has a gain of 1 and κ = 0.3, and the power schedule falls as its twin's rate does.
+    """
+
+    slope: float = 0.02
+    """Fall of the river for a unit along it, >= 0."""
+    hills: tuple[float, ...] = (10.0,)
+    """Curvatures of the hillsides, > 0."""
+    bend: float = 0.3
+    """How far the river swings to each side, >= 0."""
+    noise: tuple[float, ...] = (0.3, 1.0)
+    """Standard deviations of the gradient's noise on a hill of curvature 1, >= 0: valleys."""
+    rates: tuple[float, ...] = tuple(2.0**i for i in range(-4, 4))
+    """Learning rates, > 0, ascending."""
+    steps: AtLeastTwo = 1000
+    """Steps, >= 2."""
+    runs: AtLeastTwo = 128
+    """Independent runs, >= 2."""
+    seed: int = 0
+    """Seed of the noise, which all methods share."""
+
+    def find(self) -> Finding:
+        if list(self.rates) != sorted(set(self.rates)):
+            raise ValueError(f"rates must ascend, got {self.rates}")
+        if not self.noise:
+            raise ValueError("noise must be one number or more, got none")
+        figure, axes = _subplots(2, 1 + (len(self.noise) + 1) // 2)
+        losses, best, against = axes[1:].ravel(), [], []
+        for noise, axis in zip(self.noise, losses, strict=False):
+            valley = river.River(self.slope, self.hills, self.bend, noise=noise)
+            fixed = (valley, self.rates, self.steps, self.runs, self.seed)
+            journeys = {name: river.travel(x, *fixed) for name, x in river.METHODS.items()}
+            places = {"constant": journeys["EMA"].live}
+            for name, journey in journeys.items():
+                places[name] = journey.live if name == "decay" else journey.returned
+            found = {name: _mean_and_half(valley.loss(x)) for name, x in places.items()}
+            best += self._best(valley, journeys, places, found)
+            still = {x: river.travel(river.METHODS[x], *fixed, momentum=0.0) for x in river.PAIR}
+            against += self._against(valley, journeys, still)
+            self._draw_losses(axis, found, labelled=axis is losses[0])
+            axis.set_title(f"noise {noise:g}; shaded: pull below EMA", fontsize=9)
+        for axis in losses[len(self.noise) :]:
+            axis.remove()
+        self._draw_map(axes[0, 0], valley, journeys, int(np.nanargmin(found["pull"][0])))
+        self._draw_heights(axes[0, 1], valley, journeys)
+        figure.set_figwidth(12)
+        figure.legend(loc="outside right center", fontsize=8)
+        columns = ["noise", "", "best rate", "edge", "loss, 95 %"]
+        columns += ["less the pull's", "along", "above", "live above"]
+        pair = ["noise", "rate", "momentum 0.9, 95 %", "no momentum, 95 %"]
+        tables = [
+            Rows("Each at its best rate, returned model", columns, best),
+            Rows("Loss of the pull less the power schedule's, paired", pair, against),
+        ]
+        notes = [
+            "Shaded: rates at which the pull's returned model has a lower loss than the EMA's.",
+            "The pull and the power schedule move the average by the same rate. They differ in "
+            "where the gradient is taken: one undamped step ahead of it, and at the weights.",
+        ]
+        return Finding(tables, notes, figure)
+
+    def _best(
+        self,
+        valley: river.River,
+        journeys: dict[str, river.Journey],
+        places: dict[str, Any],
+        found: dict[str, Any],
+    ) -> list[list[Any]]:
+        at = {name: int(np.nanargmin(mean)) for name, (mean, _) in found.items()}
+        own = {name: valley.loss(places[name][i]) for name, i in at.items()}
+        rows = []
+        for name, i in at.items():
+            edge = {0: "bottom", len(self.rates) - 1: "top"}.get(i, "")
+            live = journeys.get(name, journeys["EMA"]).live[i]
+            numbers = (places[name][i, :, 0], *map(valley.height, (places[name][i], live)))
+            gaps = [_mean_and_half(x[None]) for x in (own[name], own[name] - own["pull"])]
+            written = [f"{mean[0]:.4f} ± {half[0]:.4f}" for mean, half in gaps]
+            written[1] = "" if name == "pull" else written[1]
+            rows.append([valley.noise, name, self.rates[i], edge, *written])
+            rows[-1] += [float(x.mean()) for x in numbers]
+        return rows
+
+    def _against(self, valley: river.River, *groups: dict[str, river.Journey]) -> list[list[Any]]:
+        """The pull less the power schedule at each rate, a column for each group."""
+        cells = []
+        for journeys in groups:
+            pull, power = (valley.loss(journeys[name].returned) for name in river.PAIR)
+            mean, half = _mean_and_half(pull - power)
+            cells.append([f"{x:.4f} ± {y:.4f}" for x, y in zip(mean, half, strict=True)])
+        return [[valley.noise, *row] for row in zip(self.rates, *cells, strict=True)]
+
+    def _draw_losses(self, axis: Any, found: dict[str, Any], *, labelled: bool) -> None:
+        """The returned models' losses against the rate; shaded where the pull is below the EMA."""
+        for name, (mean, half) in found.items():
+            label = name if labelled else None
+            axis.errorbar(self.rates, mean, half, label=label, **LOOKS[name])
+        below = found["pull"][0] < found["EMA"][0]
+        for rate, shaded in zip(self.rates, below, strict=True):
+            if shaded:
+                axis.axvspan(
+                    rate / 2**0.5, rate * 2**0.5, color=LOOKS["pull"]["color"], alpha=0.12, lw=0
+                )
+        lowest = min(np.nanmin(mean) for mean, _ in found.values())
+        axis.set(xlabel="learning rate", ylabel="loss", ylim=(1.3 * lowest, 0.5 * abs(lowest)))
+        axis.set_xscale("log", base=2)
+
+    def _draw_map(
+        self, axis: Any, valley: river.River, journeys: dict[str, river.Journey], i: int
+    ) -> None:
+        """One run of some methods at one rate, on the valley: that of the pull's median way."""
+        ways = journeys["pull"].returned[i, : river.FOLLOWED, 0]
+        run = int(ways.argsort()[len(ways) // 2])
+        paths = {"constant": journeys["EMA"].path[:, i, run]}
+        paths["pull"] = journeys["pull"].path[:, i, run]
+        ends = {name: x.returned[i, run] for name, x in journeys.items()}
+        places = torch.cat([*paths.values(), torch.stack([*ends.values()])])
+        low, high = places[:, 0].min().item(), places[:, 0].max().item()
+        x = torch.linspace(low - 0.3, high + 0.3, 400, dtype=torch.float64)
+        bottom = valley.floor(x[:, None])[0][:, 0]
+        sides = places[:, 1].abs().max().item()
+        y = torch.linspace(-1.1 * sides, 1.1 * sides, 200, dtype=torch.float64)
+        height = valley.hills[0] / 2 * (y[:, None] - bottom) ** 2
+        axis.pcolormesh(
+            x.numpy(), y.numpy(), height.sqrt().numpy(), cmap="Greys", alpha=0.5, rasterized=True
+        )
+        axis.plot(x, bottom, color="#56B4E9", lw=2, label="the river")
+        for name, path in paths.items():
+            look = {"color": LOOKS[name]["color"], "lw": 0.5, "alpha": 0.8, "rasterized": True}
+            axis.plot(path[:, 0], path[:, 1], **look)
+        for name, end in ends.items():
+            axis.plot(end[0], end[1], **(LOOKS[name] | {"mec": "white", "ls": ""}))
+        axis.set(xlabel="along the river", ylabel="across it")
+        axis.set_title(
+            f"one run at {self.rates[i]:g}: live weights, and the returned models", fontsize=9
+        )
+
+    def _draw_heights(
+        self, axis: Any, valley: river.River, journeys: dict[str, river.Journey]
+    ) -> None:
+        """Along against above, a point for each rate: returned filled, live hollow."""
+        for name, each in journeys.items():
+            for places, look in ((each.returned, {}), (each.live, {"mfc": "white", "ls": ":"})):
+                x, above = places[..., 0].mean(1), valley.height(places).mean(1)
+                axis.plot(x, above, **(LOOKS[name] | look))
+        axis.set(xlabel="along the river", ylabel="height above it", yscale="log")
+        axis.set_title("a point for each rate: returned, and hollow: live", fontsize=9)

@@ -385,7 +385,7 @@ class Pull(LinearMethod):
 
     beta: Numbers = 1.0  # or a StepFunction
     gain: Numbers = 0.0  # or a StepFunction
-    momentum: float = 0.0
+    momentum: Numbers = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -393,19 +393,17 @@ class Pull(LinearMethod):
             if not callable(getattr(self, name)):
                 in_range(name, getattr(self, name), range_)
         in_range("momentum", self.momentum, "[0, 1)")
-        if self.momentum and callable(self.lr):
-            raise ValueError("momentum needs a constant lr, got a function; give lr as numbers")
 
     def blocks(self, k: int, a: Any, one: Any) -> Blocks:
         """One step."""
-        beta, gain, mu = _shared("beta", self.beta, k, one), _at(self.gain, k), self.momentum
-        pull = gain * one if np.ndim(one) == 0 or np.ndim(gain) == 0 else np.diag(gain)
-        rest = 1 - mu
+        beta, mu = _shared("beta", self.beta, k, one), _shared("momentum", self.momentum, k, one)
+        pull, rest = _diagonal(_at(self.gain, k), one), 1 - mu
         live, kept = one - rest * a - pull, (1 - beta) * one + beta * pull
-        if not mu:
+        if not mu.any():
             return Blocks([[live, pull], [beta * live, kept]], [1.0, beta], [1, 1])
-        # The momentum block holds -η·m, so that it adds to the weights.
-        m = mu * one
+        # The momentum block holds -η_k·m_k, so that it adds to the weights.
+        scale = _at(self.lr, k) / _at(self.lr, k - 1) if callable(self.lr) and k > 1 else 1.0
+        m = mu * _diagonal(scale, one)
         rows = [[live, m, pull], [-rest * a, m, 0 * one], [beta * live, beta * m, kept]]
         return Blocks(rows, [rest, rest, beta * rest], [1, 0, 1])
 
@@ -481,6 +479,11 @@ class Lookahead(LinearMethod):
 
 def _at(value: Any, k: int) -> Array:
     return np.asarray(value(k) if callable(value) else value, dtype=np.float64)
+
+
+def _diagonal(value: Any, one: Any) -> Any:
+    """One number or one per coordinate, as what multiplies the weights."""
+    return value * one if np.ndim(one) == 0 or np.ndim(value) == 0 else np.diag(value)
 
 
 def _shared(name: str, value: Any, k: int, one: Any) -> Array:

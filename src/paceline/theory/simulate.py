@@ -41,7 +41,8 @@ def estimate(samples: Tensor) -> Estimate:
     return Estimate(samples.mean(0).numpy(), error.numpy())
 
 
-def _read_out(optimizer: AveragedOptimizer, weights: Tensor) -> tuple[Tensor, Tensor]:
+def read_out(optimizer: AveragedOptimizer, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of the live and of the returned weights."""
     live = weights.detach().clone()
     with optimizer.averaged():
         return live, weights.detach().clone()
@@ -95,7 +96,7 @@ def simulate(
         optimizer.step()
         if drift.any():
             minimum += drawn(drift)
-    live, returned = _read_out(optimizer, weights)
+    live, returned = read_out(optimizer, weights)
     return Estimates(estimate((live - minimum) ** 2), estimate((returned - minimum) ** 2))
 
 
@@ -164,7 +165,7 @@ def convex_errors(
             if method.pullback:
                 group["pullback"] = method.pullback * float(method.averaging.weight(k))
         optimizer.step()
-    found = [_read_out(optimizer, p)[1] for p in weights]
+    found = [read_out(optimizer, p)[1] for p in weights]
     return [estimate(((x - places).abs() * slopes).sum(-1)) for x in found]
 
 
