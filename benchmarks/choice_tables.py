@@ -79,20 +79,27 @@ def compared(losses: pd.DataFrame, where: str, *, tuned: bool) -> Listing:
     return Listing.of_differences(f"{where}, {at}; less κ 0.7", columns, rows)
 
 
-def by_data(runs: dict[Cell, dict[str, Any]]) -> Listing:
-    """Each choice on so many tokens, over the seeds and rates of a task, then over tasks."""
+def by_data(runs: dict[Cell, dict[str, Any]], best: dict[str, float] | None) -> Listing:
+    """Each choice on so many tokens, over the seeds and rates of a task, then over tasks.
+
+    Args:
+        runs: of benchmarks/choice.py.
+        best: the only rate of each task that counts; None: all do.
+    """
     rows = []
     for name, (at, number) in itertools.product(
         (*CHOSEN_FROM, *REBUILT.values()), enumerate(BLOCKS)
     ):
         by_task: dict[str, list[list[float]]] = {}
         for cell, found in runs.items():
-            by_task.setdefault(cell.task, []).append(found[name][at])
+            if best is None or cell.lr == best[cell.task]:
+                by_task.setdefault(cell.task, []).append(found[name][at])
         less, above = pd.DataFrame({k: np.mean(x, 0) for k, x in by_task.items()}).to_numpy()
         row = [name, number * CONTEXT, len(less), float(above.mean())]
         rows.append([*row, *over_tasks(pd.Series(less))])
     columns = ["", "tokens to choose by", "tasks", "above the run's best"]
-    return Listing.of_differences("How many data a choice needs; less κ 0.7", columns, rows)
+    where = "over all rates" if best is None else "at the best rate"
+    return Listing.of_differences(f"Choice by few data, {where}; less κ 0.7", columns, rows)
 
 
 def errors(runs: dict[Cell, dict[str, Any]]) -> Listing:
@@ -104,7 +111,10 @@ def errors(runs: dict[Cell, dict[str, Any]]) -> Listing:
 
 def tables() -> Iterator[Listing]:
     if runs := chosen_runs(RESULTS / "choice"):
-        yield by_data(runs)
+        trial = best_rates(frame(written(RESULTS / "trial")), SATURATED)
+        best = trial.groupby("task").lr.first().to_dict()
+        yield by_data(runs, None)
+        yield by_data(runs, best)
         yield errors(runs)
     for where, (folder, tasks) in TRIALS.items():
         losses = frame(written(RESULTS / folder))

@@ -93,13 +93,12 @@ def test_the_choice_by_few_data_is_over_draws():
 
 
 def test_tables_by_data_are_over_tasks(made, tmp_path):
-    """A task is the mean over its rates and seeds."""
-    tables, (choice, random) = (
-        made[0],
-        (importlib.import_module("choice"), np.random.default_rng(2)),
-    )
+    """A task is the mean over its rates and seeds, or over seeds at the trial's best rate."""
+    tables, done = made
+    choice, random = importlib.import_module("choice"), np.random.default_rng(2)
     runs, names = {}, (*choice.CHOICES, *choice.REBUILT.values())
-    for task, lr, seed in itertools.product(("a", "b", "c"), RATES, range(2)):
+    tasks = ("finetune", "smollm2")
+    for task, lr, seed in itertools.product(tasks, RATES, range(2)):
         found = {name: random.normal(0, 1, (len(choice.BLOCKS), 2)).tolist() for name in names}
         runs[choice.Cell(task, lr, seed)] = found | {
             f"error, {name}": float(random.uniform()) for name in choice.REBUILT.values()
@@ -107,17 +106,16 @@ def test_tables_by_data_are_over_tasks(made, tmp_path):
     (tmp_path / "choice").mkdir()
     lines = [json.dumps([*cell, found]) for cell, found in runs.items()]
     (tmp_path / "choice" / "runs.jsonl").write_text("\n".join(lines))
-    by_data, errors = itertools.islice(tables.tables(), 2)
-    for row, (name, at) in zip(
-        by_data.rows, itertools.product(names, range(len(choice.BLOCKS))), strict=True
-    ):
-        of = {
-            task: np.mean([x[name][at] for cell, x in runs.items() if cell.task == task], axis=0)
-            for task in "abc"
-        }
-        less, above = np.mean([*of.values()], axis=0)
-        assert row[:3] == [name, 32 * choice.BLOCKS[at], 3]
-        assert row[3:5] == pytest.approx([above, less])
+    overall, tuned, errors = itertools.islice(tables.tables(), 3)
+    for listing, at_best in ((overall, False), (tuned, True)):
+        rates = {x: rates_of(done, "trial", x, tables.SATURATED, at_best) for x in tasks}
+        cases = itertools.product(names, range(len(choice.BLOCKS)))
+        for row, (name, at) in zip(listing.rows, cases, strict=True):
+            own = {cell: x[name][at] for cell, x in runs.items() if cell.lr in rates[cell.task]}
+            of = [np.mean([x for c, x in own.items() if c.task == task], 0) for task in tasks]
+            less, above = np.mean(of, axis=0)
+            assert row[:3] == [name, 32 * choice.BLOCKS[at], 2]
+            assert row[3:5] == pytest.approx([above, less])
     for row, name in zip(errors.rows, choice.REBUILT.values(), strict=True):
         own = [x[f"error, {name}"] for x in runs.values()]
-        assert row == [name, 12, pytest.approx(np.median(own)), max(own)]
+        assert row == [name, 8, pytest.approx(np.median(own)), max(own)]
