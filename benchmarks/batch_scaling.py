@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import multiprocessing
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from saturated import interval
-from tasks import BATCH, TASKS, WEIGHT_DECAY, finetune, fit
+from tasks import BATCH, TASKS, WEIGHT_DECAY, finetune, fit, records
 
 from paceline import EMA, PACE, PowerEMA
 from paceline.train.methods import parse_method
@@ -76,12 +75,7 @@ def trained(steps: int, cell: Cell) -> tuple[Cell, dict[str, list[float]]]:
 
 def written(path: Path) -> dict[Cell, dict[str, list[float]]]:
     """The trainings so far: average -> losses to choose by and to report."""
-    done = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):  # half a line, of a run that was killed
-            *cell, losses = json.loads(line)
-            done[Cell(*cell)] = losses
-    return done
+    return {Cell(*cell): losses for *cell, losses in records(path)}
 
 
 def run(path: Path, steps: int, seeds: int, workers: int) -> None:

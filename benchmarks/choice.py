@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from regret import READ_OUTS, SATURATED, optimizer_of
 from regret_tables import THREE
-from tasks import BLIND, Problem
-from torch import Tensor, nn
+from tasks import BLIND, Problem, fit, records
+from torch import Tensor
 
 from paceline import PowerEMA, snapshot_steps
 from paceline.snapshots import DTYPES, save_averages
@@ -60,14 +60,12 @@ def trained(cell: Cell) -> tuple[Cell, dict[str, Any]]:
     with TemporaryDirectory() as place:
         folders = {dtype: Path(place, str(dtype)) for dtype in DTYPES}
         times = snapshot_steps(steps, SNAPSHOTS)
-        for step in range(1, steps + 1):
-            problem.loss().backward()
-            nn.utils.clip_grad_norm_(problem.parameters, task.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+
+        def keep(step: int) -> None:
             for dtype, folder in folders.items() if step in times else ():
                 save_averages(folder, problem.model, optimizer, dtype=dtype)
+
+        fit(problem, optimizer, schedule, steps, task.clip, keep)
         with torch.no_grad():
             return cell, _measured(problem, optimizer, folders, cell.seed)
 
@@ -133,9 +131,7 @@ def chosen(losses: dict[str, Tensor], fixed: float, best: float, seed: int) -> l
 
 def written(folder: Path) -> dict[Cell, dict[str, Any]]:
     """The trainings so far."""
-    path = folder / "runs.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {Cell(*cell): found for *cell, found in map(json.loads, lines)}
+    return {Cell(*cell): found for *cell, found in records(folder / "runs.jsonl")}
 
 
 def cells() -> Iterator[Cell]:

@@ -21,14 +21,13 @@ import json
 import math
 import multiprocessing
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 import schedulefree
 import torch
-from tasks import BLIND, TASKS, WEIGHT_DECAY, WHOLE, Problem, Task, fit
+from tasks import BLIND, TASKS, WEIGHT_DECAY, WHOLE, Problem, Task, fit, records
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -187,10 +186,8 @@ def written(folder: Path) -> dict[Cell, dict[str, list[float]]]:
         for cell, row in wide.iterrows():
             pairs = {name: [row[f"{name}:choose"], row[f"{name}:report"]] for name in names}
             done[Cell(*cell)] = {k: x for k, x in pairs.items() if not math.isnan(x[0])}
-    for line in (line for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()):
-        with suppress(json.JSONDecodeError):  # half a line, of a run that was killed
-            *cell, losses = json.loads(line)
-            done[Cell(*cell)] = losses  # newer than the CSV
+    for *cell, losses in (line for path in folder.glob("*.jsonl") for line in records(path)):
+        done[Cell(*cell)] = losses  # newer than the CSV
     return {cell: x for cell, x in done.items() if x.keys() in ({"own"}, {"live", *READ_OUTS})}
 
 

@@ -63,15 +63,30 @@ class Problem(NamedTuple):
 
 
 def fit(
-    problem: Problem, optimizer: Optimizer, schedule: LRScheduler, steps: int, clip: float
+    problem: Problem,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    steps: int,
+    clip: float,
+    after: Callable[[int], object] = lambda step: None,
 ) -> None:
-    """Train a problem for so many steps."""
-    for _ in range(steps):
+    """Train a problem for so many steps; `after` is called after each, with its number from 1."""
+    for step in range(1, steps + 1):
         problem.loss().backward()
         nn.utils.clip_grad_norm_(problem.parameters, clip)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+        after(step)
+
+
+def records(path: Path) -> list[list[Any]]:
+    """The lists of a file, one a line. Half a line, which a kill leaves, is cut off the file."""
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    if last:
+        lines += [last] * last.endswith(b"]")  # else it is half a line
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return [json.loads(line) for line in lines]
 
 
 class Task(NamedTuple):

@@ -160,7 +160,7 @@ class Averaging(ABC):
         | rule | changes | agrees |
         |---|---|---|
         | EMA | β' = 1 - (1 - β)^k, half_life' = half_life/k | exactly |
-        | PowerEMA | γ' = γ·k^(1-1/κ), ρ' = ρ/k + (k^(1/κ) - 1)/(k·γ) | to (k-1)/(2e)·β_T |
+        | PowerEMA | γ' = γ·k^(1-1/κ), ρ' = ρ/k + (k^(1/κ) - 1)/(k·γ) | k ≥ 1: to (k-1)/(2e)·β_T |
         | Uniform, SWA | ρ' = ρ/k | exactly, if it is a whole number |
         | LAWA | window'·every' = window·every/k | exactly, if they are whole numbers |
         | BEMA | γ' = k·γ, τ' = τ/k | exactly; without φ/k in whole numbers there is no rule |
@@ -264,7 +264,8 @@ class PowerEMA(Averaging):
             γ' = k·γ·r^(-1/κ),       ρ' = ρ/k + (r^(1/κ) - 1)/(k·γ)
 
         Up to ρ' the small batch's average forgets within a step of the large one, so that the large
-        one's is the live weights. A ρ' below 0, of a smaller batch, is 0.
+        one's is the live weights. A ρ' below 0, of a smaller batch, is 0. The bound below is for
+        r ≥ 1.
 
         The second order of the product, (r-1)/2·β of the weight, is left out. At step T of the
         small batch it moves the sums of `scaled` by at most (r-1)/(2e)·β_T + O(β_T²), with β_T

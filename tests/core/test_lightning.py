@@ -264,7 +264,7 @@ def test_snapshots_are_of_the_averages_at_their_steps(tmp_path, monkeypatch):
     [
         (lambda: Pair(), {}, "snapshots needs one optimizer, got 2; paceline.snapshots.save_aver"),
         (lambda: Module("schedule-free"), {}, "snapshots needs PACE or Pullback with an average"),
-        (Module, {"max_epochs": -1}, "snapshots needs max_steps or max_epochs: when to keep them"),
+        (Module, {"max_epochs": -1}, "snapshots needs max_steps or max_epochs, to know when"),
     ],
 )
 def test_snapshots_that_cannot_be_kept(make, how, message, tmp_path):

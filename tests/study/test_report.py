@@ -193,7 +193,7 @@ def test_of_one_run_nothing_is_compared():
 def test_equal_on_average_is_not_equal():
     rows = [row("a", 1, 0, 2.0), row("a", 1, 1, 3.0), row("b", 1, 0, 3.0), row("b", 1, 1, 2.0)]
     assert "equal" not in verdict_of(*rows)[0]
-    assert "so it may be chance" in verdict_of(*rows)[0]
+    assert "level with b on average (95 % interval -12." in verdict_of(*rows)[0]
 
 
 def test_all_with_the_lowest_loss_are_named():

@@ -435,3 +435,11 @@ def test_takes_what_is_at_the_ends_of_the_ranges():
     assert tiny.size == 2
     assert Quadratic(3.0).curvature.shape == (1,)
     assert isinstance(limit(Pull(0.1, 0.2), tiny), Moments)
+
+
+def test_momentum_goes_on_after_no_rate_of_0():
+    """A rate may fall to 0 and stay there; what momentum had is lost after it."""
+    fall = after(Pull(lambda k: max(0.3 - 0.1 * k, 0), 0.2, 0.4, 0.8), PROBLEMS["coordinates"], 6)
+    assert np.isfinite(fall.mean).all()
+    with pytest.raises(ValueError, match=r"lr must stay at 0 once it is 0, with momentum, got 0.1"):
+        after(Pull(lambda k: 0.1 * (k - 1), 0.2, 0.4, 0.8), PROBLEMS["coordinates"], 3)

@@ -1,5 +1,6 @@
 """A batch and a context that fit the data and the model."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,35 @@ def test_what_fits_is_taken_aloud(values, tmp_path, capfd):
         InputError, match="^context: 2000 tokens are more than the model's 64; give"
     ):
         build_trainer(Recipe(**{**values, "context": 2000}), tmp_path)
+
+
+def test_half_lives_of_data_are_those_of_the_batch_that_fits(values, tmp_path):
+    """Which a run that is resumed reads in its recipe."""
+    changes = {"batch": 100, "eval_data": None, "method": "ema:half_life=800 samples"}
+    recipe, _ = build_fitting(Recipe(**{**values, **changes}), tmp_path, only_data=True)
+    assert recipe.batch == 8
+    assert recipe.parsed.half_life == 100
+    assert Recipe(**recipe.model_dump()).parsed == recipe.parsed
+
+
+def test_what_does_not_fit_leaves_no_process_waiting(values, tmp_path, monkeypatch):
+    """An error that leaves `main_process_first` would skip the barrier that others wait at."""
+    ended = []
+
+    @contextmanager
+    def first(self):
+        try:
+            yield
+        except BaseException:
+            ended.append("by an error")
+            raise
+        ended.append("in order")
+
+    monkeypatch.setattr("accelerate.PartialState.main_process_first", first)
+    for changes in ({"context": 3}, {"data": (str(tmp_path / "nothing.jsonl"),)}):
+        with pytest.raises(InputError):
+            build_trainer(Recipe(**{**values, **changes}), tmp_path, only_data=True)
+    assert ended == ["in order"] * 2
 
 
 def test_a_run_of_few_conversations_takes_what_fits_and_resumes(values, tmp_path, capfd):

@@ -341,6 +341,27 @@ def test_the_interval_is_students_of_the_ratio():
     assert mean - found.low == pytest.approx(half)
 
 
+def test_alike_differences_have_no_interval():
+    """Two examples that both changed say nothing; a default of equal score stays."""
+    found = difference([0.0, 0.0], [1.0, 1.0], [1, 1])
+    assert (found.difference, found.excludes_0) == (-1, False)
+    assert str(found) == "-1.0000 (no interval)"
+    default, other = module.Candidate("a", "default"), module.Candidate("b", "kept")
+    half = Half([1, 1], list)
+    scores = {default: [1.0, 1.0], other: [0.0, 0.0]}
+    result = module._result(scores, other, default, HeldOut(half, half, ("guess",)))
+    assert result["flat"]
+    assert result["chosen"] == "a"
+
+
+def test_of_equal_scores_the_live_weights_come_last():
+    live, kept = module.Candidate("live", "live"), module.Candidate("b", "kept")
+    default = module.Candidate("a", "default")
+    assert module._best({live: [1.0], default: [1.0], kept: [1.0]}, default) is default
+    assert module._best({live: [1.0], default: [2.0], kept: [1.0]}, default) is kept
+    assert module._best({live: [math.nan], default: [2.0], kept: [2.5]}, default) is default
+
+
 # ---- interrupted -------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from paceline.sums import write_sums
 from paceline.train import InputError
 from paceline.train.data import make_tokenizer
-from paceline.train.evaluate import Evaluation, _paired_stderr, day_of, evaluate
+from paceline.train.evaluate import Evaluation, _paired_stderr, day_of, evaluate, of_examples
 from paceline.train.model import make_gpt2
 
 WORDS = [
@@ -331,6 +331,15 @@ def test_pairs_are_of_one_filter():
     assert _paired_stderr(scored, "t", "m,strict") == standard_error([1, -1, 1, 0])
 
 
+def test_a_model_that_diverged_has_scores():
+    """Their mean is NaN as lm-eval says; a metric that is no mean has none."""
+    samples = [{"acc": math.nan, "f1": 0.5, "filter": "none"}] * 3
+    found = {"samples": {"x": samples}, "results": {"x": {"acc,none": math.nan, "f1,none": 0.7}}}
+    assert all(map(math.isnan, of_examples(found, "x", "acc,none")))
+    assert of_examples(found, "x", "f1,none") == []
+    assert _paired_stderr([found, found], "x", "acc,none") is None
+
+
 def test_both_models_are_asked_the_same(run, tasks):
     """The few-shot examples, which are drawn, too; and a second call asks it again."""
     shutil.copy(run / "live" / "model.safetensors", run / "model")
@@ -425,7 +434,7 @@ def test_tasks_of_lm_eval(run, tasks, monkeypatch):
         refused(message, run, *names, include=tasks)
 
 
-def test_a_chat_has_theday_of_its_run(tmp_path):
+def test_a_chat_has_the_day_of_its_run(tmp_path):
     assert day_of(tmp_path) is None
     (tmp_path / "recipe.yaml").write_text("model: x\ndate: 2024-02-29\n")
     for path in (tmp_path, tmp_path / "model"):

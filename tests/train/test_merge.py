@@ -431,7 +431,7 @@ def test_adapters(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["pace", "adamw"])
-def test_the_folder_of_a_run(method, tmp_path, capsys):
+def test_the_folder_of_a_run(method, tmp_path, monkeypatch, capsys):
     """Its checkpoints are a folder below it, and are averages but for AdamW."""
     run = tmp_path / "run"
     for step in (5, 10):
@@ -447,6 +447,8 @@ def test_the_folder_of_a_run(method, tmp_path, capsys):
     facts = {"rule": "ema", "weights": WEIGHTS_IN[LIVE]}
     (run / "live/paceline.json").write_text(json.dumps(facts))
     assert not merging.is_average(run / "live")
+    monkeypatch.chdir(run / "checkpoints")
+    assert merging.is_average(Path("checkpoint-5")) == (method == "pace")
     assert merging.is_average(tmp_path / "out")
 
 

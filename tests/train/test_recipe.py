@@ -467,8 +467,8 @@ def test_averages_for_another_batch():
 def note(folder, *options, steps=2000, **file):
     """What is said of a recipe's file with these options, in a run of so many steps."""
     (folder / "mine.yaml").write_text(yaml.safe_dump({**LEAST, "task": "pretrain", **file}))
-    arguments = ["mine.yaml", *options]
-    return note_on_batch(_parse("train", Train, arguments), steps)
+    given = _parse("train", Train, ["mine.yaml", *options])
+    return note_on_batch(given, given.plain, steps)
 
 
 def test_another_batch_than_the_files(folder):
@@ -476,12 +476,12 @@ def test_another_batch_than_the_files(folder):
     reach = [math.log1p(-w) for w in (4 * (1 + 4 * 2000) ** -0.3, 2001**-0.3)]
     assert said == (
         "batch: 512 sequences in place of the recipe's 128. The average stays ema:kappa=0.3 in "
-        "steps, each now 4 times the data; at the end its half-life takes "
-        f"{reach[0] / reach[1]:.2g} times as much. --average-batch 128 keeps it the same function "
-        "of the data, ema:kappa=0.3:rate=0.0394:start=25.1."
+        "steps, each now 4 times the data; at the end its half-life has "
+        f"{reach[0] / reach[1]:.2g} times as much data. --average-batch 128 keeps it the same "
+        "function of the data, ema:kappa=0.3:rate=0.0394:start=25.1."
     )
     said = note(folder, "--batch", "32", method="ema:half_life=200")  # the default is 128
-    assert "its half-life takes 0.25 times as much" in said
+    assert "its half-life has 0.25 times as much data" in said
     assert said.endswith("--average-batch 128 keeps it the same function of the data, "
                          "ema:half_life=800.")  # fmt: skip
     said = note(folder, "--batch", "256", method="pace:return_kappa=0.7")
@@ -492,6 +492,16 @@ def test_another_batch_than_the_files(folder):
         assert f"stays {method}" in said
         assert "cannot be kept the same function of it (average_batch: " in said
         assert "\n" not in said
+
+
+def test_a_batch_that_was_made_to_fit_is_the_one_that_counts(folder):
+    (folder / "mine.yaml").write_text(yaml.safe_dump({**LEAST, "batch": 128}))
+    given = _parse("train", Train, ["mine.yaml"])
+    assert note_on_batch(given, given.plain, 2000) is None
+    fitted = Recipe(**{**given.plain.model_dump(), "batch": 4})
+    said = note_on_batch(given, fitted, 2000)
+    assert said.startswith("batch: 4 sequences in place of the recipe's 128.")
+    assert "each now 0.0312 times the data" in said
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,20 @@ def test_a_line_that_is_no_row_has_its_own_number(kind, text, place, reason):
     assert len(list(rows_of("x", kind))) == 2  # the other one is read
 
 
+def test_of_lines_the_first_may_be_broken():
+    """A line that was cut off is no beginning of a JSON text of several lines."""
+    Path("x").write_text('{"messages": [\n{"a": 1}\n{"a": 2}\n')
+    first, *others = rows_of("x", "json")
+    assert first.broken.startswith("is not JSON")
+    assert [(row.place, row.value) for row in others] == [
+        ("line 2", {"a": 1}),
+        ("line 3", {"a": 2}),
+    ]
+    Path("x").write_text('{"messages": [\n"a", }\n]}\n')
+    with pytest.raises(ValueError, match=r"the file is not JSON: .*line 2, column 6"):
+        list(rows_of("x", "json"))
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 def test_a_list_may_be_the_data_of_an_object(indent):
     rows = [{"a": "1"}, {"a": "2"}]

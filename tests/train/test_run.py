@@ -51,7 +51,8 @@ pytestmark = pytest.mark.usefixtures("surroundings")
 
 
 def one_line(capsys, *parts):
-    said = capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    said = "".join(line for line in lines if not line.startswith("paceline: data: kept "))
     assert said.startswith("paceline: ")
     assert said.count("\n") == 1
     for part in parts:
@@ -441,7 +442,7 @@ def test_full_disk_that_a_library_reports_as_another_error(values, tmp_path, cap
             raise ValueError("I/O operation on closed file")
 
     recipe, run = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "run"
-    monkeypatch.setattr("paceline.train.run.build_trainer", fail)
+    monkeypatch.setattr("paceline.train.run.build_fitting", fail)
     assert main(["train", str(recipe), "--out", str(run)]) == 2
     one_line(capsys, f"cannot write to {run} or ", ": No space left on device; when that", "again")
     assert not run.exists()

@@ -215,7 +215,7 @@ def test_text_is_text_from_the_hub(there, folder, streaming, capfd, monkeypatch)
     talks = [messages_of(row) for row in data.train]
     assert sorted(talk[1]["content"] for talk in talks) == sorted(answers * 2)
     said = capfd.readouterr().err
-    assert "a/b/a.csv, row 8" in said
+    assert "a/b/a.csv, line 10" in said
     assert "1 columns are not used: id" in said
     with pytest.raises(InputError, match="^data: a/b has no split 'test', only train"):
         load("a/b", split="test")

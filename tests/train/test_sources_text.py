@@ -71,7 +71,7 @@ def test_a_folder_of_documents(capfd):
     Path("texts", "rows.json").write_text('{"not": "rows", "text 20": 1}')  # a document, too
     data = load("texts", task="pretrain")
     assert capfd.readouterr().err == (
-        "paceline: data: texts: 3 of 24 files are left out: 2 are not UTF-8 text (the first: "
+        "paceline: data: texts: kept 21 of 24 files: 2 are not UTF-8 text (the first: "
         "texts/binary), 1 are copies of others\n"
     )
     rows = [*data.train, *data.evaluation]
@@ -97,15 +97,15 @@ def test_text_that_comes_with_python_and_torch():
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda p: write_lines(p, [{"text": 3}] * 5), "x.jsonl, row 0: expected text, got 3"),
-        (lambda p: write_lines(p, [{"text": ["a"]}] * 5), r"x.jsonl, row 0: expected text"),
+        (lambda p: write_lines(p, [{"text": 3}] * 5), "x.jsonl, line 1: expected text, got 3"),
+        (lambda p: write_lines(p, [{"text": ["a"]}] * 5), r"x.jsonl, line 1: expected text"),
         (
             lambda p: write_lines(p, MESSAGES),
             "x.jsonl has no usable .*no column 'text', only messages",
         ),
         (
             lambda p: write_lines(p, [{"text": ""}] * 5),
-            "x.jsonl has no usable examples: 5 because text is empty",
+            "x.jsonl has no usable examples: 5 left out because text is empty",
         ),
         (text(b'{"text": "caf\xe9"}\n' * 3), "x.jsonl is not UTF-8"),
     ],

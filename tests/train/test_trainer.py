@@ -300,6 +300,6 @@ def test_the_twin_of_a_saturated_pull_is_a_schedule():
 
 def test_a_bar_shows_the_best_returned_model_also_while_the_live_one_is_ahead():
     losses = {"eval_live_loss": 2.0, "eval_loss": 2.5, "eval_ema kappa=0.7_loss": 2.25, "loss": 1.0}
-    assert show_losses(losses) == "live 2.000  returned 2.250"
-    assert show_losses({"eval_live_loss": 2.0}) == "live 2.000  returned 2.000"  # AdamW alone
+    assert show_losses(losses) == "live 2.000 returned 2.250"
+    assert show_losses({"eval_live_loss": 2.0}) == "live 2.000 returned 2.000"  # AdamW alone
     assert show_losses({"loss": 1.0}) == ""

@@ -158,10 +158,13 @@ def test_verify_resume_kills_and_certifies(values, forked, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_verify_resume_at_another_number_of_processes(values, forked, tmp_path, capsys):
-    recipe, out = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "out"
+    recipe = write_recipe(tmp_path / "recipe.yaml", values, context=2000)
+    out = tmp_path / "out"
     options = ["--kills", "1", "--resume-processes", "2", "--out", str(out)]
     assert main(["verify-resume", str(recipe), *options]) == 0
-    assert "of the norm apart" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of the norm apart" in said
+    assert "trained with context 64, which fits" in said
     certificate = read(out / "certificate.json")
     assert certificate["processes"] == [1, 2]
     assert read(out / "killed" / "manifest.json")["resumed"][-1]["processes"] == 2

@@ -110,7 +110,7 @@ class ReturnAverage(pl.Callback):
         """Train the live weights, after a checkpoint that held the average, too."""
         for optimizer in _of(trainer):
             optimizer.train()
-        if self._count:
+        if self._count and not trainer.fast_dev_run:
             self._begin_snapshots(trainer)
 
     def _begin_snapshots(self, trainer: Any) -> None:
@@ -121,9 +121,10 @@ class ReturnAverage(pl.Callback):
                 "paceline.snapshots.save_averages keeps those of several in folders of their own"
             )
         if not math.isfinite(steps):
-            raise ValueError("snapshots needs max_steps or max_epochs: when to keep them depends")
+            raise ValueError("snapshots needs max_steps or max_epochs, to know when to keep them")
         folder = Path(self._folder or Path(trainer.default_root_dir) / "averages")
         self._snapshots = Snapshots(self._count, folder, self._dtype)
+        self._snapshots.tell = pl.utilities.rank_zero_info
         self._snapshots.begin(optimizers[0], trainer.global_step, int(steps))
         self._kept = trainer.global_step
 

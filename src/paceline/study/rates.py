@@ -265,6 +265,9 @@ def show_difference(mine: Mapping[int, float], its: Mapping[int, float], name: s
     mean, ends = fmean(pairs), interval(pairs)
     if all(abs(pair) < 0.0005 for pair in pairs):
         return f"equal to that of {name}"
+    if abs(mean) < 0.0005:
+        said = "" if ends is None else f" (95 % interval {ends[0]:+.3f} to {ends[1]:+.3f})"
+        return f"level with {name} on average{said}"
     word = "lower" if mean < 0 else "higher"
     text = f"{abs(mean):.3f} nats {word} than {name}"
     if ends is None:

@@ -722,8 +722,8 @@ class BatchCommand(TheoryCommand):
     """Batch sizes B > 0, ascending."""
 
     def find(self) -> Finding:
-        if list(self.batches) != sorted(set(self.batches)):
-            raise ValueError(f"batches must ascend, got {self.batches}")
+        if not self.batches or list(self.batches) != sorted(set(self.batches)):
+            raise ValueError(f"batches must be at least one, ascending, got {self.batches}")
         spectrum = batch.power_law(self.coordinates)
         start = float(spectrum.loss(np.ones(spectrum.problem.size)))
         found = batch.best_of_each(batch.METHODS, spectrum, self.batches, self.target, self.horizon)
@@ -847,8 +847,8 @@ class RiverCommand(TheoryCommand):
     """Seed of the noise, which all methods share."""
 
     def find(self) -> Finding:
-        if list(self.rates) != sorted(set(self.rates)):
-            raise ValueError(f"rates must ascend, got {self.rates}")
+        if not self.rates or list(self.rates) != sorted(set(self.rates)):
+            raise ValueError(f"rates must be at least one, ascending, got {self.rates}")
         if not self.noise:
             raise ValueError("noise must be one number or more, got none")
         figure, axes = _subplots(2, 1 + (len(self.noise) + 1) // 2)

@@ -402,10 +402,24 @@ class Pull(LinearMethod):
         if not mu.any():
             return Blocks([[live, pull], [beta * live, kept]], [1.0, beta], [1, 1])
         # The momentum block holds -η_k·m_k, so that it adds to the weights.
-        scale = _at(self.lr, k) / _at(self.lr, k - 1) if callable(self.lr) and k > 1 else 1.0
-        m = mu * _diagonal(scale, one)
+        m = mu * _diagonal(self._growth(k), one)
         rows = [[live, m, pull], [-rest * a, m, 0 * one], [beta * live, beta * m, kept]]
         return Blocks(rows, [rest, rest, beta * rest], [1, 0, 1])
+
+    def _growth(self, k: int) -> Any:
+        """η_k / η_{k-1}, 0 where both are 0.
+
+        Raises:
+            ValueError: a rate is above 0 after one of 0, when the block has lost m.
+        """
+        if not callable(self.lr) or k == 1:
+            return 1.0
+        now, before = np.asarray(_at(self.lr, k)), np.asarray(_at(self.lr, k - 1))
+        if ((before == 0) & (now != 0)).any():
+            raise ValueError(
+                f"lr must stay at 0 once it is 0, with momentum, got {now} at step {k}"
+            )
+        return np.divide(now, before, out=np.zeros(now.shape), where=before != 0)
 
 
 @dataclass(frozen=True)

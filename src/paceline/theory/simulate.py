@@ -163,7 +163,7 @@ def convex_errors(
         for p, group, method in zip(weights, optimizer.param_groups, methods, strict=True):
             p.grad = slopes * torch.sign(p.detach() - places) + noise
             if method.pullback:
-                group["pullback"] = method.pullback * float(method.averaging.weight(k))
+                group["pullback"] = min(1.0, method.pullback * float(method.averaging.weight(k)))
         optimizer.step()
     found = [read_out(optimizer, p)[1] for p in weights]
     return [estimate(((x - places).abs() * slopes).sum(-1)) for x in found]

@@ -237,8 +237,14 @@ def build_trainer(
     check_fsdp(recipe, state)
     conversations = recipe.task == "sft"
     skipped = {"skip_prepare_dataset": True} if prepared else {}
+    refused: InputError | None = None
     with state.main_process_first():  # the others then read the cache
-        prepared = prepared or _prepare(recipe)
+        try:
+            prepared = prepared or _prepare(recipe)
+        except InputError as error:  # raised within, it would leave the others waiting
+            refused = error
+    if prepared is None:
+        raise refused or AssertionError
     tokenizer = prepared.tokenizer
     if conversations and not recipe.packing:  # before the model is loaded
         _check_batch(recipe, prepared.train, state.num_processes)
@@ -372,7 +378,7 @@ def build_fitting(recipe: Recipe, *args: Any, **options: Any) -> tuple[Recipe, A
                 if instead in taken:  # data and model leave no context
                     raise
             taken.append(instead)
-            recipe = recipe.model_copy(update=instead)
+            recipe = Recipe(**{**recipe.model_dump(), **instead})
             flags = [f"--{key.replace('_', '-')} {x}" for key, x in instead.items() if x]
             said.append(f"{what}, so {' and '.join(flags)} is taken")
     for line in said:

@@ -18,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.box import MARKDOWN
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
@@ -73,7 +74,7 @@ class Choose(Options):
     Where the interval of their difference on the first half contains 0 the curve is flat, and the
     default stays.
 
-    choice.json, choice.svg and choice.png have the losses. A choice can be made again.
+    choice.json, choice.svg and choice.png have the scores. A choice can be made again.
     """
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
@@ -323,7 +324,7 @@ def _choose(
     rule = parse(about["rule"]) if about.get("rule") else None
     default = Candidate(str(rule or about["method"]), DEFAULT, rule)
     choosing, reporting_on = held_out.choosing, held_out.reporting
-    with _snapshots(run, recipe) as kept, progress_bars(console, transient=True) as progress:
+    with _snapshots(run, recipe) as kept, _bars(console) as progress:
         like, names = model_like(kept[-1], run / folder.MODEL, before)
         averages, left_out = _candidates(kept, rule, rules)
         bar = progress.add_task("choosing", total=len(averages) + 5, losses="")
@@ -380,8 +381,15 @@ def _choose(
     _report(run, recipe, result)
     result |= {"seconds": round(time.perf_counter() - began, 1), **facts}
     write_json(run / folder.CHOICE, _plain(result))
-    say(console, f"The model: {run / folder.MODEL}\nThe losses: {run / folder.CHOICE}")
+    say(console, f"The model: {run / folder.MODEL}\nThe scores: {run / folder.CHOICE}")
     return result
+
+
+def _bars(console: Console) -> Progress:
+    """Bars that go on while a task silences what is printed."""
+    return progress_bars(
+        Console(file=console.file), transient=True, redirect_stdout=False, redirect_stderr=False
+    )
 
 
 def _default_of(run: Path) -> Path:
@@ -404,7 +412,7 @@ def _default_of(run: Path) -> Path:
 
 
 def _best(scores: dict[Candidate, list[float]], default: Candidate) -> Candidate:
-    """The one of the lowest cost; of equal ones the default.
+    """The one of the lowest cost; of equal ones the default, and the live weights last.
 
     Raises:
         InputError: no cost is finite.
@@ -412,7 +420,7 @@ def _best(scores: dict[Candidate, list[float]], default: Candidate) -> Candidate
     costs = {x: sum(found) for x, found in scores.items() if math.isfinite(sum(found))}
     if not costs:
         raise InputError("run: neither an average nor the live weights have a finite score")
-    return min(costs, key=lambda x: (costs[x], x is not default))
+    return min(costs, key=lambda x: (costs[x], x is not default, x.kind == LIVE))
 
 
 def _result(
@@ -425,7 +433,7 @@ def _result(
         rows.append({"average": x.name, "kind": x.kind, "kappa": _kappa(x)})
         rows[-1] |= {"expected_error": x.error, "score": sign * sum(found) / sum(counts)}
         rows[-1] |= gaps[x].times(sign)._asdict()
-    flat = best is default or gaps[best].low <= 0 <= gaps[best].high
+    flat = best is default or not gaps[best].excludes_0
     chosen = default if flat else best
     return {
         "chosen": chosen.name,
@@ -457,8 +465,8 @@ def _reported(
         said = f"The default is the best and stays: {default.name}."
     elif result["flat"]:
         said = (
-            f"The curve is flat: {best.name} differs from the default by {by} ({measure}), an "
-            f"interval with 0 in it. The default stays: {default.name}. {other}"
+            f"The curve is flat: {best.name} differs from the default by {by} ({measure}), which "
+            f"may be chance. The default stays: {default.name}. {other}"
         )
     else:
         said = f"Chosen: {best.name}, in place of {default.name}. {other}"

@@ -362,6 +362,8 @@ def _paired_stderr(scored: list[dict[str, Any]], task: str, key: str) -> float |
     if not all(columns) or len(columns[0]) < 2:
         return None
     differences = [after - before for before, after in zip(*columns, strict=True)]
+    if not all(map(math.isfinite, differences)):
+        return None
     return stdev(differences) / math.sqrt(len(differences))
 
 
@@ -379,8 +381,9 @@ def of_examples(found: dict[str, Any], task: str, key: str) -> list[float]:
     numbers = [float(x) for x in column if isinstance(x, int | float)]
     if not numbers or len(numbers) < len(column):
         return []
-    is_mean = math.isclose(fmean(numbers), found["results"][task][key], abs_tol=1e-12)
-    return numbers if is_mean else []
+    mean, whole = fmean(numbers), found["results"][task][key]
+    both_nan = math.isnan(mean) and math.isnan(whole)  # a model that has diverged
+    return numbers if both_nan or math.isclose(mean, whole, abs_tol=1e-12) else []
 
 
 def _score_table(results: Scores, found: dict[str, Any]) -> Table:

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import InputError, folder
-from .build import build_trainer, digest_of, evaluated_together, processes
+from .build import DoesNotFit, build_trainer, digest_of, evaluated_together, processes
 from .evaluate import day_of, load_tasks, of_examples, scores_of, silenced
 from .intervals import interval
 from .recipe import Recipe
 from .sandbox import clock
+from .sources import hub_is_there
 from .terminal import tell, told_to
 
 LEAST = 4  # examples: an interval needs two in each half
@@ -63,12 +64,15 @@ def held_out_of(
     once |= {"tokenizer": str(run / folder.MODEL), "chat_template": None}
     if names is not None:
         once |= {"data": names, "eval_data": names, "streaming": False}
-        once |= {"examples": None, "eval_split": None}
+        once |= {"examples": None, "eval_split": None, "skip_bad_rows": True}
         once |= {} if most is None else {"eval_examples": most}
     read: Recipe = recipe.model_copy(update=once)
     said: list[str] = []  # of its own data the run has said it
     with TemporaryDirectory() as place, told_to(said.append):
-        trainer = build_trainer(read, Path(place), only_data=True)
+        try:
+            trainer = build_trainer(read, Path(place), only_data=True)
+        except DoesNotFit as error:  # the context is the run's
+            raise InputError(f"{error.what}; give other data") from error
     for line in dict.fromkeys(said) if names is not None else ():
         if "to train on" not in line:
             tell(line)
@@ -152,6 +156,7 @@ def task_of(
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError("task: lm-eval is not installed: pip install 'paceline[eval]'")
+    hub_is_there()  # otherwise its libraries would try for a minute
     with silenced():
         tasks = load_tasks([name], include)
     if list(tasks["tasks"]) != [name]:
@@ -212,8 +217,14 @@ class Difference(NamedTuple):
         """Itself, or with -1 that of the opposite scores."""
         return self if sign == 1 else Difference(-self.difference, -self.high, -self.low)
 
+    @property
+    def excludes_0(self) -> bool:
+        """Whether the interval has no 0 in it; never where there is none."""
+        return self.low > 0 or self.high < 0
+
     def __str__(self) -> str:
-        return f"{self.difference:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+        ends = f"[{self.low:+.4f}, {self.high:+.4f}]"
+        return f"{self.difference:+.4f} {'(no interval)' if math.isnan(self.low) else ends}"
 
 
 def difference(costs: list[float], others: list[float], counts: list[int]) -> Difference:
@@ -225,8 +236,13 @@ def difference(costs: list[float], others: list[float], counts: list[int]) -> Di
         costs: of each example, summed over its tokens.
         others: likewise, which are subtracted.
         counts: n of each example.
+
+    Returns:
+        With NaN for an interval where all examples differ alike: they have no spread to judge by.
     """
     gaps = [a - b for a, b in zip(costs, others, strict=True)]
     mean, size = sum(gaps) / sum(counts), fmean(counts)
     found = interval([mean + (d - mean * n) / size for d, n in zip(gaps, counts, strict=True)])
-    return Difference(mean, *(found or (math.nan, math.nan)))
+    if found is None or found[0] == found[1]:
+        found = math.nan, math.nan
+    return Difference(mean, *found)

@@ -159,6 +159,7 @@ def is_average(path: Path) -> bool:
     """Whether a checkpoint is known to hold an average and not an iterate."""
     if path.is_file():
         return "paceline" in read_metadata(path)
+    path = path.absolute()  # the run's folder may be above the working directory
     run = path.parent.parent
     if path.parent.name == folder.CHECKPOINTS and folder.is_begun(run):
         text = (run / folder.RECIPE).read_text(encoding="utf-8")

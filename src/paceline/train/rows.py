@@ -43,15 +43,23 @@ def rows_of(file: str, kind: str, separator: str = ",") -> Iterator[Row]:
         yield from _csv_rows(lines, separator) if kind == "csv" else _json_rows(lines)
 
 
-def _json_rows(lines: Any) -> Iterator[Row]:
-    numbered = enumerate(lines, 1)
+def _json_rows(file: Any) -> Iterator[Row]:
+    numbered = enumerate(file, 1)
     filled = ((number, line) for number, line in numbered if not line.isspace())
     number, first = next(filled, (0, ""))
     if not number:
         return
     if first.lstrip().startswith("[") or _goes_on(first):
-        whole = first + "".join(line for _, line in numbered)
-        yield from _listed(parse_json(whole, "the file", number), number)
+        lines = [(number, first), *numbered]
+        try:
+            whole = parse_json("".join(line for _, line in lines), "the file", number)
+        except ValueError:
+            rows = [_json_row(line, at) for at, line in lines if not line.isspace()]
+            if len(rows) < 2 or rows[1].broken is not None:
+                raise
+            yield from rows  # of lines, the first of which is broken
+        else:
+            yield from _listed(whole, number)
         return
     following = next(filled, None)
     row = _json_row(first, number)

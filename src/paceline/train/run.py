@@ -148,7 +148,7 @@ def train(
                 if recipe.choose:
                     held_out()  # before the training: there must be enough
                 facts = _start(trainer, recipe, run, checkpoint, console)
-                if note := note_on_batch(options, trainer.args.max_steps):
+                if note := note_on_batch(options, recipe, trainer.args.max_steps):
                     say(console, note)
             except BaseException:
                 if is_new:  # the Trainer makes it before everything has been checked
@@ -343,11 +343,12 @@ def _start(
     return facts
 
 
-def note_on_batch(options: RecipeCommand, steps: int) -> str | None:
+def note_on_batch(options: RecipeCommand, recipe: Recipe, steps: int) -> str | None:
     """What another batch than that of the recipe's file does to the average, in one line.
 
     Args:
         options: of the command.
+        recipe: that is trained by, whose batch may have been made to fit.
         steps: of the run.
 
     Returns:
@@ -356,12 +357,11 @@ def note_on_batch(options: RecipeCommand, steps: int) -> str | None:
     if options.recipe is None or options.average_batch is not None:
         return None
     written = read_recipe(options.recipe).get("batch", Recipe.model_fields["batch"].default)
-    recipe = options.plain
     now = recipe.rules(steps)
     told = (
-        f"batch: {options.batch} sequences in place of the recipe's {written}. The average stays "
+        f"batch: {recipe.batch} sequences in place of the recipe's {written}. The average stays "
         f"{' and '.join(map(_short, now)) or recipe.parsed.label} in steps, each now "
-        f"{options.batch / written:.3g} times the data"
+        f"{recipe.batch / written:.3g} times the data"
     )
     try:
         same = Recipe(**{**recipe.model_dump(), "average_batch": written})
@@ -373,7 +373,7 @@ def note_on_batch(options: RecipeCommand, steps: int) -> str | None:
     then = same.rules(steps)
     lives = [_half_life(rules[-1], steps) for rules in (now, then)]
     if lives[0] and lives[1]:
-        told += f"; at the end its half-life takes {lives[0] / lives[1]:.2g} times as much"
+        told += f"; at the end its half-life has {lives[0] / lives[1]:.2g} times as much data"
     return (
         f"{told}. --average-batch {written} keeps it the same function of the data, "
         f"{' and '.join(map(_short, then))}."

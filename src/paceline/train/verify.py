@@ -74,8 +74,8 @@ def _verify(options: Verify, out: Path, console: Console) -> int:
         place = {"resume" if folder.is_begun(to) else "out": str(to)}
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         several = [*launcher, str(processes)] if processes > 1 else []
-        given = [json.dumps(moment), json.dumps(place)]
-        command = [sys.executable, *several, "-m", __name__, *given]
+        words = [json.dumps(moment), json.dumps(place)]
+        command = [sys.executable, *several, "-m", __name__, *words]
         with console.status(title), log.open("w") as file:
             status = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
         if not moment and status:
@@ -85,7 +85,10 @@ def _verify(options: Verify, out: Path, console: Console) -> int:
 
     run("training without a kill", out / "whole.log", {}, whole, options.processes)
     facts = folder.manifest_of(whole)
-    recipe = Recipe(**facts["recipe"])  # with a batch and a context that fit
+    given, recipe = recipe, Recipe(**facts["recipe"])  # with a batch and a context that fit
+    for key in ("batch", "micro_batch", "context"):
+        if getattr(recipe, key) != getattr(given, key):
+            say(console, f"• trained with {key} {getattr(recipe, key)}, which fits")
     together = evaluated_together(recipe, recipe.micro_batch or recipe.batch)
     batches = -(-facts["data"]["evaluation_sequences"] // together)
     rng = random.Random(0)
