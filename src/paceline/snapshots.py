@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import secrets
+import tempfile
 import time
 import warnings
 from collections import Counter, deque
@@ -47,6 +48,7 @@ from .synthesis import snapshot_steps
 SNAPSHOT = "paceline_snapshot"
 STEP = re.compile(r"step-(\d+)")  # a folder's name
 DTYPES = (torch.float32, torch.bfloat16)
+PROBE = 8 * 2**20  # bytes
 
 
 @torch.no_grad()
@@ -187,10 +189,13 @@ class Snapshots:
                 remove(path)
         self.steps = snapshot_steps(steps, self.count)
         size, count = self.bytes / 2**20, len(self.steps)
-        self.tell(
-            f"Snapshots of the averages: {count} of {size:.4g} MiB each, {count * size:.4g} MiB in "
-            f"all, in {self.folder}."
-        )
+        if shards.rank() == 0:
+            seconds = self.bytes / _writing_speed(self.folder)
+            self.tell(
+                f"Snapshots of the averages: {count} of {size:.4g} MiB each, "
+                f"{count * size:.4g} MiB in all, in {self.folder}; to write one takes some "
+                f"{seconds:.2g} s."
+            )
 
     def keep(self, step: int, model: nn.Module, optimizer: Any) -> None:
         """Keep them if it is time."""
@@ -198,6 +203,17 @@ class Snapshots:
             began = time.perf_counter()
             save_averages(self.folder, model, optimizer, dtype=self.dtype)
             self.seconds += time.perf_counter() - began
+
+
+def _writing_speed(folder: Path) -> float:
+    """Bytes a second that a disk takes, by a file of 8 MiB that is removed again."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    with tempfile.TemporaryFile(dir=there) as file:
+        began = time.perf_counter()
+        file.write(bytes(PROBE))
+        file.flush()
+        os.fsync(file.fileno())
+        return PROBE / (time.perf_counter() - began)
 
 
 Kind = tuple[str, int, int]  # rule, step, and the one at which it began
