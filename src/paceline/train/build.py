@@ -243,8 +243,9 @@ def build_trainer(
             prepared = prepared or _prepare(recipe)
         except InputError as error:  # raised within, it would leave the others waiting
             refused = error
-    if prepared is None:
-        raise refused or AssertionError
+    if refused is not None:
+        raise refused
+    assert prepared is not None
     tokenizer = prepared.tokenizer
     if conversations and not recipe.packing:  # before the model is loaded
         _check_batch(recipe, prepared.train, state.num_processes)
