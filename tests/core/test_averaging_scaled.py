@@ -156,23 +156,9 @@ def test_what_is_rounded():
 
 
 @dataclass(frozen=True)
-class Halved(Averaging):
-    """The mean of the last iterate and the first: it scales, and nothing of it changes."""
-
-    name: ClassVar[str] = "halved"
-
-    def falloff(self, step):
-        return 1.0
-
-    def weight(self, step):
-        return 0.5
-
-    def scaling(self, k):
-        return {}
-
-
-@dataclass(frozen=True)
 class Unscaled(Averaging):
+    """A rule that does not say how it scales."""
+
     name: ClassVar[str] = "unscaled"
 
     def falloff(self, step):
@@ -180,6 +166,16 @@ class Unscaled(Averaging):
 
     def weight(self, step):
         return 0.5
+
+
+@dataclass(frozen=True)
+class Halved(Unscaled):
+    """One that says that it stays the same."""
+
+    name: ClassVar[str] = "halved"
+
+    def scaling(self, k):
+        return {}
 
 
 def test_rules_of_ones_own():

@@ -106,7 +106,7 @@ def test_bests_are_those_of_the_recursion_written_out(name):
 
 def test_a_candidate_that_blows_up_first_is_left_out():
     # At 2.4 times the largest stable rate the first step multiplies the weights by 3.8, and the
-    # falling rate brings them back: the lowest loss of all, but for the start's.
+    # falling rate brings them back, to a lower loss than any other candidate's.
     grid = {"share": (0.1, 2.4), "fall": (1.0,)}
     spectrum = power_law(1)
     found = best_by_batch(GridMethod(grid, METHODS[SGD].make, SGD), spectrum, [1e6], 0.7, 40)

@@ -488,10 +488,8 @@ def _within(data: Any, context: int, what: str, name: str) -> Any:
     }
     if not len(kept):
         room = int(_lengths(data).max(initial=0))
-        said = (
-            f"data: no conversation {what} in {name} has anything to learn in its first {context} "
-        )
-        said += "tokens"
+        within = f"has anything to learn in its first {context} tokens"
+        said = f"data: no conversation {what} in {name} {within}"
         if room <= context:
             raise InputError(f"{said}; give other data")
         raise DoesNotFit(said, "give a larger --context", {"context": room})
