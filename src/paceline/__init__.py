@@ -4,6 +4,7 @@ from .averaging import BEMA, EMA, LAWA, SWA, Averaging, PowerEMA, Uniform
 from .base import Choice
 from .batchnorm import recomputed_statistics
 from .checkpoint import load_checkpoint, save_checkpoint
+from .elastic import Elastic
 from .optimizer import PACE
 from .pullback import Pullback
 from .synthesis import Snapshot, Synthesis, snapshot_steps, synthesize
@@ -16,6 +17,7 @@ __all__ = [
     "SWA",
     "Averaging",
     "Choice",
+    "Elastic",
     "PowerEMA",
     "Pullback",
     "Snapshot",

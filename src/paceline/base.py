@@ -17,6 +17,7 @@ from .averaging import Averaging
 from .options import Group, number, parse_returns, returns_text
 from .state import (
     AVERAGE,
+    ELASTIC_STEPS,
     FROZEN,
     OFFSET,
     RETURN,
@@ -27,6 +28,7 @@ from .state import (
 )
 from .update import squared_norm
 
+HOOKED: Any = Optimizer.profile_hook_step(repr).__code__  # of each `step` that torch has hooks on
 LIVE = "live"  # the name of the live weights, beside those of averages
 
 
@@ -462,7 +464,7 @@ class AveragedOptimizer(Optimizer):
                     alike[grad.device, grad.dtype].append(grad)
             bad = [~squared_norm(grads).isfinite() for grads in alike.values()]
             flags.append(torch.stack([no, *(x.to(no.device) for x in bad)]).any())
-        raises, skips = shards.on_any_rank(torch.stack(flags))
+        raises, skips = self._on_any_rank(torch.stack(flags))
         if "raise" in modes and raises:
             where = "a parameter on another rank"
             for mode, g, i, grad in reversed(checked):
@@ -471,6 +473,13 @@ class AveragedOptimizer(Optimizer):
             raise FloatingPointError(f"the gradient of {where} is not finite; nothing was changed")
         on_device = all(device.type != "cpu" for device in devices)
         return skips if on_device and "skip" in modes else bool(skips)
+
+    def _on_any_rank(self, flags: Tensor) -> Tensor:
+        """Which flags are up on any rank that steps with this one; of Elastic, in its worker."""
+        if not any(ELASTIC_STEPS in group for group in self.param_groups):
+            return shards.on_any_rank(flags)
+        params = (p for group in self.param_groups for p in group["params"])
+        return shards.total(flags.int(), next(filter(shards.is_sharded, params), flags)) > 0
 
     def _count_faults(self, guarded: list[int | Tensor], skip: bool | Tensor) -> None:
         """Add to what `stats()` tells, without waiting for a device.
@@ -551,6 +560,53 @@ class AveragedOptimizer(Optimizer):
             if group.get("state_dtype") is not None:
                 group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
         return state
+
+
+class Around(AveragedOptimizer):
+    """One that steps another optimizer, on that one's own `state` and `param_groups`."""
+
+    base: Optimizer
+
+    # The same objects as the base's, whoever assigns new ones.
+
+    @property
+    def state(self) -> Any:
+        """The base's state, with ours in it."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def param_groups(self) -> Any:
+        """The base's groups, with our options in them."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: Any) -> None:
+        self.base.param_groups = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base's own."""
+        self.base.zero_grad(set_to_none)
+
+    def _base_step(self, *arguments: Any, **options: Any) -> Any:
+        """The base's step with its own hooks; those on all optimizers run around ours."""
+        base: Any = self.base
+        step: Any = type(base).step
+        torchs = getattr(step, "__code__", None) is HOOKED
+        if not torchs or "step" in vars(base):  # another has wrapped it
+            return base.step(*arguments, **options)
+        step = step.__wrapped__  # without torch's hooks
+        given: tuple[Any, ...] = (base, *arguments)
+        for hook in list(base._optimizer_step_pre_hooks.values()):
+            changed = hook(base, given, options)
+            given, options = (given, options) if changed is None else changed
+        loss = step(*given, **options)
+        for hook in list(base._optimizer_step_post_hooks.values()):
+            hook(base, given, options)
+        return loss
 
 
 def _score(score: Callable[[], Any], name: str, device: torch.device) -> float:

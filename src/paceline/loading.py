@@ -16,6 +16,7 @@ from .options import Group, number
 from .shards import is_partitioned, is_sharded, local
 from .state import (
     AVERAGE,
+    ELASTIC_STEPS,
     EXP_AVG,
     EXP_AVG_SQ,
     HISTORY,
@@ -83,6 +84,11 @@ def validated_checkpoint(
     for g, (theirs, mine) in enumerate(zip(saved["param_groups"], groups, strict=True)):
         found = [states.get(key, {}) for key in theirs["params"]]
         _check_names(theirs, mine, g)
+        if ELASTIC_STEPS in theirs and ELASTIC_STEPS not in mine:
+            raise ValueError(
+                "the checkpoint is of paceline.Elastic, whose averages stand still in steps; load "
+                "it into one; nothing was changed"
+            )
         try:
             group = {**mine, **complete(theirs, mine, g)}
             if mine.get("param_names"):

@@ -21,6 +21,7 @@ from .options import Group, check_lr, check_pace, expand_short
 from .state import (
     AVERAGE,
     COUNTS,
+    ELASTIC_STEPS,
     EXP_AVG,
     EXP_AVG_SQ,
     FROZEN,
@@ -59,6 +60,7 @@ SHAPING = (
     *("averaging", "returns", "fused", "capturable", "state_dtype"),
     *("stochastic_round", "nonfinite", "track_stats"),
 )
+UNCHECKED = ("lr", "params", ELASTIC_STEPS)  # here: they change at each step, or are no option
 
 
 class PACE(AveragedOptimizer):
@@ -369,7 +371,7 @@ class PACE(AveragedOptimizer):
         """Raises: ValueError: an option was set out of its range since the last step."""
         for index, group in enumerate(self.param_groups):
             check_lr(group)
-            values = [x for name, x in group.items() if name not in ("lr", "params")]
+            values = [x for name, x in group.items() if name not in UNCHECKED]
             if values != self._checked.get(index):
                 checked = {**group, "lr": 0.0}  # which may be on a device that nobody waits for
                 check_pace(checked)

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from . import kernels, memory, shards
 from .averaging import Averaging
-from .base import AveragedOptimizer, describe, summarize
+from .base import Around, describe, summarize
 from .loading import StateCheck, check_count, check_is_dict, check_tensor, validated_checkpoint
 from .options import (
     SHORT,
@@ -55,14 +55,13 @@ from .swap import SWAPPED, Swapped, write_record
 from .update import TINY, MovedSlot, PullScalars
 
 GAINS = ("adam", "own", "scalar")
-HOOKED: Any = Optimizer.profile_hook_step(repr).__code__  # of each `step` that torch has hooks on
 # State of bases whose `exp_avg_sq` is of gradients in another basis than the parameter's.
 ROTATED = {"Q", "GG", "projector", "ortho_matrix"}
 # Options that LR schedulers add to groups.
 SCHEDULED = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 
 
-class Pullback(AveragedOptimizer):
+class Pullback(Around):
     r"""Keeps an average of the weights around any optimizer, and can pull them toward it.
 
         θ'        = base(θ_t)                                 the base's own step
@@ -160,26 +159,6 @@ class Pullback(AveragedOptimizer):
         super()._forget()
         self._copies: dict[Tensor, Tensor] = {}  # of weights before a step, on the CPU
 
-    # The same objects as the base's, whoever assigns new ones.
-
-    @property
-    def state(self) -> Any:
-        """The base's state, with ours in it."""
-        return self.base.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base.state = value
-
-    @property
-    def param_groups(self) -> Any:
-        """The base's groups, with our options in them."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: Any) -> None:
-        self.base.param_groups = value
-
     def __getstate__(self) -> dict[str, Any]:
         names = ("base", "defaults", "_ours", "_state_is_provisional")
         return {name: getattr(self, name) for name in names}
@@ -217,10 +196,6 @@ class Pullback(AveragedOptimizer):
             raise
         live: list[Swapped | None] = [None] * len(groups[-1]["params"])
         groups[-1][SWAPPED] = write_record(live) if self.swapped else ""
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The base's own."""
-        self.base.zero_grad(set_to_none)
 
     # ---- stepping -----------------------------------------------------------------------------
 
@@ -267,23 +242,6 @@ class Pullback(AveragedOptimizer):
             self._count_faults([], True)
             return loss
         self._follow(plan or [])
-        return loss
-
-    def _base_step(self, *arguments: Any, **options: Any) -> Any:
-        """The base's step with its own hooks; those on all optimizers run around ours."""
-        base: Any = self.base
-        step: Any = type(base).step
-        torchs = getattr(step, "__code__", None) is HOOKED
-        if not torchs or "step" in vars(base):  # another has wrapped it
-            return base.step(*arguments, **options)
-        step = step.__wrapped__  # without torch's hooks
-        given: tuple[Any, ...] = (base, *arguments)
-        for hook in list(base._optimizer_step_pre_hooks.values()):
-            changed = hook(base, given, options)
-            given, options = (given, options) if changed is None else changed
-        loss = step(*given, **options)
-        for hook in list(base._optimizer_step_post_hooks.values()):
-            hook(base, given, options)
         return loss
 
     def _make_provisional_state(self) -> None:
@@ -667,6 +625,6 @@ def _pull(group: Group, averages: Averages, step: int, idle: int, own: bool) -> 
         root_bias2=math.sqrt(1.0 - beta2**step),
         eps=eps or TINY,
         clip=group["gain_clip"],
-        weight=rule.weight(step + idle),
-        extra_weights=tuple(averages.rules[key].weight(step + idle) for key in averages.extra),
+        weight=averages.weight(AVERAGE, step + idle),
+        extra_weights=tuple(averages.weight(key, step + idle) for key in averages.extra),
     )

@@ -131,7 +131,8 @@ def averages_bytes(optimizer: Any, *, dtype: torch.dtype = torch.float32) -> int
         for group in unwrapped(optimizer).param_groups
         for p in group["params"]
         if p.requires_grad
-        for rule in set(averages_of(group).rules.values())
+        if not (averages := averages_of(group)).still
+        for rule in set(averages.rules.values())
         if not rule.keeps
     )
 

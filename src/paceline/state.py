@@ -12,6 +12,7 @@
     average_step         ()     float64     Pullback's first   the steps taken, beside the base's
     pullback_exp_avg_sq  p's    wide        the first pull     v, where Pullback's base has none
     begun_<average>      ()     float64     its late start     the t at which it began, where not 0
+    outer_buffer         p's    wide        Elastic's first    the outer momentum, of DiLoCo
 
 p is the parameter. Wide is float32, or float64 for a float64 parameter. The state's dtype is wide,
 or bfloat16 with `state_dtype=torch.bfloat16`; where it is narrower than p, offset is kept. Counts
@@ -20,7 +21,8 @@ of averages is the steps taken plus `idle_steps`, for they take in weights that 
 An average that is asked for later begins at the next step; the option `history` of a group keeps
 which rule each average has had, for `paceline.snapshots`. While an average is in the parameter
 (`paceline.swap`), its place keeps the live weights. Other keys are those of Pullback's base, or of
-other tools.
+other tools. Averages of a group with the option `elastic_steps` stand still in steps, and move
+where workers meet (`paceline.elastic`).
 """
 
 import ctypes
@@ -44,12 +46,14 @@ STEP, IDLE, EXP_AVG, EXP_AVG_SQ = "step", "idle_steps", "exp_avg", "exp_avg_sq"
 AVERAGE, OFFSET = "average", "offset"
 RETURN = "return_"  # and the name that `returns` gives
 AVERAGE_STEP, OWN_EXP_AVG_SQ = "average_step", "pullback_exp_avg_sq"
+OUTER_BUFFER = "outer_buffer"
 COUNTS = frozenset({STEP, IDLE, AVERAGE_STEP})
 BEGUN = "begun_"  # and the key of an average
 HISTORY = "history"  # of a group: what `read_history` reads
+ELASTIC_STEPS = "elastic_steps"  # of a group: steps with other workers (`paceline.elastic`)
 # The keys of each optimizer, besides those of its further averages (`Averages.extra_keys`).
-PACE_KEYS = frozenset({STEP, IDLE, EXP_AVG, EXP_AVG_SQ, AVERAGE, OFFSET})
-PULLBACK_KEYS = frozenset({AVERAGE, AVERAGE_STEP, IDLE, OWN_EXP_AVG_SQ})
+PACE_KEYS = frozenset({STEP, IDLE, EXP_AVG, EXP_AVG_SQ, AVERAGE, OFFSET, OUTER_BUFFER})
+PULLBACK_KEYS = frozenset({AVERAGE, AVERAGE_STEP, IDLE, OWN_EXP_AVG_SQ, OUTER_BUFFER})
 FROZEN = "frozen"  # of a group: the places of parameters that were frozen at the last step, as text
 
 WIDE = {
@@ -72,11 +76,21 @@ class Averages:
 
     rules: Mapping[str, Averaging]
     """`average` first, which the pull goes toward; then `return_<name>` of each of `returns`."""
+    still: bool = False
+    """Whether they move where workers meet, and not in steps."""
 
     @functools.cached_property
     def history(self) -> str:
         """The history of averages that have had these rules, and began with their parameters."""
-        return json.dumps({key: [str(rule), False] for key, rule in self.rules.items()})
+        return json.dumps({key: [self.text(key), False] for key in self.rules})
+
+    def text(self, key: str) -> str | None:
+        """The rule by which an average takes in weights at each step, if one does."""
+        return None if self.still else str(self.rules[key])
+
+    def weight(self, key: str, step: int | Tensor) -> float | Tensor:
+        """The weight of the newest iterate in an average at step t = `step`."""
+        return 0.0 if self.still else self.rules[key].weight(step)
 
     @property
     def own(self) -> Averaging:
@@ -113,7 +127,8 @@ def averages_of(group: Group) -> Averages:
     rule, returns = group["averaging"], group.get("returns")
     own = rule if isinstance(rule, Averaging) else parse(rule)  # one that was set between steps
     others = parse_returns(returns_text(returns)).items()
-    return Averages({AVERAGE: own} | {RETURN + name: rule for name, rule in others})
+    rules = {AVERAGE: own} | {RETURN + name: rule for name, rule in others}
+    return Averages(rules, still=ELASTIC_STEPS in group)
 
 
 def frozen_places(group: Group) -> list[int]:
@@ -197,7 +212,7 @@ def dtype_of(
     """
     if key in (EXP_AVG, EXP_AVG_SQ, AVERAGE, OFFSET):
         return own
-    if key == OWN_EXP_AVG_SQ or key in averages.rules:
+    if key in (OWN_EXP_AVG_SQ, OUTER_BUFFER) or key in averages.rules:
         return wide_dtype(param)
     return torch.promote_types(now, param.dtype)
 
@@ -318,10 +333,11 @@ def note_begins(state: State, group: Group, averages: Averages, begins: set[str]
         return
     before = read_history(group.get(HISTORY))
     now = {}
-    for key, rule in averages.rules.items():
+    for key in averages.rules:
+        text = averages.text(key)
         # One that is there without a history had who knows which rule.
-        had, was_late = before.get(key, (str(rule) if key in begins else None, False))
-        now[key] = [had if had == str(rule) else None, was_late or key in late]
+        had, was_late = before.get(key, (text if key in begins else None, False))
+        now[key] = [had if had == text else None, was_late or key in late]
     group[HISTORY] = json.dumps(now)
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from . import auto, rounding
 from .averaging import lerp_
-from .state import PLAIN, Averages
+from .state import AVERAGE, PLAIN, Averages
 
 # Elements stepped together, which bounds the scratch; a CPU's share of them stays in its cache.
 TOGETHER = 2**24
@@ -123,12 +123,12 @@ def scalars(
         gain=gain,
         uniform_gain=group["gain"] == "scalar" or strength == auto.AUTO,
         clip=group["clip"],
-        weight=own.weight(taken_in),
+        weight=averages.weight(AVERAGE, taken_in),
         maximize=group["maximize"],
         stochastic=group["stochastic_round"],
         # One that is misspelt between steps guards, too.
         skip_nonfinite=group["nonfinite"] not in ("ignore", "raise", "skip"),
-        extra_weights=tuple(averages.rules[key].weight(taken_in) for key in averages.extra),
+        extra_weights=tuple(averages.weight(key, taken_in) for key in averages.extra),
     )
 
 

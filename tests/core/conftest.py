@@ -8,14 +8,24 @@ import torch.distributed as dist
 from tritons import compiled, interpreted  # noqa: F401 - fixtures
 
 
-def two_ranks(tmp_path_factory):
+def some_ranks(count, tmp_path_factory):
     if not dist.is_available():
         pytest.skip("torch without distributed")
     from ranks import Ranks
 
-    made = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    made = Ranks(count, tmp_path_factory.mktemp("ranks"))
     yield made
     made.close()
+
+
+def two_ranks(tmp_path_factory):
+    yield from some_ranks(2, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def four(tmp_path_factory):
+    """Four processes of one process group."""
+    yield from some_ranks(4, tmp_path_factory)
 
 
 # Two processes of one process group; others for the files that import DeepSpeed.
