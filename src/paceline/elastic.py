@@ -31,6 +31,11 @@ from .state import (
 )
 
 EXCHANGES = ("easgd", "diloco", "average")
+# The options of an exchange, besides `every`, and their defaults.
+EXCHANGE: dict[str, Any] = {
+    **{"exchange": "easgd", "pull": None, "outer_lr": 0.7, "outer_momentum": 0.9},
+    "exchange_dtype": None,
+}
 ALIKE = ("pullback", "averaging", "returns", "nonfinite")  # options that workers share, too
 MOVING_RATE = 0.9  # β of EASGD, as published
 
@@ -113,22 +118,22 @@ class Elastic(Around):
         base: Optimizer,
         every: int,
         *,
-        exchange: str = "easgd",
-        pull: float | None = None,
-        outer_lr: float = 0.7,
-        outer_momentum: float = 0.9,
+        exchange: str = EXCHANGE["exchange"],
+        pull: float | None = EXCHANGE["pull"],
+        outer_lr: float = EXCHANGE["outer_lr"],
+        outer_momentum: float = EXCHANGE["outer_momentum"],
         exchange_dtype: torch.dtype | str | None = None,
         process_group: Any = None,
     ) -> None:
-        names = ("every", "exchange", "pull", "outer_lr", "outer_momentum", "exchange_dtype")
-        ours = {name: x for name, x in locals().items() if name in names}
+        given = locals()
+        ours = {name: given[name] for name in ("every", *EXCHANGE)}
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError(
                 "Elastic needs a process group: start the workers by torchrun, and call "
                 "torch.distributed.init_process_group() first"
             )
         self.process_group = getattr(process_group, "get_group", lambda: process_group)()
-        _check_options(ours, self._workers)
+        check_exchange(ours, self._workers)
         if not isinstance(base, AveragedOptimizer):
             base = Pullback(base, averaging=PowerEMA(0.0))
         if any(ELASTIC_STEPS in group for group in base.param_groups):
@@ -348,7 +353,7 @@ class Elastic(Around):
                 check_count(ELASTIC_STEPS, group[ELASTIC_STEPS])
                 if missing := sorted(self._ours.keys() - group.keys()):
                     raise ValueError(f"the checkpoint's groups lack {missing}; nothing was changed")
-                _check_options(dict(group), self._workers)
+                check_exchange(dict(group), self._workers)
                 met = group[ELASTIC_STEPS] >= group["every"] and group["exchange"] == "diloco"
                 own = [state_dict.get("state", {}).get(key, {}) for key in group["params"]]
                 if met and any(AVERAGE in x and OUTER_BUFFER not in x for x in own):
@@ -411,8 +416,12 @@ class _Member(NamedTuple):
         return float(self.averages.rules[key].scaled(self.group["every"]).weight(k))
 
 
-def _check_options(options: Group, workers: int) -> None:
-    """Raises: ValueError: an option of the exchange is out of its range."""
+def check_exchange(options: Group, workers: int = 1) -> None:
+    """Check options of an exchange, and write its dtype as text, as checkpoints have it.
+
+    Raises:
+        ValueError: one is out of its range.
+    """
     every = options["every"]
     whole = isinstance(every, int) and not isinstance(every, bool) and every >= 1
     require(options, "every", whole, "a whole number of steps >= 1")
@@ -429,7 +438,7 @@ def _check_options(options: Group, workers: int) -> None:
     dtype = options["exchange_dtype"]
     fine = dtype in (None, torch.bfloat16, "bfloat16")
     require(options, "exchange_dtype", fine, "None or torch.bfloat16")
-    options["exchange_dtype"] = None if dtype is None else "bfloat16"  # as checkpoints have it
+    options["exchange_dtype"] = None if dtype is None else "bfloat16"
 
 
 def _check_group(group: Group) -> None:

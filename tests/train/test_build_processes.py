@@ -1,4 +1,4 @@
-"""`paceline train` in two processes."""
+"""`paceline train` in two processes: one model, or two workers."""
 
 import os
 import shutil
@@ -19,6 +19,7 @@ from training import (
     apart,
     lines,
     near,
+    order,
     read,
     same,
     timeless,
@@ -80,4 +81,30 @@ def test_sharded_over_two_processes(values, finished, tmp_path):
     for name in ("live", "model"):
         assert same(weights(again / name), weights(run / name))
     near(again, run)
+    assert evaluated(again) == evaluated(run)
+
+
+@pytest.mark.slow
+def test_two_workers_meet_and_resume(values, finished, tmp_path):
+    recipe, run = write_recipe(tmp_path / "recipe.yaml", values, elastic=5), tmp_path / "run"
+    said = launch("train", recipe, "--out", run, processes=2)
+    assert said.count("The model: ") == 1
+    assert order(run) == order(finished)  # the same data
+    assert apart(weights(run / "model"), weights(run / "live")) > 1e-4
+    facts = read(run / "paceline.json")
+    assert facts["rule"] == "the center of 2 workers, easgd every 5 steps"
+    for step in (9, 12):
+        folder = run / "checkpoints" / f"checkpoint-{step}"
+        states = [torch.load(folder / f"optimizer{x}.pt", weights_only=True) for x in ("", "-1")]
+        live = [x["state"][0]["average"] for x in states]  # where the center is in the model
+        assert not torch.equal(*live)
+        assert states[1]["param_groups"][0]["elastic_steps"] == step
+    # They met at step 10 last: the center has stood still since.
+    rows = {x["step"]: x["eval_loss"] for x in evaluated(run)}
+    assert rows[0] == rows[3] != rows[6] == rows[9] != rows[12]
+    again = shutil.copytree(run, tmp_path / "again")
+    unfinished(again)
+    launch("train", "--resume", again, processes=2)
+    for name in ("live", "model"):
+        assert same(weights(again / name), weights(run / name))
     assert evaluated(again) == evaluated(run)

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..base import LIVE, AveragedOptimizer, Choice
 from ..batchnorm import warn_of_statistics
+from ..elastic import Elastic
 from ..files import put, remove
 from ..hosts import check_reach, restoring, swapping, unwrapped
 from ..snapshots import Snapshots
@@ -49,6 +50,8 @@ class PaceTrainer(Trainer):
       `save_total_limit` goes by the steps in the names.
     - BatchNorm's running statistics stay those of the live weights, and a warning says so;
       `paceline.recomputed_statistics` has them of the returned ones.
+    - With `paceline.Elastic` a checkpoint has the center as its model, and the optimizer state of
+      each worker in a file of its own. Where there are more workers than files, some share one.
     - After `train()` the model holds the returned weights: the best of them with
       `load_best_model_at_end`, and with `load_best_average_at_end` the best average.
 
@@ -448,6 +451,13 @@ class PaceTrainer(Trainer):
                 "changed on purpose"
             )
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        rank = self.args.process_index
+        if rank and isinstance(self.bare_optimizer, Elastic):  # the Trainer writes that of rank 0
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            torch.save(self.bare_optimizer.state_dict(), Path(output_dir) / f"optimizer-{rank}.pt")
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.check_checkpoint(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -462,6 +472,11 @@ class PaceTrainer(Trainer):
                         "resume from; start a new run from it as a model instead"
                     )
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and isinstance(optimizer, Elastic):
+            workers = 1 + len([*Path(checkpoint).glob("optimizer-*.pt")])
+            if rank := self.args.process_index % workers:
+                own = Path(checkpoint) / f"optimizer-{rank}.pt"
+                optimizer.load_state_dict(torch.load(own, map_location="cpu", weights_only=True))
         if checkpoint is not None and optimizer is not None:
             optimizer.train()
 

@@ -235,6 +235,8 @@ def build_trainer(
     state = processes()
     micro, accumulation = _split_batch(recipe, state.num_processes)
     check_fsdp(recipe, state)
+    if recipe.elastic is not None and state.num_processes == 1:
+        raise InputError("elastic: it needs several processes; start them by torchrun")
     conversations = recipe.task == "sft"
     skipped = {"skip_prepare_dataset": True} if prepared else {}
     refused: InputError | None = None
@@ -275,6 +277,7 @@ def build_trainer(
         if recipe.fsdp
         else None,
         ddp_find_unused_parameters=False,
+        average_tokens_across_devices=recipe.elastic is None,
         seed=recipe.seed,
         data_seed=recipe.seed,
         eval_strategy="steps",
@@ -312,6 +315,7 @@ def build_trainer(
         else None,
     )
     trainer.keeps_slow = recipe.choose
+    trainer.elastic = recipe.elastic_options
     trainer.remove_callback(PrinterCallback)
     trainer.data_collator = partial(_without_first_labels, trainer.data_collator)
     evaluation = trainer.eval_dataset

@@ -319,6 +319,8 @@ def _choose(
     device: str,
 ) -> dict[str, Any]:
     began, facts = time.perf_counter(), environment()
+    if recipe.elastic is not None:
+        raise InputError(f"choose: {run} is of elastic workers, which keep no averages to rebuild")
     before = _default_of(run)
     about = read_json(before / folder.AVERAGE_FACTS)
     rule = parse(about["rule"]) if about.get("rule") else None

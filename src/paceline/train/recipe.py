@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..averaging import Averaging
+from ..elastic import EXCHANGE, check_exchange
 from . import (
     LARGEST,
     BelowOne,
@@ -113,6 +114,7 @@ MethodHelp = tyro.conf.arg(
     "returns another average than it pulls toward) or ema:wsd:kappa=0.7; paceline compare --help "
     f"has all options. Names: {', '.join(METHODS)}."
 )
+Text = BeforeValidator(lambda value: str(value) if type(value) is int else value)
 Split = BeforeValidator(lambda value: tuple(value.split(",")) if isinstance(value, str) else value)
 
 
@@ -218,6 +220,8 @@ class Recipe(Options):
     """Compute activations again in the backward pass, which takes less memory and a third more time."""
     compile: Annotated[bool, RESUMABLE] = False
     """Compile the model."""
+    elastic: Annotated[str | None, Text] = None
+    """Let each process train a model of its own, and have them meet every so many steps (paceline.Elastic): steps[:exchange][:option=value]..., as in 100, 100:diloco:outer_lr=0.5 or 20:average:pull=0.5. The exchange is easgd, diloco or average, and the center is the model to return. Start the processes by torchrun."""
     fsdp: Annotated[bool, RESUMABLE] = False
     """Shard weights and optimizer over the processes (FSDP2) instead of keeping all in each (DDP)."""
     lora_rank: Annotated[int, Field(ge=0, le=2**16)] = 0
@@ -282,6 +286,21 @@ class Recipe(Options):
                 f"{'choose' if self.choose else 'snapshots'}: {self.method} keeps no average that others can be rebuilt from; pace, "
                 "pullback, ema, uniform and swa do"
             )
+        if options := self.elastic_options:
+            with reporting("elastic", ValueError):
+                check_exchange(dict(options))
+            if self.fsdp:
+                raise InputError("elastic: each process holds its model alone; leave out fsdp")
+            if self.times_kept:
+                raise InputError(
+                    "elastic: its averages cannot be rebuilt; leave out snapshots and choose"
+                )
+            rules = self.rules(10**6)
+            if rules and not self.parsed.pulls and options["exchange"] != "average":
+                raise InputError(
+                    f"elastic: {options['exchange']} returns its center, and no average of "
+                    f"{self.parsed.label!r}; give --method adamw, or the exchange average"
+                )
         if "none" in self.report_to and len(self.report_to) > 1:
             raise InputError("report_to: none goes alone")
         for name in self.report_to:
@@ -323,6 +342,26 @@ class Recipe(Options):
     def rules(self, steps: int) -> list[Averaging]:
         """The averages that the optimizer keeps in a run of so many steps, the returned one last."""
         return self.parsed.rules(steps, self.scale)
+
+    @property
+    def elastic_options(self) -> dict[str, Any] | None:
+        """What `elastic` says, as options of `paceline.Elastic`, or None.
+
+        Raises:
+            InputError: a part is none of them.
+        """
+        if self.elastic is None:
+            return None
+        every, *parts = self.elastic.split(":")
+        options: dict[str, Any] = {**EXCHANGE, "every": parse_yaml(every)}
+        for i, part in enumerate(parts):
+            name, equals, value = (
+                part.partition("=") if "=" in part or i else ("exchange", "=", part)
+            )
+            if not equals or name not in options:
+                raise InputError(f"elastic: {unknown(name, options, 'option')}")
+            options[name] = value if name == "exchange" else parse_yaml(value)
+        return options
 
     @property
     def times_kept(self) -> int:

@@ -31,6 +31,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from ..averaging import EMA, Averaging, PowerEMA
+from ..elastic import Elastic
 from ..files import remove, whole
 from ..state import averages_of
 from ..sums import CARD, write_sums
@@ -489,6 +490,10 @@ def average_facts(trainer: RunTrainer) -> dict[str, Any]:
     group = optimizer.param_groups[0]
     if "averaging" not in group:
         return {**facts, "rule": None, "optimizer": type(optimizer).__name__}
+    if isinstance(optimizer, Elastic):
+        rule = f"the center of {trainer.args.world_size} workers, {group['exchange']} every "
+        rule += f"{group['every']} steps"
+        return {**facts, "rule": rule, "optimizer": "Elastic", "pullback": group["pullback"]}
     own, *others = averages_of(group).rules.items()
     key, rule = others[0] if others else own
     kept = [s for s in optimizer.state.values() if "step" in s or "average_step" in s]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from accelerate import DistributedDataParallelKwargs
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,8 +19,10 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from ..averaging import Averaging
+from ..elastic import Elastic
 from ..integrations.transformers import PaceTrainer
 from ..swap import swap_back, swap_in
+from . import reporting
 from .callbacks import EvalAndSaveAtEnd
 from .data import blocks, collate
 from .methods import Method, Setup
@@ -56,8 +60,21 @@ class ReadOuts:
             swap_back(pairs)
 
 
+class _Alone(DistributedDataParallelKwargs):
+    """DDP of one process, which sends nothing."""
+
+    def to_kwargs(self) -> dict[str, Any]:
+        own = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        return {**super().to_kwargs(), "process_group": own}
+
+
 class OneMethodTrainer(PaceTrainer):
-    """Trains by the optimizer and the schedule of a method of `paceline.train.methods`."""
+    """Trains by the optimizer and the schedule of a method of `paceline.train.methods`.
+
+    With `elastic`, options of `paceline.Elastic`, each process is a worker that trains alone.
+    """
+
+    elastic: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -87,7 +104,15 @@ class OneMethodTrainer(PaceTrainer):
             decayed = set(self.get_decay_parameter_names(model))
             setup = self.setup(model, decayed, warmup=self.warmup, steps=self.args.max_steps)
             self.optimizer = self.method.build(setup)
+            if self.elastic is not None:
+                with reporting("elastic", ValueError):
+                    self.optimizer = Elastic(self.optimizer, **self.elastic)
         return self.optimizer
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.elastic is not None:
+            self.accelerator.ddp_handler = _Alone()
+        return super()._prepare_for_training(*args, **kwargs)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
