@@ -104,8 +104,8 @@ class Elastic(Around):
             all ranks.
 
     Raises:
-        ValueError: there is no process group, an argument is out of its range, or the optimizer
-            cannot be used; the message says which. Nothing has changed then.
+        ValueError: an argument is out of its range, or the optimizer cannot be used.
+        RuntimeError: there is no process group. Nothing has changed then.
 
     Source: Zhang, Choromanska & LeCun, Deep learning with Elastic Averaging SGD, arXiv:1412.6651
     (2015); Douillard et al., DiLoCo, arXiv:2311.08105 (2023).
@@ -127,11 +127,6 @@ class Elastic(Around):
     ) -> None:
         given = locals()
         ours = {name: given[name] for name in ("every", *EXCHANGE)}
-        if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError(
-                "Elastic needs a process group: start the workers by torchrun, and call "
-                "torch.distributed.init_process_group() first"
-            )
         self.process_group = getattr(process_group, "get_group", lambda: process_group)()
         check_exchange(ours, self._workers)
         if not isinstance(base, AveragedOptimizer):
@@ -165,10 +160,10 @@ class Elastic(Around):
 
     @property
     def _workers(self) -> int:
-        if not hasattr(self, "process_group") or not dist.is_initialized():
+        if not (dist.is_available() and dist.is_initialized() and hasattr(self, "process_group")):
             raise RuntimeError(
-                "this Elastic has no process group, as a copy has none; make a new one where "
-                "torch.distributed is initialised, and load the state_dict. Nothing was changed"
+                "Elastic needs a process group: call torch.distributed.init_process_group() in "
+                "each worker first; a copy has none, so make a new one. Nothing was changed"
             )
         return dist.get_world_size(self.process_group)
 
