@@ -1,6 +1,5 @@
 """Workers that train apart and meet every H steps: elastic averaging, DiLoCo, a common average."""
 
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from . import shards
 from .averaging import PowerEMA
 from .base import Around, AveragedOptimizer
 from .loading import check_count, check_is_dict, one_line
-from .options import Group, number, require
+from .options import EXCHANGE, Group, check_exchange, require
 from .pullback import Pullback
 from .state import (
     AVERAGE,
@@ -30,12 +29,6 @@ from .state import (
     wide_dtype,
 )
 
-EXCHANGES = ("easgd", "diloco", "average")
-# The options of an exchange, besides `every`, and their defaults.
-EXCHANGE: dict[str, Any] = {
-    **{"exchange": "easgd", "pull": None, "outer_lr": 0.7, "outer_momentum": 0.9},
-    "exchange_dtype": None,
-}
 ALIKE = ("pullback", "averaging", "returns", "nonfinite")  # options that workers share, too
 MOVING_RATE = 0.9  # β of EASGD, as published
 
@@ -309,8 +302,8 @@ class Elastic(Around):
             "step": f"step {options[ELASTIC_STEPS]}",
             "center": "the same shapes and other numbers",
         }
-        numbers = [_digest(said), _digest(forms), int(options[ELASTIC_STEPS])]
-        numbers.append(_check_sum([x.center() for x in members]))
+        numbers = [shards.digest(said), shards.digest(forms), int(options[ELASTIC_STEPS])]
+        numbers.append(shards.check_sum([x.center() for x in members]))
         device = members[0].param.device if members else torch.device("cpu")
         device = torch.device("cpu") if device.type == "meta" else device
         mine = torch.tensor([*numbers, *(-x for x in numbers)], dtype=torch.int64, device=device)
@@ -411,31 +404,6 @@ class _Member(NamedTuple):
         return float(self.averages.rules[key].scaled(self.group["every"]).weight(k))
 
 
-def check_exchange(options: Group, workers: int = 1) -> None:
-    """Check options of an exchange, and write its dtype as text, as checkpoints have it.
-
-    Raises:
-        ValueError: one is out of its range.
-    """
-    every = options["every"]
-    whole = isinstance(every, int) and not isinstance(every, bool) and every >= 1
-    require(options, "every", whole, "a whole number of steps >= 1")
-    known = f"one of {', '.join(EXCHANGES)}"
-    require(options, "exchange", options["exchange"] in EXCHANGES, known)
-    if options["pull"] is not None:
-        most = 1.0 / workers if options["exchange"] == "easgd" else 1.0
-        named = f"at most 1/{workers} for {workers} workers" if most < 1 else "in [0, 1]"
-        require(options, "pull", 0 <= number(options["pull"]) <= most, f"a number {named}")
-        no = options["exchange"] != "diloco"
-        require(options, "pull", no, "left out with diloco, whose workers go to the center")
-    require(options, "outer_lr", 0 < number(options["outer_lr"]) < math.inf, "a number > 0")
-    require(options, "outer_momentum", 0 <= number(options["outer_momentum"]) < 1, "in [0, 1)")
-    dtype = options["exchange_dtype"]
-    fine = dtype in (None, torch.bfloat16, "bfloat16")
-    require(options, "exchange_dtype", fine, "None or torch.bfloat16")
-    options["exchange_dtype"] = None if dtype is None else "bfloat16"
-
-
 def _check_group(group: Group) -> None:
     """Raises: ValueError: the averages of a group cannot be exchanged."""
     for name in ("state_dtype", "capturable"):
@@ -460,19 +428,3 @@ def _steps_of(optimizer: AveragedOptimizer) -> int:
     """The steps that an optimizer has taken."""
     states = [x for x in optimizer.state.values() if AVERAGE in x]
     return max(map(taken_in, states), default=0)
-
-
-def _digest(value: Any) -> int:
-    """A number of 62 bits that other values hardly share; the same in every process."""
-    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8]) >> 2
-
-
-def _check_sum(tensors: list[Tensor]) -> int:
-    """A number of 61 bits of what is in tensors, and of their order; meta tensors count as 0."""
-    total = 0
-    for x in tensors:
-        if not x.is_meta and x.numel():
-            whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]
-            bits = int(x.contiguous().view(whole).sum(dtype=torch.int64))
-            total = (total * 1_000_003 + bits) % 2**61
-    return total

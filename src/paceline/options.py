@@ -21,6 +21,12 @@ Group: TypeAlias = dict[str, Any]
 
 NONFINITE = ("guard", "skip", "raise", "ignore")
 SHORT = {"kappa": "averaging", "return_kappa": "returns"}  # what each is short for
+EXCHANGES = ("easgd", "diloco", "average")
+# The options of an exchange, besides `every`, and their defaults.
+EXCHANGE: dict[str, Any] = {
+    **{"exchange": "easgd", "pull": None, "outer_lr": 0.7, "outer_momentum": 0.9},
+    "exchange_dtype": None,
+}
 NAMED = re.compile(r"[A-Za-z][A-Za-z0-9]*=")  # how the text of `returns` begins
 
 
@@ -201,3 +207,28 @@ def check_pace(options: Group) -> None:
         )
     if options["capturable"] and any(isinstance(b, Tensor) for b in options["betas"]):
         raise ValueError(f"capturable=True needs betas that are numbers, got {options['betas']!r}")
+
+
+def check_exchange(options: Group, workers: int = 1) -> None:
+    """Check options of an exchange, and write its dtype as text, as checkpoints have it.
+
+    Raises:
+        ValueError: one is out of its range.
+    """
+    every = options["every"]
+    whole = isinstance(every, int) and not isinstance(every, bool) and every >= 1
+    require(options, "every", whole, "a whole number of steps >= 1")
+    known = f"one of {', '.join(EXCHANGES)}"
+    require(options, "exchange", options["exchange"] in EXCHANGES, known)
+    if options["pull"] is not None:
+        most = 1.0 / workers if options["exchange"] == "easgd" else 1.0
+        named = f"at most 1/{workers} for {workers} workers" if most < 1 else "in [0, 1]"
+        require(options, "pull", 0 <= number(options["pull"]) <= most, f"a number {named}")
+        no = options["exchange"] != "diloco"
+        require(options, "pull", no, "left out with diloco, whose workers go to the center")
+    require(options, "outer_lr", 0 < number(options["outer_lr"]) < math.inf, "a number > 0")
+    require(options, "outer_momentum", 0 <= number(options["outer_momentum"]) < 1, "in [0, 1)")
+    dtype = options["exchange_dtype"]
+    fine = dtype in (None, torch.bfloat16, "bfloat16")
+    require(options, "exchange_dtype", fine, "None or torch.bfloat16")
+    options["exchange_dtype"] = None if dtype is None else "bfloat16"

@@ -4,6 +4,7 @@ The step works on elements, so it works on each rank's own part (`torch.distribu
 memory to every kernel, without a word to the other ranks.
 """
 
+import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -163,6 +164,22 @@ def mean_over_ranks(value: float, device: torch.device) -> float:
     total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return float(total) / dist.get_world_size()
+
+
+def digest(value: Any) -> int:
+    """A number of 62 bits that other values hardly share; the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8]) >> 2
+
+
+def check_sum(tensors: list[Tensor]) -> int:
+    """A number of 61 bits of what is in tensors, and of their order; meta tensors count as 0."""
+    total = 0
+    for x in tensors:
+        if not x.is_meta and x.numel():
+            whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]
+            bits = int(x.contiguous().view(whole).sum(dtype=torch.int64))
+            total = (total * 1_000_003 + bits) % 2**61
+    return total
 
 
 class Announcement:

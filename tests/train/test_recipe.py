@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from paceline.averaging import EMA, PowerEMA
 from paceline.cli import _parse, main
+from paceline.options import EXCHANGE
 from paceline.train import InputError, sources
 from paceline.train.methods import BASES
 from paceline.train.recipe import Recipe, RecipeCommand, read_recipe, shipped
@@ -535,3 +536,49 @@ def test_the_method_gets_what_it_needs_of_the_recipe():
     assert own.get("pullback") == 3
     assert (own.lr, own.kappa, own.schedule) == (5e-4, 0.4, "cosine")
     assert Recipe(**LEAST, method="adamw", pullback=0.7).parsed.get("pullback") is None
+
+
+# ---- elastic workers -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        (8, {"every": 8}),
+        ("8", {"every": 8}),
+        ("100:diloco", {"every": 100, "exchange": "diloco"}),
+        (
+            "20:average:pull=0.5:exchange_dtype=bfloat16",
+            {"every": 20, "exchange": "average", "pull": 0.5, "exchange_dtype": "bfloat16"},
+        ),
+        ("5:pull=0.1", {"every": 5, "pull": 0.1}),
+    ],
+)
+def test_elastic_is_written_as_a_text(text, options):
+    assert Recipe(**NEW, elastic=text).elastic_options == {**EXCHANGE, **options}
+    assert Recipe(**NEW).elastic_options is None
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"elastic": "often"}, "elastic: every must be a whole number of steps >= 1, got 'often'"),
+        ({"elastic": "8:gossip"}, "elastic: exchange must be one of easgd, diloco, average"),
+        ({"elastic": "8:diloco:outer=1"}, "elastic: unknown option 'outer'; did you mean 'outer_"),
+        ({"elastic": "8:diloco:outer_lr=-1"}, "elastic: outer_lr must be a number > 0, got -1"),
+        ({"elastic": 8, "fsdp": True}, "elastic: each process holds its model alone; leave out fs"),
+        ({"elastic": 8, "snapshots": 2}, "elastic: its averages cannot be rebuilt; leave out snap"),
+        ({"elastic": 8, "method": "ema"}, "elastic: easgd returns its center, and no average of"),
+        ({"elastic": True}, "elastic: expected a value that is not true or false, got True"),
+    ],
+)
+def test_elastic_that_cannot_be_is_refused(values, says):
+    with pytest.raises(InputError, match=f"^{re.escape(says)}"):
+        Recipe(**NEW, **values)
+
+
+def test_elastic_needs_several_processes(folder, refused):
+    (folder / "mine.yaml").write_text(yaml.safe_dump({**NEW, "steps": 2, "elastic": 8}))
+    assert refused("train", "mine.yaml", "--out", "run").startswith(
+        "elastic: it needs several processes; start them by torchrun"
+    )

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..averaging import Averaging
-from ..elastic import EXCHANGE, check_exchange
+from ..options import EXCHANGE, check_exchange
 from . import (
     LARGEST,
     BelowOne,
