@@ -207,9 +207,9 @@ def test_the_bytes_of_1024_workers_of_a_model_of_7b(tmp_path):
 # ---- saving and resuming ------------------------------------------------------------------------
 
 
-def resumed(base, options, folder, swapped):
+def resumed(base, options, folder, swapped, dtype=torch.float64):
     """What is held at the end, without and with a stop after five steps."""
-    params, opt = made(base, options)
+    params, opt = made(base, options, dtype)
     model = nn.ParameterList(params)
     advance(params, opt, 5)
     path = f"{folder}/{dist.get_rank()}.pt"
@@ -218,7 +218,7 @@ def resumed(base, options, folder, swapped):
     save_checkpoint(path, model, opt)
     opt.train()
     advance(params, opt, 4, first=6)
-    again, other = made(base, options)
+    again, other = made(base, options, dtype)
     load_checkpoint(path, nn.ParameterList(again), other)
     advance(again, other, 4, first=6)
     return held(params, opt), held(again, other)
@@ -230,6 +230,34 @@ def test_resume_is_bit_for_bit(case, swapped, ranks, tmp_path):
     for a, b in ranks(resumed, *CASES[case], str(tmp_path), swapped):
         for x, y in zip(a, b, strict=True):
             assert all(map(torch.equal, x, y))
+
+
+@pytest.mark.parametrize("case", ["DiLoCo", "DiLoCo around PACE"])
+def test_the_outer_momentum_resumes_in_float32(case, ranks, tmp_path):
+    for a, b in ranks(resumed, *CASES[case], str(tmp_path), False, torch.bfloat16):
+        for x, y in zip(a, b, strict=True):
+            assert all(map(torch.equal, x, y))
+
+
+def of_other_steps():
+    """What is said at the step after each worker has loaded a state, of which one is older."""
+    params, opt = made("SGD", {"every": 2})
+    states = [copy.deepcopy(opt.state_dict())]
+    for step in (1, 2, 3):
+        advance(params, opt, 1, first=step)
+        states.append(copy.deepcopy(opt.state_dict()))
+    opt.load_state_dict(states[3 - 2 * dist.get_rank()])
+    try:
+        advance(params, opt, 1, first=4)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_files_of_other_steps_are_told_at_the_next_step(ranks):
+    said = "workers must have the same step: worker {} has step {}, this one step {}; nothing was"
+    for rank, error in enumerate(ranks(of_other_steps)):
+        steps = (3, 1)
+        assert error.startswith(said.format(1 - rank, steps[1 - rank], steps[rank]))
 
 
 def saved(base, options, folder):
