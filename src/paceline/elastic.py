@@ -293,16 +293,15 @@ class Elastic(Around):
         """
         options, members = self.param_groups[0], self._members()
         forms = [(tuple(x.center().shape), x.param.dtype) for x in members]
-        said = [
-            [f"{name}={g[name]!r}" for name in (*self._ours, *ALIKE)] for g in self.param_groups
-        ]
+        names = (*self._ours, *ALIKE)
+        words = [[f"{name}={group[name]!r}" for name in names] for group in self.param_groups]
         ours = {
-            "options": "; ".join(dict.fromkeys(", ".join(words) for words in said)),
+            "options": "; ".join(dict.fromkeys(", ".join(x) for x in words)),
             "model": f"{len(forms)} parameters of {sum(math.prod(x) for x, _ in forms)} numbers",
             "step": f"step {options[ELASTIC_STEPS]}",
             "center": "the same shapes and other numbers",
         }
-        numbers = [shards.digest(said), shards.digest(forms), int(options[ELASTIC_STEPS])]
+        numbers = [shards.digest(words), shards.digest(forms), int(options[ELASTIC_STEPS])]
         numbers.append(shards.check_sum([x.center() for x in members]))
         device = members[0].param.device if members else torch.device("cpu")
         device = torch.device("cpu") if device.type == "meta" else device

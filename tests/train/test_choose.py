@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("trl")
 
 from merged import tree
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.stats import t as student
@@ -580,3 +581,9 @@ def test_the_help_explains_it(capsys):
     said = " ".join(capsys.readouterr().out.split())
     for words in ("paceline choose [-h]", "--data", "--rules", "--device", "the default stays"):
         assert words in said
+
+
+def test_a_run_of_elastic_workers_is_refused(tmp_path):
+    recipe = Recipe(config={"model_type": "llama"}, tokenizer="bpe", elastic=8)
+    with pytest.raises(InputError, match=r"^choose: .* is of elastic workers, which keep no avera"):
+        module.choose(tmp_path, recipe, HeldOut(None, None, ()), Console(quiet=True))

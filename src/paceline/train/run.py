@@ -491,9 +491,13 @@ def average_facts(trainer: RunTrainer) -> dict[str, Any]:
     if "averaging" not in group:
         return {**facts, "rule": None, "optimizer": type(optimizer).__name__}
     if isinstance(optimizer, Elastic):
-        rule = f"the center of {trainer.args.world_size} workers, {group['exchange']} every "
-        rule += f"{group['every']} steps"
-        return {**facts, "rule": rule, "optimizer": "Elastic", "pullback": group["pullback"]}
+        said = f"{group['exchange']} every {group['every']} steps"
+        return {
+            **facts,
+            "optimizer": "Elastic",
+            "pullback": group["pullback"],
+            "rule": f"the center of {trainer.args.world_size} workers, {said}",
+        }
     own, *others = averages_of(group).rules.items()
     key, rule = others[0] if others else own
     kept = [s for s in optimizer.state.values() if "step" in s or "average_step" in s]

@@ -60,7 +60,7 @@ class ReadOuts:
             swap_back(pairs)
 
 
-class _Alone(DistributedDataParallelKwargs):
+class _Alone(DistributedDataParallelKwargs):  # type: ignore[misc]
     """DDP of one process, which sends nothing."""
 
     def to_kwargs(self) -> dict[str, Any]:
