@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 class Command(NamedTuple):
     """A command; its module is imported when it is called, which may take seconds."""
 
-    module: str
-    options: str  # name of the class that tyro parses
+    module: str  # of the function
+    options: str  # name of the class that tyro parses, in options.py of the module's folder
     function: str  # name of the function, which takes options and a console; may return a status
     summary: str
     extra: str = "train"  # extra of the package that it needs
@@ -50,7 +50,7 @@ COMMANDS = {
     ),
     **{
         f"theory {name}": Command(
-            "theory.lab", f"{name.title()}Command", "run_theory", summary, "theory"
+            "theory.lab", f"{name.title()}Options", "run_theory", summary, "theory"
         )
         for name, summary in (
             ("limit", "the limiting error, three ways"),
@@ -127,8 +127,10 @@ def _main(arguments: list[str], traced: bool) -> int:
         if name not in COMMANDS:
             raise InputError(unknown(name, COMMANDS, "command"))
         command = COMMANDS[name]
+        options = _parse(name, options_of(command), rest)
+        if options is None:  # the help was printed
+            return 0
         module = import_module(f"paceline.{command.module}")
-        options = _parse(name, getattr(module, command.options), rest)
         status = getattr(module, command.function)(options, Console(quiet=not prints))
         return status if isinstance(status, int) else 0
     except ModuleNotFoundError as error:
@@ -168,8 +170,14 @@ def _missing(error: ModuleNotFoundError, extra: str) -> int:
     return 2
 
 
+def options_of(command: Command) -> Any:
+    """The class of a command's options. To import it takes no torch, so that help comes at once."""
+    folder = command.module.partition(".")[0]
+    return getattr(import_module(f"paceline.{folder}.options"), command.options)
+
+
 def _parse(name: str, options: Any, arguments: list[str]) -> Any:
-    """The options of a command.
+    """The options of a command; None after its help was printed, which was asked for.
 
     Raises:
         InputError: tyro refused them; its boxed message in one line.
@@ -180,6 +188,11 @@ def _parse(name: str, options: Any, arguments: list[str]) -> Any:
 
     # The defaults are those of the recipe that is named, if one is.
     starting = getattr(options, "starting", lambda arguments: None)(arguments)
+    if {"-h", "--help"}.intersection(arguments):
+        from .train.help import help_of
+
+        print(help_of(name, options, starting), end="")
+        return None
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

@@ -332,16 +332,3 @@ def test_threads_of_workers(cores, own, workers, threads, monkeypatch):
     monkeypatch.setattr("paceline.study.runs.cores", lambda: cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: own)
     assert threads_each(workers) == threads
-
-
-def test_every_option_is_explained(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["compare", "--help"])
-    assert stop.value.code == 0
-    said = capsys.readouterr().out
-    for name in Comparison.model_fields:
-        option = name.replace("_", "-")
-        (entry,) = re.findall(
-            rf"^[│ ] --{option}(?![\w-]).*?(?=^[│ ] --|\Z)", said, re.DOTALL | re.MULTILINE
-        )
-        assert len(re.findall(r"[A-Za-z]{2,}", entry)) > 4, entry

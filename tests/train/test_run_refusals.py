@@ -203,29 +203,6 @@ def test_without_a_command_it_explains_itself(capsys):
     assert re.fullmatch(r"paceline \d+\.\d+.*\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(("command", "options"), [("train", Train), ("data", Show)])
-def test_every_option_is_explained(command, options, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0
-    said = capsys.readouterr().out
-    for name in set(options.model_fields) - {"recipe"}:
-        option = {"print_recipe": "print", "from_checkpoint": "from"}.get(name, name).replace(
-            "_", "-"
-        )
-        (entry,) = re.findall(
-            rf"^[│ ] --{option}(?![\w-]).*?(?=^[│ ] --|\Z)", said, re.DOTALL | re.MULTILINE
-        )
-        assert len(re.findall(r"[A-Za-z]{2,}", entry)) > 4, entry
-
-
-def test_help_shows_what_a_recipe_says(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "smollm2-135m", "--help"])
-    assert stop.value.code == 0
-    assert "default: 0.005" in capsys.readouterr().out
-
-
 # ---- names on the Hub ------------------------------------------------------------------------
 
 

@@ -3,22 +3,20 @@
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import NamedTuple
 
-import tyro
-from pydantic import model_validator
 from rich.console import Console
 
 from ..files import whole, write_text
 from ..study.cells import Cell
-from ..study.ledger import Outcomes, SharedOptions, open_ledger, work_off, write_rows
-from ..train import InputError, unknown
+from ..study.ledger import Outcomes, open_ledger, work_off, write_rows
+from ..train import InputError
 from ..train.folder import locked
 from ..train.page import save
-from ..train.recipe import Names
 from ..train.terminal import quiet, say
 from . import drawing, plans
 from .drawing import Drawn
+from .options import FigureOptions
 from .plans import Scale, ScaleRuns, Stages, scale_of
 
 
@@ -144,32 +142,6 @@ def draw(figure: str, runs: ScaleRuns) -> Drawn:
 
 
 # ---- the command --------------------------------------------------------------------------------
-
-
-class FigureOptions(SharedOptions):
-    """Make figures of the paper at a scale, from the runs that they need.
-
-    No run is repeated, whichever figure asked for it. The same command resumes after a kill, and
-    shares the work with other machines that reach the storage.
-    """
-
-    figures: tyro.conf.Positional[Annotated[tuple[str, ...], Names]]
-    """1 to 20, twin, or all; several separated by commas."""
-    scale: Literal["tiny", "small", "paper"] = "tiny"
-    """tiny: 2 processor cores, 10 to 90 minutes a figure, less if figures share runs; small: one GPU; paper: the paper's models, data and budgets."""
-    run: bool = False
-    """Run the missing trainings. Without it, count them, and draw the figures that are complete."""
-    recipe: str | None = None
-    """Another recipe for the model that is fine-tuned, or pretrained."""
-    out: Path | None = None
-    """Folder for figures, tables and runs. Default: runs/figures-<scale>."""
-
-    @model_validator(mode="after")
-    def _known(self) -> Self:
-        for figure in self.figures:
-            if figure != "all" and figure not in FIGURES:
-                raise InputError(f"figures: {unknown(figure, FIGURES, 'figure')}")
-        return self
 
 
 def figure_command(options: FigureOptions, console: Console) -> int:

@@ -4,14 +4,12 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 from unittest.mock import patch
 
 import schedulefree
 import torch
-from pydantic import Field
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import track
@@ -23,11 +21,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .. import kernels, update
 from ..optimizer import PACE
 from ..pullback import Pullback
-from ..train import InputError, Options
+from ..train import InputError
 from ..train.manifest import environment, write_json
+from .options import Bench, Model
 
-Model = Literal["gpt2", "small", "training", "large"]
-Device = Literal["cpu", "cuda"]
 FUSED_ADAMW = "AdamW fused"
 TABLE = {  # of the printed table, each with the format of a row's value
     "ms": "{milliseconds:.1f}",
@@ -39,33 +36,6 @@ TABLE = {  # of the printed table, each with the format of a row's value
     "first step s": "{first_step_seconds:.2f}",
     "share": "{share_of_training_step:.1%}",  # of the model training
 }
-
-
-class Bench(Options):
-    """Measure what a step of each optimizer costs, relative to torch's fused AdamW.
-
-    In each round, every optimizer steps the same parameters and gradients, right after a fused
-    AdamW, so that a busy machine slows both. Times are medians over the rounds; ratios are medians
-    of the ratios to that AdamW. The byte floor is the time to read and write the bytes that a step
-    needs, at the bandwidth of an in-place multiplication in the same rounds.
-
-    The models: gpt2, the tensors of GPT-2 124M; small, 2,000 tensors of at most 64k elements, like
-    those of adapters; training, a small GPT-2 with its forward and backward pass; large, the
-    tensors of SmolLM2-1.7B, for GPUs.
-    """
-
-    models: tuple[Model, ...] = ("gpt2", "small", "training")
-    """Models to measure on."""
-    only: tuple[str, ...] = ()
-    """Optimizers besides fused AdamW. Default: all except Pullback, auto, BEMA, extra averages."""
-    rounds: int = Field(default=15, ge=3)
-    """Timed steps of each optimizer, >= 3, after two steps of warm-up."""
-    threads: int | None = Field(default=None, ge=1)
-    """CPU threads, >= 1. Default: torch's own choice."""
-    device: Device | None = None
-    """cpu or cuda. Default: cuda if there is a GPU."""
-    out: Path | None = None
-    """JSON file for the results. Default: the table is printed alone."""
 
 
 class Contender(NamedTuple):

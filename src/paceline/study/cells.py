@@ -20,8 +20,8 @@ from ..train.build import PerToken, Prepared, build_trainer
 from ..train.data import content_key
 from ..train.folder import MODEL, InUse, is_begun, locked, recipe_of
 from ..train.methods import Method
+from ..train.options import Train
 from ..train.recipe import DATA, METHOD, RESUMABLE_CHANGES, Recipe, keys_with
-from ..train.run import Train
 from ..train.run import train as train_by
 from ..train.trainer import MethodTrainer, Watcher
 from .runs import Row, Run, Watch, finite_values, share_runs

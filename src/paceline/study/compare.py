@@ -4,17 +4,15 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal, Self, TextIO
+from typing import Any, TextIO
 
 import torch
 import transformers
-from pydantic import Field, model_validator
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -22,170 +20,20 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from ..cache import cache_folder
 from ..files import put
 from ..sums import write_sums
-from ..train import Gain, InputError, NonNegative, Number, Options, Positive, Power
+from ..train import InputError
 from ..train import data as texts
 from ..train import folder as folders
 from ..train.manifest import cores, environment, write_json
 from ..train.methods import (
     WSD_DECAY_SHARE,
-    Method,
-    ScheduleName,
-    methods_help,
     parse_method,
-    refuse_untaken,
 )
 from ..train.model import make_gpt2
-from ..train.recipe import Names
 from ..train.terminal import progress_bars, quiet, show_losses
 from ..train.trainer import Trained, train_blocks
+from .options import Comparison, check_warmup
 from .report import Results, write_report
-from .runs import Job, Queue, Row, Run, Watch, run_all, share_runs, threads_each
-
-
-class Comparison(Options):
-    """Fine-tune one small language model by several methods, and score the model each returns.
-
-    Every method starts from the same weights and sees the same batches in the same order. The
-    validation loss of live weights and returned model is measured on the same text.
-
-    A method is written name[:schedule][:option=value]..., as in ema:twin:twin_gain=0.5,
-    pace:pullback=1:kappa=0.5:lr=3e-3 or pace:pullback=auto. All have the option lr. With
-    return_kappa a method returns another average than the one of kappa, which it pulls toward.
-    Averages of AdamW share one training.
-
-    The default rates and options were chosen on the validation part of the default text.
-    """
-
-    methods: Annotated[tuple[str, ...], Names] = (
-        "adamw:cosine",
-        "ema:kappa=0.7",
-        "schedule-free",
-        "ema:power:return_kappa=0.7",
-        "pace:return_kappa=0.7",
-    )
-    """Methods to compare, separated by commas."""
-    lr: Annotated[tuple[Number, ...], Names] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-    """Peak learning rates > 0, separated by commas; each method is run at each of them."""
-    schedule: ScheduleName = "constant"
-    pullback: NonNegative | Literal["auto"] = 10.0
-    """Strength c >= 0 of the pull of pace and pullback, in the unit of a gradient; or auto, with which pace sets it itself and, unless kappa is given, pulls toward κ 0.3 and returns κ 0.6."""
-    kappa: Power | None = None
-    """Power κ in [0, 1] of the averages of ema, pace and pullback, and of the schedules power and twin. Default: 0.3, and PACE's own with --pullback auto."""
-    twin_gain: Gain = 1.0
-    """Gain in (0, 1] of the pull that the schedule twin stands for."""
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Names] = (0,)
-    """Seeds >= 0 of the order of the batches (and of the initial weights with --from-scratch), separated by commas; every method is run with each of them."""
-    steps: Positive = 2000
-    """Fine-tuning steps of each run, >= 1."""
-    minutes: Annotated[float, Field(gt=0, le=10**9)] | None = None
-    """Time for all fine-tuning runs together, minutes > 0. If they would take longer, a short measurement sets a smaller number of steps for all."""
-    warmup: Annotated[int, Field(ge=0)] = 20
-    """Steps of linear warm-up, >= 0 and less than four fifths of the steps."""
-    batch: Positive = 4
-    """Sequences a step, >= 1."""
-    context: Annotated[int, Field(ge=2)] = 32
-    """Tokens a sequence, from 2 to --positions."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Decoupled weight decay >= 0, on matrices."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are clipped to this 2-norm, > 0."""
-
-    text: tuple[Path, ...] | None = None
-    """Files or folders to fine-tune on. Default: the sources of the installed torch package."""
-    pretrain_text: tuple[Path, ...] | None = None
-    """Files or folders to pretrain on. Default: the standard library's own sources."""
-    text_mb: Annotated[float, Field(gt=0, le=10**6)] = 16.0
-    """Million characters of each text to use at most, > 0 and at most 10^6; a random part of more."""
-    vocabulary: Annotated[int, Field(ge=257, le=2**20)] = 1024
-    """Entries of the byte-level BPE, from 257 to 2^20."""
-    from_scratch: bool = False
-    """Skip the pretraining and start from random weights."""
-    pretrain_steps: Annotated[int, Field(ge=10)] = 2000
-    """Steps of the pretraining (AdamW with wsd, 16 sequences of --positions tokens a step), >= 10. Its result is kept in the cache."""
-    pretrain_lr: Number = 3e-3
-    """Peak learning rate of the pretraining, > 0."""
-    width: Positive = 64
-    """Width of the GPT-2, a multiple of --heads."""
-    layers: Positive = 2
-    """Layers of the GPT-2, >= 1."""
-    heads: Positive = 2
-    """Attention heads of each layer, >= 1."""
-    positions: Annotated[int, Field(ge=2)] = 64
-    """Longest sequence that the model takes, tokens, >= 2."""
-
-    evaluations: Positive = 8
-    """Evaluations of live and returned weights, >= 1, after the one at the start."""
-    eval_tokens: Positive = 16384
-    """Validation tokens that an evaluation reads at most, >= 1, spread over the whole part."""
-    workers: Positive | None = None
-    """Runs at a time, >= 1. Default: one a processor core, or one with a GPU."""
-    out: Path | None = None
-    """Folder for the results, new or empty. Default: runs/<time>."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.context > self.positions:
-            raise InputError(
-                f"context: {self.context} tokens are more than the model's {self.positions} "
-                "positions; give a smaller --context or a larger --positions"
-            )
-        if self.width % self.heads:
-            raise InputError(f"width: {self.width} is not a multiple of {self.heads} heads")
-        if self.from_scratch and self.pretrain_text is not None:
-            raise InputError("pretrain-text: there is no pretraining with --from-scratch")
-        for name in ("methods", "lr", "seeds", "text", "pretrain_text"):
-            values = getattr(self, name)
-            if values is not None and not len(set(values)) == len(values) > 0:
-                shown = ", ".join(map(str, values)) or "nothing"
-                raise InputError(f"{name}: give at least one, and each only once, got {shown}")
-        names = [name for run in share_runs(self.compared, (0,)) for name in run.names]
-        if len(set(names)) < len(names):
-            raise InputError(f"methods: two of {', '.join(self.methods)} are the same run")
-        _check_warmup(self.warmup, self.steps)
-        return self
-
-    def refuse_unused(self, given: Collection[str]) -> None:
-        """Refuse options of methods that no method takes."""
-        names = {"lr", "pullback", "kappa", "twin_gain", "schedule"}
-        refuse_untaken(names.intersection(given), self.methods, self.schedule)
-
-    @cached_property
-    def compared(self) -> list[Method]:
-        """Every method at each of its rates."""
-        compared: list[Method] = []
-        defaults = self.model_dump(include={"pullback", "kappa", "twin_gain", "schedule"})
-        for text in self.methods:
-            found = (parse_method(text, lr=lr, **defaults) for lr in self.lr)
-            in_steps = [x.in_steps(self.batch, self.batch * self.context) for x in found]
-            compared += dict.fromkeys(in_steps)  # one, not one a rate, where the text has its own
-        return compared
-
-    @cached_property
-    def runs(self) -> list[Run]:
-        """Every training, seed by seed, so that an interruption leaves whole seeds."""
-        return share_runs(self.compared, self.seeds)
-
-    @property
-    def shape(self) -> dict[str, int]:
-        """The arguments of `make_gpt2`."""
-        return self.model_dump(include={"width", "layers", "heads", "positions"})
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """The arguments of `train_blocks`."""
-        names = {"batch", "context", "warmup", "weight_decay", "max_grad_norm", "eval_tokens"}
-        return self.model_dump(include=names)
-
-
-Comparison.__doc__ = f"{Comparison.__doc__}\n{methods_help()}"
-
-
-def _check_warmup(warmup: int, steps: int) -> None:
-    if warmup and warmup >= (1 - WSD_DECAY_SHARE) * steps:
-        raise InputError(
-            f"warmup: {warmup} steps are too many for a run of {steps}; "
-            "give a smaller --warmup, or more --steps or --minutes"
-        )
+from .runs import Job, Queue, Row, Run, Watch, run_all, threads_each
 
 
 def compare_command(options: Comparison, console: Console) -> int:
@@ -247,7 +95,7 @@ def _compare(options: Comparison, folder: Path, console: Console) -> Results:
             if steps < options.steps:
                 enough = f"{steps} of {options.steps} steps"
                 console.print(f"{options.minutes:g} minutes are enough for {enough}.")
-                _check_warmup(options.warmup, steps)
+                check_warmup(options.warmup, steps)
                 setting = dataclasses.replace(setting, steps=steps)
         manifest |= {"steps": setting.steps, "workers": workers, "threads_per_worker": threads}
         with (folder / folders.METRICS).open("w", encoding="utf-8") as metrics:

@@ -8,12 +8,10 @@ import copy
 import io
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from pydantic import Field
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -22,9 +20,10 @@ from .. import kernels
 from ..files import whole
 from ..optimizer import PACE
 from ..pullback import Pullback
-from ..train import InputError, Options
+from ..train import InputError
 from ..train.manifest import environment
-from .bench import Bench, Model, bench, shapes
+from .bench import bench, shapes
+from .options import Bench, CheckDevice, Model
 
 SHAPES = [(65, 64), (1024,), (3,), ()]
 STEPS = 6
@@ -46,22 +45,6 @@ COMPARED = ("AdamW for-loop", "AdamW foreach", "AdamW fused + EMA", "schedulefre
 OURS = ("PACE fused", "PACE fused bf16 state", "Pullback(AdamW fused)")
 BYTES = 48  # a parameter that a bench of one optimizer beside AdamW takes, at most
 Check = Callable[[torch.device], None]
-
-
-class CheckDevice(Options):
-    """Check PACE on this machine's accelerator, and measure it: one Markdown file to send in.
-
-    Every form of the step and of the pull around another optimizer is held to the step in float64
-    on the CPU; then swap, resume, guard, GradScaler, CUDA graphs and a compiled model. Last comes
-    `paceline bench`.
-    """
-
-    out: Path = Path("device.md")
-    """Markdown file for the results."""
-    rounds: int = Field(default=15, ge=3)
-    """Timed steps of each optimizer, >= 3."""
-    bench: bool = True
-    """Measure, too, after the checks."""
 
 
 class Outcome(NamedTuple):

@@ -13,7 +13,6 @@ from statistics import fmean
 from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
-import tyro
 from plotly.offline import get_plotlyjs
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from rich import box
@@ -22,12 +21,13 @@ from rich.table import Table as Printed
 from rich.text import Text
 
 from ..auto import AUTO
-from ..train import InputError, Options
+from ..train import InputError
 from ..train import folder as folders
 from ..train.folder import METRICS, JsonLines
 from ..train.methods import all_options
 from ..train.page import COLOURS, render
 from ..train.recipe import MEASURING, METHOD, RESUMABLE, Recipe, keys_with
+from .options import ReportOptions
 from .statistics import WIDEN, WORDS, edges, holds, holm, interval, p_value
 
 LINKED_FILES = (METRICS, folders.MANIFEST, folders.RECIPE, folders.TRAINING, folders.REPORT)
@@ -37,19 +37,6 @@ WITHIN_SETTING = keys_with(METHOD, RESUMABLE, MEASURING) | {
     *("methods", "seeds", "minutes", "workers", "out", *AXES)
 }
 DEFAULT_BASELINE = "adamw"
-
-
-class ReportOptions(Options):
-    """Make one interactive page of any runs: tables, curves, heat maps, configurations, data.
-
-    It reads the folders that train, compare, sweep and figure write. The page is one file and needs
-    no network.
-    """
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs, or folders with such folders at any depth."""
-    out: Path = Path("report.html")
-    """The page, NAME.html. Its links to the data are relative to it."""
 
 
 # ---- reading ------------------------------------------------------------------------------------

@@ -42,10 +42,11 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ..auto import AUTO
 from ..files import write_text
-from ..train import InputError, Options, Positive
+from ..train import InputError
 from ..train import folder as folders
 from ..train.manifest import cores, environment, write_json
 from .cells import Cell, Result
+from .options import SharedOptions
 from .runs import Job, Queue, loss_of, run_all, threads_each
 
 P = ParamSpec("P")
@@ -404,17 +405,6 @@ def _waiting(options: dict[str, Any], attributes: dict[str, Any]) -> FrozenTrial
 
 
 # ---- commands over a ledger ---------------------------------------------------------------------
-
-
-class SharedOptions(Options):
-    """Options of commands that run cells."""
-
-    storage: str | None = None
-    """Optuna storage that all workers share, such as postgresql://USER@HOST/NAME; optuna-dashboard shows it. Default: a file in the folder."""
-    workers: Positive | None = None
-    """Trainings at a time on this machine, >= 1. Default: one a processor core, or one with a GPU."""
-    retry_failed: bool = False
-    """Try failed trainings again."""
 
 
 def open_ledger(options: SharedOptions, plan: CellPlan, folder: Path) -> Ledger:

@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from queue import Empty
 from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -121,6 +120,8 @@ def threads_each(workers: int) -> int:
 
     So OMP_NUM_THREADS holds for the workers, too.
     """
+    import torch
+
     return max(1, min(cores() // workers, torch.get_num_threads()))
 
 
@@ -258,6 +259,8 @@ _stop: Any = None
 
 
 def _init_worker(threads: int, news: Any, stop: Any) -> None:
+    import torch
+
     global _news, _stop
     _news, _stop = news, stop
     threading.Thread(target=_end_with_parent, daemon=True).start()

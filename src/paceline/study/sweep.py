@@ -11,7 +11,6 @@ from statistics import fmean
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import optuna
-import tyro
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import RandomSampler, TPESampler
 from pydantic import Field, model_validator
@@ -24,7 +23,8 @@ from ..train.methods import Method, beside_the_pull, refuse_untaken
 from ..train.recipe import METHOD, Recipe, keys_with, parse_yaml, read_recipe
 from ..train.terminal import quiet
 from .cells import Cell, Task
-from .ledger import Ledger, Outcomes, SharedOptions, open_ledger, work_off, write_rows
+from .ledger import Ledger, Outcomes, open_ledger, work_off, write_rows
+from .options import Sweep
 from .runs import Row, Run, loss_of, share_runs
 from .statistics import EDGE, Listing, edges, paired
 
@@ -316,22 +316,6 @@ def last_row(outcomes: Outcomes, cell: Cell, method: Method) -> Row:
 
 
 # ---- the command --------------------------------------------------------------------------------
-
-
-class Sweep(SharedOptions):
-    """Tune methods by one protocol, and compare them over seeds.
-
-    The YAML file has the keys recipe and methods, and optionally start, change, baseline, sampler
-    (grid, random or tpe), trials, seeds and tuning_seeds. The same command resumes after a kill,
-    and shares the work with other machines that reach the storage. No training is repeated.
-    """
-
-    sweep: tyro.conf.Positional[Path]
-    """YAML file of the sweep."""
-    out: Path | None = None
-    """Folder for tables and curves. Default: runs/<name of the file>."""
-    show: bool = False
-    """Run nothing; show the results so far."""
 
 
 def sweep_command(options: Sweep, console: Console) -> int:

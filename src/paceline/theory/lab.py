@@ -5,18 +5,15 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import islice, product
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import torch
-import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from scipy.optimize import minimize_scalar
@@ -24,9 +21,20 @@ from scipy.optimize import minimize_scalar
 from ..averaging import EMA, PowerEMA, Uniform
 from ..optimizer import PACE
 from ..pullback import Pullback
-from ..train import InputError, Options
+from ..train import InputError
 from ..train.intervals import interval
 from . import batch, control, frontier, river
+from .options import (
+    BatchOptions,
+    ControlOptions,
+    FamilyOptions,
+    FrontierOptions,
+    LimitOptions,
+    RateOptions,
+    RiverOptions,
+    TheoryOptions,
+    TwinOptions,
+)
 from .quadratic import (
     Pull,
     Quadratic,
@@ -61,8 +69,6 @@ LOOKS: dict[str, dict[str, Any]] = {
         ("its schedule", "#56B4E9", "X", 5),
     )
 }
-AtLeastOne = Annotated[int, Field(ge=1)]
-AtLeastTwo = Annotated[int, Field(ge=2)]
 
 
 class Rows(NamedTuple):
@@ -81,13 +87,8 @@ class Finding(NamedTuple):
     figure: Figure
 
 
-class TheoryCommand(Options):
-    """Options of every theory command; a subclass `NameCommand` is `paceline theory name`."""
-
-    out: Path = Path("runs/theory")
-    """Folder for the figure, as SVG and PNG."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """Print JSON instead of tables."""
+class TheoryCommand(TheoryOptions):
+    """A theory command: `NameOptions` with what `paceline theory name` finds."""
 
     @abstractmethod
     def find(self) -> Finding:
@@ -110,12 +111,14 @@ class TheoryCommand(Options):
         return " ".join(words)
 
 
-def run_theory(options: TheoryCommand, console: Console) -> None:
-    """Run a command: write its figure and print its tables.
+def run_theory(given: TheoryOptions, console: Console) -> None:
+    """Run the command of these options: write its figure and print its tables.
 
     Raises:
         InputError: a number is out of its range.
     """
+    kind = type(given).__name__.replace("Options", "Command")
+    options: TheoryCommand = globals()[kind](**given.model_dump())
     try:
         with console.status(options.command):
             tables, notes, figure = options.find()
@@ -176,23 +179,8 @@ def _power_law(coordinates: int) -> Any:
     return 1 / np.arange(1.0, coordinates + 1)
 
 
-class LimitCommand(TheoryCommand):
-    """The returned model's limiting error on one coordinate, by formula, equation and experiment.
-
-    A step's noise has the variance 1. The experiment runs the library's own Pullback around
-    torch's SGD until less than 1 % of a start would be left.
-    """
-
-    a: float = 0.05
-    """Learning rate times curvature, in (0, 2)."""
-    beta: float = 0.02
-    """Averaging weight, in (0, 1)."""
-    gain: tuple[float, ...] = (0.0, 0.1, 0.5, 0.9)
-    """Gains λ of the pull, >= 0 and stable."""
-    runs: AtLeastTwo = 5000
-    """Independent runs of the experiment, >= 2."""
-    seed: int = 0
-    """Seed of the experiment."""
+class LimitCommand(LimitOptions, TheoryCommand):
+    """`paceline theory limit`."""
 
     def find(self) -> Finding:
         a, beta = self.a, self.beta
@@ -238,16 +226,8 @@ class LimitCommand(TheoryCommand):
         return Finding([Rows(title, ["gain", *results], rows)], notes, figure)
 
 
-class FamilyCommand(TheoryCommand):
-    """Instances on which the improvement over an EMA grows without bound: a = β = e, e to 0.
-
-    The tables also have EMAs tuned to forget the start as slowly as the pull.
-    """
-
-    gain: float = 0.9
-    """Gain λ of the pull, >= 0 and stable."""
-    e: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4)
-    """Values of a = β, in (0, 1)."""
+class FamilyCommand(FamilyOptions, TheoryCommand):
+    """`paceline theory family`."""
 
     def find(self) -> Finding:
         e, gain = np.asarray(self.e), self.gain
@@ -279,23 +259,8 @@ class FamilyCommand(TheoryCommand):
         return Finding([table], [note], figure)
 
 
-class ControlCommand(TheoryCommand):
-    """From the optimal controller to PACE's gain, one approximation after another, with its cost.
-
-    The spectrum is a power law, aᵢ = a/i, and the gradient noise's variance is proportional to the
-    curvature. The returned model is the mean of all iterates, or an EMA in the last rows.
-    """
-
-    a: float = 0.3
-    """Learning rate times the largest curvature, in (0, 2)."""
-    coordinates: AtLeastOne = 16
-    """Coordinates of the spectrum, >= 1."""
-    horizon: AtLeastTwo = 400
-    """T, steps, >= 2."""
-    penalty: Annotated[float, Field(gt=0)] = 0.01
-    """ρ > 0 on the control."""
-    starts: tuple[float, ...] = (0.4, 3.0)
-    """Distances from the minimum in each coordinate: about SGD's own spread, and far."""
+class ControlCommand(ControlOptions, TheoryCommand):
+    """`paceline theory control`."""
 
     def find(self) -> Finding:
         a = self.a * _power_law(self.coordinates)
@@ -397,23 +362,8 @@ def _least(cost: Any, low: float, high: float) -> float:
     return math.exp(found.x)
 
 
-class FrontierCommand(TheoryCommand):
-    """The least loss of each method at its own best learning rate and average, by a search.
-
-    Three settings: in the limit, among parameters with a half-life of the start; in the limit with
-    a minimum that drifts; and at a horizon, from a distant start. Losses are relative to the EMA's.
-    """
-
-    coordinates: AtLeastOne = 16
-    """Coordinates of the spectra, >= 1."""
-    half_lives: tuple[float, ...] = (30.0, 300.0, 3000.0)
-    """Largest half-lives of the slowest coordinate, steps."""
-    steps: tuple[int, ...] = (30, 180)
-    """Horizons, multiples of 10."""
-    start: float = 3.0
-    """Distance of the start from the minimum in each coordinate."""
-    drift: tuple[float, ...] = (1e-6, 1e-4, 1e-2)
-    """Variances q² of the minimum's move in a step, for a curvature of 1; q²/α for α."""
+class FrontierCommand(FrontierOptions, TheoryCommand):
+    """`paceline theory frontier`."""
 
     def find(self) -> Finding:
         every = frontier.EVERY
@@ -494,25 +444,8 @@ def _dots(tables: Sequence[Rows], problems: Sequence[str]) -> Figure:
     return figure
 
 
-class TwinCommand(TheoryCommand):
-    """The pull against its twin, the EMA at the learning rate η·β/(β+λ(1-β)).
-
-    Tables: exact ratios of limiting errors and half-lives; spectra with a gain for each coordinate,
-    correlated noise, and momentum; PACE itself against AdamW with a larger ε.
-    """
-
-    beta: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """Averaging weight, in (0, 1]."""
-    a: tuple[float, ...] = (0.001, 0.01, 0.1, 0.5)
-    """Learning rates times curvature, in (0, 2)."""
-    gain: tuple[float, ...] = (0.1, 0.5, 1.0)
-    """Gains λ of the pull, >= 0 and stable."""
-    steps: AtLeastOne = 1000
-    """Steps of PACE and AdamW, >= 1."""
-    runs: AtLeastTwo = 200
-    """Independent runs of PACE and AdamW, >= 2."""
-    seed: int = 0
-    """Seed of these runs and of the spectra."""
+class TwinCommand(TwinOptions, TheoryCommand):
+    """`paceline theory twin`."""
 
     def find(self) -> Finding:
         beta, rows = self.beta, []
@@ -616,24 +549,8 @@ def _distance(x: Any) -> tuple[float, Any]:
     return float(abs(x[0])), np.where(x >= 0, 1.0, -1.0)
 
 
-class RateCommand(TheoryCommand):
-    """The rate on convex Lipschitz problems: excess loss against the horizon, and a bound.
-
-    First, f(x) = Σ 2^-i·|xᵢ - 1/i| from 0, with subgradient noise of variance 1/i² and the learning
-    rate 1/√T. The library's own Pullback runs around torch's SGD; the gain is c·β_t. Then the bound
-    for a constant gain and weight: on random problems, and where its two terms are reached.
-    """
-
-    horizons: tuple[int, ...] = (64, 256, 1024, 4096)
-    """T, steps, two or more."""
-    pullback: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """c of the pull, in [0, 1]."""
-    runs: AtLeastTwo = 32
-    """Independent runs, >= 2."""
-    problems: AtLeastOne = 300
-    """Random problems for the bound, >= 1."""
-    seed: int = 0
-    """Seed of the noise and of the problems."""
+class RateCommand(RateOptions, TheoryCommand):
+    """`paceline theory rate`."""
 
     def find(self) -> Finding:
         figure, ((left, right),) = _subplots(2)
@@ -704,22 +621,8 @@ class RateCommand(TheoryCommand):
         return Rows(f"Mean loss / bound; β = {BETA:g}, T = {self.horizons[-1]}", columns, rows)
 
 
-class BatchCommand(TheoryCommand):
-    """Steps to a loss, and the least loss, against the batch: each method at its own best.
-
-    The noisy quadratic of Zhang et al., arXiv:1907.04164: curvatures 1/i, and noise of variance
-    1/(i·B) at a batch of B. Losses are exact. Parameters are searched on grids, and a best at the
-    edge of its grid is said to be.
-    """
-
-    coordinates: AtLeastOne = 10_000
-    """Coordinates of the spectrum, >= 1."""
-    target: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the start's loss that is to be reached, in (0, 1)."""
-    horizon: AtLeastOne = 500
-    """Steps after which the least loss is taken, >= 1."""
-    batches: tuple[float, ...] = tuple(2.0**i for i in range(3, 15))
-    """Batch sizes B > 0, ascending."""
+class BatchCommand(BatchOptions, TheoryCommand):
+    """`paceline theory batch`."""
 
     def find(self) -> Finding:
         if not self.batches or list(self.batches) != sorted(set(self.batches)):
@@ -821,30 +724,8 @@ def _mean_and_half(values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     return (low + high) / 2, (high - low) / 2
 
 
-class RiverCommand(TheoryCommand):
-    """A valley with a river in it: how far methods come along it, and how high above it they stay.
-
-    PACE itself runs all methods, with Adam's moments and a warm-up. The constant rate returns its
-    live weights, and so does the decay. The others return averages: of κ = 0.7, or Schedule-Free's.
-    The pull has a gain of 1 and κ = 0.3, and the power schedule falls as its twin's rate does.
-    """
-
-    slope: float = 0.02
-    """Fall of the river for a unit along it, >= 0."""
-    hills: tuple[float, ...] = (10.0,)
-    """Curvatures of the hillsides, > 0."""
-    bend: float = 0.3
-    """How far the river swings to each side, >= 0."""
-    noise: tuple[float, ...] = (0.3, 1.0)
-    """Standard deviations of the gradient's noise on a hill of curvature 1, >= 0: valleys."""
-    rates: tuple[float, ...] = tuple(2.0**i for i in range(-4, 4))
-    """Learning rates, > 0, ascending."""
-    steps: AtLeastTwo = 1000
-    """Steps, >= 2."""
-    runs: AtLeastTwo = 128
-    """Independent runs, >= 2."""
-    seed: int = 0
-    """Seed of the noise, which all methods share."""
+class RiverCommand(RiverOptions, TheoryCommand):
+    """`paceline theory river`."""
 
     def find(self) -> Finding:
         if not self.rates or list(self.rates) != sorted(set(self.rates)):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -55,7 +55,11 @@ def read_small(path: Path, most: int = 10**6) -> str:
 class Options(BaseModel):
     """Typed options that refuse unknown keys and wrong values with one line each."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+    sections: ClassVar[Mapping[str, str]] = {}
+    """In the help, titles of the class's own fields: the first field under each, and the title."""
 
     def __init__(self, **values: Any) -> None:
         for name, value in values.items():

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from matplotlib.figure import Figure
@@ -24,19 +24,19 @@ from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer
-from tyro.conf import Positional, arg
 
 from ..averaging import Averaging, PowerEMA, parse
 from ..files import put, remove, scratch, whole
 from ..snapshots import save_averages
 from ..sums import CARD, find_damage, write_sums
 from ..synthesis import LIMIT
-from . import InputError, Options, Positive, folder, reporting
+from . import InputError, folder, reporting
 from .evaluate import find_device
 from .held_out import Difference, Half, HeldOut, difference, held_out_of, task_of
 from .manifest import environment, read_json, write_json
 from .methods import Setup
 from .model import load_model
+from .options import Choose
 from .page import COLOURS, save, write_page
 from .rebuild import (
     Kept,
@@ -48,7 +48,7 @@ from .rebuild import (
     snapshot_files,
     weights_of,
 )
-from .recipe import Names, Recipe
+from .recipe import Recipe
 from .terminal import progress_bars, quiet, say
 from .weighted import Checkpoint, load_tensor, read_headers, weighted_sum, write
 
@@ -56,44 +56,6 @@ KAPPAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of the power EMAs that are
 LIVE, DEFAULT, KEPT, REBUILT = "live", "default", "kept", "rebuilt"
 WEIGHTS = "what paceline choose found best after the training, on held-out data"
 WIDTH = 40  # of the curve in the terminal
-
-
-class Choose(Options):
-    """Choose the average that a run returns, on held-out data, after its training.
-
-    RUN is the folder of a finished run of `paceline train`, with snapshots of averages
-    (--snapshots 12, or --choose). Without snapshots, the averages in its checkpoints are taken.
-
-    Tried are power EMAs of eight κ, rebuilt from the snapshots; the averages that were kept; the
-    live weights; and the default, which is what the run returned. Each is scored by its loss on the
-    first half of the held-out sequences, or with --task by a metric on the first half of a task's
-    examples. The best becomes model/, and the former model is kept in model-before-choice/. Best
-    and default are then scored on the other half, and the difference is printed with its 95 %
-    interval (Student's t, paired by example).
-
-    Where the interval of their difference on the first half contains 0 the curve is flat, and the
-    default stays.
-
-    choice.json, choice.svg and choice.png have the scores. A choice can be made again.
-    """
-
-    run: Annotated[Positional[Path], arg(metavar="RUN")]
-    """Folder of a finished run."""
-    data: Annotated[tuple[str, ...], Names] | None = None
-    """Held-out data, given as --eval-data of paceline train is. Default: those of the run."""
-    task: str | None = None
-    """A task of lm-eval to choose by, in place of the loss: a name as for paceline eval."""
-    metric: str | None = None
-    """The task's metric as paceline eval prints it: a mean over examples. Default: its only one."""
-    include: Path | None = None
-    """Folder with your own task files (YAML)."""
-    examples: Positive | None = None
-    """Sequences or examples at most, >= 1. Default: as many as the run evaluated on, or all of the
-    task."""
-    rules: Annotated[tuple[str, ...], Names] | None = None
-    """Averages to try in place of the eight, as in ema:half_life=200,uniform:start=900."""
-    device: str | None = None
-    """Device: cpu, cuda, cuda:1, mps, ... Default: an accelerator, if there is one."""
 
 
 def choose_command(options: Choose, console: Console) -> None:

@@ -13,10 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
@@ -24,54 +23,20 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, set_seed
-from tyro.conf import Positional, arg
 
-from . import InputError, Options, Positive, folder, reporting
+from . import InputError, folder, reporting
 from .manifest import environment, write_json
 from .model import load_model
-from .recipe import Names, Recipe
+from .options import BATCH, Evaluation
+from .recipe import Recipe
 from .sandbox import clock
 from .sources import from_hub, hub_is_there, is_here
 from .terminal import progress_bars, say
 
 COMPARED = {"live": folder.LIVE, "returned": folder.MODEL}
 SEED = 1234  # lm-eval's own, for the same few-shot examples as its command shows
-BATCH = 8  # sequences computed at a time
 RESAMPLINGS = 1000  # for standard errors without a formula
 Scores = dict[str, dict[str, dict[str, dict[str, Any]]]]
-
-
-class Evaluation(Options):
-    """Score a model on tasks of lm-eval; of a run, its live weights and its returned model.
-
-    MODEL is the folder of a run of `paceline train`, whose live weights (live/) and returned model
-    (model/) are compared on the same examples; or any folder of a model, or a name on the Hub.
-
-    The number after ± is a standard error. That of a difference is paired: it is over the
-    differences of each example's two scores. A metric that is not a mean over examples has none.
-
-    Log-likelihoods are summed in float32, where lm-eval alone would round those of bfloat16 models
-    to bfloat16.
-    """
-
-    model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """Folder of a run or of a model, or a name on the Hub."""
-    tasks: Annotated[tuple[str, ...], Names]
-    """Names of tasks, groups or tags, separated by commas."""
-    include: Path | None = None
-    """Folder with your own task files (YAML); tasks on local data need no network."""
-    limit: Positive | None = None
-    """First so many examples of each task, >= 1. Default: all."""
-    few_shot: Annotated[int, Field(ge=0)] | None = None
-    """Solved examples in each prompt, >= 0; zero-shot tasks get none. Default: the task's own."""
-    batch: Positive = BATCH
-    """Sequences computed at a time, >= 1."""
-    chat: bool = False
-    """Put each request into the model's chat template."""
-    device: str | None = None
-    """Device: cpu, cuda, cuda:1, mps, ... Default: an accelerator, if there is one."""
-    out: Path | None = None
-    """JSON file to write or replace. Default: eval.json in the folder of a run, otherwise none."""
 
 
 def evaluate(options: Evaluation, console: Console) -> dict[str, Any]:

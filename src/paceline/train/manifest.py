@@ -13,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..files import whole
 from . import InputError, reporting
 
@@ -26,6 +24,8 @@ PACKAGES = (
 
 def environment() -> dict[str, Any]:
     """Command, start time, versions, git commit (None outside a checkout) and hardware."""
+    import torch
+
     return {
         "command": shlex.join(["paceline", *sys.argv[1:]]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from rich.box import MARKDOWN
@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from tyro.conf import Positional, arg
 
 from ..averaging import parse
 from ..safetensors import NAMES, read_metadata
-from . import InputError, Options, folder, reporting
+from . import InputError, folder, reporting
 from .manifest import read_json
+from .options import Merge
 from .rebuild import read_snapshots, rebuild, snapshot_files
 from .weighted import Checkpoint, read_headers, weighted_sum, write
 
@@ -47,54 +47,6 @@ UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
 # such keys, and of those that say which random factors or places are not in the file.
 ADAPTER_SCALES = ("peft_type", "r", "use_rslora", "rank_pattern", "alpha_pattern")
 ADAPTER_ENDS = ("alpha", "scaling", "seed", "prng_key")
-CHECKPOINTS = arg(metavar="CHECKPOINT…", help_behavior_hint="(required)")
-
-
-class Merge(Options):
-    """Merge checkpoints into one model, which is their average.
-
-    Checkpoints are folders of a model (model.safetensors, whole or in shards), folders of an
-    adapter (adapter_model.safetensors), or .safetensors files, all of one kind. One folder with
-    checkpoint-N folders, or the folder of a run, stands for all of those. Those of a run hold what
-    its method returns, which is mostly an average already; this is said. Checkpoints whose names
-    differ only in numbers,
-    such as step_500 and step_1000, are put in the order of the numbers. Others stay in the order
-    given, in which the last number of a name must not fall.
-
-    They count as the iterates of steps 1, 2, ..., and the first also as the weights before step 1.
-    So start, every, window, lag and half_life of a rule count checkpoints. Rules are written
-    name[:option=value]...:
-
-    uniform[:start=0], the mean of all;
-
-    ema[:kappa=0.5][:rate=1][:start=0][:every=1], or ema:beta=B or ema:half_life=H [:every=1];
-
-    swa[:start=0][:every=1], the mean of every so-many-th;
-
-    lawa:window=K[:every=1], the mean of the last K;
-
-    bema[:kappa=0.5][:bias_power=0.2][:lag=10][:rate=1][:start=0][:every=1].
-
-    Averages at a step, as a run with snapshots keeps them in averages/step-N, are recognised, alone
-    or by the folder that holds them. From them the average of the rule is rebuilt at the last of
-    their steps, whichever rule it is; its options then count steps, as in training. The expected
-    error is printed, and above 5 % of the distance from the live weights it is refused.
-
-    Sums are made in float32, or in float64 for float64 tensors, and rounded once. A
-    counter, a single integer, is taken from the last checkpoint; other integers and masks must be
-    equal in all. The last checkpoint's configuration and tokenizer are copied.
-    """
-
-    checkpoints: Annotated[Positional[tuple[Path, ...]], CHECKPOINTS]
-    """Two or more, or one folder that holds them."""
-    rule: str = "uniform"
-    """Averaging rule; its start, every and so on count checkpoints."""
-    out: Path
-    """Folder to make, or file if the checkpoints are .safetensors files; it must not exist."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of floating-point tensors. Default: as in the checkpoints; float32 in a file rebuilt from averages."""
-    model: Path | None = None
-    """Folder of the model that averages at a step are of, for what was not trained. Default: model/ in their run."""
 
 
 def merge(options: Merge, console: Console) -> None:

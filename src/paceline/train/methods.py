@@ -11,34 +11,33 @@ Methods are written as text, `name[:schedule][:option=value]...`, as in `ema:twi
 `Method.written` writes it.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache, partial
+from importlib import import_module
 from inspect import get_annotations
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-import pytorch_optimizer
-import schedulefree
-import torch
 import tyro
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
-from ..auto import AUTO, AUTO_KAPPA, AUTO_RETURN_KAPPA
-from ..averaging import BEMA, EMA, LAWA, MAX_STEPS, MAX_WINDOW, SWA, Averaging, PowerEMA, Uniform
-from ..optimizer import PACE
-from ..pullback import Pullback
-from ..theory.twin import twin_rate
+import paceline  # which imports a name when it is used: help is printed without torch
+
 from . import BelowOne, Gain, InputError, NonNegative, Number, Options, Positive, Power, unknown
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LambdaLR
+
+    from paceline import PACE, Averaging
 
 FALLBACKS = {"kappa": 0.3, "twin_gain": 1.0}  # where neither text nor command gives them
 WSD_DECAY_SHARE = 0.2  # of the steps, linearly to zero
-
-Interval = Annotated[Positive, Field(le=MAX_STEPS)]  # steps
+MAX_WINDOW = 1000  # as LAWA has it
 
 # ---- schedules ----------------------------------------------------------------------------------
 
@@ -47,21 +46,27 @@ class LRSchedule(NamedTuple):
     """A learning-rate schedule after a linear warm-up that starts from a step at rate 0."""
 
     summary: str  # for the help
-    make: Callable[[Optimizer, "Method", int, int], LambdaLR]  # of method, warm-up and steps
+    make: Callable[[Optimizer, Method, int, int], LambdaLR]  # of method, warm-up and steps
     options: tuple[str, ...] = ()  # that a method with this schedule has, besides its own
 
 
-def _library(name: str, optimizer: Optimizer, _: "Method", warmup: int, steps: int) -> LambdaLR:
+def _library(name: str, optimizer: Optimizer, _: Method, warmup: int, steps: int) -> LambdaLR:
     """A schedule of transformers."""
+    from transformers import get_scheduler
+
     decay = {"num_decay_steps": round(WSD_DECAY_SHARE * steps), "decay_type": "linear"}
     own = decay if name == "warmup_stable_decay" else None
     return get_scheduler(name, optimizer, warmup, steps, own)
 
 
-def _falling(optimizer: Optimizer, method: "Method", warmup: int, steps: int) -> LambdaLR:
+def _falling(optimizer: Optimizer, method: Method, warmup: int, steps: int) -> LambdaLR:
     """The rate that falls with β_t = (1 + t)^-κ, as a pull makes it fall."""
+    from torch.optim.lr_scheduler import LambdaLR
+
+    from ..theory.twin import twin_rate
+
     assert method.kappa is not None
-    average, gain = PowerEMA(method.kappa), method.twin_gain
+    average, gain = paceline.PowerEMA(method.kappa), method.twin_gain
 
     def factor(done: int) -> float:
         beta = float(average.weight(done + 1))
@@ -162,7 +167,7 @@ class Setup(NamedTuple):
         return [decays, {"params": others, "weight_decay": 0.0}]
 
 
-METHODS: dict[str, type["Method"]] = {}
+METHODS: dict[str, type[Method]] = {}
 
 
 class Method(Options):
@@ -238,7 +243,7 @@ class Method(Options):
         return self
 
     @property
-    def trajectory(self) -> "Method":
+    def trajectory(self) -> Method:
         """The method whose live weights are this one's: plain AdamW if it only averages those."""
         return self
 
@@ -304,7 +309,9 @@ class Method(Options):
 
     def build_pace(self, setup: Setup, averaging: Averaging, **options: Any) -> PACE:
         """PACE with the options that its methods share, and these."""
-        return PACE(
+        import torch
+
+        return paceline.PACE(
             setup.groups,
             lr=self.lr,
             betas=setup.betas,
@@ -329,6 +336,8 @@ class AveragedMethod(Method):
     def build(self, setup: Setup) -> Optimizer:
         if rules := self.rules(setup.steps, setup.scale):
             return self.build_pace(setup, *rules, pullback=0.0)
+        import torch
+
         return torch.optim.AdamW(setup.groups, lr=self.lr, betas=setup.betas, eps=self.eps or 1e-8)
 
 
@@ -379,10 +388,10 @@ class EMAMethod(AveragedMethod):
     def averaging(self, steps: int) -> Averaging:
         assert not isinstance(self.half_life, str)  # else it is for in_steps
         if self.half_life is not None:
-            return EMA(half_life=self.half_life)
+            return paceline.EMA(half_life=self.half_life)
         kappa = self.kappa if self.return_kappa is None else self.return_kappa
         assert kappa is not None
-        return PowerEMA(kappa)
+        return paceline.PowerEMA(kappa)
 
 
 class UniformMethod(AveragedMethod):
@@ -393,7 +402,7 @@ class UniformMethod(AveragedMethod):
     start: BelowOne = 0.75
 
     def averaging(self, steps: int) -> Averaging:
-        return Uniform(round(self.start * steps))
+        return paceline.Uniform(round(self.start * steps))
 
 
 class SWAMethod(UniformMethod):
@@ -401,10 +410,10 @@ class SWAMethod(UniformMethod):
 
     name = "swa"
 
-    every: Interval = 50
+    every: Positive = 50
 
     def averaging(self, steps: int) -> Averaging:
-        return SWA(round(self.start * steps), self.every)
+        return paceline.SWA(round(self.start * steps), self.every)
 
 
 class LAWAMethod(AveragedMethod):
@@ -413,10 +422,10 @@ class LAWAMethod(AveragedMethod):
     name = "lawa"
 
     window: Annotated[Positive, Field(le=MAX_WINDOW)] = 10
-    every: Interval = 40
+    every: Positive = 40
 
     def averaging(self, steps: int) -> Averaging:
-        return LAWA(self.window, self.every)
+        return paceline.LAWA(self.window, self.every)
 
 
 class BEMAMethod(AveragedMethod):
@@ -426,10 +435,10 @@ class BEMAMethod(AveragedMethod):
 
     kappa: Power = 0.5
     bias_power: Power = 0.2
-    every: Interval | None = None
+    every: Positive | None = None
 
     def averaging(self, steps: int) -> Averaging:
-        return BEMA(self.kappa, self.bias_power, every=self.every or 1)
+        return paceline.BEMA(self.kappa, self.bias_power, every=self.every or 1)
 
 
 class LookaheadMethod(Method):
@@ -437,7 +446,7 @@ class LookaheadMethod(Method):
 
     name = "lookahead"
 
-    every: Interval = 5
+    every: Positive = 5
     alpha: Gain = 0.5
 
     def rules(self, steps: int, scale: float = 1.0) -> list[Averaging]:
@@ -446,26 +455,12 @@ class LookaheadMethod(Method):
         return []
 
     def build(self, setup: Setup) -> Optimizer:
+        import torch
+
+        from .lookahead import SwappedLookahead
+
         base = torch.optim.AdamW(setup.groups, lr=self.lr, betas=setup.betas)
-        return _Lookahead(base, k=self.every, alpha=self.alpha)
-
-
-class _Lookahead(pytorch_optimizer.Lookahead):
-    """Lookahead with `eval` and `train`; the slow weights are the model that it returns."""
-
-    swapped = False
-
-    def eval(self) -> None:
-        """Put the slow weights into the parameters."""
-        if not self.swapped:
-            self.backup_and_load_cache()
-            self.swapped = True
-
-    def train(self) -> None:
-        """Put the fast weights back."""
-        if self.swapped:
-            self.clear_and_load_backup()
-            self.swapped = False
+        return SwappedLookahead(base, k=self.every, alpha=self.alpha)
 
 
 class ScheduleFreeMethod(Method):
@@ -475,6 +470,8 @@ class ScheduleFreeMethod(Method):
     takes_schedule = False
 
     def build(self, setup: Setup) -> Optimizer:
+        import schedulefree
+
         return schedulefree.AdamWScheduleFree(
             setup.groups, lr=self.lr, betas=setup.betas, warmup_steps=setup.warmup
         )
@@ -502,10 +499,10 @@ class PulledMethod(Method):
 
     @property
     def pulled_toward(self) -> Averaging:
-        return PowerEMA(self.kappa, every=self.get("every") or 1)
+        return paceline.PowerEMA(self.kappa, every=self.get("every") or 1)
 
     def averaging(self, steps: int) -> Averaging | None:
-        return None if self.return_kappa is None else PowerEMA(self.return_kappa)
+        return None if self.return_kappa is None else paceline.PowerEMA(self.return_kappa)
 
 
 class PACEMethod(PulledMethod):
@@ -513,21 +510,24 @@ class PACEMethod(PulledMethod):
 
     name = "pace"
 
-    every: Interval | None = None
+    every: Positive | None = None
     eps: Number | None = None
     state: State = None  # dtype of m, v and the average
     gain: Literal["adam", "scalar"] | None = None
 
     @classmethod
     def from_command(cls, given: dict[str, Any]) -> set[str]:
-        own = {"kappa"} if given.get("pullback") == AUTO else set()
+        own = {"kappa"} if given.get("pullback") == "auto" else set()
         return super().from_command(given) - own
 
     @model_validator(mode="before")
     @classmethod
     def _auto(cls, values: dict[str, Any]) -> dict[str, Any]:
-        auto = values.get("pullback") == AUTO and values.get("kappa") is None
-        return ({"kappa": AUTO_KAPPA, "return_kappa": AUTO_RETURN_KAPPA} if auto else {}) | values
+        if values.get("pullback") != "auto" or values.get("kappa") is not None:
+            return values
+        from ..auto import AUTO_KAPPA, AUTO_RETURN_KAPPA
+
+        return {"kappa": AUTO_KAPPA, "return_kappa": AUTO_RETURN_KAPPA} | values
 
     def build(self, setup: Setup) -> Optimizer:
         own, *others = self.rules(setup.steps, setup.scale)
@@ -553,7 +553,7 @@ class PullbackMethod(PulledMethod):
         if self.base not in BASES:
             known = ", ".join(BASES)
             raise InputError(f"unknown optimizer {self.base!r}; pullback:NAME knows {known}")
-        if self.pullback == AUTO:
+        if self.pullback == "auto":
             raise InputError("pullback=auto is only for pace; give a number >= 0")
         return self
 
@@ -561,8 +561,8 @@ class PullbackMethod(PulledMethod):
         groups = setup.groups if self.base != "muon" else _split_for_muon(setup)
         assert isinstance(self.pullback, float)
         own, *others = self.rules(setup.steps, setup.scale)
-        return Pullback(
-            BASES[self.base](groups, self.lr),
+        return paceline.Pullback(
+            BASES[self.base].make(groups, self.lr),
             self.pullback,
             own,
             gain=self.gain or "adam",
@@ -570,30 +570,46 @@ class PullbackMethod(PulledMethod):
         )
 
 
-# Optimizers of `pullback:NAME`, from parameter groups and the learning rate. SophiaH is left out:
-# it differentiates the gradients, and the Trainer's loop does not keep their graph.
-BASES: dict[str, Callable[[list[dict[str, Any]], float], Optimizer]] = {
-    "sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9),
-    "adam": lambda groups, lr: torch.optim.Adam(groups, lr=lr),
-    "adamw": lambda groups, lr: torch.optim.AdamW(groups, lr=lr),
-    "nadam": lambda groups, lr: torch.optim.NAdam(groups, lr=lr, decoupled_weight_decay=True),
-    "radam": lambda groups, lr: torch.optim.RAdam(groups, lr=lr, decoupled_weight_decay=True),
-    "adafactor": lambda groups, lr: torch.optim.Adafactor(groups, lr=lr),
-    # One rate for both of its parts, with Muon's updates scaled like AdamW's.
-    "muon": lambda groups, lr: pytorch_optimizer.Muon(
-        groups, lr=lr, adamw_lr=lr, use_adjusted_lr=True
+class Base(NamedTuple):
+    """An optimizer of `pullback:NAME`: `module.kind(groups, lr=lr, **options)`."""
+
+    module: str
+    kind: str
+    options: dict[str, Any] = {}  # noqa: RUF012 - nothing changes it
+    rates: tuple[str, ...] = ("lr",)  # the options that get the learning rate
+
+    def make(self, groups: list[dict[str, Any]], lr: float) -> Optimizer:
+        """The optimizer of these parameter groups."""
+        kind: Any = getattr(import_module(self.module), self.kind)
+        made: Optimizer = kind(groups, **dict.fromkeys(self.rates, lr), **self.options)
+        return made
+
+
+# SophiaH is left out: it differentiates the gradients, and the Trainer's loop does not keep their
+# graph. Muon has one rate for both of its parts, with its updates scaled like AdamW's.
+BASES = {
+    "sgd": Base("torch.optim", "SGD", {"momentum": 0.9}),
+    "adam": Base("torch.optim", "Adam"),
+    "adamw": Base("torch.optim", "AdamW"),
+    "nadam": Base("torch.optim", "NAdam", {"decoupled_weight_decay": True}),
+    "radam": Base("torch.optim", "RAdam", {"decoupled_weight_decay": True}),
+    "adafactor": Base("torch.optim", "Adafactor"),
+    "muon": Base("pytorch_optimizer", "Muon", {"use_adjusted_lr": True}, ("lr", "adamw_lr")),
+    "soap": Base("pytorch_optimizer", "SOAP"),
+    "shampoo": Base(
+        "pytorch_optimizer",
+        "Shampoo",
+        {"weight_decouple": True, "preconditioning_compute_steps": 10},
     ),
-    "soap": lambda groups, lr: pytorch_optimizer.SOAP(groups, lr=lr),
-    "shampoo": lambda groups, lr: pytorch_optimizer.Shampoo(
-        groups, lr=lr, weight_decouple=True, preconditioning_compute_steps=10
-    ),
-    "ademamix": lambda groups, lr: pytorch_optimizer.AdEMAMix(groups, lr=lr, weight_decouple=True),
-    "lion": lambda groups, lr: pytorch_optimizer.Lion(groups, lr=lr),
+    "ademamix": Base("pytorch_optimizer", "AdEMAMix", {"weight_decouple": True}),
+    "lion": Base("pytorch_optimizer", "Lion"),
 }
 
 
 def _split_for_muon(setup: Setup) -> list[dict[str, Any]]:
     """The groups with the hidden matrices apart from the rest, which Muon's AdamW steps."""
+    import torch
+
     head = setup.model.get_output_embeddings()
     outer = {
         id(module.weight)

@@ -9,16 +9,12 @@ from enum import Enum
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import tyro
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
-from transformers import AutoConfig
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from ..averaging import Averaging
-from ..options import EXCHANGE, check_exchange
 from . import (
     LARGEST,
     BelowOne,
@@ -34,6 +30,9 @@ from . import (
     unknown,
 )
 from .methods import METHODS, Method, PulledMethod, ScheduleName, parse_method, refuse_untaken
+
+if TYPE_CHECKING:
+    from ..averaging import Averaging
 
 # ---- YAML ---------------------------------------------------------------------------------------
 
@@ -135,6 +134,15 @@ DATA, METHOD, MEASURING, RESUMABLE = Role
 
 class Recipe(Options):
     """What is trained, on which data, and how."""
+
+    sections = {  # noqa: RUF012 - a ClassVar of Options
+        "task": "model",
+        "data": "data",
+        "method": "method",
+        "batch": "batches and steps",
+        "precision": "how it is computed",
+        "evaluations": "evaluations, checkpoints and logs",
+    }
 
     task: Annotated[Literal["sft", "pretrain"], DATA] = "sft"
     """sft: conversations, with the loss on the assistant's turns; pretrain: text, with the loss on all of it."""
@@ -287,6 +295,8 @@ class Recipe(Options):
                 "pullback, ema, uniform and swa do"
             )
         if options := self.elastic_options:
+            from ..options import check_exchange
+
             with reporting("elastic", ValueError):
                 check_exchange(dict(options))
             if self.fsdp:
@@ -303,9 +313,8 @@ class Recipe(Options):
                 )
         if "none" in self.report_to and len(self.report_to) > 1:
             raise InputError("report_to: none goes alone")
-        for name in self.report_to:
-            if name not in ("tensorboard", "none", *INTEGRATION_TO_CALLBACK):
-                raise InputError(f"report_to: {unknown(name, INTEGRATION_TO_CALLBACK, 'name')}")
+        if {*self.report_to} - {"tensorboard", "none"}:
+            _check_reporters(self.report_to)
         for name in ("data", "eval_data"):
             if "" in (getattr(self, name) or ()) or getattr(self, name) == ():
                 raise InputError(f"{name}: give at least one name, and no empty ones")
@@ -339,7 +348,7 @@ class Recipe(Options):
         """The batch over the one that the average's options are for."""
         return self.batch / (self.average_batch or self.batch)
 
-    def rules(self, steps: int) -> list[Averaging]:
+    def rules(self, steps: int) -> "list[Averaging]":
         """The averages that the optimizer keeps in a run of so many steps, the returned one last."""
         return self.parsed.rules(steps, self.scale)
 
@@ -352,6 +361,8 @@ class Recipe(Options):
         """
         if self.elastic is None:
             return None
+        from ..options import EXCHANGE
+
         every, *parts = self.elastic.split(":")
         options: dict[str, Any] = {**EXCHANGE, "every": parse_yaml(every)}
         for i, part in enumerate(parts):
@@ -390,8 +401,20 @@ def keys_with(*roles: Role) -> frozenset[str]:
 RESUMABLE_CHANGES = keys_with(RESUMABLE)
 
 
+def _check_reporters(names: tuple[str, ...]) -> None:
+    """Refuse names of integrations that transformers does not have."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    known = {"tensorboard", "none", *INTEGRATION_TO_CALLBACK}
+    for name in names:
+        if name not in known:
+            raise InputError(f"report_to: {unknown(name, INTEGRATION_TO_CALLBACK, 'name')}")
+
+
 def _check_config(config: dict[str, Any]) -> None:
     """Refuse keys that a configuration's model_type lacks; transformers would keep them silently."""
+    from transformers import AutoConfig
+
     kind = config["model_type"]
     try:
         default = AutoConfig.for_model(str(kind))

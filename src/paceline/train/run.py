@@ -1,6 +1,5 @@
 """`paceline train`: a run by a recipe, which writes a folder with the model it returns."""
 
-import argparse
 import errno
 import itertools
 import math
@@ -13,11 +12,10 @@ from datetime import date, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Self, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import datasets
 import torch
-import tyro
 import yaml
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -35,7 +33,7 @@ from ..elastic import Elastic
 from ..files import remove, whole
 from ..state import averages_of
 from ..sums import CARD, write_sums
-from . import InputError, Positive, folder, reporting
+from . import InputError, folder, reporting
 from .build import RunTrainer, build_fitting, digest_of, processes
 from .callbacks import EvalAndSaveAtEnd, JsonlMetrics, ProgressBar, Stop
 from .chat import show_example
@@ -43,6 +41,7 @@ from .choose import choose, is_chosen, rule_facts
 from .find_lr import with_found_rate
 from .held_out import held_out_of, sequences
 from .manifest import environment, write_json
+from .options import Show, Train
 from .page import write_page
 from .recipe import RESUMABLE_CHANGES, Recipe, RecipeCommand, read_recipe
 from .terminal import progress_bars, quiet, say
@@ -59,42 +58,6 @@ DISK_FULL = (
 )
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 T = TypeVar("T")
-
-
-class Train(RecipeCommand):
-    """Train a language model by a recipe, and write the model to return.
-
-    A recipe is a YAML file with the keys below, or the name of a shipped one. Options change its
-    values, and work without a recipe, too. To train on several processes, start it by torchrun or
-    accelerate launch (-m paceline train ...).
-    """
-
-    out: Path | None = None
-    """Folder for the run, new or empty. Default: runs/<recipe>-<time>."""
-    resume: Path | None = None
-    """Folder of a run to continue exactly, by its own recipe."""
-    from_checkpoint: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Name of the checkpoint to resume from, checkpoint-STEP; newer ones are set aside. Default: the newest."""
-    find_lr: bool = False
-    """Find the learning rate first, by a short run over rising rates. Made for a pull of gain 1: --method pace:gain=scalar:pullback=1."""
-    print_recipe: Annotated[bool, tyro.conf.arg(name="print")] = False
-    """Print the complete recipe and stop."""
-
-    @classmethod
-    def starting(cls, arguments: list[str]) -> Self | None:
-        """The options of the recipe that the arguments name, or of the run to resume."""
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("--resume", nargs="?", type=Path)
-        if run := parser.parse_known_args(arguments)[0].resume:
-            return cls(resume=run, **folder.recipe_of(run))
-        return super().starting(arguments)
-
-
-class Show(RecipeCommand):
-    """Show examples that a recipe trains on, with the tokens that count in the loss in green."""
-
-    show: Positive = 3
-    """Examples to show, >= 1."""
 
 
 # ---- running ------------------------------------------------------------------------------------

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import datasets
-import transformers
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,6 +22,9 @@ from rich.text import Text
 
 def quiet() -> None:
     """Silence the bars and logs of transformers and datasets."""
+    import datasets
+    import transformers
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -9,43 +9,24 @@ import sys
 from collections.abc import Iterator
 from datetime import date, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from . import InputError, Positive, folder
+from . import InputError, folder
 from .build import evaluated_together
 from .manifest import write_json
-from .recipe import Recipe, RecipeCommand
-from .run import Train, train
+from .options import Train, Verify
+from .recipe import Recipe
+from .run import train
 from .terminal import say
 
-Processes = Annotated[int, Field(ge=1, le=1024)]
 KILL_MOMENTS = ("evaluation", "save", "step")  # in turn
-
-
-class Verify(RecipeCommand):
-    """Check that a run of a recipe that is killed and resumed ends as one that is not.
-
-    Trains by the recipe once without a break, and once killed with SIGKILL and resumed: in the
-    middle of an evaluation, of a save, of a step, and so on. Prints what is equal bit for bit, and
-    how far apart the rest is.
-    """
-
-    out: Path | None = None
-    """Folder for both runs, new or empty. Default: runs/verify-<time>."""
-    kills: Positive = 3
-    """How often the second run is killed, >= 1."""
-    processes: Processes = 1
-    """Processes of both runs, from 1 to 1,024, started by torchrun."""
-    resume_processes: Processes | None = None
-    """Processes after the first kill, up to 1,024. If they differ, only the data order is exact."""
 
 
 def verify(options: Verify, console: Console) -> int:
