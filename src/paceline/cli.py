@@ -17,7 +17,9 @@ class Command(NamedTuple):
     """A command; its module is imported when it is called, which may take seconds."""
 
     module: str  # of the function
-    options: str  # name of the class that tyro parses, in options.py of the module's folder
+    options: (
+        str  # name of the class that tyro parses, in options.py of the module's folder, or train/
+    )
     function: str  # name of the function, which takes options and a console; may return a status
     summary: str
     extra: str = "train"  # extra of the package that it needs
@@ -47,6 +49,11 @@ COMMANDS = {
     "bench": Command("study.bench", "Bench", "bench", "measure what optimizers cost"),
     "check-device": Command(
         "study.device", "CheckDevice", "check_device", "check and measure PACE on an accelerator"
+    ),
+    "chat": Command("train.talk", "Chat", "talk", "talk to a model that was trained"),
+    "doctor": Command("doctor", "Doctor", "report", "print what a bug report needs", ""),
+    "completion": Command(
+        "train.help", "Completion", "print_completion", "print what completes commands in a shell"
     ),
     **{
         f"theory {name}": Command(
@@ -105,13 +112,19 @@ def _main(arguments: list[str], traced: bool) -> int:
     if arguments == ["--version"]:
         print(f"paceline {version('paceline')}")
         return 0
+    if arguments == ["doctor"]:  # works without any extra
+        from .doctor import report
+
+        print(report())
+        return 0
     group = arguments[:-1] if arguments[-1:] in (["-h"], ["--help"]) else arguments
     if group in ([], ["theory"]):
         print("usage: paceline COMMAND [OPTIONS]\n\nTrain the model you return.\n")
         for name, command in COMMANDS.items():
             if name.split()[: len(group)] == group:
                 print(f"  {name:16} {command.summary}")
-        print("\npaceline COMMAND --help explains the options of each.")
+        print("\npaceline COMMAND --help explains the options of each, and")
+        print("paceline completion --help how a shell completes them.")
         print("With --trace, or PACELINE_TRACE=1, errors show where they arose.")
         return 0
     prints = os.environ.get("RANK", "0") == "0"  # one process does
@@ -172,7 +185,7 @@ def _missing(error: ModuleNotFoundError, extra: str) -> int:
 
 def options_of(command: Command) -> Any:
     """The class of a command's options. To import it takes no torch, so that help comes at once."""
-    folder = command.module.partition(".")[0]
+    folder = command.module.partition(".")[0] if "." in command.module else "train"
     return getattr(import_module(f"paceline.{folder}.options"), command.options)
 
 

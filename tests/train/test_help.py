@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,43 @@ def test_type_checkers_see_the_names_that_are_there():
         paceline.Pace  # noqa: B018
     assert not hasattr(paceline, "pace")
     assert (Path(paceline.__file__).parent / "py.typed").exists()
+
+
+# ---- completion -----------------------------------------------------------------------------
+
+# What bash would offer after these words.
+OFFERED = """
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}; COMPREPLY=()
+_tyro_paceline
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_bash_completes_commands_and_options(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["completion", "bash"])
+    assert not stop.value.code
+    script = tmp_path / "paceline"
+    script.write_text(capsys.readouterr().out)
+
+    def offered(*words):
+        command = ["bash", "-c", OFFERED, "bash", script, "paceline", *words]
+        return set(subprocess.run(command, capture_output=True, text=True).stdout.split())
+
+    assert offered("") - {"-h", "--help"} == {name.partition(" ")[0] for name in COMMANDS}
+    assert offered("verify") == {"verify-resume"}
+    assert offered("train", "--pull") == {"--pullback"}
+    theory = {name.removeprefix("theory ") for name in COMMANDS if name.startswith("theory ")}
+    assert offered("theory", "") - {"-h", "--help"} == theory
+    assert "--gain" in offered("theory", "limit", "--")
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_have_a_script(shell, capsys):
+    with pytest.raises(SystemExit):
+        main(["completion", shell])
+    said = capsys.readouterr().out
+    assert "verify-resume" in said
+    assert "pullback" in said

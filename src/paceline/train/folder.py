@@ -13,6 +13,7 @@
                       `paceline average` and `paceline choose` rebuild others
     live/             of a run: the live weights at the end, as a model that transformers loads
     model/            of a run: the returned model, likewise. Written last: it says "finished"
+    samples.json      of a run: what live weights and returned model say to a few held-out prompts
     choice.json       of `paceline choose`: what it scored and chose, written last; choice.svg and
                       choice.png are the picture of it
     model-before-choice/  the model that the run returned, where `paceline choose` took another
@@ -61,7 +62,7 @@ RECIPE, MANIFEST, METRICS = "recipe.yaml", "manifest.json", "metrics.jsonl"
 CHECKPOINTS, LIVE, MODEL, MODELS = "checkpoints", "live", "model", "models"
 AVERAGES, AVERAGE_FACTS = "averages", "paceline.json"
 CHOICE, CHOICE_PICTURE, FORMER = "choice.json", "choice", "model-before-choice"
-TENSORBOARD, REPORT = "tensorboard", "report.html"
+TENSORBOARD, REPORT, SAMPLES = "tensorboard", "report.html", "samples.json"
 TRAINING, EVALUATION, CERTIFICATE = "training.jsonl", "eval.json", "certificate.json"
 LOCK, SET_ASIDE = ".lock", "set-aside-"
 WEIGHTS_IN = {  # as paceline.json says it

@@ -1,4 +1,4 @@
-"""The help of a command, made of its options: its own first, then others by subject."""
+"""The help of a command, made of its options: its own first, then others by subject; completion."""
 
 import datetime
 import inspect
@@ -8,13 +8,15 @@ from functools import partial
 from pathlib import Path
 from textwrap import fill, wrap
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tyro
 from pydantic.fields import FieldInfo
+from rich.console import Console
 from tyro.constructors import PrimitiveConstructorSpec
 
 from . import Options
+from .options import Completion
 
 OWN = "options"  # the title of a command's own options
 WORDS: dict[Any, str] = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
@@ -49,7 +51,9 @@ def help_of(command: str, options: type[Options], values: Options | None = None)
             + [_argument(name, options.model_fields[name]) for name in groups["arguments"]]
             + ["[OPTIONS]"]
         ),
-        description="\n\n".join(fill(" ".join(x.split()), width) for x in paragraphs),
+        description="\n\n".join(
+            fill(" ".join(x.split()), width, break_on_hyphens=False) for x in paragraphs
+        ),
         add_help=False,
         formatter_class=partial(_Formatter, max_help_position=26, width=width),
     )
@@ -143,3 +147,32 @@ def _metavar(annotation: Any) -> str:
     if parts:  # a union
         return "|".join(_metavar(x) for x in parts if x is not NoneType)
     return WORDS.get(annotation, "VALUE")
+
+
+# ---- completion ---------------------------------------------------------------------------------
+
+
+def print_completion(options: Completion, console: Console) -> None:
+    """Print the script that completes all commands in a shell."""
+    from ..cli import COMMANDS, options_of
+
+    tree: dict[str, Any] = {}  # a command with subcommands has a tree of its own
+    for name, command in COMMANDS.items():
+        first, _, second = name.partition(" ")
+        place = tree.setdefault(first, {}) if second else tree
+        place[second or first] = options_of(command)
+    tyro.cli(
+        _either(tree),
+        prog="paceline",
+        args=["--tyro-print-completion", options.shell],
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _either(tree: dict[str, Any]) -> Any:
+    """A type of which tyro makes a subcommand for each entry."""
+    kinds = []
+    for name, kind in tree.items():
+        kind = _either(kind) if isinstance(kind, dict) else kind
+        kinds.append(Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)])
+    return Union[tuple(kinds)]  # noqa: UP007 - of as many as there are

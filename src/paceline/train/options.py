@@ -8,7 +8,7 @@ import tyro
 from pydantic import Field
 from tyro.conf import Positional, arg
 
-from . import Options, Positive, folder
+from . import NonNegative, Options, Positive, folder
 from .recipe import Names, RecipeCommand
 
 Processes = Annotated[int, Field(ge=1, le=1024)]
@@ -186,3 +186,47 @@ class Merge(Options):
     """Dtype of floating-point tensors. Default: as in the checkpoints; float32 in a file rebuilt from averages."""
     model: Path | None = None
     """Folder of the model that averages at a step are of, for what was not trained. Default: model/ in their run."""
+
+
+class Chat(Options):
+    """Talk to the model of a run, or to any folder of a model.
+
+    Each line is a turn, and the model answers by the chat template that it was trained with. A
+    model without one, as after --task pretrain, continues the line as plain text, which is then not
+    remembered. An empty line begins a new conversation; Ctrl-D ends. Questions can come through a
+    pipe, one a line.
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Folder of a finished run, or of a model."""
+    live: bool = False
+    """Answer by the live weights, too, below the returned model."""
+    tokens: Positive = 128
+    """Tokens of an answer at most, >= 1."""
+    temperature: NonNegative = 0.0
+    """Temperature of the sampling, >= 0; 0 takes the most probable token each time."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed >= 0 of the sampling."""
+    device: str | None = None
+    """Device: cpu, cuda, cuda:1, mps, ... Default: an accelerator, if there is one."""
+
+
+class Doctor(Options):
+    """Print versions, devices, kernels, cache and extras, in the form of a bug report.
+
+    It takes no options, and works without any extra.
+    """
+
+
+class Completion(Options):
+    """Print a script that completes commands and options in a shell.
+
+    For bash: paceline completion bash > ~/.local/share/bash-completion/completions/paceline
+
+    For zsh, in a folder of $fpath: paceline completion zsh > ~/.zfunc/_paceline
+
+    For fish: paceline completion fish > ~/.config/fish/completions/paceline.fish
+    """
+
+    shell: Positional[Literal["bash", "zsh", "fish"]]
+    """bash, zsh or fish."""

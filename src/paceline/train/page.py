@@ -11,7 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..files import whole
-from .folder import REPORT
+from .folder import MODEL, REPORT, SAMPLES
+from .manifest import read_json
 from .recipe import Recipe
 
 # Okabe and Ito's colours, which colour-blind people can tell apart. More lines get dashes.
@@ -67,6 +68,9 @@ def write_page(
         average=average,
         manifest=manifest,
         svg=svg(_curves(history)),
+        samples=read_json(run / SAMPLES)["greedy"] if (run / SAMPLES).is_file() else [],
+        run=str(run),
+        model=str(run / MODEL),
         choice=choice and (choice[0], svg(choice[1])),
     )
 

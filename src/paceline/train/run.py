@@ -44,6 +44,7 @@ from .manifest import environment, write_json
 from .options import Show, Train
 from .page import write_page
 from .recipe import RESUMABLE_CHANGES, Recipe, RecipeCommand, read_recipe
+from .talk import samples
 from .terminal import progress_bars, quiet, say
 
 METRICS_MEAN = {
@@ -410,7 +411,7 @@ def _fit(
             console,
             f"Evaluation loss: live {last['eval_live_loss']:.4f}, returned "
             f"{last['eval_loss']:.4f} nats a token.\nThe model: {run / folder.MODEL}\n"
-            f"Report: {run / folder.REPORT}",
+            f"Report: {run / folder.REPORT}\nTalk to it: paceline chat {run}",
         )
     return run
 
@@ -429,6 +430,7 @@ def _finish(
         remove(run / folder.FORMER)
     *_, last = (entry for entry in history if "eval_loss" in entry)
     if main:
+        write_json(run / folder.SAMPLES, {"greedy": samples(trainer, recipe)})
         meaning = {"weights": folder.WEIGHTS_IN, "metrics": METRICS_MEAN}
         write_json(run / folder.AVERAGE_FACTS, {**average, **meaning})
         write_page(recipe, history, average, facts, run)
