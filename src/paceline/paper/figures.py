@@ -156,7 +156,7 @@ def figure_command(options: FigureOptions, console: Console) -> int:
     plan = FigurePlan(scale_of(options.scale, options.recipe), figures)
     with locked(folder, shared=True), open_ledger(options, plan, folder) as ledger:
         if options.run:
-            work_off(ledger, options.workers, console)
+            work_off(ledger, options.workers, console, folder)
         ledger.look()
         runs = ScaleRuns(plan.scale, ledger.outcomes)
         for figure in figures:

@@ -421,8 +421,11 @@ def open_ledger(options: SharedOptions, plan: CellPlan, folder: Path) -> Ledger:
     return ledger
 
 
-def work_off(ledger: Ledger, workers: int | None, console: Console) -> None:
-    """Run the remaining cells of a plan, until all have ended here or on other machines."""
+def work_off(ledger: Ledger, workers: int | None, console: Console, folder: Path) -> None:
+    """Run the remaining cells of a plan, until all have ended here or on other machines.
+
+    The folder's progress.txt says how far they are.
+    """
     left = ledger.left()
     if not left:
         return
@@ -433,7 +436,7 @@ def work_off(ledger: Ledger, workers: int | None, console: Console) -> None:
         ledger.interrupted = True
         return
     workers = workers or (1 if torch.cuda.is_available() else cores())
-    run_all(ledger, workers, threads_each(workers), console)
+    run_all(ledger, workers, threads_each(workers), console, folder / folders.PROGRESS)
     if reason := ledger.stopped():
         console.print(
             f"Stopped: the first trainings of every method failed alike: {reason}. When that is "

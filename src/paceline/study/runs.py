@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
+from pathlib import Path
 from queue import Empty
 from typing import Any, NamedTuple
 
@@ -19,8 +21,9 @@ from rich.progress import Progress
 
 from ..train.manifest import cores
 from ..train.methods import Method
-from ..train.terminal import progress_bars, quiet, show_losses
+from ..train.terminal import progress_bars, quiet, shortened, show_losses
 
+TOLD_EVERY = 5.0  # seconds between writings of the file that says how far the runs are
 Row = dict[str, Any]
 Watch = Callable[[int, dict[str, float]], bool]
 
@@ -125,8 +128,12 @@ def threads_each(workers: int) -> int:
     return max(1, min(cores() // workers, torch.get_num_threads()))
 
 
-def run_all(queue: Queue, workers: int, threads: int, console: Console) -> None:
+def run_all(
+    queue: Queue, workers: int, threads: int, console: Console, told: Path | None = None
+) -> None:
     """Do all jobs, each in one of `workers` processes of `threads` threads each.
+
+    The file `told`, if one is named, says how far they are, in lines of 80 columns.
 
     Ctrl-C stops the running jobs and starts no others. A job that fails is recorded, and the others
     continue. If a process dies, the jobs that ran are tried once more, one at a time.
@@ -156,7 +163,7 @@ def run_all(queue: Queue, workers: int, threads: int, console: Console) -> None:
     previous = signal.signal(signal.SIGINT, interrupt)
     try:
         with progress_bars(console) as progress:
-            bars = _Bars(progress, queue)
+            bars = _Bars(progress, queue, told)
             while True:
                 died = False
                 while job := next_job():
@@ -206,6 +213,7 @@ def run_all(queue: Queue, workers: int, threads: int, console: Console) -> None:
                     pool, news, stop = new_pool()
             for job in again:
                 queue.give_back(job)
+            bars.tell()
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
@@ -226,10 +234,10 @@ def _sigint_blocked() -> Iterator[None]:
 
 
 class _Bars:
-    """A bar for all jobs together, and one for each running job."""
+    """A bar for all jobs together, and one for each running job; and a file that says the same."""
 
-    def __init__(self, progress: Progress, queue: Queue) -> None:
-        self.progress, self.queue = progress, queue
+    def __init__(self, progress: Progress, queue: Queue, told: Path | None) -> None:
+        self.progress, self.queue, self.told, self.told_at = progress, queue, told, 0.0
         done, total = queue.progress()
         self.whole = progress.add_task("all runs", total=total, completed=done, losses="")
         self.tasks: dict[str, Any] = {}  # of the running jobs
@@ -244,12 +252,36 @@ class _Bars:
         done, total = self.queue.progress()
         here = sum(task.completed for task in self.progress.tasks if task.id != self.whole)
         self.progress.update(self.whole, completed=done + here, total=total)
+        if time.monotonic() > self.told_at + TOLD_EVERY:
+            self.tell()
+
+    def tell(self) -> None:
+        """Write the file: a line for all jobs, and two for each that runs here."""
+        if self.told is None:
+            return
+        self.told_at = time.monotonic()
+        whole, *others = sorted(self.progress.tasks, key=lambda task: task.id != self.whole)
+        left = "" if whole.time_remaining is None else f", {_clock(whole.time_remaining)} left"
+        lines = [
+            f"{whole.percentage:.0f} % of all runs after {_clock(whole.elapsed or 0)}{left}",
+            f"{datetime.now():%Y-%m-%d %H:%M:%S}, {len(others)} running in process {os.getpid()}",
+        ]
+        for task in others:
+            lines += [shortened(task.description, 80)]
+            losses = task.fields["losses"]
+            lines += [f"    step {task.completed:.0f} of {task.total:.0f}  {losses}".rstrip()]
+        with suppress(OSError):  # the runs matter more
+            self.told.write_text("\n".join(lines) + "\n", encoding="utf-8")  # no trace of a kill
 
     def begin(self, job: Job) -> None:
         self.tasks[job.name] = self.progress.add_task(job.name, total=job.steps, losses="")
 
     def end(self, job: Job) -> None:
         self.progress.remove_task(self.tasks.pop(job.name))
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 # ---- in the workers -----------------------------------------------------------------------------

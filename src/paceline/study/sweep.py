@@ -331,7 +331,7 @@ def sweep_command(options: Sweep, console: Console) -> int:
     plan = Tuning(study)
     with locked(folder, shared=True), open_ledger(options, plan, folder) as ledger:
         if not options.show:
-            work_off(ledger, options.workers, console)
+            work_off(ledger, options.workers, console, folder)
         ledger.look()
         write_rows(ledger, folder, json.loads(study.model_dump_json()), **baseline_of(plan, ledger))
         report_sweep(plan, ledger, folder, console)

@@ -5,6 +5,7 @@
                       seconds; of a run also when it was resumed
     metrics.jsonl     an object a line: of a run, losses as they were logged; of a comparison or a
                       sweep, one evaluation of one method. A number that is not finite is null
+    progress.txt      of a sweep: how far its trainings are, while they run
     training.jsonl    of a sweep: an object a line, the log of each of its trainings
     checkpoints/      of a run: checkpoint-STEP folders, the newest with all that resuming needs.
                       Their weights are the returned model's. set-aside-checkpoint-STEP folders
@@ -64,6 +65,7 @@ AVERAGES, AVERAGE_FACTS = "averages", "paceline.json"
 CHOICE, CHOICE_PICTURE, FORMER = "choice.json", "choice", "model-before-choice"
 TENSORBOARD, REPORT, SAMPLES = "tensorboard", "report.html", "samples.json"
 TRAINING, EVALUATION, CERTIFICATE = "training.jsonl", "eval.json", "certificate.json"
+PROGRESS = "progress.txt"
 LOCK, SET_ASIDE = ".lock", "set-aside-"
 WEIGHTS_IN = {  # as paceline.json says it
     MODEL: "the returned model: the average, or what the method returns instead",

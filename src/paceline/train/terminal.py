@@ -19,6 +19,8 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+BESIDE = 62  # columns of a bar beside its name, in a narrow terminal
+
 
 def quiet() -> None:
     """Silence the bars and logs of transformers and datasets."""
@@ -82,8 +84,8 @@ def progress_bars(console: Console, *columns: Any, **options: Any) -> Progress:
     """
     losses = (TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[losses]}"))
     return Progress(
-        _Name("{task.description}", table_column=Column()),
-        BarColumn(bar_width=24),
+        _Name(console.width - BESIDE, "{task.description}", table_column=Column()),
+        BarColumn(bar_width=24 if console.width > 100 else 8),
         *(columns or losses),
         TimeElapsedColumn(Column(no_wrap=True)),
         TextColumn("left"),
@@ -94,12 +96,24 @@ def progress_bars(console: Console, *columns: Any, **options: Any) -> Progress:
 
 
 class _Name(TextColumn):
-    """A name that ends in … where there is no room; numbers are never cut."""
+    """A name with … in its middle where there is no room; numbers are never cut."""
+
+    def __init__(self, room: int, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.room = max(room, 12)
 
     def render(self, task: Task) -> Text:
-        text = super().render(task)
+        text = Text(shortened(super().render(task).plain, self.room))
         text.no_wrap, text.overflow = True, "ellipsis"
         return text
+
+
+def shortened(text: str, room: int) -> str:
+    """A text of at most so many characters; … is in the middle, since names differ at the end."""
+    if len(text) <= room:
+        return text
+    end = room // 2
+    return f"{text[: room - 1 - end]}…{text[-end:]}"
 
 
 def show_losses(losses: dict[str, float]) -> str:
