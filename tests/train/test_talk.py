@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -229,6 +230,17 @@ def test_samples_change_nothing_of_a_run(surroundings, finished, values, tmp_pat
     for name in ("model", "live"):
         assert same(weights(tmp_path / "without" / name), weights(finished / name))
     assert "What it says" not in (tmp_path / "without" / "report.html").read_text()
+
+
+def test_a_model_that_cannot_generate_costs_no_run(monkeypatch, capfd):
+    def fails(*_):
+        raise RuntimeError("no\nroom")
+
+    monkeypatch.setattr(talk, "_prompts", fails)
+    trainer = SimpleNamespace(processing_class=None, model=None)
+    assert talk.samples(trainer, SimpleNamespace(fsdp=False)) == []
+    said = capfd.readouterr().err
+    assert said == "paceline: the report has no samples: RuntimeError: no room\n"
 
 
 def test_what_a_model_says_is_no_markup(copied, monkeypatch):

@@ -19,7 +19,7 @@ from .model import check_files, load_model
 from .options import Chat
 from .recipe import Recipe
 from .sandbox import clock
-from .terminal import quiet, say
+from .terminal import quiet, say, tell
 
 # Of the report: so many prompts of at most so many tokens, and tokens of each answer.
 SAMPLES, PROMPT, ANSWER = 3, 192, 32
@@ -179,7 +179,8 @@ def _lines(console: Console | None) -> Iterator[str]:
 def samples(trainer: RunTrainer, recipe: Recipe) -> list[dict[str, str]]:
     """What live weights and returned model say to a few prompts of held-out data, greedily.
 
-    Neither weights nor random numbers change. There are none where the model is in parts (FSDP).
+    Neither weights nor random numbers change. There are none where the model is in parts (FSDP),
+    nor where it cannot generate, which a line says: the run has ended, and is worth more.
 
     Args:
         trainer: after its training.
@@ -190,6 +191,14 @@ def samples(trainer: RunTrainer, recipe: Recipe) -> list[dict[str, str]]:
     """
     if recipe.fsdp:
         return []
+    try:
+        return _samples(trainer, recipe)
+    except Exception as error:  # of any model
+        tell(f"the report has no samples: {' '.join(f'{type(error).__name__}: {error}'.split())}")
+        return []
+
+
+def _samples(trainer: RunTrainer, recipe: Recipe) -> list[dict[str, str]]:
     tokenizer: Any = trainer.processing_class
     model: Any = trainer.model
     prompts = list(islice(_prompts(trainer, recipe), SAMPLES))
