@@ -207,12 +207,16 @@ class AveragedOptimizer(Optimizer):
         names = {p: key.partition(RETURN)[2] for p, key in averages.items()}
         now = {p: swap.Swapped(str(p.dtype), name) for p, name in names.items()}
         records = [(g, swap.write_record(map(now.get, g["params"]))) for g in self.param_groups]
-        swap.swap_in(self._pairs(averages), records)
+        swap.swap_in(self._pairs(averages), records, fused=self._swaps_fused())
         if self._reach:
             self._reach()
 
     def _pairs(self, averages: dict[Tensor, str]) -> Iterator[tuple[Tensor, Tensor]]:
         return ((shards.local(p), shards.local(self.state[p][k])) for p, k in averages.items())
+
+    def _swaps_fused(self) -> bool:
+        """Whether a swap may take a kernel: no group does without."""
+        return not any(group.get("fused") is False for group in self.param_groups)
 
     def _swapped_in(self, *, checked: bool = False) -> dict[Tensor, str]:
         """The key of the average that each parameter holds now, of those that hold one.
@@ -247,7 +251,8 @@ class AveragedOptimizer(Optimizer):
             return
         exchanged = self._swapped_in(checked=True)
         shards.drop_gathered_copies(exchanged)
-        swap.swap_back(self._pairs(exchanged), [(group, "") for group in self.param_groups])
+        records = [(group, "") for group in self.param_groups]
+        swap.swap_back(self._pairs(exchanged), records, fused=self._swaps_fused())
         if self._reach:
             self._reach()
 

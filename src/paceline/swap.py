@@ -4,14 +4,15 @@ Also the record of it: what each parameter of a group holds. It is text, because
 checkpoint engines refuse other values.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, groupby
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-Exchange = Callable[[Tensor, Tensor], None]
+from . import kernels
+
 Records: TypeAlias = Sequence[tuple[dict[str, Any], str]]
 
 SWAPPED = "swapped"  # the option of a group that holds its record
@@ -49,7 +50,9 @@ def read_record(record: str | None, count: int) -> list[Swapped | None]:
     return [Swapped(dtype, average) if dtype else None for dtype, _, average in parts]
 
 
-def swap_in(pairs: Iterable[tuple[Tensor, Tensor]], records: Records = ()) -> None:
+def swap_in(
+    pairs: Iterable[tuple[Tensor, Tensor]], records: Records = (), *, fused: bool = True
+) -> None:
     """Put each average into its parameter; the second tensor then keeps the live weights.
 
     Of equal dtypes the two trade contents. A second tensor narrower than the parameter holds the
@@ -68,26 +71,35 @@ def swap_in(pairs: Iterable[tuple[Tensor, Tensor]], records: Records = ()) -> No
             parameter and narrower offset, such that (param + offset) - offset is param in the
             parameter's arithmetic. `update.step_` sees to that.
         records: groups, each with what its record is to be at the end.
+        fused: take a one-pass kernel where there is one (`kernels.exchanges`); the bits are the
+            same, except for which NaN.
     """
-    _all(pairs, records, _exchange, _exchange_back)
+    _all(pairs, records, back=False, fused=fused)
 
 
-def swap_back(pairs: Iterable[tuple[Tensor, Tensor]], records: Records = ()) -> None:
+def swap_back(
+    pairs: Iterable[tuple[Tensor, Tensor]], records: Records = (), *, fused: bool = True
+) -> None:
     """Undo `swap_in` for the same pairs."""
-    _all(pairs, records, _exchange_back, _exchange)
+    _all(pairs, records, back=True, fused=fused)
 
 
 def _all(
-    pairs: Iterable[tuple[Tensor, Tensor]], records: Records, do: Exchange, undo: Exchange
+    pairs: Iterable[tuple[Tensor, Tensor]], records: Records, *, back: bool, fused: bool
 ) -> None:
+    in_one_pass, pairs = kernels.exchanges(pairs) if fused else ([], pairs)
     earlier = [(group, group.get(SWAPPED, "")) for group, _ in records]
     done: list[tuple[Tensor, Tensor]] = []
     doing: tuple[int, tuple[Tensor, Tensor], list[Tensor]] | None = None
     try:
+        for kernel in in_one_pass:
+            kernel.run(back=back)
+            for x in chain.from_iterable(kernel.pairs):
+                torch.autograd.graph.increment_version(x)  # as torch's own operations do
         for pair in pairs:
             for part in _parts(*pair):
                 doing = (len(done), part, [x.clone() for x in part])
-                do(*part)
+                exchange_(*part, back=back)
                 done.append(part)
         for group, record in records:
             group[SWAPPED] = record
@@ -96,7 +108,10 @@ def _all(
             for x, before in zip(doing[1], doing[2], strict=True):
                 x.copy_(before)
         for part in reversed(done):
-            undo(*part)
+            exchange_(*part, back=not back)
+        for kernel in in_one_pass:
+            if kernel.done:
+                kernel.run(back=not back)
         for group, record in earlier:
             group[SWAPPED] = record
         raise
@@ -107,6 +122,11 @@ def _parts(param: Tensor, average: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         param, average = param[None], average[None]
     rows = max(1, SLICE * len(param) // max(1, param.numel()))
     yield from zip(torch.split(param, rows), torch.split(average, rows), strict=True)
+
+
+def exchange_(param: Tensor, average: Tensor, *, back: bool) -> None:
+    """The exchange of one pair, or what undoes it, in torch operations."""
+    _exchange_back(param, average) if back else _exchange(param, average)
 
 
 def _exchange(param: Tensor, average: Tensor) -> None:

@@ -1,11 +1,13 @@
 """The exchange of live weights and average, down to the bits."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline import swap
+from paceline import kernels, swap
 from paceline.swap import swap_back, swap_in
 
 finite = st.floats(-2, 2, width=32)
@@ -27,8 +29,10 @@ def test_exchange_loses_nothing(pairs, dtype):
     assert ((average - mean).abs() <= 2**-25).all()
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_every_bfloat16_bit_pattern_comes_back(seed):
+def test_every_bfloat16_bit_pattern_comes_back(seed, fused, kernel, monkeypatch):
+    monkeypatch.setattr(kernels, "WORTH_BUILDING", 0)
     live = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(-(2**31), 2**31, (2**16,), generator=generator).to(torch.int32)
@@ -39,13 +43,13 @@ def test_every_bfloat16_bit_pattern_comes_back(seed):
     bits[-3:] = torch.tensor([-0x8000, 0x7FC08000, 0x7FFF8000])
     mean = bits.view(torch.float32)
     param, average = live.clone(), mean.clone()
-    swap_in([(param, average)])
+    swap_in([(param, average)], fused=fused)
     nan = mean.isnan()
     assert torch.equal(param.isnan(), nan)
     nearest = mean.to(torch.bfloat16)
     tie = (bits & 0xFFFF) == 0x8000
     assert torch.equal(param[~nan & ~tie], nearest[~nan & ~tie])
-    swap_back([(param, average)])
+    swap_back([(param, average)], fused=fused)
     assert torch.equal(param.view(torch.int16), live.view(torch.int16))
     assert torch.equal(average.isnan(), nan)
     assert torch.equal(average.view(torch.int32)[~nan], bits[~nan])
@@ -88,17 +92,19 @@ def test_an_interrupted_swap_is_undone(dtype, failing, monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_scratch_is_bounded_by_a_slice():
+def test_scratch_is_bounded_by_a_slice(kernel):
+    """The kernel takes none."""
     from torch.profiler import ProfilerActivity, profile
 
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, fused in product((torch.float32, torch.bfloat16), (True, False)):
         param, average = torch.randn(8 * swap.SLICE).to(dtype), torch.randn(8 * swap.SLICE)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            swap_in([(param, average)])
-            swap_back([(param, average)])
+            swap_in([(param, average)], fused=fused)
+            swap_back([(param, average)], fused=fused)
         held = peak = 0
         for event in seen.profiler.kineto_results.events():
             if event.name() == "[memory]":
                 held += event.nbytes()
                 peak = max(peak, held)
-        assert 0 < peak <= 32 * swap.SLICE  # bytes
+        assert (peak == 0) == fused
+        assert peak <= 32 * swap.SLICE  # bytes

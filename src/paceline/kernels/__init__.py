@@ -1,5 +1,7 @@
 """How tensors are stepped: `choose` is the one place that decides which kernel does it.
 
+So is `follow` for what another optimizer has moved, and `exchanges` for swaps.
+
 | file | device | writes the rule |
 |---|---|---|
 | `__init__.py` (`Eager`) | all | `update.step_`, one operation of torch after another |
@@ -13,12 +15,15 @@ long as these stay what they are, and given gradients and numbers at each step.
 
 import functools
 import warnings
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..auto import AUTO
+from ..memory import lacks_memory
 from ..options import Group
 from ..state import PLAIN, averages_of
 from ..update import MovedSlot, PullScalars, Scalars, Slot, count_, in_batches, pull_, rest_, step_
@@ -160,6 +165,54 @@ def follow(slots: list[MovedSlot], pull: PullScalars, *, measure: bool) -> list[
     return [pull_(batch, pull, measure=measure) for batch in in_batches(slots)]
 
 
+class Exchange(Protocol):
+    """Parameters and averages that trade places, all of them or none."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+
+    @property
+    def done(self) -> bool:
+        """Whether they have traded places; also after an exception."""
+        ...
+
+    def run(self, *, back: bool) -> None:
+        """Exchange them, as `swap.swap_in` or, back, as `swap.swap_back` does."""
+        ...
+
+
+def exchanges(
+    pairs: Iterable[tuple[Tensor, Tensor]],
+) -> tuple[list[Exchange], list[tuple[Tensor, Tensor]]]:
+    """Which parameters and averages trade places by kernels, and which by torch operations.
+
+    A swap alone has no kernel built for the CPU: it takes the one that steps have had built.
+
+    Args:
+        pairs: parameter and average, as `swap.swap_in` takes them.
+
+    Returns:
+        A kernel for those that are alike; and the other pairs.
+    """
+    alike = defaultdict(list)
+    for pair in pairs:
+        alike[pair[0].device, pair[0].dtype, pair[1].dtype, _can_exchange(*pair)].append(pair)
+    made: list[Exchange] = []
+    others = []
+    for (device, dtype, of_average, fits), members in alike.items():
+        elements = sum(param.numel() for param, _ in members)
+        if not fits or elements < WORTH_BUILDING:
+            others += members
+        elif device_kind(device) == "cpu" and cpu.is_built():
+            made.append(cpu.Exchange(members))
+        elif device_kind(device) == "gpu" and _gpu_exchanges(device, dtype, of_average):
+            from . import gpu
+
+            made.append(gpu.Exchange(members))
+        else:
+            others += members
+    return made, others
+
+
 def _can_follow(slots: list[MovedSlot]) -> bool:
     """Whether a kernel can follow these tensors: all alike, in one piece, and it works here."""
     first = slots[0]
@@ -170,7 +223,7 @@ def _can_follow(slots: list[MovedSlot]) -> bool:
     if len(kinds) > 1 or not device_kind(device) or (first.param.dtype, of_v) not in cpu.DTYPES:
         return False
     tensors = [y for x in slots for y in (*x[:4], *x.extra) if y is not None]
-    if not all(type(y) in PLAIN and y.is_contiguous() and not y.is_neg() for y in tensors):
+    if not all(map(_in_one_piece, tensors)):
         return False
     if device_kind(device) == "cpu":
         return cpu.available()
@@ -181,6 +234,32 @@ def _can_follow(slots: list[MovedSlot]) -> bool:
     if fault:
         _warn(fault)
     return fault is None
+
+
+def _can_exchange(param: Tensor, average: Tensor) -> bool:
+    """Whether a kernel can exchange them, where there is one."""
+    return (
+        (param.dtype, average.dtype) in cpu.DTYPES
+        and param.shape == average.shape
+        and param.device == average.device
+        and all(_in_one_piece(x) and not lacks_memory(x) for x in (param, average))
+    )
+
+
+def _gpu_exchanges(device: torch.device, dtype: torch.dtype, of_average: torch.dtype) -> bool:
+    """Whether the GPU's kernel can exchange tensors of these dtypes; warns, once, if not."""
+    if capturing(device):
+        return False
+    fault = _fault_of_exchange(device, dtype, of_average)
+    if fault:
+        _warn(fault)
+    return fault is None
+
+
+def _in_one_piece(x: Tensor) -> bool:
+    """Whether a tensor is its elements in their order, and nothing else."""
+    dense = type(x) in PLAIN and x.layout == torch.strided
+    return dense and x.is_contiguous() and not x.is_neg()
 
 
 # ---- what can be used ---------------------------------------------------------------------------
@@ -292,6 +371,18 @@ def _fault_of_follow(
     except ImportError as error:
         return f"{error}; pip install 'paceline[gpu]'"
     return gpu.fault_of_follow(device, dtype, of_v, extra, pulls)
+
+
+@functools.cache
+def _fault_of_exchange(
+    device: torch.device, dtype: torch.dtype, of_average: torch.dtype
+) -> str | None:
+    """The same of a swap."""
+    try:
+        from . import gpu
+    except ImportError as error:
+        return f"{error}; pip install 'paceline[gpu]'"
+    return gpu.fault_of_exchange(device, dtype, of_average)
 
 
 @functools.cache

@@ -26,6 +26,8 @@ struct Step {
 // The same of what another optimizer has moved, and of its pull.
 struct Moved { int64_t param, before, average, second_moment, size; };
 struct Pull { double gain, unbias, eps, cap, weight; };
+// And of a parameter and its average that trade places.
+struct Pair { int64_t param, average, size; };
 
 enum Average { WATCH, PULL, PULL_UNIFORM };  // the last with one gain for all coordinates
 
@@ -227,6 +229,38 @@ template <class P, class V> Follow choose_follow(Average average) {
   return average == PULL ? follow<P, V, PULL> : follow<P, V, PULL_UNIFORM>;
 }
 
+// Live weights and average trade places, as swap.py has it: as bits, but for an offset.
+template <class P, class A, bool BACK>
+void exchange(const Pair& row, int64_t begin, int64_t end) {
+  P* __restrict params = reinterpret_cast<P*>(row.param);
+  A* __restrict averages = reinterpret_cast<A*>(row.average);
+#ifdef __clang__
+#pragma clang loop vectorize(assume_safety)
+#endif
+  for (int64_t i = begin; i < end; i++) {
+    const P param = params[i];
+    if constexpr (sizeof(A) < sizeof(P)) {
+      const P d = load<P>(averages, i);
+      params[i] = BACK ? param - d : param + d;
+    } else if constexpr (sizeof(A) == sizeof(P)) {
+      params[i] = averages[i];
+      averages[i] = param;
+    } else {  // what rounding left out is the average's lower half, read with its sign
+      const uint32_t bits = averages[i];
+      const bool nan = (bits & 0x7FFFFFFFU) > 0x7F800000U;
+      const uint32_t rest = bits & 0xFFFFU, upper = uint32_t(param) << 16;
+      params[i] = P(BACK ? bits >> 16 : nan ? 0x7FC0U : (bits + 0x8000U) >> 16);
+      averages[i] = BACK ? upper + rest - ((rest & 0x8000U) << 1) : upper | rest;
+    }
+  }
+}
+
+using Exchange = void (*)(const Pair&, int64_t, int64_t);
+
+template <class P, class A> Exchange choose_exchange(bool back) {
+  return back ? exchange<P, A, true> : exchange<P, A, false>;
+}
+
 // OpenMP's GOMP_parallel, as its runtimes on Linux have it: run this, with that, on so many.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
@@ -321,4 +355,24 @@ extern "C" void paceline_follow(const void* table, int64_t count, const Pull* pu
         run(rows[k], begin, end, *pull, extra);
         return int64_t(0);
       });
+}
+
+// As `paceline_step`, of parameters that trade places with averages, or back. At the end `done`
+// changes between 0 and 1, so that no interrupt comes between the two.
+extern "C" void paceline_exchange(const void* table, int64_t count, int64_t* done, int dtypes,
+                                  int back, int threads, Parallel parallel) {
+  const Table<Pair> rows(table, 0);
+  Exchange run = nullptr;
+  if (dtypes == 0) run = choose_exchange<uint32_t, uint32_t>(back);
+  if (dtypes == 1) run = choose_exchange<float, bfloat16>(back);
+  if (dtypes == 2) run = choose_exchange<uint16_t, uint32_t>(back);
+  if (dtypes == 3) run = choose_exchange<uint16_t, uint16_t>(back);
+  if (dtypes == 4) run = choose_exchange<uint64_t, uint64_t>(back);
+  for_pieces(
+      count, threads, parallel, [=](int64_t k) { return rows[k].size; },
+      [=](int64_t k, int64_t begin, int64_t end) {
+        run(rows[k], begin, end);
+        return int64_t(0);
+      });
+  *done ^= 1;
 }

@@ -150,23 +150,58 @@ def follow(slots: list[MovedSlot], pull: PullScalars) -> None:
     )
 
 
+class Exchange:
+    """Parameters and averages that trade places, as in `paceline.swap`, in one pass over memory.
+
+    Args:
+        pairs: parameters and averages, of one pair of dtypes, contiguous.
+    """
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.pairs, (param, average) = pairs, pairs[0]
+        self.dtypes = DTYPES[param.dtype, average.dtype]
+        self.table, self.flag = array("q"), array("q", [0])
+        for x, y in pairs:
+            self.table.extend((x.data_ptr(), y.data_ptr(), x.numel()))
+
+    @property
+    def done(self) -> bool:
+        """Whether they have traded places; also after an exception."""
+        return bool(self.flag[0])
+
+    def run(self, *, back: bool) -> None:
+        """Exchange all of them; no Ctrl-C comes between two."""
+        build().exchange(
+            self.table.buffer_info()[0],
+            len(self.pairs),
+            self.flag.buffer_info()[0],
+            self.dtypes,
+            back,
+            torch.get_num_threads(),
+            _openmp(),
+        )
+
+
 class Library(NamedTuple):
     """The functions of cpu.cpp."""
 
     step: Callable[..., int]
     follow: Callable[..., None]
+    exchange: Callable[..., None]
 
 
 def _loaded(path: Path) -> Library:
     """Raises: OSError, AttributeError: it is no library of ours."""
     library = ctypes.CDLL(str(path))
     step, follow = library.paceline_step, library.paceline_follow
+    exchange = library.paceline_exchange
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     step.argtypes = [pointer, size, pointer, *[number] * 5, pointer]
     step.restype = size
     follow.argtypes = [pointer, size, pointer, *[number] * 4, pointer]
-    follow.restype = None
-    return Library(step, follow)
+    exchange.argtypes = [pointer, size, pointer, *[number] * 3, pointer]
+    follow.restype = exchange.restype = None
+    return Library(step, follow, exchange)
 
 
 @functools.cache
@@ -242,6 +277,11 @@ def _built(folder: Path | None, name: str, command: list[str]) -> Library:
 
 def _kept_name(name: str, library: Path) -> str:
     return f"{name}-{hashlib.sha256(library.read_bytes()).hexdigest()}.so"
+
+
+def is_built() -> bool:
+    """Whether this process has the CPU's kernel already."""
+    return bool(build.cache_info().currsize)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..swap import exchange_
 from ..update import MovedSlot, PullScalars, Scalars, Slot, count_, pull_
 from . import Eager, capturing
 from .cpu import numbers, pull_numbers
@@ -34,6 +35,9 @@ MOVED_AVERAGE, BEFORE, SECOND_MOMENT, MOVED_SIZE, MOVED_ADDRESSES, MOVED_ROW = m
     tl.constexpr, range(1, 7)
 )
 PULL_GAIN, PULL_UNBIAS, PULL_EPS, PULL_CAP, PULL_WEIGHT, PULL_NUMBERS = map(tl.constexpr, range(6))
+# And of a pair that trades places: the parameter's at PARAM, the average's, size, bits of both.
+PAIR_AVERAGE, PAIR_SIZE, PAIR_ADDRESSES, PAIR_ROW = map(tl.constexpr, range(1, 5))
+BITS = {2: tl.uint16, 4: tl.uint32, 8: tl.uint64}  # by bytes: what trades places as bits
 COORDINATES, STEP = tl.constexpr(1), tl.constexpr(2)  # what the guard has stand still
 LIMIT32 = tl.constexpr(torch.finfo(torch.float32).max ** 0.5)  # the largest with a finite square
 LIMIT64 = tl.constexpr(torch.finfo(torch.float64).max ** 0.5)
@@ -150,6 +154,48 @@ def follow(slots: list[MovedSlot], pull: PullScalars) -> None:
                 tail=THREADS,
                 **_compiled_for(),
             )
+
+
+class Exchange:
+    """Parameters and averages that trade places, as in `paceline.swap`, in one launch.
+
+    Args:
+        pairs: parameters and averages, of one device and one pair of dtypes, contiguous.
+    """
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.pairs, (param, average) = pairs, pairs[0]
+        device = param.device
+        self.dtypes = (BITS[param.itemsize], BITS[average.itemsize])
+        if average.itemsize < param.itemsize:  # an offset, which is added
+            self.dtypes = (DTYPES[param.dtype], DTYPES[average.dtype])
+        rows: list[int] = []
+        for x, y in pairs:
+            addresses = x.data_ptr(), y.data_ptr()
+            rows += [*addresses, x.numel(), operator.or_(*addresses)]
+        self.table = _put(rows, torch.int64, device)
+        self.chunks = _chunks([x.numel() for x, _ in pairs], device)
+        self.flag = torch.zeros((), dtype=torch.int32, device=device)
+
+    @property
+    def done(self) -> bool:
+        """Whether they have traded places; also after an exception. Waits for the device."""
+        return bool(self.flag)
+
+    def run(self, *, back: bool) -> None:
+        """Exchange all of them; no Ctrl-C comes between two."""
+        if len(self.chunks):
+            with torch.cuda.device_of(self.table):
+                _exchange[len(self.chunks),](
+                    self.chunks,
+                    self.table,
+                    self.flag,
+                    *self.dtypes,
+                    back=back,
+                    block=BLOCK,
+                    tail=THREADS,
+                    **_compiled_for(),
+                )
 
 
 def _compiled_for() -> dict[str, Any]:
@@ -279,6 +325,35 @@ def fault_of_follow(
             ends.append([y for x in slots for y in (x.param, x.average, *x.extra)])
         if not all(_agree(x, y, dtype == torch.bfloat16) for x, y in zip(*ends, strict=True)):
             return f"on {device} it follows a step otherwise than torch operations do"
+    except Exception as error:
+        return _failed(device, error)
+    return None
+
+
+@torch.no_grad()
+def fault_of_exchange(
+    device: torch.device, dtype: torch.dtype, of_average: torch.dtype
+) -> str | None:
+    """As `fault`, of `Exchange` and `swap.exchange_`, bit for bit and there and back.
+
+    Args:
+        device: where to try it.
+        dtype: of the parameters.
+        of_average: of the averages, or of their offsets where that is narrower.
+    """
+    try:
+        slots = [_some(n, device, dtype, of_average, 0) for n in (BLOCK + 5, 3)]
+        pairs = [(x.param, x.average) for x in slots]
+        others = [(x.clone(), y.clone()) for x, y in pairs]
+        made = Exchange(pairs)
+        for back in (False, True):
+            made.run(back=back)
+            for pair, other in zip(pairs, others, strict=True):
+                exchange_(*other, back=back)
+                if not all(map(torch.equal, pair, other)):
+                    return f"on {device} it swaps otherwise than torch operations do"
+            if made.done == back:
+                return f"on {device} it does not say that it has swapped"
     except Exception as error:
         return _failed(device, error)
     return None
@@ -519,6 +594,65 @@ def _moved(
             average = _at(tl.load(table + MOVED_ROW + j), begin, wide, mask, block)
             kept = tl.load(average, mask)
             tl.store(average, kept + weight * (next - kept), mask)
+
+
+@triton.jit
+def _exchange(
+    chunks,
+    table,
+    done,
+    param: tl.constexpr,
+    average: tl.constexpr,
+    back: tl.constexpr,
+    block: tl.constexpr,
+    tail: tl.constexpr,
+):
+    """One chunk of a parameter and its average, as `_step` takes one."""
+    chunk = chunks + 2 * tl.program_id(0)
+    begin = tl.load(chunk + 1).to(tl.int64) * block
+    table += tl.load(chunk) * PAIR_ROW
+    size = tl.load(table + PAIR_SIZE)
+    if (begin + block <= size) & (tl.load(table + PAIR_ADDRESSES) % 16 == 0):
+        _trade(table, begin, None, param, average, back, block)
+    else:
+        length = tl.minimum(size - begin, block).to(tl.int32)
+        for at in range(0, length, tail):
+            first = begin + at
+            mask = first + tl.arange(0, tail) < size
+            _trade(table, first, mask, param, average, back, tail)
+    if tl.program_id(0) == 0:
+        tl.store(done, 1 - tl.load(done))
+
+
+@triton.jit
+def _trade(
+    table,
+    begin,
+    mask,
+    param: tl.constexpr,
+    average: tl.constexpr,
+    back: tl.constexpr,
+    block: tl.constexpr,
+):
+    """The exchange of one chunk, as cpu.cpp's `exchange` has it."""
+    params = _at(tl.load(table + PARAM), begin, param, mask, block)
+    averages = _at(tl.load(table + PAIR_AVERAGE), begin, average, mask, block)
+    x, y = tl.load(params, mask), tl.load(averages, mask)
+    if average.primitive_bitwidth < param.primitive_bitwidth:
+        tl.store(params, x - y.to(param) if back else x + y.to(param), mask)
+    elif average == param:
+        tl.store(params, y, mask)
+        tl.store(averages, x, mask)
+    else:
+        rest, upper = y & 0xFFFF, x.to(average) << 16
+        if back:
+            tl.store(params, (y >> 16).to(param), mask)
+            tl.store(averages, upper + rest - ((rest & 0x8000) << 1), mask)
+        else:
+            nan = (y & 0x7FFFFFFF) > 0x7F800000
+            rounded = tl.where(nan, 0x7FC0, (y + 0x8000) >> 16)
+            tl.store(params, rounded.to(param), mask)
+            tl.store(averages, upper | rest, mask)
 
 
 @triton.jit
