@@ -37,6 +37,16 @@ def test_measures_every_optimizer(monkeypatch, tmp_path, capsys, kernel):
         low, high = row["ratio_quartiles"]
         assert 0 < low <= row["ratio"] <= high
         assert row["times_byte_floor"] > 0
+        # Both shares are of the same time and bytes.
+        shares = row["share_of_copy"] * row["times_byte_floor"]
+        of_copy = results["gpt2"]["copy_gigabytes_per_second"]
+        of_scaling = results["gpt2"]["bandwidth_gigabytes_per_second"]
+        assert shares == pytest.approx(of_scaling / of_copy)
+    elements = results["gpt2"]["parameters"]
+    adamw_seconds = rows["AdamW fused"]["milliseconds"] / 1e3
+    reached = rows["AdamW fused"]["share_of_copy"] * of_copy * 1e9
+    assert reached == pytest.approx(28 * elements / adamw_seconds)
+    assert "of a copy" in printed
     assert rows["PACE fused"]["scratch_megabytes"] < 1e-3
     assert rows["PACE eager"]["scratch_megabytes"] > 0
 

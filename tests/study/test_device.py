@@ -82,6 +82,16 @@ def test_each_other_fault_is_found_by_its_check(kernel, monkeypatch):
         change.setattr(swap, "_exchange", lose_a_bit)
         assert ["other bits back" in x for x in faults("swap")] == [True]
     with monkeypatch.context() as change:
+        run = cpu.Exchange.run
+
+        def off(self, *, back):
+            run(self, back=back)
+            self.pairs[0][0][0, 0].add_(-1.0 if back else 1.0)
+
+        change.setattr(cpu.Exchange, "run", off)
+        (fault,) = faults("swap")
+        assert "puts other weights in" in fault or "other bits back" in fault
+    with monkeypatch.context() as change:
         change.setattr(
             cpu.Kernel,
             "step",
@@ -114,6 +124,41 @@ def test_an_exception_is_one_line_and_the_others_go_on(kernel, monkeypatch):
     found = outcomes("step, float32, ")
     assert {x.fault for x in found if "kernel" in x.name} == {"RuntimeError: no kernel image"}
     assert {x.fault for x in found if "operations" in x.name} == {None}
+
+
+def test_what_no_longer_fits_is_named(tmp_path, monkeypatch, capsys):
+    """Time passes in the checks alone, ten seconds in each."""
+    now, measured = [0.0], []
+
+    def check(_):
+        now[0] += 10.0
+
+    def bench(options, console):
+        measured.append((options.models, options.only))
+        now[0] += 10.0
+
+    monkeypatch.setattr(device.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(device, "accelerator", lambda: CPU)
+    monkeypatch.setattr(device, "_checks", lambda: dict.fromkeys(("one", "two", "three"), check))
+    monkeypatch.setattr(device, "bench", bench)
+    out = tmp_path / "device.md"
+    every = (*device.COMPARED, *device.OURS)
+    assert main(["check-device", "--out", str(out), "--seconds", "20"]) == 0
+    text = out.read_text()
+    assert ": 2 right, 0 wrong, 1 left out\n" in text
+    assert "| two | right |\n| three | not run: no time was left |" in text
+    assert "not run  three: no time was left" in capsys.readouterr().out
+    assert not measured
+    for model in ("gpt2", "small"):
+        assert f"{model}, {', '.join(every)}: not measured, for no time was left." in text
+    for name in device.OURS:
+        assert f"large, {name}: not measured, for no time was left." in text
+    now[0] = 0.0
+    assert main(["check-device", "--out", str(out), "--seconds", "35"]) == 0
+    assert measured == [(("gpt2",), every)]
+    assert "left out" not in out.read_text()
+    assert "small, AdamW for-loop, " in out.read_text()
+    assert device.CheckDevice().seconds < 300
 
 
 def test_without_an_accelerator_it_says_so(capsys, monkeypatch):

@@ -31,6 +31,7 @@ TABLE = {  # of the printed table, each with the format of a row's value
     "× AdamW fused": "{ratio:.2f}",
     "quartiles": "{ratio_quartiles[0]:.2f}-{ratio_quartiles[1]:.2f}",
     "× byte floor": "{times_byte_floor:.2f}",
+    "of a copy": "{share_of_copy:.0%}",
     "state B": "{state_bytes_per_parameter:.2f}",
     "scratch MB": "{scratch_megabytes:.1f}",
     "first step s": "{first_step_seconds:.2f}",
@@ -79,10 +80,11 @@ def bench(options: Bench, console: Console) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "rounds": options.rounds,
-        "kernel_build_seconds": _build_seconds(),
+        "kernel_build_seconds": _build_seconds() if device == "cpu" else None,
     }
-    console.width = max(console.width, 120)  # all columns of the tables
-    console.print(f"Cold build of the CPU's kernel: {results['kernel_build_seconds']:.1f} s")
+    console.width = max(console.width, 132)  # all columns of the tables
+    if device == "cpu":
+        console.print(f"Cold build of the CPU's kernel: {results['kernel_build_seconds']:.1f} s")
     for model in options.models:
         results[model] = _measure(model, device, options)
         console.print(_bench_table(model, results[model]))
@@ -229,8 +231,10 @@ def _measure(model: Model, device: str, options: Bench) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in steppers}
     ratios: dict[str, list[float]] = {name: [] for name in steppers}
     stream = torch.ones(elements, device=device)
+    target, source = stream[: 2 * (elements // 2)].chunk(2)
     passes: list[float] = []
     streams: list[float] = []
+    copies: list[float] = []
     for _ in track(range(options.rounds), description=model, transient=True):
         for name, stepper in steppers.items():
             if backward:
@@ -241,7 +245,9 @@ def _measure(model: Model, device: str, options: Bench) -> dict[str, Any]:
             times[name].append(_time(stepper.step, device))
             ratios[name].append(times[name][-1] / beside)
         streams.append(_time(lambda: stream.mul_(1.0000001), device))
+        copies.append(_time(lambda: target.copy_(source), device))
     bandwidth = 8 * elements / median(streams)
+    copied = 8 * len(source) / median(copies)
     rows = {}
     for contender in contenders:
         name, own = contender.name, median(times[contender.name])
@@ -254,6 +260,7 @@ def _measure(model: Model, device: str, options: Bench) -> dict[str, Any]:
             "scratch_megabytes": scratch[name] / 1e6,
             "first_step_seconds": first[name],
             "times_byte_floor": own * bandwidth / (contender.bytes * elements),
+            "share_of_copy": contender.bytes * elements / own / copied,
             "share_of_training_step": own / (own + median(passes)) if passes else None,
         }
     return {
@@ -261,6 +268,7 @@ def _measure(model: Model, device: str, options: Bench) -> dict[str, Any]:
         "tensors": len(params),
         "largest_tensor_megabytes": max(p.nbytes for p in params) / 1e6,
         "bandwidth_gigabytes_per_second": bandwidth / 1e9,
+        "copy_gigabytes_per_second": copied / 1e9,
         "forward_and_backward_milliseconds": 1e3 * median(passes) if passes else None,
         "optimizers": rows,
     }
@@ -309,7 +317,8 @@ def _build_seconds() -> float:
 def _bench_table(model: Model, result: dict[str, Any]) -> Table:
     title = (
         f"{model}: {result['parameters'] / 1e6:.1f}M parameters in {result['tensors']} tensors, "
-        f"{result['bandwidth_gigabytes_per_second']:.0f} GB/s"
+        f"{result['bandwidth_gigabytes_per_second']:.0f} GB/s, "
+        f"a copy {result['copy_gigabytes_per_second']:.0f} GB/s"
     )
     if result["forward_and_backward_milliseconds"]:
         title += f", forward and backward {result['forward_and_backward_milliseconds']:.0f} ms"

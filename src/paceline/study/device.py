@@ -7,6 +7,7 @@ same step in torch operations on the CPU is, and the rounding of the arithmetic.
 import copy
 import io
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -43,6 +44,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 COMPARED = ("AdamW for-loop", "AdamW foreach", "AdamW fused + EMA", "schedulefree AdamW")
 OURS = ("PACE fused", "PACE fused bf16 state", "Pullback(AdamW fused)")
+NO_TIME = "no time was left"
 BYTES = 48  # a parameter that a bench of one optimizer beside AdamW takes, at most
 Check = Callable[[torch.device], None]
 
@@ -73,12 +75,13 @@ def check_device(options: CheckDevice, console: Console) -> int:
         raise InputError("check-device: torch finds no accelerator on this machine")
     if options.out.is_dir() or not options.out.parent.is_dir():
         raise InputError(f"out: {options.out} cannot be written; name a file in a folder")
+    until = time.monotonic() + options.seconds
     outcomes = []
-    for outcome in checked(device):
+    for outcome in checked(device, until):
         word = "not run" if outcome.skipped else "FAILED" if outcome.fault else "right"
         console.print(f"{word:8} {outcome.name}{f': {outcome.fault}' * bool(outcome.fault)}")
         outcomes.append(outcome)
-    tables = list(_measured(device, options)) if options.bench else []
+    tables = list(_measured(device, options, until)) if options.bench else []
     with whole(options.out) as partial:
         partial.write_text(_page(device, outcomes, tables), encoding="utf-8")
     console.print(f"Results: {options.out}")
@@ -92,9 +95,17 @@ def accelerator() -> torch.device | None:
     return torch.accelerator.current_accelerator()
 
 
-def checked(device: torch.device) -> Iterator[Outcome]:
-    """The outcome of each check on a device; none raises."""
+def checked(device: torch.device, until: float = math.inf) -> Iterator[Outcome]:
+    """The outcome of each check on a device; none raises.
+
+    Args:
+        device: where to check.
+        until: what has not begun by then, of `time.monotonic()`, is left out.
+    """
     for name, check in _checks().items():
+        if time.monotonic() >= until:
+            yield Outcome(name, NO_TIME, skipped=True)
+            continue
         try:
             check(device)
             yield Outcome(name, None)
@@ -250,12 +261,18 @@ def _swap(device: torch.device) -> None:
         _train(opt, params)
         before, live = _held(opt, params), _bits(list(params))
         for name in opt.returns:
-            opt.eval(name)
-            if _bits(list(params)) == live:
+            put_in = []
+            for least in (0, 2**62):  # by the kernel, and by torch operations
+                with patch.object(kernels, "WORTH_BUILDING", least):
+                    opt.eval(name)
+                    put_in.append(_bits(list(params)))
+                    opt.train()
+                if _held(opt, params) != before:
+                    raise Failed(f"train() after eval({name!r}) gives other bits back, with {form}")
+            if put_in[0] != put_in[1]:
+                raise Failed(f"by the kernel eval({name!r}) puts other weights in, with {form}")
+            if put_in[0] == live:
                 raise Failed(f"eval({name!r}) changes nothing, with {form}")
-            opt.train()
-            if _held(opt, params) != before:
-                raise Failed(f"train() after eval({name!r}) gives other bits back, with {form}")
 
 
 def _graph(device: torch.device) -> None:
@@ -374,7 +391,7 @@ def _compiled(device: torch.device) -> None:
 # ---- measuring ----------------------------------------------------------------------------------
 
 
-def _measured(device: torch.device, options: CheckDevice) -> Iterator[str]:
+def _measured(device: torch.device, options: CheckDevice, until: float) -> Iterator[str]:
     """Tables of the benchmark, in Markdown; or why there is none."""
     if device.type not in ("cpu", "cuda"):
         yield f"`paceline bench` does not measure on {device.type}."
@@ -396,6 +413,9 @@ def _measured(device: torch.device, options: CheckDevice) -> Iterator[str]:
             yield f"{model}: not measured, for it takes {need / 1e9:.0f} GB of the device's memory."
             continue
         for only in names:
+            if time.monotonic() >= until:
+                yield f"{model}, {', '.join(only)}: not measured, for {NO_TIME}."
+                continue
             text = io.StringIO()
             on: Any = device.type
             wanted = Bench(models=(model,), only=only, rounds=options.rounds, device=on)
@@ -418,8 +438,10 @@ def _page(device: torch.device, outcomes: list[Outcome], tables: list[str]) -> s
         pass
     failed = [x for x in outcomes if x.fault and not x.skipped]
     right = sum(not x.fault for x in outcomes)
+    left_out = sum(x.fault == NO_TIME for x in outcomes)
     lines = [
-        f"# paceline check-device, {made['started'][:10]}: {right} right, {len(failed)} wrong",
+        f"# paceline check-device, {made['started'][:10]}: {right} right, {len(failed)} wrong"
+        + f", {left_out} left out" * bool(left_out),
         "",
         f"    {made['command']}",
         "",
@@ -441,6 +463,7 @@ def _page(device: torch.device, outcomes: list[Outcome], tables: list[str]) -> s
     if tables:
         lines += [
             "",
-            "1 / (× byte floor) is the share of the bandwidth of an in-place multiplication.",
+            "*Of a copy*: the bandwidth that a step reaches, by the bytes that it needs to move, "
+            "as a share of that of a copy on the device in the same rounds.",
         ]
     return "\n".join(lines) + "\n"

@@ -230,7 +230,8 @@ class Bench(Options):
     In each round, every optimizer steps the same parameters and gradients, right after a fused
     AdamW, so that a busy machine slows both. Times are medians over the rounds; ratios are medians
     of the ratios to that AdamW. The byte floor is the time to read and write the bytes that a step
-    needs, at the bandwidth of an in-place multiplication in the same rounds.
+    needs, at the bandwidth of an in-place multiplication in the same rounds; "of a copy" is the
+    bandwidth that the step reaches, as a share of that of a copy on the device in the same rounds.
 
     The models: gpt2, the tensors of GPT-2 124M; small, 2,000 tensors of at most 64k elements, like
     those of adapters; training, a small GPT-2 with its forward and backward pass; large, the
@@ -256,7 +257,7 @@ class CheckDevice(Options):
 
     Every form of the step and of the pull around another optimizer is held to the step in float64
     on the CPU; then swap, resume, guard, GradScaler, CUDA graphs and a compiled model. Last comes
-    `paceline bench`.
+    `paceline bench`, with the bandwidth of each optimizer as a share of that of a copy.
     """
 
     out: Path = Path("device.md")
@@ -265,3 +266,6 @@ class CheckDevice(Options):
     """Timed steps of each optimizer, >= 3."""
     bench: bool = True
     """Measure, too, after the checks."""
+    seconds: int = Field(default=240, ge=1)
+    """What has not begun after so many seconds, >= 1, is left out and named. With 240 all takes
+    under five minutes if no part takes one."""
