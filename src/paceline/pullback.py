@@ -305,7 +305,8 @@ class Pullback(Around):
                 square = None
                 if pulled and not _has_second_moment(p, state, group):  # at a first step: yet
                     square = shards.local_grad(p).to(wide_dtype(p)).square()
-                plan.append(_Planned(p, group, averages, float(done), idle, before, square))
+                planned = _Planned(p, group, averages, float(done), idle, begins, before, square)
+                plan.append(planned)
         return plan
 
     def _copy(self, param: Tensor, earlier: dict[Tensor, Tensor]) -> Tensor:
@@ -354,9 +355,11 @@ class Pullback(Around):
         if state[AVERAGE].dtype != dtype:
             state[AVERAGE] = state[AVERAGE].to(dtype)
         for key in (AVERAGE_STEP, IDLE):  # float32 in what was saved otherwise
-            state[key] = state.get(key, new_count()).double()
+            if key not in state or state[key].dtype != torch.float64:
+                state[key] = state.get(key, new_count()).double()
         note_begins(state, x.group, x.averages, begins, taken_in(state) if begins else 0)
-        if x.before is not None:
+        if x.begins:
+            assert x.before is not None
             begin_extra(state, x.averages, x.before)
         if x.idle:
             return
@@ -496,6 +499,7 @@ class _Planned(NamedTuple):
     averages: Averages
     done: float  # steps that were taken of it
     idle: bool  # it has no gradient: its averages alone go on
+    begins: bool  # its state lacks averages, or has others than its group
     before: Tensor | None  # θ_t, where it will be needed
     square: Tensor | None  # g², this rank's part, where a second moment of our own may need it
 
