@@ -128,6 +128,19 @@ def test_none_chooses_the_kernel_for_large_models_that_it_can_step(kernel, monke
     assert calls == [1]  # the one that it can step
 
 
+def test_tensors_at_rest_ask_for_no_kernel(kernel, monkeypatch):
+    large, small = Parameter(torch.ones(600, 600)), Parameter(torch.ones(3))
+    opt = PACE([large, small], pullback=0.1, fused=False)
+    large.grad, small.grad = torch.ones_like(large), torch.ones_like(small)
+    opt.step()
+    opt.param_groups[0]["fused"], large.grad = None, None
+    asked = []
+    monkeypatch.setattr(kernels, "_available", lambda *_: asked.append(1))
+    opt.step()
+    assert opt.state[large]["idle_steps"] == 1
+    assert not asked
+
+
 # ---- building ----------------------------------------------------------------------------------
 
 
@@ -204,6 +217,10 @@ def test_without_a_kernel_true_raises_and_none_warns_once(unbuilt, monkeypatch, 
     assert not list(unbuilt.glob("*.so"))
 
 
+class Other(torch.Tensor):
+    pass
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -211,6 +228,8 @@ def test_without_a_kernel_true_raises_and_none_warns_once(unbuilt, monkeypatch, 
         (lambda: torch.ones(3, 4).to_sparse(), "not sparse"),
         (lambda: torch.ones(3, 4, dtype=torch.complex64), "not torch.complex64"),
         (lambda: torch.ones(3, 4, dtype=torch.float16), "not torch.float16"),
+        (lambda: torch.ones(3, 4).as_subclass(Other), "plain tensors, not Other"),
+        (lambda: torch._neg_view(torch.ones(3, 4)), "contiguous"),
     ],
 )
 def test_what_the_kernel_cannot_step_is_named(make, reason, kernel):
@@ -225,6 +244,25 @@ def test_what_the_kernel_cannot_step_is_named(make, reason, kernel):
         opt.step()
     assert torch.equal(good, torch.ones(2))
     assert not opt.state
+
+
+@pytest.mark.parametrize(
+    ("grad", "kind"),
+    [(torch.ones(30).as_subclass(Other), "Other"), (torch._neg_view(torch.ones(30)), "Tensor")],
+)
+def test_a_gradient_of_another_kind_goes_through_torch(grad, kind, kernel, monkeypatch):
+    monkeypatch.setattr(kernels, "WORTH_BUILDING", 0)
+    monkeypatch.setattr(cpu, "Kernel", None)
+    p, q = Parameter(torch.ones(30)), Parameter(torch.ones(30))
+    p.grad, q.grad = grad, grad.as_subclass(torch.Tensor).resolve_neg().clone()
+    PACE([p], lr=0.1, pullback=0.1).step()
+    PACE([q], lr=0.1, pullback=0.1, fused=False).step()
+    assert torch.equal(p, q)
+    opt = PACE([p], lr=0.1, pullback=0.1)
+    opt.param_groups[0]["fused"] = True
+    with pytest.raises(RuntimeError, match=f"takes plain gradients, not {kind} of another kind"):
+        opt.step()
+    assert torch.equal(p, q)
 
 
 def test_a_strided_gradient_is_no_obstacle(kernel):
@@ -310,6 +348,40 @@ def test_without_triton_true_raises_and_none_warns_once(monkeypatch):
     assert opt.state[p]["step"] == 2
     kernels._fault_on_gpu.cache_clear()
     kernels._warn.cache_clear()
+
+
+FORMS = {  # options, and what a GPU's kernel is compiled for then
+    "as it is": ({}, {}),
+    "two averages more": ({"returns": {"slow": "ema:kappa=0.7", "mean": "uniform"}}, {"extra": 2}),
+    "one gain": ({"gain": "scalar"}, {"uniform_gain": True}),
+    "auto": ({"pullback": "auto"}, {"extra": 1, "uniform_gain": True}),
+    "stochastic": ({"stochastic_round": True}, {"stochastic": True}),
+    "narrow state": ({"state_dtype": torch.bfloat16}, {"state_dtype": torch.bfloat16}),
+    "skip": ({"nonfinite": "skip"}, {"skip": None}),
+    "raise": ({"nonfinite": "raise"}, {"skip": False}),
+    "ignore": ({"nonfinite": "ignore"}, {"skip": False}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gpu_is_asked_for_just_what_it_will_step(form, monkeypatch):
+    options, expected = FORMS[form]
+    p = Parameter(torch.ones(3, dtype=torch.bfloat16))
+    (group,) = PACE([p], **{"pullback": 0.3, **options}).param_groups
+    dtype = group["state_dtype"] or torch.float32
+    asked = []
+    monkeypatch.setattr(kernels, "device_kind", lambda device: "gpu")
+    monkeypatch.setattr(kernels, "_fault_on_gpu", asked.append)
+    assert kernels._available(p, dtype, group)
+    plain = kernels.Variant(p.device, p.dtype, torch.float32, 0, False, False, skip=True)
+    assert asked == [plain._replace(**expected)]
+    kernels.prepare(p, dtype, group)
+    assert asked[1:] == asked[:1]
+    monkeypatch.setattr(kernels, "capturing", lambda device: True)
+    assert not kernels._available(p, dtype, group)
+    with pytest.raises(kernels.BuildError, match="before one that goes into a CUDA graph"):
+        kernels.prepare(p, dtype, group)
+    assert len(asked) == 2
 
 
 def test_fused_on_a_device_without_a_kernel_is_refused():

@@ -203,6 +203,58 @@ def test_what_it_cannot_follow_goes_through_torch(taken, kernel):
         assert taken == expected, options
 
 
+ALIKE = {  # what a kernel cannot follow, made from what it can
+    "as they are": lambda x, y: [x, y],
+    "of two kinds": lambda x, y: [x, y._replace(second_moment=y.second_moment.bfloat16())],
+    "one is not pulled": lambda x, y: [x, y._replace(before=None)],
+    "a second moment of another dtype": lambda x, y: [
+        s._replace(second_moment=s.second_moment.double()) for s in (x, y)
+    ],
+    "float16": lambda x, y: [s._replace(param=s.param.half()) for s in (x, y)],
+    "another device": lambda x, y: [
+        s._replace(**{name: getattr(s, name).to("meta") for name in s._fields[:4]}, extra=())
+        for s in (x, y)
+    ],
+    "a strided average more": lambda x, y: [
+        x,
+        y._replace(extra=(*y.extra[:2], y.extra[2].t().contiguous().t())),
+    ],
+    "a sparse one": lambda x, y: [x, y._replace(before=y.before.to_sparse())],
+    "a negated one": lambda x, y: [
+        x,
+        y._replace(average=torch._neg_view(y.average)),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_tensors_that_a_kernel_can_follow_are_alike_and_in_one_piece(case, kernel, monkeypatch):
+    x, y = (moved(FLOAT32, FLOAT32)[i] for i in (0, 4))
+    slots = ALIKE[case](x, y)
+    assert kernels._can_follow(slots) == (case == "as they are")
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    assert not kernels._can_follow(slots)
+
+
+@pytest.mark.parametrize("of_v", [FLOAT32, BFLOAT16, None])
+@pytest.mark.parametrize("pulls", [True, False])
+def test_a_gpu_is_asked_for_just_what_it_will_follow(of_v, pulls, monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernels, "device_kind", lambda device: "gpu")
+    monkeypatch.setattr(kernels, "_fault_of_follow", lambda *kind: asked.append(kind))
+    slots = [
+        x._replace(
+            second_moment=x.second_moment if of_v else None, before=x.before if pulls else None
+        )
+        for x in moved(FLOAT32, of_v or FLOAT32)
+    ]
+    assert kernels._can_follow(slots)
+    assert asked == [(torch.device("cpu"), FLOAT32, of_v, 3, pulls)]
+    monkeypatch.setattr(kernels, "capturing", lambda device: True)
+    assert not kernels._can_follow(slots)
+    assert len(asked) == 1
+
+
 def test_the_copy_of_the_weights_is_kept_only_while_there_is_a_pull(taken, kernel):
     params = params_of((40, 50), (7,))
     opt = Pullback(sgd(params), pullback=0.3, gain="scalar")

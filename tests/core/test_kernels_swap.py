@@ -155,7 +155,7 @@ def test_what_it_cannot_exchange_goes_through_torch(taken):
         "strided": (x.t(), y.t(), []),
         "its average strided": (x, y.reshape(10, 20).t(), []),
         "float16": (half, y, []),
-        "negated": (torch.zeros(200, dtype=torch.complex64).conj().imag, torch.randn(200), []),
+        "negated": (torch._neg_view(torch.randn(200)), torch.randn(200), []),
         "a subclass": (x.as_subclass(type("Other", (torch.Tensor,), {})), y, []),
         "small": (torch.randn(9), torch.randn(9), []),
     }
@@ -204,6 +204,14 @@ def test_pairs_are_exchanged_with_those_alike(taken):
         exchange_(*pair, back=False)
     assert same(bits(pairs), bits(expected))
     assert taken == [2, 2, 2]
+
+
+def test_other_devices_are_left_alone(taken):
+    here, there = (torch.randn(300) for _ in range(2)), (torch.empty(300, device="meta"),) * 2
+    pairs = [tuple(here), there, (torch.randn(300), there[0])]
+    made, others = kernels.exchanges(pairs)
+    assert [x.pairs for x in made] == [pairs[:1]]
+    assert all(x is y for x, y in zip(others, pairs[1:], strict=True))
 
 
 # ---- all or nothing ------------------------------------------------------------------------------
