@@ -1,6 +1,7 @@
 """The pull after another optimizer's step, in one pass: beside NumPy and torch."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -253,6 +254,20 @@ def test_a_gpu_is_asked_for_just_what_it_will_follow(of_v, pulls, monkeypatch):
     monkeypatch.setattr(kernels, "capturing", lambda device: True)
     assert not kernels._can_follow(slots)
     assert len(asked) == 1
+
+
+def test_without_triton_a_gpu_is_followed_by_torch(monkeypatch):
+    monkeypatch.setattr(kernels, "device_kind", lambda device: "gpu")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "paceline.kernels.gpu", raising=False)
+    monkeypatch.delattr(kernels, "gpu", raising=False)
+    kernels._fault_of_follow.cache_clear()
+    kernels._warn.cache_clear()
+    with pytest.warns(UserWarning, match=r"slower: .*triton.*; pip install 'paceline\[gpu\]'$"):
+        assert not kernels._can_follow(moved(FLOAT32, FLOAT32))
+    assert not kernels._can_follow(moved(FLOAT32, FLOAT32))  # says it once
+    kernels._fault_of_follow.cache_clear()
+    kernels._warn.cache_clear()
 
 
 def test_the_copy_of_the_weights_is_kept_only_while_there_is_a_pull(taken, kernel):

@@ -18,7 +18,7 @@ from tritons import resources
 
 from paceline import EMA, PACE, PowerEMA, kernels
 from paceline.kernels import Eager, cpu
-from paceline.update import Scalars, Slot
+from paceline.update import MovedSlot, PullScalars, Scalars, Slot
 
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="triton is not installed (extra `gpu`)"
@@ -360,6 +360,44 @@ def launches_once(count):
 @pytest.mark.parametrize("count", [1, 70])
 def test_all_tensors_are_one_launch(count, interpreted):
     interpreted(launches_once, count)
+
+
+def launches_nothing():
+    from paceline.kernels import gpu
+
+    class Refusing:
+        def __getitem__(self, grid):
+            raise AssertionError("a device refuses a launch of no programs")
+
+    with patch.multiple(gpu, _step=Refusing(), _follow=Refusing(), _exchange=Refusing()):
+        slots, counts = slots_of([(0,), (3, 0)], FLOAT32, FLOAT32)
+        grads = [torch.ones_like(x.param) for x in slots]
+        gpu.Kernel(slots, counts).step(grads, None, EXACT, measure=False)
+        assert counts == [1.0, 1.0]
+        pull = PullScalars(0.3, 0.4, 1e-8, clip=True, weight=0.2, extra_weights=(0.1,))
+        gpu.follow([MovedSlot(x.param, x.average, extra=x.extra) for x in slots], pull)
+        gpu.Exchange([(x.param, x.average) for x in slots]).run(back=False)
+
+
+def test_empty_tensors_are_no_launch(interpreted):
+    interpreted(launches_nothing)
+
+
+def takes_strided_gradients():
+    from paceline.kernels import gpu
+
+    ends = []
+    for strided in (False, True):
+        slots, counts = slots_of([(30, 40)], FLOAT32, FLOAT32)
+        g = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
+        g = g.t().contiguous().t() if strided else g
+        gpu.Kernel(slots, counts).step([g], None, EXACT, measure=False)
+        ends.append(bits(written(slots)))
+    assert ends[0] == ends[1]
+
+
+def test_a_strided_gradient_is_no_obstacle(interpreted):
+    interpreted(takes_strided_gradients)
 
 
 def steps_far_elements():

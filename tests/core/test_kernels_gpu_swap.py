@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 import warnings
 
 import pytest
@@ -134,8 +135,6 @@ def test_nothing_begins_in_a_graph(interpreted):
 
 
 def test_without_triton_it_warns_once(monkeypatch):
-    import sys
-
     monkeypatch.setattr(kernels, "device_kind", lambda device: "gpu")
     monkeypatch.setattr(kernels, "WORTH_BUILDING", 0)
     monkeypatch.setitem(sys.modules, "triton", None)
