@@ -610,6 +610,42 @@ def test_each_form_of_it_is_compared_with_torch_operations(
     assert bool(careless) == (skip is True or stochastic or state_dtype == BFLOAT16)
 
 
+def finds_little(how):
+    from paceline.kernels import gpu
+
+    class Made:
+        """Torch operations, but for one thing."""
+
+        def __init__(self, slots, counts):
+            self.inner, self.slots = Eager(slots, counts), slots
+
+        def step(self, grads, keys, s, *, measure):
+            (found,) = self.inner.step(grads, keys and [0 for _ in keys], s, measure=measure)
+            if how == "one element":
+                self.slots[0].param[5] += 1e-3
+            if how == "the count":
+                found["skipped"] += 1
+            return [found]
+
+    state_dtype = BFLOAT16 if how == "the key" else FLOAT32
+    with patch.object(gpu, "Kernel", Made):
+        return gpu.fault(torch.device("cpu"), FLOAT32, state_dtype, 0, False, False, True)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("nothing", None),
+        ("one element", "steps param otherwise"),
+        ("the count", "skips other coordinates"),
+        ("the key", "steps .* otherwise"),
+    ],
+)
+def test_a_little_that_is_wrong_is_found(how, reason, interpreted):
+    found = interpreted(finds_little, how)
+    assert found is None if reason is None else re.search(reason, found)
+
+
 def keeps_its_plan():
     from paceline.optimizer import Plan
 

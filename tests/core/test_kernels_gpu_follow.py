@@ -130,6 +130,25 @@ def test_one_that_is_wrong_or_fails_is_not_taken(wrong, reason, interpreted, ker
     assert "\n" not in told[0]
 
 
+def compares(pulls, of_v):
+    from paceline.kernels import gpu
+
+    seen, follow = [], gpu.follow
+
+    def seeing(slots, pull):
+        seen.extend((x.before is not None, x.second_moment is not None) for x in slots)
+        follow(slots, pull)
+
+    with patch.object(gpu, "follow", seeing):
+        assert gpu.fault_of_follow(torch.device("cpu"), FLOAT32, of_v, 1, pulls) is None
+    return set(seen)
+
+
+@pytest.mark.parametrize(("pulls", "of_v"), [(True, FLOAT32), (True, None), (False, None)])
+def test_it_is_compared_in_the_form_that_is_asked_for(pulls, of_v, interpreted):
+    assert interpreted(compares, pulls, of_v) == {(pulls, of_v is not None)}
+
+
 # ---- what it becomes -----------------------------------------------------------------------------
 
 CASES = {  # parameters, second moments, extra averages, pulls -> bytes for each parameter
