@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="triton is not installed (extra `gpu`)"
 )
 
-SHAPES = [(3, 350), (1024,), (0,), (7,), ()]  # a whole chunk and a tail, or one of them, or none
+SHAPES = [(3, 350), (1024,), (0,), (7,), (), (2,)]  # six programs
 
 
 # ---- what it computes ----------------------------------------------------------------------------
@@ -37,12 +37,33 @@ def trades(dtype, of_average):
         beside.run(back=back)
         assert same(bits(pairs), bits(others))
         assert same(bits(pairs), before) == back
-        assert made.done == (not back)
+        assert made.done == beside.done == (not back)
 
 
 @pytest.mark.parametrize(("dtype", "of_average"), DTYPES, ids=str)
 def test_it_is_the_cpu_kernels_there_and_back(dtype, of_average, interpreted, kernel):
     interpreted(trades, dtype, of_average)
+
+
+def masks(which):
+    from paceline.kernels import gpu
+
+    seen, trade = [], gpu._trade
+    with pytest.MonkeyPatch.context() as change:
+        change.setattr(gpu, "_trade", lambda *x: seen.append(x[2] is not None) or trade(*x))
+        for at in (0, 1):
+            (pair,) = some_pairs(FLOAT32, FLOAT32, [(2048,)])
+            before = bits([pair])
+            moved = [x if i != which else torch.cat([torch.zeros(at), x])[at:]
+                     for i, x in enumerate(pair)]  # fmt: skip
+            gpu.Exchange([tuple(moved)]).run(back=False)
+            assert same(bits([moved]), before[::-1])
+    return seen
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_memory_off_boundaries_of_16_bytes_trades_with_a_mask(which, interpreted):
+    assert interpreted(masks, which) == [False] * 2 + [True] * 8
 
 
 def trades_nans():

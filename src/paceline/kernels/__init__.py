@@ -258,8 +258,7 @@ def _gpu_exchanges(device: torch.device, dtype: torch.dtype, of_average: torch.d
 
 def _in_one_piece(x: Tensor) -> bool:
     """Whether a tensor is its elements in their order, and nothing else."""
-    dense = type(x) in PLAIN and x.layout == torch.strided
-    return dense and x.is_contiguous() and not x.is_neg()
+    return type(x) in PLAIN and x.is_contiguous() and not x.is_neg()
 
 
 # ---- what can be used ---------------------------------------------------------------------------
