@@ -38,6 +38,15 @@ def reporting(what: str, *errors: type[Exception]) -> Iterator[None]:
         raise InputError(f"{what}: {reason}") from error
 
 
+@contextmanager
+def reporting_disk(path: Path) -> Iterator[None]:
+    """Raise what cannot be read or written as an InputError, which names the file or this path."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: {error.strerror or error}") from error
+
+
 def read_small(path: Path, most: int = 10**6) -> str:
     """The text of a file of a few pages; a device that never ends is not read to its end.
 

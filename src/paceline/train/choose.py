@@ -5,7 +5,6 @@ one at a time and in the place of the model's weights: the memory needed is that
 few times its largest tensor.
 """
 
-import json
 import math
 import shutil
 import time
@@ -18,10 +17,8 @@ import torch
 from matplotlib.figure import Figure
 from rich.box import MARKDOWN
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer
 
@@ -30,12 +27,12 @@ from ..files import put, remove, scratch, whole
 from ..snapshots import save_averages
 from ..sums import CARD, find_damage, write_sums
 from ..synthesis import LIMIT
-from . import InputError, folder, reporting
+from . import InputError, folder, reporting, reporting_disk
 from .evaluate import find_device
-from .held_out import Difference, Half, HeldOut, difference, held_out_of, task_of
-from .manifest import environment, read_json, write_json
+from .held_out import Difference, Half, HeldOut, difference, held_out_by
+from .manifest import environment, read_json, without_nan, write_json
 from .methods import Setup
-from .model import load_model
+from .model import load_to_score, tensors_by_name
 from .options import Choose
 from .page import COLOURS, save, write_page
 from .rebuild import (
@@ -49,8 +46,8 @@ from .rebuild import (
     weights_of,
 )
 from .recipe import Recipe
-from .terminal import progress_bars, quiet, say
-from .weighted import Checkpoint, load_tensor, read_headers, weighted_sum, write
+from .terminal import quiet, say, steady_bars
+from .weighted import Checkpoint, load_tensor, put_sums, read_headers, write
 
 KAPPAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of the power EMAs that are tried
 LIVE, DEFAULT, KEPT, REBUILT = "live", "default", "kept", "rebuilt"
@@ -74,32 +71,10 @@ def choose_command(options: Choose, console: Console) -> None:
     rules = None if options.rules is None else _parsed(options.rules)
     device = find_device(options.device)
     quiet()
-    with folder.locked(run), _one_line_of_disk(run):
+    with folder.locked(run), reporting_disk(run):
         recipe = Recipe(**folder.recipe_of(run, option="run"))
-        held_out = _held_out(options, recipe)
+        held_out = held_out_by(options, run / folder.MODEL, recipe)
         choose(run, recipe, held_out, console, rules=rules, device=device)
-
-
-def _held_out(options: Choose, recipe: Recipe) -> HeldOut:
-    """What the options say to score on."""
-    run, most = options.run, options.examples
-    if options.task is None:
-        for name in ("metric", "include"):
-            if getattr(options, name) is not None:
-                raise InputError(f"{name}: it is of a task; name that by --task")
-        return held_out_of(run, recipe, options.data, most)
-    if options.data is not None:
-        raise InputError("data: a task has its own data; give --data or --task, not both")
-    return task_of(run, options.task, options.metric, options.include, most)
-
-
-@contextmanager
-def _one_line_of_disk(run: Path) -> Iterator[None]:
-    """Report what cannot be read or written in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{error.filename or run}: {error.strerror or error}") from error
 
 
 def _parsed(texts: Sequence[str]) -> list[Averaging]:
@@ -178,7 +153,7 @@ def _write_snapshots(run: Path, recipe: Recipe, place: Path) -> None:
         file = checkpoint / "optimizer.pt"
         if not file.is_file():
             raise InputError(f"run: {checkpoint} has no optimizer.pt to take averages from")
-        model = _loaded(checkpoint)
+        model = load_to_score(checkpoint)
         decayed = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
         setup = Setup(model, decayed, recipe.weight_decay, 0, folder.step_of(checkpoint) or 1)
         optimizer = recipe.parsed.build(setup)
@@ -187,21 +162,15 @@ def _write_snapshots(run: Path, recipe: Recipe, place: Path) -> None:
             save_averages(place, model, optimizer)
 
 
-def _loaded(path: Path, **options: Any) -> Any:
-    with reporting(f"run: {path} cannot be loaded", OSError, ValueError, SafetensorError):
-        return load_model(str(path), dtype="auto", **options).eval()
-
-
 def _parameters(model: Any, last: Checkpoint) -> dict[str, Tensor]:
     """The parameters of a model by the names that they have in snapshots.
 
     Raises:
         InputError: the snapshots are of another model.
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
     found = {}
-    for name, header in last.tensors.items():
-        own = named.get(name, named.get(name.removeprefix("base_model.model.")))
+    for name, own in tensors_by_name(model, last.tensors).items():
+        header = last.tensors[name]
         if own is None or tuple(own.shape) != header.form.shape:
             what = "missing" if own is None else f"of shape {tuple(own.shape)}"
             raise InputError(
@@ -268,7 +237,7 @@ def choose(
     Raises:
         InputError: something cannot be used; nothing has changed then.
     """
-    with _one_line_of_disk(run):
+    with reporting_disk(run):
         return _choose(run, recipe, held_out, console, rules, device or find_device(None))
 
 
@@ -288,25 +257,21 @@ def _choose(
     rule = parse(about["rule"]) if about.get("rule") else None
     default = Candidate(str(rule or about["method"]), DEFAULT, rule)
     choosing, reporting_on = held_out.choosing, held_out.reporting
-    with _snapshots(run, recipe) as kept, _bars(console) as progress:
+    with _snapshots(run, recipe) as kept, steady_bars(console) as progress:
         like, names = model_like(kept[-1], run / folder.MODEL, before)
         averages, left_out = _candidates(kept, rule, rules)
         bar = progress.add_task("choosing", total=len(averages) + 5, losses="")
-
-        def load(path: Path) -> Any:
-            options = {"attn_implementation": recipe.attention} if recipe.attention else {}
-            return _loaded(path, **options).to(device)
 
         def score(model: Any, candidate: Candidate, half: Half) -> list[float]:
             progress.update(bar, advance=1, losses=candidate.name)
             return half.costs(model)
 
         live = Candidate(LIVE, LIVE)
-        model = load(run / folder.LIVE)
+        model = load_to_score(run / folder.LIVE, device, recipe.attention)
         scores = {live: score(model, live, choosing)}
         reported = {live: score(model, live, reporting_on)}
         del model  # before there is another
-        model = load(before)
+        model = load_to_score(before, device, recipe.attention)
         parameters = _parameters(model, kept[-1].checkpoint)
         _check_same_run(kept, rule, parameters)
         scores[default] = score(model, default, choosing)
@@ -322,11 +287,7 @@ def _choose(
         result = _result(scores, best, default, held_out)
         result |= _reported(best, default, result, reported, held_out)
         result |= {"left_out": left_out, "snapshots": len(kept)}
-        result["examples"] = {
-            "choosing": len(choosing.counts),
-            "reporting": len(reporting_on.counts),
-            "data": list(held_out.names),
-        }
+        result["examples"] = held_out.examples
         progress.stop()
         if result["flat"]:
             if before.name == folder.FORMER:
@@ -334,7 +295,11 @@ def _choose(
             remove(run / folder.FORMER)  # which a kill may have left
         else:
             about |= rule_facts(best.rule, about.get("updates") or 0)
-            about |= {"weights": WEIGHTS, "expected_error": best.error, "choice": _plain(result)}
+            about |= {
+                "weights": WEIGHTS,
+                "expected_error": best.error,
+                "choice": without_nan(result),
+            }
             if best.weights is None:
                 like = read_headers(run / folder.LIVE)
             tensor = rebuilt_tensor(kept, best.weights, like, names)
@@ -344,16 +309,9 @@ def _choose(
     save(_curve(result), run / folder.CHOICE_PICTURE)
     _report(run, recipe, result)
     result |= {"seconds": round(time.perf_counter() - began, 1), **facts}
-    write_json(run / folder.CHOICE, _plain(result))
+    write_json(run / folder.CHOICE, without_nan(result))
     say(console, f"The model: {run / folder.MODEL}\nThe scores: {run / folder.CHOICE}")
     return result
-
-
-def _bars(console: Console) -> Progress:
-    """Bars that go on while a task silences what is printed."""
-    return progress_bars(
-        Console(file=console.file), transient=True, redirect_stdout=False, redirect_stderr=False
-    )
 
 
 def _default_of(run: Path) -> Path:
@@ -395,7 +353,7 @@ def _result(
     gaps = {x: difference(found, scores[default], counts) for x, found in scores.items()}
     for x, found in scores.items():
         rows.append({"average": x.name, "kind": x.kind, "kappa": _kappa(x)})
-        rows[-1] |= {"expected_error": x.error, "score": sign * sum(found) / sum(counts)}
+        rows[-1] |= {"expected_error": x.error, "score": held_out.score(found, held_out.choosing)}
         rows[-1] |= gaps[x].times(sign)._asdict()
     flat = best is default or not gaps[best].excludes_0
     chosen = default if flat else best
@@ -424,7 +382,7 @@ def _reported(
         f"On the other half, {len(counts)} examples, its difference from the default is {gap} "
         f"({measure})."
     )
-    by = next(_gap(x) for x in result["averages"] if x["average"] == best.name)
+    by = next(Difference.of(x) for x in result["averages"] if x["average"] == best.name)
     if best is default:
         said = f"The default is the best and stays: {default.name}."
     elif result["flat"]:
@@ -435,28 +393,18 @@ def _reported(
     else:
         said = f"Chosen: {best.name}, in place of {default.name}. {other}"
     means = {
-        name: sign * sum(costs[x]) / sum(counts)
+        name: held_out.score(costs[x], held_out.reporting)
         for name, x in zip(("score", "default_score"), (best, default), strict=True)
     }
     return {"said": said, "reported": {**means, **gap._asdict()}}
 
 
-@torch.no_grad()
 def _put(candidate: Candidate, kept: Sequence[Kept], parameters: dict[str, Tensor]) -> None:
     """Put a rebuilt average into a model, a tensor at a time."""
-    assert candidate.weights is not None
+    weights = candidate.weights
+    assert weights is not None
     checkpoints = [one.checkpoint for one in kept]
-    for name, p in parameters.items():
-        p.copy_(weighted_sum(name, checkpoints, candidate.weights(name).weights, torch.float32))
-
-
-def _plain(result: dict[str, Any]) -> dict[str, Any]:
-    """For JSON, which has no NaN: null instead."""
-    return dict(json.loads(json.dumps(result), parse_constant=lambda _: None))
-
-
-def _gap(row: dict[str, Any]) -> Difference:
-    return Difference(*(row[name] for name in Difference._fields))
+    put_sums(parameters, checkpoints, lambda name: weights(name).weights)
 
 
 def _kappa(candidate: Candidate) -> float | None:
@@ -561,7 +509,7 @@ def _show(result: dict[str, Any], console: Console) -> None:
             Text(shown + mark),
             error,
             f"{x['score']:.4f}",
-            "" if x["kind"] == DEFAULT else str(_gap(x)),
+            "" if x["kind"] == DEFAULT else str(Difference.of(x)),
         )
     better = "higher" if result["higher_is_better"] else "lower"
     where = f"on {size['choosing']} examples to choose by"

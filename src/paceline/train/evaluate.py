@@ -118,7 +118,7 @@ def _models(given: str) -> dict[str, str]:
 
 def day_of(path: Path) -> date | None:
     """The day of a run, or of the run that a model is a part of; None without one."""
-    run = next((part for part in (path, path.parent) if folder.is_begun(part)), None)
+    run = folder.run_of(path)
     return None if run is None else Recipe(**folder.recipe_of(run)).date
 
 

@@ -19,9 +19,9 @@
                       choice.png are the picture of it
     model-before-choice/  the model that the run returned, where `paceline choose` took another
     paceline.json     which average the weights are, in the run's folder, live/, model/ and what
-                      `paceline average` makes
+                      `paceline average` and `paceline soup` make
     checksums.json    of each file beside it, in checkpoint-STEP/, live/, model/, and what
-                      `paceline average` makes
+                      `paceline average` and `paceline soup` make
     .lock             who writes the folder now, as an object: host, process, since, command
     models/           of a comparison: the returned model of each of its runs
     tensorboard/      events, of a comparison in one folder a run
@@ -221,6 +221,12 @@ def _holder(file: IO[bytes]) -> str:
 def is_begun(run: Path) -> bool:
     """Whether a run has written its recipe, so that it can be resumed."""
     return (run / RECIPE).is_file()
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run that a path is, or that has it as a model or a checkpoint."""
+    path = path.absolute()  # the run's folder may be above the working directory
+    return next((part for part in (path, path.parent, path.parent.parent) if is_begun(part)), None)
 
 
 def is_finished(run: Path) -> bool:

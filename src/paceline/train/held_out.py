@@ -16,6 +16,7 @@ from . import InputError, folder
 from .build import DoesNotFit, build_trainer, digest_of, evaluated_together, processes
 from .evaluate import day_of, load_tasks, of_examples, scores_of, silenced
 from .intervals import interval
+from .options import Scoring
 from .recipe import Recipe
 from .sandbox import clock
 from .sources import hub_is_there
@@ -45,14 +46,51 @@ class HeldOut(NamedTuple):
         """Of a score as it is shown: sign * (sum of costs) / (sum of counts)."""
         return -1 if self.higher_is_better else 1
 
+    def score(self, costs: list[float], half: Half) -> float:
+        """A model's score by its costs of one half, as it is shown."""
+        return self.sign * sum(costs) / sum(half.counts)
+
+    @property
+    def examples(self) -> dict[str, Any]:
+        """How many there are to choose by and to report on, and of what."""
+        sizes = (len(half.counts) for half in (self.choosing, self.reporting))
+        return {**dict(zip(("choosing", "reporting"), sizes, strict=True)), "data": [*self.names]}
+
+
+def held_out_by(options: Scoring, model: Path, recipe: Recipe) -> HeldOut:
+    """What the options say to score on.
+
+    Args:
+        options: of the command.
+        model: the folder of a model, which has the tokenizer.
+        recipe: by which data are read.
+
+    Raises:
+        InputError: they contradict each other, or what they name cannot be used.
+    """
+    if options.task is None:
+        for name in ("metric", "include"):
+            if getattr(options, name) is not None:
+                raise InputError(f"{name}: it is of a task; name that by --task")
+        return held_out_of(model, recipe, options.data, options.examples)
+    if options.data is not None:
+        raise InputError("data: a task has its own data; give --data or --task, not both")
+    return task_of(model, options.task, options.metric, options.include, options.examples)
+
 
 # ---- losses of sequences ------------------------------------------------------------------------
 
 
 def held_out_of(
-    run: Path, recipe: Recipe, names: tuple[str, ...] | None = None, most: int | None = None
+    model: Path, recipe: Recipe, names: tuple[str, ...] | None = None, most: int | None = None
 ) -> HeldOut:
     """A run's own sequences to evaluate on, which must be as they were, or those of other data.
+
+    Args:
+        model: the folder of a model, which has the tokenizer; without names one of a run.
+        recipe: says how the data are read.
+        names: of other data.
+        most: sequences at most.
 
     Raises:
         InputError: they cannot be read, have changed, or are too few.
@@ -61,7 +99,7 @@ def held_out_of(
     once: dict[str, Any] = {"batch": processes().num_processes, "micro_batch": None}
     once |= {"steps": 1, "epochs": None, "tokens": None, "warmup": 0.0}
     once |= {"snapshots": 0, "choose": False, "fsdp": False, "report_to": ()}
-    once |= {"tokenizer": str(run / folder.MODEL), "chat_template": None}
+    once |= {"tokenizer": str(model), "chat_template": None}
     if names is not None:
         once |= {"data": names, "eval_data": names, "streaming": False}
         once |= {"examples": None, "eval_split": None, "skip_bad_rows": True}
@@ -78,6 +116,8 @@ def held_out_of(
             tell(line)
     data = trainer.eval_dataset
     if names is None:
+        run = folder.run_of(model)
+        assert run is not None
         if digest_of(data) != folder.manifest_of(run)["data"]["evaluation_digest"]:
             raise InputError(
                 "data: those that the run evaluated on have changed; give others by --data"
@@ -140,12 +180,12 @@ def _losses(batches: list[dict[str, Tensor]], precision: str) -> Callable[[Any],
 
 
 def task_of(
-    run: Path, name: str, metric: str | None, include: Path | None, most: int | None
+    model: Path, name: str, metric: str | None, include: Path | None, most: int | None
 ) -> HeldOut:
     """The halves of the examples of a task of lm-eval, in its order.
 
     Args:
-        run: the folder of the run that is scored; its model has the tokenizer.
+        model: the folder of a model, which has the tokenizer.
         name: of the task.
         metric: as `paceline eval` prints it: a mean over examples. None: the task's only one.
         include: folder with task files, if it is not one of lm-eval's.
@@ -171,7 +211,7 @@ def task_of(
         raise InputError(f"metric: {name} has {', '.join(better) or 'none'}; {got}")
     number = min(len(task.eval_docs), most or len(task.eval_docs))
     _require(number, "task", name, "examples")
-    asked, tokenizer, day = metric, str(run / folder.MODEL), day_of(run)
+    asked, tokenizer, day = metric, str(model), day_of(model)
 
     def half(examples: range) -> Half:
         def costs(model: Any) -> list[float]:
@@ -212,6 +252,11 @@ class Difference(NamedTuple):
     difference: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "Difference":
+        """That of a row of results, which has its three numbers."""
+        return cls(*(row[name] for name in cls._fields))
 
     def times(self, sign: int) -> "Difference":
         """Itself, or with -1 that of the opposite scores."""

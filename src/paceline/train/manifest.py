@@ -1,4 +1,4 @@
-"""What results were made with: command, versions, commit, hardware; and JSON files."""
+"""What results were made with: command, versions, commit, hardware; JSON files and model cards."""
 
 import contextlib
 import json
@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -52,6 +53,34 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def without_nan(value: dict[str, Any]) -> dict[str, Any]:
+    """For JSON, which has no NaN: null instead."""
+    return dict(json.loads(json.dumps(value), parse_constant=lambda _: None))
+
+
+def model_card(
+    rows: dict[str, Any], command: str, base_model: str | None = None, datasets: Sequence[str] = ()
+) -> str:
+    """A model card: the header that the Hub reads, a table of facts, and the command.
+
+    Args:
+        rows: of the table; those that are None are left out.
+        command: that made the model.
+        base_model: that it was trained from.
+        datasets: names on the Hub.
+    """
+    import yaml
+
+    head: dict[str, Any] = {"library_name": "transformers", "tags": ["paceline"]}
+    head |= {"base_model": base_model} if base_model else {}
+    head |= {"datasets": list(datasets)} if datasets else {}
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None)
+    return (
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# A model trained by paceline\n\n"
+        f"| | |\n|---|---|\n{table}\n\n    {command}\n"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..averaging import parse
 from ..safetensors import NAMES, read_metadata
-from . import InputError, folder, reporting
+from . import InputError, folder, reporting, reporting_disk
 from .manifest import read_json
 from .options import Merge
 from .rebuild import read_snapshots, rebuild, snapshot_files
@@ -47,6 +47,7 @@ UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
 # such keys, and of those that say which random factors or places are not in the file.
 ADAPTER_SCALES = ("peft_type", "r", "use_rslora", "rank_pattern", "alpha_pattern")
 ADAPTER_ENDS = ("alpha", "scaling", "seed", "prng_key")
+OF_FACTORS = "Each factor of the adapters is averaged by itself, and not their products."
 
 
 def merge(options: Merge, console: Console) -> None:
@@ -58,7 +59,7 @@ def merge(options: Merge, console: Console) -> None:
     """
     with reporting("rule", ValueError):
         rule = parse(options.rule)
-    try:
+    with reporting_disk(options.out):
         if files := snapshot_files(options.checkpoints):
             _check_out(options.out)
             rebuild(read_snapshots(files), rule, options.out, options.model, options.dtype, console)
@@ -68,7 +69,7 @@ def merge(options: Merge, console: Console) -> None:
             raise InputError("model: it is for averages at a step; leave it out for checkpoints")
         paths, order = _in_order(options.checkpoints)
         checkpoints = [read_headers(path) for path in paths]
-        _check_mergeable(checkpoints, options.out)
+        check_mergeable(checkpoints, options.out)
         initial, first, *later = rule.coefficients(len(checkpoints)).tolist()
         weights = [initial + first, *later]  # the first also stands for the initial weights
 
@@ -83,9 +84,7 @@ def merge(options: Merge, console: Console) -> None:
             hint = "what paceline train --snapshots keeps gives any average of the live weights"
             console.print(Text(f"{say} {averaged[-1]}: this averages averages; {hint}."))
         if checkpoints[-1].kind == "an adapter folder":
-            console.print(
-                "Each factor of the adapters is averaged by itself, and not their products."
-            )
+            console.print(OF_FACTORS)
         facts = {
             "rule": str(rule),
             "checkpoints": [str(path) for path in paths],
@@ -98,9 +97,6 @@ def merge(options: Merge, console: Console) -> None:
             return weighted_sum(name, checkpoints, weights, dtype)
 
         write(options.out, checkpoints[-1], tensor, facts, console, options.dtype)
-    except OSError as error:
-        name = error.filename or options.out
-        raise InputError(f"{name}: {error.strerror or error}") from error
     console.print(Text(f"Merged: {options.out}"), soft_wrap=True)
 
 
@@ -111,9 +107,8 @@ def is_average(path: Path) -> bool:
     """Whether a checkpoint is known to hold an average and not an iterate."""
     if path.is_file():
         return "paceline" in read_metadata(path)
-    path = path.absolute()  # the run's folder may be above the working directory
-    run = path.parent.parent
-    if path.parent.name == folder.CHECKPOINTS and folder.is_begun(run):
+    run = folder.run_of(path)
+    if run and path.absolute().parent.name == folder.CHECKPOINTS:
         text = (run / folder.RECIPE).read_text(encoding="utf-8")
         return not re.search(r"^method: ['\"]?adamw\b", text, re.MULTILINE)
     about = path / folder.AVERAGE_FACTS
@@ -163,7 +158,7 @@ def _numbers(name: str, reading: re.Pattern[str]) -> tuple[float, ...]:
     return tuple(float(digits.replace(",", "_")) * UNITS[unit.lower()] for digits, unit in found)
 
 
-def _check_mergeable(checkpoints: Sequence[Checkpoint], out: Path) -> None:
+def check_mergeable(checkpoints: Sequence[Checkpoint], out: Path) -> None:
     """Raise InputError if the checkpoints cannot be merged, or not be written to `out`."""
     if len(checkpoints) < 2:
         raise InputError(f"give at least two checkpoints, got {len(checkpoints)}")
@@ -178,7 +173,7 @@ def _check_mergeable(checkpoints: Sequence[Checkpoint], out: Path) -> None:
             if a != b:
                 raise InputError(f"tensor {name!r} is {a} in {first.path} and {b} in {other.path}")
         if first.kind == "an adapter folder":
-            ours, theirs = (_adapter_config(checkpoint.path) for checkpoint in (first, other))
+            ours, theirs = (adapter_config(checkpoint.path) for checkpoint in (first, other))
             keys = [x for x in ours | theirs if x in ADAPTER_SCALES or x.endswith(ADAPTER_ENDS)]
             for key in keys:
                 if ours.get(key) != theirs.get(key):
@@ -203,7 +198,8 @@ def _check_out(out: Path) -> None:
         raise InputError(f"out: there is no folder {out.parent} for {out.name}")
 
 
-def _adapter_config(path: Path) -> dict[str, Any]:
+def adapter_config(path: Path) -> dict[str, Any]:
+    """What adapter_config.json in a folder says; nothing where there is none."""
     config = path / "adapter_config.json"
     return read_json(config) if config.is_file() else {}
 

@@ -2,14 +2,14 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from . import InputError
+from . import InputError, reporting
 from .manifest import read_json
 from .merge import QUANTIZED_NAME
 from .terminal import tell
@@ -132,6 +132,39 @@ def load_model(name: str, **options: Any) -> Any:
         if not _is_finite(x):
             raise InputError(f"model: tensor {tensor!r} of {name} holds a NaN or infinity")
     return model
+
+
+def load_to_score(path: Path, device: str = "cpu", attention: str | None = None) -> Any:
+    """A model from a folder, with its weights as they are there, on a device to be scored on.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    options = {"attn_implementation": attention} if attention else {}
+    with reporting(f"{path} cannot be loaded", OSError, ValueError, SafetensorError):
+        return load_model(str(path), dtype="auto", **options).eval().to(device)
+
+
+# peft's names of what it adds, in a model and not in its files.
+ADAPTER_NAME = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)")
+
+
+def tensors_by_name(model: Any, names: Iterable[str]) -> dict[str, Tensor | None]:
+    """A model's own parameters and buffers by the names that files and snapshots have for them.
+
+    Args:
+        model: as `load_model` has made it.
+        names: of tensors in a file of it or of its adapter, or in a snapshot.
+
+    Returns:
+        None for a name that the model has no tensor for.
+    """
+    named: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    named |= dict(model.named_parameters(remove_duplicate=False))
+    named |= {f"base_model.model.{name}": x for name, x in named.items()}
+    prefix = f"{model.base_model_prefix}."  # which files of a model without a head lack
+    short = {ADAPTER_NAME.sub("", name).removeprefix(prefix): x for name, x in named.items()}
+    return {name: named.get(name, short.get(name)) for name in names}
 
 
 # ---- new models ---------------------------------------------------------------------------------

@@ -103,7 +103,25 @@ class Evaluation(Options):
     """JSON file to write or replace. Default: eval.json in the folder of a run, otherwise none."""
 
 
-class Choose(Options):
+class Scoring(Options):
+    """Options that say what models are scored on."""
+
+    data: Annotated[tuple[str, ...], Names] | None = None
+    """Held-out data, given as --eval-data of paceline train is. Default: those of the run."""
+    task: str | None = None
+    """A task of lm-eval to choose by, in place of the loss: a name as for paceline eval."""
+    metric: str | None = None
+    """The task's metric as paceline eval prints it: a mean over examples. Default: its only one."""
+    include: Path | None = None
+    """Folder with your own task files (YAML)."""
+    examples: Positive | None = None
+    """Sequences or examples at most, >= 1. Default: as many as the run evaluated on, or all of the
+    task."""
+    device: str | None = None
+    """Device: cpu, cuda, cuda:1, mps, ... Default: an accelerator, if there is one."""
+
+
+class Choose(Scoring):
     """Choose the average that a run returns, on held-out data, after its training.
 
     RUN is the folder of a finished run of `paceline train`, with snapshots of averages
@@ -124,21 +142,8 @@ class Choose(Options):
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """Folder of a finished run."""
-    data: Annotated[tuple[str, ...], Names] | None = None
-    """Held-out data, given as --eval-data of paceline train is. Default: those of the run."""
-    task: str | None = None
-    """A task of lm-eval to choose by, in place of the loss: a name as for paceline eval."""
-    metric: str | None = None
-    """The task's metric as paceline eval prints it: a mean over examples. Default: its only one."""
-    include: Path | None = None
-    """Folder with your own task files (YAML)."""
-    examples: Positive | None = None
-    """Sequences or examples at most, >= 1. Default: as many as the run evaluated on, or all of the
-    task."""
     rules: Annotated[tuple[str, ...], Names] | None = None
     """Averages to try in place of the eight, as in ema:half_life=200,uniform:start=900."""
-    device: str | None = None
-    """Device: cpu, cuda, cuda:1, mps, ... Default: an accelerator, if there is one."""
 
 
 class Merge(Options):

@@ -16,7 +16,6 @@ from typing import Any, TypeVar, cast
 
 import datasets
 import torch
-import yaml
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from rich.console import Console
@@ -40,7 +39,7 @@ from .chat import show_example
 from .choose import choose, is_chosen, rule_facts
 from .find_lr import with_found_rate
 from .held_out import held_out_of, sequences
-from .manifest import environment, write_json
+from .manifest import environment, model_card, write_json
 from .options import Show, Train
 from .page import write_page
 from .recipe import RESUMABLE_CHANGES, Recipe, RecipeCommand, read_recipe
@@ -93,7 +92,7 @@ def train(
         finished, checkpoint = _on_main(lambda: _starting_point(options, run))
         if finished:
             if recipe.choose and not _on_main(lambda: is_chosen(run)):
-                halves = held_out_of(run, recipe)  # it was killed while it chose
+                halves = held_out_of(run / folder.MODEL, recipe)  # it was killed while it chose
                 if processes().is_main_process:
                     choose(run, recipe, halves, console)
                 return run
@@ -486,13 +485,9 @@ def _card(
     last: dict[str, Any],
     facts: dict[str, Any],
 ) -> str:
-    """A model card: the header that the Hub reads, then the run's facts."""
-    head: dict[str, Any] = {"library_name": "transformers", "tags": ["paceline"]}
-    if recipe.model:
-        head["base_model"] = recipe.model
+    """The card of a run's model."""
     data = recipe.data_names
-    if on_hub := [d for d in data if d.count("/") == 1 and not Path(d).exists()]:
-        head["datasets"] = on_hub
+    on_hub = [d for d in data if d.count("/") == 1 and not Path(d).exists()]
     rows = {
         "weights": folder.WEIGHTS_IN[name],
         "method": f"{average['method']}, learning rate {recipe.lr:g}, {recipe.schedule}",
@@ -505,8 +500,4 @@ def _card(
         "seed": recipe.seed,
         "versions": ", ".join(f"{k} {v}" for k, v in facts["versions"].items()),
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None)
-    return (
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# A model trained by paceline\n\n"
-        f"| | |\n|---|---|\n{table}\n\n    {facts['command']}\n"
-    )
+    return model_card(rows, facts["command"], recipe.model, on_hub)

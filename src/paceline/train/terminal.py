@@ -95,6 +95,13 @@ def progress_bars(console: Console, *columns: Any, **options: Any) -> Progress:
     )
 
 
+def steady_bars(console: Console) -> Progress:
+    """Progress bars that go on while what libraries print is silenced, and leave nothing behind."""
+    return progress_bars(
+        Console(file=console.file), transient=True, redirect_stdout=False, redirect_stderr=False
+    )
+
+
 class _Name(TextColumn):
     """A name with … in its middle where there is no room; numbers are never cut."""
 

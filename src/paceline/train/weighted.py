@@ -7,7 +7,7 @@ tensor.
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -134,6 +134,23 @@ def weighted_sum(
     if not _is_finite(average):
         raise InputError(f"the average of {name!r} is too large for {dtype}; give another --dtype")
     return average
+
+
+@torch.no_grad()
+def put_sums(
+    tensors: Mapping[str, Tensor],
+    checkpoints: Sequence[Checkpoint],
+    weights: Callable[[str], Sequence[float]],
+) -> None:
+    """Put weighted sums of checkpoints into a model, a tensor at a time.
+
+    Args:
+        tensors: of the model, by their names in the checkpoints.
+        checkpoints: what is summed up.
+        weights: from a tensor's name, the weights of the checkpoints.
+    """
+    for name, x in tensors.items():
+        x.copy_(weighted_sum(name, checkpoints, weights(name), x.dtype))
 
 
 def _running_mean(
