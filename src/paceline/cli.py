@@ -35,6 +35,9 @@ COMMANDS = {
     "choose": Command(
         "train.choose", "Choose", "choose_command", "choose the average that a run returns"
     ),
+    "soup": Command(
+        "train.soup", "Soup", "soup_command", "average models that were trained from one start"
+    ),
     "average": Command("train.merge", "Merge", "merge", "merge the checkpoints of a run"),
     "compare": Command("study.compare", "Comparison", "compare_command", "compare methods"),
     "sweep": Command(

@@ -98,7 +98,7 @@ def held_out_of(
     # What was trained on is loaded where a part of it was held out.
     once: dict[str, Any] = {"batch": processes().num_processes, "micro_batch": None}
     once |= {"steps": 1, "epochs": None, "tokens": None, "warmup": 0.0}
-    once |= {"snapshots": 0, "choose": False, "fsdp": False, "report_to": ()}
+    once |= {"snapshots": 0, "choose": False, "fsdp": False, "elastic": None, "report_to": ()}
     once |= {"tokenizer": str(model), "chat_template": None}
     if names is not None:
         once |= {"data": names, "eval_data": names, "streaming": False}

@@ -12,6 +12,7 @@ from . import NonNegative, Options, Positive, folder
 from .recipe import Names, RecipeCommand
 
 Processes = Annotated[int, Field(ge=1, le=1024)]
+INGREDIENTS = arg(metavar="RUN…", help_behavior_hint="(required)")
 CHECKPOINTS = arg(metavar="CHECKPOINT…", help_behavior_hint="(required)")
 BATCH = 8  # sequences that `paceline eval` computes at a time
 
@@ -144,6 +145,35 @@ class Choose(Scoring):
     """Folder of a finished run."""
     rules: Annotated[tuple[str, ...], Names] | None = None
     """Averages to try in place of the eight, as in ema:half_life=200,uniform:start=900."""
+
+
+class Soup(Scoring):
+    """Average several models that were trained from one start, and write the result.
+
+    RUN is the folder of a run of `paceline train`, of which the returned model is taken; or any
+    folder of a model, a checkpoint or an adapter. Their rates, seeds or data differ, and they were
+    trained from the same weights. Where the folders say that architecture, tokenizer, base model
+    or start differ, they are refused.
+
+    Each is scored by its loss on the first half of the held-out sequences, or with --task by a
+    metric on the first half of a task's examples. The uniform soup is the mean of all. The greedy
+    soup begins with the best one. From the second best to the worst, each is added if the mean
+    with it has a better score. Both soups and the best one are then scored on the other half, and
+    the differences from the best one are printed with their 95 % intervals (Student's t, paired by
+    example).
+
+    The model card and paceline.json of the result name all ingredients and their scores.
+    """
+
+    ingredients: Annotated[Positional[tuple[Path, ...]], INGREDIENTS]
+    """Folders of runs, models or adapters, two or more."""
+    out: Path
+    """Folder to make for the result; it must not exist."""
+    kind: Literal["greedy", "uniform"] = "greedy"
+    """Which soup to write; both are scored."""
+    recipe: str | None = None
+    """Recipe by which the data are read, with its task and context. Default: that of the first
+    run, or else conversations."""
 
 
 class Merge(Options):
