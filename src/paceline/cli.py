@@ -232,5 +232,5 @@ def _parse(name: str, options: Any, arguments: list[str]) -> Any:
     near = re.findall(r"Perhaps you meant: (--[\w-]+)", " ".join(hints))
     if wrong := re.match(r"Unrecognized options: --([\w-]+)", message):
         meant = nearest(wrong[1].replace("-", "_"), options.model_fields, 0.6)
-        near = near or ([f"--{meant.replace('_', '-')}"] if meant else [])
+        near = [f"--{meant.replace('_', '-')}"] if meant else near
     raise InputError(message + (f"; did you mean {near[0]}?" if near else ""))
