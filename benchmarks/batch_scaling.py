@@ -1,6 +1,6 @@
 """What the scaling rule of averages does: one task at batches × 1, 2, 4 and 8, of the same data.
 
-    python benchmarks/batch_scaling.py results/batch-scaling    # hours; skips what runs.jsonl has
+    python benchmarks/batch_scaling.py results/batch-scaling    # skips what runs.jsonl has
 
 All batches see the same sequences in the same order, and take 1/k of the steps. The learning rate
 is √k times as high (Malladi et al., arXiv:2205.10287); β1, β2 and ε stay. Averages are kept as they
@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from saturated import interval
 from tasks import BATCH, TASKS, WEIGHT_DECAY, finetune, fit, records
 
 from paceline import EMA, PACE, PowerEMA
+from paceline.study.statistics import EDGE, Listing, edges, paired
 from paceline.train.methods import parse_method
 
 FACTORS = (1, 2, 4, 8)
@@ -34,6 +34,7 @@ RETURNED = {"power": PowerEMA(0.7), "halflife": EMA(half_life=STEPS / 12)}
 PULL, C = PowerEMA(0.3), 10.0
 VARIANTS = ("watched", "pulled", "pulled, scaled", "pulled, scaled, c/k")
 TASK = TASKS["finetune"]
+RATES = (*TASK.rates[1:], 0.0178, 0.0316)  # at the first batch; a pull's best is above the task's
 
 
 class Cell(NamedTuple):
@@ -82,7 +83,7 @@ def run(path: Path, steps: int, seeds: int, workers: int) -> None:
     """Run the trainings that the file lacks; those of a seed before those of the next."""
     path.parent.mkdir(parents=True, exist_ok=True)
     done = written(path)
-    asked = itertools.product(range(seeds), FACTORS, VARIANTS, TASK.rates)
+    asked = itertools.product(range(seeds), FACTORS, VARIANTS, RATES)
     cells = [Cell(k, variant, float(f"{lr:.3g}"), seed) for seed, k, variant, lr in asked]
     # At the first batch the scaled pulls are the pull.
     todo = [cell for cell in cells if cell not in done and (cell.factor > 1 or "," not in cell[1])]
@@ -105,15 +106,21 @@ def tables(done: dict[Cell, dict[str, list[float]]]) -> str:
     keys = ["variant", "average", "factor", "lr", "seed"]
     frame = pd.DataFrame(rows).set_index(keys).sort_index()
     means = frame.choose.groupby(keys[:-1]).mean()
-    best = {at: frame.report.loc[own.idxmin()] for at, own in means.groupby(keys[:-2])}
-    lines = ["| training | average | batch | loss | scaled | the scaled one less the other |"]
-    lines += ["|---|---|---:|---:|---:|---:|"]
-    for (variant, average, k), losses in best.items():
+    tried = [{"lr": lr} for lr in means.index.unique("lr")]
+    rates = {at: own.idxmin()[-1] for at, own in means.groupby(keys[:-2])}
+    lines = []
+    for (variant, average, k), lr in rates.items():
         if average in RETURNED:
-            scaled = best[variant, f"{average}scaled", k]
-            cells = [variant, average, f"× {k}", f"{losses.mean():.4f}", f"{scaled.mean():.4f}"]
-            lines.append(f"| {' | '.join([*cells, interval(scaled - losses)])} |")
-    return "\n".join(lines) + "\n"
+            scaled = f"{average}scaled"
+            lr_scaled = rates[variant, scaled, k]
+            pair = [frame.report.loc[variant, scaled, k, lr_scaled]]
+            pair.append(frame.report.loc[variant, average, k, lr])
+            edge = "; ".join(dict.fromkeys(edges({"lr": x}, tried) for x in (lr, lr_scaled)))
+            means_of = [float(x.mean()) for x in (pair[1], pair[0])]
+            at = [f"{variant}: {average}", f"× {k}", f"{lr:g}", f"{lr_scaled:g}", edge.strip("; ")]
+            lines.append([*at, *means_of, *paired(*map(dict, pair))])
+    columns = ["training: average", "batch", "rate", "rate, scaled", EDGE, "loss", "scaled"]
+    return Listing.of_differences("", columns, lines).markdown()
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Four workers that meet every H steps beside DDP: loss and bytes, of the same tokens.
 
-    python benchmarks/elastic.py results/elastic    # 1.5 h of one core; skips what runs.jsonl has
+    python benchmarks/elastic.py results/elastic    # 2 h of one core; skips what runs.jsonl has
 
 The task is `finetune` of benchmarks/tasks.py. A worker takes 4 sequences a step, and DDP 16, with
 all workers' gradients at each step. The workers of a training are threads of one process, whose
@@ -31,11 +31,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from saturated import interval
 from tasks import BATCH, TASKS, WEIGHT_DECAY, finetune, fit, records
 from torch import Tensor
 
 from paceline import PACE, Elastic, PowerEMA
+from paceline.study.statistics import EDGE, Listing, edges, paired
 from paceline.train.methods import parse_method
 
 WORKERS, STEPS = 4, 1000
@@ -50,7 +50,7 @@ ELASTIC: dict[str, dict[str, Any]] = {
 PULLED = ("pulled", "average")
 VARIANTS = ("ddp", "pulled", *ELASTIC)
 TASK = TASKS["finetune"]
-RATES = TASK.rates[::2]
+RATES = (0.00178, 0.00562, 0.0178, 0.0562)  # half a decade apart
 
 
 class Cell(NamedTuple):
@@ -186,17 +186,19 @@ def tables(done: dict[Cell, dict[str, Any]]) -> str:
     keys = ["variant", "every", "average", "lr", "seed"]
     frame = pd.DataFrame(rows).set_index(keys).sort_index()
     means = frame.choose.groupby(keys[:-1]).mean()
-    best = {at: own.idxmin() for at, own in means.groupby(keys[:-2])}
-    losses = {at: frame.report.loc[chosen] for at, chosen in best.items()}
-    lines = ["| workers | H | bytes | returned | rate | loss | less DDP's |"]
-    lines += ["|---|---:|---:|---|---:|---:|---:|"]
+    tried = [{"lr": lr} for lr in means.index.unique("lr")]
+    best = {at: own.idxmin()[-1] for at, own in means.groupby(keys[:-2])}
+    losses = {at: frame.report.loc[(*at, lr)] for at, lr in best.items()}
+    lines: list[list[Any]] = []
     for (variant, every, average), found in losses.items():
-        beside = found - losses["ddp", 0, average]
+        lr = best[variant, every, average]
+        beside = paired(dict(found), dict(losses["ddp", 0, average]))
         megabytes = f"{sent[variant, every] / 1e6:.4g} MB"
-        cells = [variant, str(every or "DDP"), megabytes, average]
-        cells += [f"{best[variant, every, average][-1]:g}", f"{found.mean():.4f}"]
-        lines.append(f"| {' | '.join([*cells, interval(beside) if variant != 'ddp' else ''])} |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"{variant}: {average}", str(every or "DDP"), megabytes, f"{lr:g}"])
+        lines[-1] += [edges({"lr": lr}, tried), float(found.mean())]
+        lines[-1] += beside if variant != "ddp" else [None] * 4
+    columns = ["workers: returned", "H", "bytes", "rate", EDGE, "loss"]
+    return Listing.of_differences("", columns, lines).markdown()
 
 
 def main() -> None:

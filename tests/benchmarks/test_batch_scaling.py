@@ -88,5 +88,8 @@ def test_the_table(scaling, tmp_path):
     done = scaling.written(tmp_path / "runs.jsonl")
     assert len(done) == 4
     table = scaling.tables(done).splitlines()
-    assert len(table) == 4
-    assert table[3].startswith("| watched | power | × 2 | 3.5000 | 3.1000 | -0.4000 [")
+    assert "| rate | rate, scaled | edge of its grid |" in table[0]
+    same = "× 2 | 0.001 | 0.001 | lr at the bottom | 3.5000 | 3.1000 | -0.4000 ["
+    assert table[3].startswith(f"| watched: power | {same}")
+    assert table[2].startswith("| watched: halflife | × 2 | 0.001 | 0.001 | lr at the bottom |")
+    assert "no best was found" in table[-1]

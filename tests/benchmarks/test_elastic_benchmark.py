@@ -105,5 +105,6 @@ def test_the_table(elastic, tmp_path):
     done = elastic.written(tmp_path / "runs.jsonl")
     assert len(done) == 8
     table = elastic.tables(done).splitlines()
-    assert table[2] == "| ddp | DDP | 2.5 MB | own | 0.001 | 3.5000 |  |"
-    assert table[4].startswith("| diloco | 20 | 2.5 MB | own | 0.001 | 3.8750 | +0.3750 [")
+    rate = "2.5 MB | 0.001 | lr at the bottom"
+    assert table[2] == f"| ddp: own | DDP | {rate} | 3.5000 |  |"
+    assert table[4].startswith(f"| diloco: own | 20 | {rate} | 3.8750 | 0.3750 [")
