@@ -77,6 +77,44 @@ Looked into: schedulefree recomputes the live weights from the averaged ones, wh
 state has empty entries after `train()`, so that torch.distributed.checkpoint takes it for there,
 and loads none of it. And FSDP2 computes with what an earlier forward pass gathered, until the
 model's `reshard()` is called after a swap.
+
+## Hosts
+
+`check_host` asks a trainer which weights it measures, saves and hands on, and whether it resumes
+bit for bit. You write one function, which runs its loop on the small task that it is given:
+
+```python
+import torch
+
+from paceline import load_checkpoint, save_checkpoint
+from paceline.testing.hosts import Driven, check_host
+
+
+def drive(task, folder, stop, resume):
+    model = task.model()
+    opt = task.optimizer(model.parameters())
+    start = load_checkpoint(folder / "run.pt", model, opt)["epoch"] if resume else 0
+    losses, evaluated = [], []
+    for epoch in range(start, stop):
+        for batch in task.batches():
+            loss = task.loss(model, batch)
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            losses.append(loss.item())
+        with torch.no_grad(), opt.averaged():
+            evaluated.append(task.loss(model, task.held_out).item())
+        save_checkpoint(folder / "run.pt", model, opt, epoch=epoch + 1)
+    saved = torch.load(folder / "run.pt")["model"].values()
+    return Driven(losses, evaluated, saved, model.parameters())
+
+
+report = check_host(drive, checkpoint="live", after="live")  # both are "average" by default
+assert report.passed, report
+```
+
+A trainer that steps by another rate than it was given is seen as well: it goes elsewhere than a
+plain loop. Turn off what a plain loop does not do, such as clipping of gradients.
 """
 
 

@@ -11,6 +11,7 @@ pytest.importorskip("deepspeed")
 from sharding import net
 
 from paceline import PACE, Pullback
+from paceline.testing.hosts import Driven, check_host
 
 KINDS = {
     "pace": lambda params: PACE(params, lr=0.05, pullback=0.3),
@@ -29,20 +30,21 @@ def ranks(ranks_of_deepspeed):
     return ranks_of_deepspeed
 
 
-def started(stage, kind="pace", *, bf16=True):
+def started(stage, kind="pace", *, bf16=True, task=None):
     """A real engine on the CPU, and the optimizer in it."""
     import deepspeed
 
     place = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": 2}
     os.environ |= {name: str(x) for name, x in place.items()} | {"DS_ACCELERATOR": "cpu"}
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo; it would be compiled
-    model = net()
-    opt = KINDS[kind](list(model.parameters()))
+    model = task.model() if task else net()
+    opt = (task.optimizer if task else KINDS[kind])(list(model.parameters()))
     config = {
-        "train_micro_batch_size_per_gpu": 8,
+        "train_micro_batch_size_per_gpu": 4 if task else 8,
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": bf16},
+        "gradient_clipping": 0.0 if task else 1.0,  # 1.0 is DeepSpeed's default
     }
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=opt, config=config, dist_init_required=False
@@ -108,12 +110,51 @@ def averages_in_the_model(stage, kind, bf16):
     ("stage", "kind", "bf16"),
     [
         *((1, kind, True) for kind in KINDS),
-        *((stage, kind, False) for stage in (1, 2) for kind in ("pace", "pullback")),
         (2, "returns", True),
     ],
 )
 def test_the_average_reaches_the_model_and_goes_without_a_trace(stage, kind, bf16, ranks):
     ranks(averages_in_the_model, stage, kind, bf16)
+
+
+def by_the_kit(stage, kind):
+    """The row of docs/hosts.md in float32; both ranks train on the same batches."""
+    from paceline.integrations.deepspeed import attach
+
+    def drive(task, folder, stop, resume):
+        shared = [str(folder)]  # rank 0's, for both
+        dist.broadcast_object_list(shared)
+        engine, opt = started(stage, bf16=False, task=task)
+        attach(engine)
+        if resume:
+            engine.load_checkpoint(shared[0], tag=f"{stop - 1}")
+            opt.train()
+        losses, evaluated, live = [], [], []
+        for epoch in range(int(resume), stop):
+            for batch in task.batches():
+                loss = task.loss(engine, batch)
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.item())
+            with torch.no_grad():
+                live.append(task.loss(engine, task.held_out).item())
+                with opt.averaged():
+                    evaluated.append(task.loss(engine, task.held_out).item())
+                    engine.save_checkpoint(shared[0], tag=f"{epoch + 1}")
+        file = f"{shared[0]}/{stop}/mp_rank_00_model_states.pt"
+        saved = task.model()
+        saved.load_state_dict(torch.load(file, weights_only=False)["module"])
+        dist.barrier()
+        return Driven(losses, evaluated, saved.parameters(), engine.module.parameters(), live)
+
+    report = check_host(drive, KINDS[kind], after="live")
+    assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("kind", ["pace", "pullback"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_engine_passes_the_conformance_kit(stage, kind, ranks):
+    ranks(by_the_kit, stage, kind)
 
 
 def resumed(stage, kind, folder):

@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from pytorch_optimizer import ScheduleFreeWrapper
 from safetensors.torch import load_file
 
-from paceline import PACE, Pullback, snapshot_steps, snapshots
+from paceline import PACE, snapshot_steps, snapshots
 from paceline.integrations.lightning import ReturnAverage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice
@@ -34,13 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice
 BATCHES, EPOCHS = 6, 3
 OPTIMIZERS = {
     "pace": lambda params: PACE(params, lr=0.05, pullback=0.3),
-    "returns": lambda params: PACE(params, lr=0.05, pullback=0.3, return_kappa=0.9),
-    "bfloat16 state": lambda params: PACE(
-        params, lr=0.05, pullback=0.3, state_dtype=torch.bfloat16
-    ),
-    "pullback": lambda params: Pullback(
-        torch.optim.SGD(params, lr=0.05, momentum=0.9), pullback=0.1
-    ),
     "schedule-free": lambda params: ScheduleFreeWrapper(torch.optim.SGD(params, lr=0.05)),
 }
 
@@ -115,13 +108,11 @@ def trainer(*callbacks, **options):
     return pl.Trainer(callbacks=list(callbacks), **defaults | options)
 
 
-def by_hand(kind="pace"):
+def by_hand():
     """A plain loop: module, optimizer, and losses of average and live weights after each epoch."""
-    module = Module(kind)
+    module = Module()
     opt = module.configure_optimizers()
     losses = []
-    if kind == "schedule-free":
-        opt.train()
     for _ in range(EPOCHS):
         for batch in batches(0):
             opt.zero_grad()
@@ -141,20 +132,15 @@ def same(module, other):
     return all(k == name and torch.equal(x, y) for (k, x), (name, y) in pairs)
 
 
-@pytest.mark.parametrize(
-    ("kind", "live"), [*((kind, True) for kind in OPTIMIZERS), ("pace", False)]
-)
-def test_validation_and_the_module_after_fit_are_the_average(kind, live):
-    module, notes = Module(kind), Notes()
-    trainer(ReturnAverage(live=live), notes).fit(module, batches(0), batches(1))
-    expected, _, losses = by_hand(kind)
+# Other optimizers, and validation of the live weights besides: tests/core/test_testing_hosts.py.
+def test_validation_and_the_module_after_fit_are_the_average():
+    module, notes = Module(), Notes()
+    trainer(ReturnAverage(), notes).fit(module, batches(0), batches(1))
+    expected, _, losses = by_hand()
     assert module.seen == expected.seen  # training is not disturbed
     assert [x["val_loss"] for x in notes.found] == pytest.approx([a for a, _ in losses])
     assert all(abs(a - b) > 1e-4 for a, b in losses)  # the two can be told apart
-    if live:
-        assert [x["live_val_loss"] for x in notes.found] == pytest.approx([b for _, b in losses])
-    else:
-        assert all("live_val_loss" not in x for x in notes.found)
+    assert all("live_val_loss" not in x for x in notes.found)
     assert same(module, expected)
 
 
@@ -169,39 +155,31 @@ def test_metrics_to_watch_are_the_averages(tmp_path):
     assert len(best.best_k_models) == EPOCHS  # one a validation: none of live weights
 
 
-@pytest.mark.parametrize(
-    ("kind", "weights_only"), [*((kind, False) for kind in OPTIMIZERS), ("pace", True)]
-)
-def test_checkpoints_hold_the_average(tmp_path, kind, weights_only):
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_checkpoints_hold_the_average(tmp_path, weights_only):
     saved = ModelCheckpoint(tmp_path, save_weights_only=weights_only)
-    module = Module(kind)
+    module = Module()
     trainer(ReturnAverage(), saved).fit(module, batches(0), batches(1))
-    loaded = Module.load_from_checkpoint(saved.best_model_path, kind=kind, weights_only=True)
-    assert same(loaded, by_hand(kind)[0])
+    loaded = Module.load_from_checkpoint(saved.best_model_path, weights_only=True)
+    assert same(loaded, by_hand()[0])
     fresh = trainer()
-    found = fresh.test(Module(kind), batches(1), ckpt_path=saved.best_model_path, verbose=False)
+    found = fresh.test(Module(), batches(1), ckpt_path=saved.best_model_path, verbose=False)
     assert found[0]["test_loss"] == pytest.approx(loaded.measured())
-    predicted = fresh.predict(Module(kind), batches(1), ckpt_path=saved.best_model_path)
+    predicted = fresh.predict(Module(), batches(1), ckpt_path=saved.best_model_path)
     with torch.no_grad():
         torch.testing.assert_close(torch.cat(predicted), loaded.net(data(1).tensors[0]))
 
 
-@pytest.mark.parametrize(  # at the end of an epoch, and within one
-    ("kind", "every"), [*((kind, 4) for kind in OPTIMIZERS), ("pace", BATCHES)]
-)
-def test_resume_is_bit_for_bit(tmp_path, kind, every):
-    # Within an epoch Lightning begins the data anew: these batches are all the same.
+def test_resume_within_an_epoch_is_bit_for_bit(tmp_path):
+    # Lightning begins the data anew there: these batches are all the same.
     few = TensorDataset(*(x[:4].repeat(BATCHES, 1) for x in data(0).tensors))
-    train = batches(0) if every == BATCHES else DataLoader(few, batch_size=4)
-    whole = Module(kind)
+    train, whole, first, second = DataLoader(few, batch_size=4), Module(), Module(), Module()
     trainer(ReturnAverage()).fit(whole, train, batches(1))
-    first = Module(kind)
-    saved = ModelCheckpoint(tmp_path, every_n_train_steps=every)
-    trainer(ReturnAverage(), saved, max_steps=every).fit(first, train, batches(1))
-    second = Module(kind)
+    saved = ModelCheckpoint(tmp_path, every_n_train_steps=4)
+    trainer(ReturnAverage(), saved, max_steps=4).fit(first, train, batches(1))
     notes = Notes()
     trainer(ReturnAverage(), notes).fit(second, train, batches(1), ckpt_path=saved.best_model_path)
-    assert second.seen == whole.seen[every:]
+    assert second.seen == whole.seen[4:]
     assert same(second, whole)
     assert notes.found[-1]["val_loss"] == pytest.approx(whole.measured())
 

@@ -105,11 +105,15 @@ def _title(check: Callable[..., None]) -> tuple[str, str]:
 
 
 def _run(check: Callable[..., None], make: Make, *folder: Path) -> Check:
+    return _outcome(check, lambda: check((_RankChecks if folder else _Checks)(make), *folder))
+
+
+def _outcome(check: Callable[..., None], call: Callable[[], None]) -> Check:
     name, promise = _title(check)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            check((_RankChecks if folder else _Checks)(make), *folder)
+            call()
     except _NotRun as why:
         return Check(name, promise, "not run", str(why))
     except Exception as error:
