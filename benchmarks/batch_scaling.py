@@ -33,6 +33,7 @@ STEPS = 1200  # at the first batch
 RETURNED = {"power": PowerEMA(0.7), "halflife": EMA(half_life=STEPS / 12)}
 PULL, C = PowerEMA(0.3), 10.0
 VARIANTS = ("watched", "pulled", "pulled, scaled", "pulled, scaled, c/k")
+COMPARED = (*((x, "watched") for x in VARIANTS[1:3]), (VARIANTS[2], "pulled"), VARIANTS[:1:-1])
 TASK = TASKS["finetune"]
 RATES = (*TASK.rates[1:], 0.0178, 0.0316)  # at the first batch; a pull's best is above the task's
 
@@ -97,7 +98,10 @@ def run(path: Path, steps: int, seeds: int, workers: int) -> None:
 
 
 def tables(done: dict[Cell, dict[str, list[float]]]) -> str:
-    """Losses of each average at each batch, at its best rate, and what scaling it changed."""
+    """What scaling changed: of the average that is returned, and of the one that is pulled toward.
+
+    Each at its best rate, chosen on the other half of the held-out data.
+    """
     rows = [
         {**cell._asdict(), "average": name, "choose": pair[0], "report": pair[1]}
         for cell, losses in done.items()
@@ -120,7 +124,19 @@ def tables(done: dict[Cell, dict[str, list[float]]]) -> str:
             at = [f"{variant}: {average}", f"× {k}", f"{lr:g}", f"{lr_scaled:g}", edge.strip("; ")]
             lines.append([*at, *means_of, *paired(*map(dict, pair))])
     columns = ["training: average", "batch", "rate", "rate, scaled", EDGE, "loss", "scaled"]
-    return Listing.of_differences("", columns, lines).markdown()
+    returned = Listing.of_differences("The average that is returned", columns, lines)
+
+    lines = []
+    for k, (one, other) in itertools.product(FACTORS, COMPARED):
+        both = [(variant, "powerscaled", k) for variant in (one, other)]
+        if all(at in rates for at in both):
+            pair = [frame.report.loc[(*at, rates[at])] for at in both]
+            edge = "; ".join(dict.fromkeys(edges({"lr": rates[at]}, tried) for at in both))
+            at = [f"{one}, less {other}", f"× {k}", *(f"{rates[at]:g}" for at in both)]
+            lines.append([*at, edge.strip("; "), *paired(*map(dict, pair))])
+    columns = ["training", "batch", "rate", "rate of the other", EDGE]
+    pulls = Listing.of_differences("The average that is pulled toward", columns, lines)
+    return "\n".join(f"## {x.title}\n\n{x.markdown()}" for x in (returned, pulls))
 
 
 def main() -> None:

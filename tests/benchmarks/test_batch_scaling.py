@@ -1,6 +1,7 @@
 """The experiment of benchmarks/batch_scaling.py: which averages it compares, and its table."""
 
 import importlib
+import itertools
 import json
 import math
 
@@ -87,9 +88,29 @@ def test_the_table(scaling, tmp_path):
     (tmp_path / "runs.jsonl").write_text("\n".join([*lines, lines[0][:30]]))
     done = scaling.written(tmp_path / "runs.jsonl")
     assert len(done) == 4
-    table = scaling.tables(done).splitlines()
-    assert "| rate | rate, scaled | edge of its grid |" in table[0]
+    returned, pulls = (part.splitlines() for part in scaling.tables(done).split("## ")[1:])
+    assert "| rate | rate, scaled | edge of its grid |" in returned[2]
     same = "× 2 | 0.001 | 0.001 | lr at the bottom | 3.5000 | 3.1000 | -0.4000 ["
-    assert table[3].startswith(f"| watched: power | {same}")
-    assert table[2].startswith("| watched: halflife | × 2 | 0.001 | 0.001 | lr at the bottom |")
-    assert "no best was found" in table[-1]
+    assert returned[5].startswith(f"| watched: power | {same}")
+    assert returned[4].startswith("| watched: halflife | × 2 | 0.001 | 0.001 | lr at the bottom |")
+    assert "no best was found" in returned[-1] or "no best was found" in returned[-2]
+    assert len(pulls) == 4  # a title, and a table without rows
+
+
+def test_pulls_are_compared_at_their_own_rates(scaling):
+    done = {}
+    for variant, better in (("watched", 0.01), ("pulled", 0.02), ("pulled, scaled", 0.01)):
+        for lr, seed in itertools.product((0.01, 0.02, 0.04), (0, 1)):
+            loss = 1.0 if lr == better else 2.0
+            loss += seed + (0.25 if variant == "pulled" else 0.0) + lr * seed
+            found = {name: [loss, loss] for name in ("power", "halflife")}
+            found |= {f"{name}scaled": pair for name, pair in found.items()}
+            done[scaling.Cell(4, variant, lr, seed)] = found
+    *_, pulls = scaling.tables(done).split("## ")
+    rows = [x for x in pulls.splitlines() if x.startswith("| pulled")]
+    assert len(rows) == 3
+    assert rows[0].startswith(
+        "| pulled, less watched | × 4 | 0.02 | 0.01 | lr at the bottom | 0.2550 ["
+    )
+    assert rows[1].startswith("| pulled, scaled, less watched | × 4 | 0.01 | 0.01 |")
+    assert rows[2].startswith("| pulled, scaled, less pulled | × 4 | 0.01 | 0.02 |")
