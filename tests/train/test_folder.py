@@ -107,8 +107,8 @@ from pathlib import Path
 from paceline.train import folder
 
 with folder.locked(Path(sys.argv[1])):
-    if os.fork():
-        print(os.getpid(), flush=True)
+    if not os.fork():  # it has let the lock go by now
+        print(os.getppid(), flush=True)
     sys.stdin.read()
 """
 
