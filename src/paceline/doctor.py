@@ -72,7 +72,7 @@ def _version(package: str) -> str:
 def _devices() -> str:
     try:
         import torch
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # a library that is missing
         return f"unknown: {error}"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     kinds = [("MPS", torch.backends.mps.is_available()), ("XPU", torch.xpu.is_available())]
@@ -84,7 +84,7 @@ def _devices() -> str:
 def _cpu_kernel() -> str:
     try:
         from .kernels import cpu
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         return f"unknown: {error}"
     try:
         cpu.build()

@@ -31,10 +31,13 @@ from .state import (
 
 ALIKE = ("pullback", "averaging", "returns", "nonfinite")  # options that workers share, too
 MOVING_RATE = 0.9  # β of EASGD, as published
+NO_PULL = (
+    "exchange='average' needs a pull, or the workers never meet: pullback in the optimizer, or pull"
+)
 
 
 class Elastic(Around):
-    r"""Has workers train apart, each its own live weights, and meet every H steps at a center.
+    r"""Experimental. Workers train apart, each its own live weights, and meet every H steps.
 
     At t = H, 2H, ... of N workers, after each has taken its own step to x^i:
 
@@ -72,10 +75,10 @@ class Elastic(Around):
         opt = Elastic(base, every=100, process_group=mesh["across"])
 
     The center takes a copy of the model in float32 (of PACE its average), diloco another, and an
-    exchange one more in what is sent. Once, before the first step, some numbers are compared. All
-    of an exchange is received before anything is written. If a worker has ended, the others raise
-    then, in the time that the process group waits. `nonfinite="skip"` and "raise" are for each
-    worker alone; weights that are not finite end the run on all at the exchange.
+    exchange one more in what is sent. Before the first step, and after a load, some numbers are
+    compared. All of an exchange is received before anything is written. If a worker has ended, the
+    others raise at the exchange, within the process group's timeout. `nonfinite="skip"` and
+    "raise" are for each worker alone; weights that are not finite end the run on all at the exchange.
 
     Each worker saves a checkpoint of its own, with its live weights and moments. A run goes on with
     other workers if each loads one of these files, of one step: the center loses nothing, live
@@ -123,6 +126,8 @@ class Elastic(Around):
         self.process_group = getattr(process_group, "get_group", lambda: process_group)()
         check_exchange(ours, self._workers)
         if not isinstance(base, AveragedOptimizer):
+            if exchange == "average" and not pull:
+                raise ValueError(NO_PULL)  # before a Pullback writes its options into the base
             base = Pullback(base, averaging=PowerEMA(0.0))
         if any(ELASTIC_STEPS in group for group in base.param_groups):
             raise ValueError("base must not have been in an Elastic before; make it anew")
@@ -330,8 +335,9 @@ class Elastic(Around):
         files of one step, which the next step compares; which worker's does not matter.
 
         Raises:
-            ValueError: as the base's; an option of the exchange is out of its range; or diloco's
-                momentum is missing. Nothing has changed then.
+            ValueError: as the base's; an option of the exchange is out of its range; diloco's
+                momentum is missing; or its averages cannot be exchanged, as those in bfloat16.
+                Nothing has changed then.
         """
         check_is_dict(state_dict)
         groups = state_dict.get("param_groups")
@@ -345,6 +351,9 @@ class Elastic(Around):
                 own = [state_dict.get("state", {}).get(key, {}) for key in group["params"]]
                 if met and any(AVERAGE in x and OUTER_BUFFER not in x for x in own):
                     raise ValueError("the checkpoint lacks diloco's momentum; nothing was changed")
+        for group in groups if isinstance(groups, list) else []:
+            if isinstance(group, dict):
+                _check_group(self.param_groups[0] | group)
         self.base.load_state_dict(state_dict)
         begun = all(ELASTIC_STEPS in group for group in groups or [])
         steps = int(self.param_groups[0][ELASTIC_STEPS]) if begun else _steps_of(self.base)
@@ -413,10 +422,7 @@ def _check_group(group: Group) -> None:
         require(group, name, not rule.keeps, "of averages that are one tensor each in Elastic")
         rule.scaled(group["every"])
     if group["exchange"] == "average" and not group["pullback"] and not group["pull"]:
-        raise ValueError(
-            "exchange='average' needs a pull, or the workers never meet: pullback in the "
-            "optimizer, or pull"
-        )
+        raise ValueError(NO_PULL)
 
 
 def _sent(options: Group) -> torch.dtype | None:

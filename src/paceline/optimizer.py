@@ -715,7 +715,8 @@ def _skips(group: Group, skip: bool | Tensor) -> bool | Tensor:
 
 
 def _shaping(group: Group, first: int) -> tuple[Any, ...]:
-    return (first, *(group[name] for name in SHAPING))
+    # Averages of workers that meet stand still in steps.
+    return (first, ELASTIC_STEPS in group, *(group[name] for name in SHAPING))
 
 
 def _identical(a: list[Any], b: list[Any]) -> bool:

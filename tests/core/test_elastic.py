@@ -490,13 +490,61 @@ def test_options_out_of_their_range_are_refused(options, says, ranks):
         assert said.startswith(says)
 
 
+def stepped_before(exchange):
+    """Centers before and after a step between exchanges, of an optimizer that had stepped alone."""
+    found = []
+    for make in (lambda p: PACE(p, pullback=0.1), lambda p: Pullback(optim.SGD(p, lr=0.1))):
+        p = Parameter(torch.ones(3))
+        base = make([p])
+        for _ in range(2):
+            p.grad = torch.ones(3)
+            base.step()
+        opt = Elastic(base, every=4, exchange=exchange)
+        before = opt.state[p]["average"].clone()
+        p.grad = torch.ones(3)
+        opt.step()
+        found.append(torch.equal(before, opt.state[p]["average"]))
+    return found
+
+
+def test_the_center_of_an_optimizer_that_stepped_before_stands_still(ranks):
+    for found in ranks(stepped_before, "easgd"):
+        assert found == [True, True]
+
+
+def loaded(options):
+    """What a load of a state that cannot be exchanged says, and whether the weights stayed."""
+    p = Parameter(torch.ones(3))
+    other = PACE([Parameter(torch.ones(3))], **{"pullback": 0.1, **options})
+    other.param_groups[0]["params"][0].grad = torch.ones(3)
+    other.step()
+    opt = Elastic(PACE([p], pullback=0.1), every=2, exchange="average")
+    try:
+        opt.load_state_dict(other.state_dict())
+    except ValueError as error:
+        return str(error), not opt.state[p] if p in opt.state else True
+    return "", False
+
+
+def test_a_state_that_cannot_be_exchanged_is_not_loaded(ranks):
+    for options, name in (
+        ({"state_dtype": torch.bfloat16}, "state_dtype"),
+        ({"averaging": "lawa:window=2"}, "averaging"),
+        ({"pullback": 0.0}, "exchange='average' needs a pull"),
+    ):
+        for said, unchanged in ranks(loaded, options):
+            assert said.startswith(name)
+            assert unchanged
+
+
 def refusal(options):
     p = Parameter(torch.ones(2))
     base = optim.SGD([p], lr=0.1)
+    before = dict(base.param_groups[0])
     try:
         Elastic(base, **{"every": 2, **options})
     except ValueError as error:
-        assert "every" not in base.param_groups[0]
+        assert base.param_groups[0] == before
         return str(error)
 
 

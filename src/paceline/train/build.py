@@ -348,6 +348,13 @@ def build_trainer(
         raise InputError(
             f"warmup: {trainer.warmup} steps must be fewer than the {steps} steps of the run"
         )
+    if (elastic := recipe.elastic_options) and elastic["every"] > steps:
+        raise InputError(
+            f"elastic: the workers would meet first at step {elastic['every']}, after the {steps} "
+            "steps of the run, and the start would be returned; give fewer steps between"
+        )
+    if elastic and (rest := steps % elastic["every"]):
+        tell(f"elastic: the last {rest} of {steps} steps are not in the returned model")
     arguments.max_steps = steps
     arguments.eval_steps = math.ceil(steps / recipe.evaluations)
     arguments.save_steps = recipe.save_every or arguments.eval_steps

@@ -131,7 +131,11 @@ def talk(options: Chat, console: Console) -> int:
                     if not question:
                         speaker.turns = []
                         continue
-                    said = _printable(speaker.answer(question))
+                    try:
+                        said = _printable(speaker.answer(question))
+                    except InputError as error:  # a context that is full, a turn that is refused
+                        tell(str(error))
+                        continue
                     say(console, f"{name + ':':9} {said}" if len(speakers) > 1 else said)
         except KeyboardInterrupt:
             say(console, "")
@@ -166,8 +170,9 @@ def _lines(console: Console | None) -> Iterator[str]:
     while True:
         if console:
             console.print("> ", end="", markup=False)
-        with reporting("the input is not UTF-8", UnicodeDecodeError):
+        with reporting("the input is not UTF-8", UnicodeError):
             line = sys.stdin.readline()
+            line.encode()  # in the C locale Python lets wrong bytes through
         if not line:
             return
         yield line.strip()
