@@ -1,6 +1,6 @@
 """Four workers that meet every H steps beside DDP: loss and bytes, of the same tokens.
 
-    python benchmarks/elastic.py results/elastic    # 2 h of one core; skips what runs.jsonl has
+    python benchmarks/elastic.py results/elastic    # hours; skips what runs.jsonl has
 
 The task is `finetune` of benchmarks/tasks.py. A worker takes 4 sequences a step, and DDP 16, with
 all workers' gradients at each step. The workers of a training are threads of one process, whose
@@ -50,7 +50,7 @@ ELASTIC: dict[str, dict[str, Any]] = {
 PULLED = ("pulled", "average")
 VARIANTS = ("ddp", "pulled", *ELASTIC)
 TASK = TASKS["finetune"]
-RATES = (0.00178, 0.00562, 0.0178, 0.0562)  # half a decade apart
+RATES = (0.000562, 0.00178, 0.00562, 0.0178, 0.0562, 0.178)  # half a decade apart
 
 
 class Cell(NamedTuple):

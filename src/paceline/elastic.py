@@ -78,7 +78,8 @@ class Elastic(Around):
     exchange one more in what is sent. Before the first step, and after a load, some numbers are
     compared. All of an exchange is received before anything is written. If a worker has ended, the
     others raise at the exchange, within the process group's timeout. `nonfinite="skip"` and
-    "raise" are for each worker alone; weights that are not finite end the run on all at the exchange.
+    "raise" are for each worker alone; weights that are not finite end the run on all at the
+    exchange.
 
     Each worker saves a checkpoint of its own, with its live weights and moments. A run goes on with
     other workers if each loads one of these files, of one step: the center loses nothing, live
