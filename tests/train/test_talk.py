@@ -145,6 +145,13 @@ def test_each_line_is_a_turn_and_an_empty_one_begins_anew(chat, talker):
     assert found == shown(first, second, apart)
 
 
+def test_a_full_context_is_one_line_and_an_empty_one_begins_anew(chat, talker):
+    answer = said(talker / "model", "why cat")
+    full = "why " * 5000
+    found = chat(f"{full}\n\nwhy cat\n", talker, "--tokens", 8)
+    assert found == shown(answer)
+
+
 def test_live_answers_beside_returned_and_each_remembers_its_own(chat, talker):
     found = chat("why cat\nand dog\n", talker, "--live", "--tokens", 8)
     wanted = []
