@@ -17,9 +17,7 @@ class Command(NamedTuple):
     """A command; its module is imported when it is called, which may take seconds."""
 
     module: str  # of the function
-    options: (
-        str  # name of the class that tyro parses, in options.py of the module's folder, or train/
-    )
+    options: str  # class that tyro parses, in options.py of the module's folder or of train/
     function: str  # name of the function, which takes options and a console; may return a status
     summary: str
     extra: str = "train"  # extra of the package that it needs

@@ -1,4 +1,4 @@
-"""`paceline doctor`: what there is on this machine, in the form of a bug report. Needs no extra."""
+"""`paceline doctor`: a bug report's facts: versions, devices, kernels, cache. Needs torch alone."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ def report() -> str:
         "torch": _version("torch"),
         "devices": _devices(),
         "kernel of the CPU": _cpu_kernel(),
-        "kernel of GPUs": f"triton {_version('triton')}",
+        "kernel of GPUs": f"triton {_version('triton')}, not tried",
         "cache": _cache(),
         **{f"extra [{name}]": text for name, text in extras().items()},
     }
