@@ -198,3 +198,22 @@ def test_the_file_says_what_was_found(wrong, tmp_path, capsys, monkeypatch):
     assert main(["check-device", "--out", str(tmp_path / "nowhere" / "x.md")]) == 2
     assert "name a file in a folder" in capsys.readouterr().err
     assert sum(torch.Size(x).numel() for x in device.shapes("large")) == 1_711_376_384
+
+
+@pytest.mark.parametrize(
+    ("choice", "check"),
+    [("exchanges", device._swap), ("follow", lambda place: device._around(place, 0.3))],
+)
+def test_a_kernel_that_falls_back_to_torch_operations_fails_its_check(choice, check, monkeypatch):
+    """Torch operations would be compared with themselves, and be right."""
+    by_kernel = getattr(kernels, choice)
+
+    def falls_back(*args, **options):
+        kernels._warn("another result on a small tensor", "it works")
+        return by_kernel(*args, **options)
+
+    check(torch.device("cpu"))
+    monkeypatch.setattr(kernels, choice, falls_back)
+    for _ in range(2):  # also where the warning was seen before
+        with pytest.raises(device.Failed, match="without its one-pass kernel, slower: another"):
+            check(torch.device("cpu"))

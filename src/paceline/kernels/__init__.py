@@ -232,7 +232,7 @@ def _can_follow(slots: list[MovedSlot]) -> bool:
     kind = (None if v is None else v.dtype, len(first.extra), first.before is not None)
     fault = _fault_of_follow(device, first.param.dtype, *kind)
     if fault:
-        _warn(fault)
+        _warn(fault, "Pullback steps")
     return fault is None
 
 
@@ -252,7 +252,7 @@ def _gpu_exchanges(device: torch.device, dtype: torch.dtype, of_average: torch.d
         return False
     fault = _fault_of_exchange(device, dtype, of_average)
     if fault:
-        _warn(fault)
+        _warn(fault, "live weights and average are exchanged")
     return fault is None
 
 
@@ -385,5 +385,5 @@ def _fault_of_exchange(
 
 
 @functools.cache
-def _warn(fault: str) -> None:
-    warnings.warn(f"PACE steps without its one-pass kernel, slower: {fault}", stacklevel=2)
+def _warn(fault: str, what: str = "PACE steps") -> None:
+    warnings.warn(f"{what} without its one-pass kernel, slower: {fault}", stacklevel=2)

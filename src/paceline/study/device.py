@@ -8,7 +8,9 @@ import copy
 import io
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -233,6 +235,19 @@ def _capturable(device: torch.device) -> None:
     _hold(made, device, torch.float32)
 
 
+@contextmanager
+def _by_kernels() -> Iterator[None]:
+    """Fail where torch operations take a kernel's place: they would be held to themselves."""
+    kernels._warn.cache_clear()  # it says each fault once
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*without its one-pass kernel")
+        try:
+            yield
+        except UserWarning as fault:
+            raise Failed(str(fault)) from None
+
+
+@_by_kernels()
 def _around(device: torch.device, c: float) -> None:
     def made(place: torch.device, kind: torch.dtype, own: bool) -> tuple[Pullback, list[Parameter]]:
         params = _params(place, kind)
@@ -252,6 +267,7 @@ def _held(opt: PACE, params: list[Parameter]) -> list[bytes]:
     return _bits([*params, *state])
 
 
+@_by_kernels()
 def _swap(device: torch.device) -> None:
     for form, (dtype, options) in FORMS.items():
         if dtype == torch.float64 and device.type == "mps":
