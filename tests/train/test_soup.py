@@ -461,6 +461,24 @@ def test_the_start_itself_and_what_came_of_it_are_of_one_start(kitchen, tuned, t
     assert "random weights of seed 0" in read(tmp_path / "soup" / "paceline.json")["start"]
 
 
+def test_adapters_of_other_random_factors_are_of_another_start(tmp_path):
+    for name, seed in (("one", 0), ("two", 1), ("three", 1)):
+        (tmp_path / name / "model").mkdir(parents=True)
+        recipe = {"task": "sft", "model": str(tmp_path), "lora_rank": 2, "seed": seed}
+        (tmp_path / name / "recipe.yaml").write_text(json.dumps(recipe))
+    one, two, three = (tmp_path / name / "model" for name in ("one", "two", "three"))
+    assert module._common_start([two, three]).endswith("LoRA's random factors of seed 1")
+    with pytest.raises(module.InputError, match="differ in their start: .* seed 0 and .* seed 1;"):
+        module._common_start([one, two])
+
+
+def test_a_recipe_beside_folders_of_models_is_no_run_of_theirs(tmp_path):
+    (tmp_path / "models" / "a").mkdir(parents=True)
+    (tmp_path / "recipe.yaml").write_text("task: sft\n")
+    assert module.folder.run_of(tmp_path / "models" / "a") is None
+    assert module.folder.run_of(tmp_path / "models") == tmp_path
+
+
 def test_runs_of_elastic_workers_are_scored_in_one_process(kitchen, tuned):
     recipe = Recipe(**{**tuned, "elastic": "20:average"})
     found = held_out_of(kitchen / "one" / "model", recipe)

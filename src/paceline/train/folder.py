@@ -226,7 +226,8 @@ def is_begun(run: Path) -> bool:
 def run_of(path: Path) -> Path | None:
     """The folder of the run that a path is, or that has it as a model or a checkpoint."""
     path = path.absolute()  # the run's folder may be above the working directory
-    return next((part for part in (path, path.parent, path.parent.parent) if is_begun(part)), None)
+    above = path.parent.parent if path.parent.name in (CHECKPOINTS, AVERAGES) else path
+    return next((part for part in (path, path.parent, above) if is_begun(part)), None)
 
 
 def is_finished(run: Path) -> bool:

@@ -169,6 +169,8 @@ def _start_of(path: Path) -> str | None:
             known = ", ".join(f"{key} {x}" for key, x in sorted(config.items()) if x is not None)
             return f"random weights of seed {recipe.get('seed', 0)} ({known})"
         start, path = _one_name(model), Path(model)
+        if recipe.get("lora_rank") and not adapter_config(path):
+            return f"{start}, and LoRA's random factors of seed {recipe.get('seed', 0)}"
     return start
 
 
