@@ -197,7 +197,7 @@ def test_an_average_for_another_batch(values, tmp_path, capsys, monkeypatch):
         rules.append(trainer.create_optimizer().param_groups[0]["averaging"])
 
     monkeypatch.setattr(run_module, "_fit", fit)
-    recipe = str(write_recipe(tmp_path / "recipe.yaml", values))
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", values | {"method": "ema:kappa=0.3"}))
     arguments = ["train", recipe, "--batch", "8", "--out"]
     assert main([*arguments, str(tmp_path / "stays")]) == 130
     (said,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("batch: "))

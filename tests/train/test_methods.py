@@ -152,7 +152,7 @@ def test_half_lives_of_tokens_where_steps_have_different_numbers():
 
 
 def test_averages_at_another_batch():
-    """A fourfold one. A start that is a share of the steps is the same share of the data."""
+    """A fourfold one, but for what a pull goes toward. A start that is a share stays that."""
     averages = {
         "ema": [PowerEMA(0.3).scaled(4)],
         "ema:half_life=50": [EMA(half_life=12.5)],
@@ -162,9 +162,11 @@ def test_averages_at_another_batch():
         "bema:every=4": [BEMA(rate=4.0)],
         "adamw": [],
         "schedule-free": [],
-        "pace:every=4": [PowerEMA(0.3, rate=4.0)],
-        "pace:return_kappa=0.7": [PowerEMA(0.3).scaled(4), PowerEMA(0.7).scaled(4)],
-        "pullback:sgd:return_kappa=0.7": [PowerEMA(0.3).scaled(4), PowerEMA(0.7).scaled(4)],
+        "pace": [PowerEMA(0.3)],
+        "pace:pullback=0": [PowerEMA(0.3).scaled(4)],
+        "pace:pullback=0:every=4": [PowerEMA(0.3, rate=4.0)],
+        "pace:return_kappa=0.7": [PowerEMA(0.3), PowerEMA(0.7).scaled(4)],
+        "pullback:sgd:return_kappa=0.7": [PowerEMA(0.3), PowerEMA(0.7).scaled(4)],
     }
     assert {text: method_of(text).rules(200, 4) for text in averages} == averages
     for text in ("lookahead", "bema"):

@@ -458,10 +458,11 @@ def test_half_lives_of_the_recipes_data():
 
 
 def test_averages_for_another_batch():
-    assert Recipe(**LEAST).rules(9) == [PowerEMA(0.3)]
-    scaled = Recipe(**LEAST, average_batch=32)
-    assert scaled.rules(9) == [PowerEMA(0.3).scaled(4)]
-    assert Recipe(**LEAST, average_batch=512).rules(9) == [PowerEMA(0.3).scaled(0.25)]
+    for batch, k in ((32, 4), (512, 0.25)):
+        scaled = Recipe(**LEAST, average_batch=batch, method="pace:return_kappa=0.7")
+        assert scaled.rules(9) == [PowerEMA(0.3), PowerEMA(0.7).scaled(k)]
+        scaled = Recipe(**LEAST, average_batch=batch, method="ema:kappa=0.3")
+        assert scaled.rules(9) == [PowerEMA(0.3).scaled(k)]
     assert Recipe(**LEAST, average_batch=32, method="adamw").rules(9) == []
 
 
@@ -473,7 +474,7 @@ def note(folder, *options, steps=2000, **file):
 
 
 def test_another_batch_than_the_files(folder):
-    said = note(folder, "--batch", "512", batch=128)
+    said = note(folder, "--batch", "512", batch=128, method="ema:kappa=0.3")
     reach = [math.log1p(-w) for w in (4 * (1 + 4 * 2000) ** -0.3, 2001**-0.3)]
     assert said == (
         "batch: 512 sequences in place of the recipe's 128. The average stays ema:kappa=0.3 in "
@@ -486,7 +487,13 @@ def test_another_batch_than_the_files(folder):
     assert said.endswith("--average-batch 128 keeps it the same function of the data, "
                          "ema:half_life=800.")  # fmt: skip
     said = note(folder, "--batch", "256", method="pace:return_kappa=0.7")
-    assert "stays ema:kappa=0.3 and ema:kappa=0.7 in steps" in said
+    assert "stays ema:kappa=0.7 in steps" in said
+    assert "keeps it the same function of the data, ema:kappa=0.7:rate=0.743:" in said
+    said = note(folder, "--batch", "256", method="pace")
+    assert said.endswith(
+        "The average stays ema:kappa=0.3 in steps, each now 2 times the data. A pull toward "
+        "a scaled average had a higher loss: docs/averages.md."
+    )
     assert "half-life" not in note(folder, "--batch", "256", method="swa")
     for method in ("bema", "lookahead"):
         said = note(folder, "--batch", "256", method=method)

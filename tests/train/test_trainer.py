@@ -289,7 +289,7 @@ def test_the_twin_of_a_saturated_pull_is_a_schedule():
     assert (ema["averaging"], ema["state_dtype"]) == ("ema:half_life=7", torch.bfloat16)
     for text in ("pace:return_kappa=0.7", "pullback:sgd:return_kappa=0.7"):
         group = method_of(text).build(Setup(model, **rest, scale=4)).param_groups[0]
-        assert group["averaging"] == str(PowerEMA(0.3).scaled(4))
+        assert group["averaging"] == "ema:kappa=0.3"
         assert group["returns"] == f"returned={PowerEMA(0.7).scaled(4)}"
     for text in ("adamw", "ema", "uniform", "pace"):
         for eps in (1e-8, 0.25):

@@ -221,14 +221,18 @@ class Method(Options):
 
         Args:
             steps: of the run.
-            scale: the batch over the one that the method's options are for.
+            scale: the batch over the one that the method's options are for. The average that a
+                pull goes toward stays as it is: results/batch-scaling has what it costs to change.
 
         Raises:
             ValueError: one has no such scaling.
         """
         # A share of the steps is the same share of the data.
-        own = (self.pulled_toward, self.averaging(round(scale * steps)))
-        return [rule.scaled(scale) for rule in own if rule is not None]
+        pulled_toward, returned = self.pulled_toward, self.averaging(round(scale * steps))
+        if pulled_toward is not None and not self.pulls:
+            pulled_toward = pulled_toward.scaled(scale)
+        rules = (pulled_toward, None if returned is None else returned.scaled(scale))
+        return [rule for rule in rules if rule is not None]
 
     def in_steps(self, samples: int, tokens: int | None) -> Self:
         """The method with a half-life of data in steps.

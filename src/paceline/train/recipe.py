@@ -208,7 +208,7 @@ class Recipe(Options):
     batch: Annotated[Positive, DATA] = 128
     """Sequences a step, >= 1, summed over processes and accumulation."""
     average_batch: Positive | None = None
-    """Batch, >= 1, that the average's options are for. With another --batch the averages change to stay the same function of the data. --lr and --pullback do not; docs/averages.md has their rules. Default: batch."""
+    """Batch, >= 1, that the average's options are for. With another --batch the averages change to stay the same function of the data. The average that a pull goes toward, --lr and --pullback do not; docs/averages.md has their rules. Default: batch."""
     micro_batch: Annotated[Positive | None, RESUMABLE] = None
     """Sequences that a process computes at a time, >= 1. Fewer take less memory and give the same result. Default: batch divided by the processes."""
     steps: Positive | None = None

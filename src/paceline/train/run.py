@@ -308,7 +308,7 @@ def _start(
 
 
 def note_on_batch(options: RecipeCommand, recipe: Recipe, steps: int) -> str | None:
-    """What another batch than that of the recipe's file does to the average, in one line.
+    """What another batch than that of the recipe's file does to the returned average, in one line.
 
     Args:
         options: of the command.
@@ -321,12 +321,16 @@ def note_on_batch(options: RecipeCommand, recipe: Recipe, steps: int) -> str | N
     if options.recipe is None or options.average_batch is not None:
         return None
     written = read_recipe(options.recipe).get("batch", Recipe.model_fields["batch"].default)
+    if written == recipe.batch:
+        return None
     now = recipe.rules(steps)
     told = (
         f"batch: {recipe.batch} sequences in place of the recipe's {written}. The average stays "
-        f"{' and '.join(map(_short, now)) or recipe.parsed.label} in steps, each now "
+        f"{_short(now[-1]) if now else recipe.parsed.label} in steps, each now "
         f"{recipe.batch / written:.3g} times the data"
     )
+    if recipe.parsed.pulls and len(now) == 1:
+        return f"{told}. A pull toward a scaled average had a higher loss: docs/averages.md."
     try:
         same = Recipe(**{**recipe.model_dump(), "average_batch": written})
     except InputError as error:
@@ -340,7 +344,7 @@ def note_on_batch(options: RecipeCommand, recipe: Recipe, steps: int) -> str | N
         told += f"; at the end its half-life has {lives[0] / lives[1]:.2g} times as much data"
     return (
         f"{told}. --average-batch {written} keeps it the same function of the data, "
-        f"{' and '.join(map(_short, then))}."
+        f"{_short(then[-1])}."
     )
 
 
