@@ -14,7 +14,9 @@ each exchange, and the gradients at each step of DDP.
 - average: PACE with the same pull, toward the common average
 
 Each returns its weights or its center ("own") and an average of them with κ = 0.7 ("slow"). Rates
-are chosen on one half of the held-out data and losses are of the other.
+are half a decade apart. They are chosen on one half of the held-out data and losses are of the
+other. The first seed tries four rates; the others the best of those and its neighbours. Rates are
+added for all seeds until the best of their mean has a neighbour on both sides.
 """
 
 import argparse
@@ -27,9 +29,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
-import pandas as pd
 import torch
 from tasks import BATCH, TASKS, WEIGHT_DECAY, finetune, fit, records
 from torch import Tensor
@@ -50,7 +52,9 @@ ELASTIC: dict[str, dict[str, Any]] = {
 PULLED = ("pulled", "average")
 VARIANTS = ("ddp", "pulled", *ELASTIC)
 TASK = TASKS["finetune"]
-RATES = (0.000562, 0.00178, 0.00562, 0.0178, 0.0562, 0.178)  # half a decade apart
+KINDS = [(x, every) for x in VARIANTS for every in (EVERY if x in ELASTIC else (0,))]
+AVERAGES = ("own", "slow")
+FIRST_RATES = range(4)  # of the first seed, by their place
 
 
 class Cell(NamedTuple):
@@ -60,6 +64,11 @@ class Cell(NamedTuple):
     every: int  # H; 0 of DDP
     lr: float
     seed: int
+
+
+def rate(place: int) -> float:
+    """The learning rate at a place of the grid: 0.00178 at 0, and half a decade more at 1."""
+    return float(f"{10 ** (place / 2 - 2.75):.3g}")
 
 
 class Crowd:
@@ -158,45 +167,63 @@ def written(path: Path) -> dict[Cell, dict[str, Any]]:
     return {Cell(*cell): found for *cell, found in records(path)}
 
 
+def lacking(done: dict[Cell, dict[str, Any]], seeds: int) -> list[Cell]:
+    """The trainings to run next: those of the first rates, then those around the best ones."""
+    asked = [Cell(*kind, rate(place), 0) for kind in KINDS for place in FIRST_RATES]
+    if set(asked) <= done.keys():
+        asked = []
+        for kind, average in itertools.product(KINDS, AVERAGES):
+            best = best_rate(done, kind, average, seeds)
+            place = next(x for x in itertools.count(-20) if rate(x) >= best)
+            near = [rate(place + x) for x in (-1, 0, 1)]
+            asked += [Cell(*kind, lr, seed) for seed in range(seeds) for lr in near]
+    return [cell for cell in sorted(set(asked), key=lambda x: x.seed) if cell not in done]
+
+
+def best_rate(
+    done: dict[Cell, dict[str, Any]], kind: tuple[str, int], average: str, seeds: int
+) -> float:
+    """The rate of the lowest mean loss to choose by, of those that most seeds have."""
+    losses: dict[float, list[float]] = {}
+    for cell, found in done.items():
+        if cell[:2] == kind and cell.seed < seeds:
+            losses.setdefault(cell.lr, []).append(found[average][0])
+    most = max(map(len, losses.values()))
+    return min((sum(x), lr) for lr, x in losses.items() if len(x) == most)[1]
+
+
 def run(path: Path, steps: int, seeds: int, workers: int) -> None:
-    """Run the trainings that the file lacks; those of a seed before those of the next."""
+    """Run the trainings that the file lacks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     done = written(path)
-    kinds = [(x, every) for x in VARIANTS for every in (EVERY if x in ELASTIC else (0,))]
-    asked = itertools.product(range(seeds), kinds, RATES)
-    cells = [Cell(*kind, float(f"{lr:.3g}"), seed) for seed, kind, lr in asked]
-    todo = [cell for cell in cells if cell not in done]
-    print(f"{len(todo)} trainings to run", flush=True)
     torch.set_num_threads(1)  # as in the workers
     finetune(0)  # its start is made once, before many want it
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(workers, torch.set_num_threads, (1,)) as pool, path.open("a") as file:
-        for cell, found in pool.imap_unordered(partial(trained, steps), todo):
-            print(json.dumps([*cell, found]), file=file, flush=True)
+        while todo := lacking(done, seeds):
+            print(f"{len(todo)} trainings to run", flush=True)
+            for cell, found in pool.imap_unordered(partial(trained, steps), todo):
+                print(json.dumps([*cell, found]), file=file, flush=True)
+                done[cell] = found
 
 
-def tables(done: dict[Cell, dict[str, Any]]) -> str:
+def tables(done: dict[Cell, dict[str, Any]], seeds: int) -> str:
     """Loss of each variant at each H at its best rate, less that of DDP, and the bytes."""
-    rows = [
-        {**cell._asdict(), "average": name, "choose": found[name][0], "report": found[name][1]}
-        for cell, found in done.items()
-        for name in ("own", "slow")
-    ]
-    sent = {(cell.variant, cell.every): found["bytes"] for cell, found in done.items()}
-    keys = ["variant", "every", "average", "lr", "seed"]
-    frame = pd.DataFrame(rows).set_index(keys).sort_index()
-    means = frame.choose.groupby(keys[:-1]).mean()
-    tried = [{"lr": lr} for lr in means.index.unique("lr")]
-    best = {at: own.idxmin()[-1] for at, own in means.groupby(keys[:-2])}
-    losses = {at: frame.report.loc[(*at, lr)] for at, lr in best.items()}
     lines: list[list[Any]] = []
-    for (variant, every, average), found in losses.items():
-        lr = best[variant, every, average]
-        beside = paired(dict(found), dict(losses["ddp", 0, average]))
-        megabytes = f"{sent[variant, every] / 1e6:.4g} MB"
-        lines.append([f"{variant}: {average}", str(every or "DDP"), megabytes, f"{lr:g}"])
-        lines[-1] += [edges({"lr": lr}, tried), float(found.mean())]
-        lines[-1] += beside if variant != "ddp" else [None] * 4
+    ddp: dict[str, dict[int, float]] = {}
+    for kind, average in itertools.product(KINDS, AVERAGES):
+        tried = [cell for cell in done if cell[:2] == kind]
+        if not tried:
+            continue
+        lr = best_rate(done, kind, average, seeds)
+        found = {cell.seed: done[cell] for cell in tried if cell.lr == lr and cell.seed < seeds}
+        losses = {seed: x[average][1] for seed, x in found.items()}
+        beside = paired(losses, ddp.setdefault(average, losses))  # DDP is the first kind
+        edge = edges({"lr": lr}, [{"lr": cell.lr} for cell in tried])
+        megabytes = f"{found[0]['bytes'] / 1e6:.4g} MB"
+        lines.append([f"{kind[0]}: {average}", str(kind[1] or "DDP"), megabytes, f"{lr:g}", edge])
+        lines[-1] += [fmean(losses.values())]
+        lines[-1] += beside if kind[0] != "ddp" else [None] * 4
     columns = ["workers: returned", "H", "bytes", "rate", EDGE, "loss"]
     return Listing.of_differences("", columns, lines).markdown()
 
@@ -210,7 +237,7 @@ def main() -> None:
     given = parser.parse_args()
     path = given.out / "runs.jsonl"
     run(path, given.steps, given.seeds, given.workers)
-    (given.out / "tables.md").write_text(tables(written(path)))
+    (given.out / "tables.md").write_text(tables(written(path), given.seeds))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 
 import numpy as np
 import pytest
@@ -104,7 +105,27 @@ def test_the_table(elastic, tmp_path):
     (tmp_path / "runs.jsonl").write_text("\n".join([*lines, lines[0][:30]]))
     done = elastic.written(tmp_path / "runs.jsonl")
     assert len(done) == 8
-    table = elastic.tables(done).splitlines()
+    table = elastic.tables(done, 2).splitlines()
     rate = "2.5 MB | 0.001 | lr at the bottom"
     assert table[2] == f"| ddp: own | DDP | {rate} | 3.5000 |  |"
     assert table[4].startswith(f"| diloco: own | 20 | {rate} | 3.8750 | 0.3750 [")
+
+
+def test_rates_are_added_until_the_best_has_neighbours(elastic, monkeypatch):
+    """The first seed's best is at the top, the mean's one below, and the slow average's lower."""
+    monkeypatch.setattr(elastic, "KINDS", [("ddp", 0)])
+    done, asked = {}, []
+    best = {"own": [4, 3, 3], "slow": [1, 1, 1]}  # places, by seed
+    while todo := elastic.lacking(done, 3):
+        asked.append(sorted((cell.seed, cell.lr) for cell in todo))
+        for cell in todo:
+            place = round(2 * math.log10(cell.lr) + 5.5)
+            losses = {x: [abs(place - own[cell.seed]), 0.0] for x, own in best.items()}
+            done[cell] = {**losses, "bytes": 1}
+    rates = [0.00178, 0.00562, 0.0178, 0.0562, 0.178, 0.562]
+    assert asked[0] == [(0, lr) for lr in rates[:4]]
+    others = [(seed, lr) for seed in (1, 2) for lr in rates[:5]]
+    assert asked[1] == [(0, rates[4]), *others]
+    assert len(asked) == 2
+    assert elastic.best_rate(done, ("ddp", 0), "own", 3) == rates[3]
+    assert elastic.best_rate(done, ("ddp", 0), "slow", 3) == rates[1]
