@@ -76,7 +76,7 @@ def test_each_row_of_the_ledger_is_whole_and_its_numbers_are_on_its_page():
         assert len(cells) == 6, name
         _, number, _, _, command, date = cells
         assert re.fullmatch(r"2026-\d\d-\d\d", date.strip()), name
-        page = re.search(r"`.+`, \[page\]\((.+)\)", command)
+        page = re.search(r"`.+`, \[page\]\(([^#]+)(#.+)?\)", command)
         assert page, name
         known = numbers((LEDGER.parent / page[1]).read_text())
         assert numbers(number) <= known, f"{name}: {sorted(numbers(number) - known)}"

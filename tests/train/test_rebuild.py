@@ -218,6 +218,14 @@ def test_weights_whose_sum_is_0_on_the_way(tmp_path):
     assert weighted_sum("x", found, [-1.0, 1.0, 1.0], torch.float32).item() == 9.0
 
 
+def test_a_mean_of_one_is_that_one_bit_for_bit(tmp_path):
+    """Also where that is a zero with a sign."""
+    save_file({"x": torch.tensor([-0.0, 0.0, 1e-45])}, tmp_path / "one.safetensors")
+    one = read_headers(tmp_path / "one.safetensors")
+    found = weighted_sum("x", [one, one], [1.0, 0.0], torch.float32)
+    assert found.view(torch.int32).tolist() == [-(2**31), 0, 1]
+
+
 # ---- models ------------------------------------------------------------------------------------
 
 

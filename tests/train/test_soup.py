@@ -329,7 +329,7 @@ def test_adapters(kitchen, tuned, tmp_path, capsys):
     assert f"lora-1 differ in their base model: {base} and other/model" in capsys.readouterr().err
 
 
-def test_folders_outside_of_runs(kitchen, tuned, tmp_path):
+def test_folders_outside_of_runs(kitchen, tuned, tmp_path, capsys):
     """Their data are read by the recipe that is named, within the context that the model has."""
     models = [shutil.copytree(kitchen / name / "model", tmp_path / name) for name in ("one", "two")]
     out, data = tmp_path / "soup", ["--data", tuned["eval_data"][0]]
@@ -339,6 +339,9 @@ def test_folders_outside_of_runs(kitchen, tuned, tmp_path):
     a, b = read(out / "paceline.json"), read(inside / "paceline.json")
     assert a["start"] is None
     assert a["reported"]["uniform"]["score"] == b["reported"]["uniform"]["score"]
+    for ingredients in (models, [kitchen / "one", kitchen / "two"]):
+        soup(*ingredients, "--recipe", "demo-pretrain", "--out", tmp_path / "no", status=2)
+        assert "recipe: it says how --data are read; give --data" in capsys.readouterr().err
     options = module.Soup(ingredients=(), out=out, data=("x",), recipe="demo-pretrain")
     assert module._recipe(options, models[0]).context == 64  # of the model; the recipe's is 128
     text = tmp_path / "text.txt"

@@ -172,7 +172,7 @@ class Soup(Scoring):
     kind: Literal["greedy", "uniform"] = "greedy"
     """Which soup to write; both are scored."""
     recipe: str | None = None
-    """Recipe by which the data are read, with its task and context. Default: that of the first
+    """Recipe by which --data are read, with its task and context. Default: that of the first
     run, or else conversations."""
 
 

@@ -83,6 +83,8 @@ def _model_of(path: Path) -> Path:
 
 def _recipe(options: Soup, model: Path) -> Recipe:
     """The recipe by which data are read."""
+    if options.recipe is not None and options.data is None:
+        raise InputError("recipe: it says how --data are read; give --data, or leave it out")
     run = folder.run_of(model)
     if options.data is None and options.task is None and run is None:
         raise InputError("data: no ingredient is in the folder of a run; give --data or --task")

@@ -164,15 +164,18 @@ def _running_mean(
     """
     like = checkpoints[-1].tensors[name].form
     wide = torch.promote_types(like.dtype, torch.float32)
-    average = torch.zeros(like.shape, dtype=wide)
+    average: Tensor | None = None
     so_far = 0.0
     pairs = zip(reversed(checkpoints), reversed(weights), strict=True)
     for checkpoint, weight in sorted(pairs, key=lambda pair: pair[1] < 0):
         if weight:
             so_far += weight
             tensor = load_tensor(checkpoint, name).to(wide)
-            average.lerp_(tensor if scale == 1 else tensor * scale, weight / so_far)
+            if scale != 1:
+                tensor = tensor * scale
+            average = tensor if average is None else average.lerp_(tensor, weight / so_far)
             del tensor  # before the next is loaded
+    assert average is not None  # weights sum to 1
     return average
 
 
