@@ -39,6 +39,7 @@ docs: $(VENV)/test
 	mkdir -p build/pages
 	ln -sfn $(addprefix ../../,$(PAGES)) build/pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	! grep -rE '<(script|link)[^>]+"(https?:)?//[^"]+\.(js|css)|unpkg' build/site --include='*.html'
 
 release-notes:  # of CHANGELOG.md; fails where VERSION has none, or is not the package's, or has no date
 	@$(PYTHON) -c 'import re, sys, tomllib; text = open("CHANGELOG.md").read(); \

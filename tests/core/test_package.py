@@ -158,4 +158,6 @@ def test_workflows_are_yaml_and_those_that_publish_wait_for_the_owner():
     for name in ("release", "docs"):
         first = next(iter(pages[name]["jobs"].values()))
         assert first["if"].startswith("vars.")
+    assert pages["release"]["jobs"]["ci"]["uses"] == "./.github/workflows/ci.yml"
+    assert pages["release"]["jobs"]["build"]["needs"] == "ci"
     assert any("doctor" in str(part) for part in pages["bug"]["body"])

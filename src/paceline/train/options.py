@@ -256,6 +256,8 @@ class Doctor(Options):
 class Completion(Options):
     """Print a script that completes commands and options in a shell.
 
+    Make the folder first, by mkdir -p, where it is not there.
+
     For bash: paceline completion bash > ~/.local/share/bash-completion/completions/paceline
 
     For zsh, in a folder of $fpath: paceline completion zsh > ~/.zfunc/_paceline
