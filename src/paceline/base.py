@@ -130,12 +130,12 @@ class AveragedOptimizer(Optimizer):
             if places or FROZEN in group:
                 group[FROZEN] = ",".join(places)
 
-    def _refuse_flattened(self, group: int, error: type[Exception]) -> None:
-        """Raises: `error`: FSDP1 holds a parameter of this group."""
+    def _refuse_layouts(self, group: int, error: type[Exception]) -> None:
+        """Raises: `error`: FSDP1 holds a parameter of this group, or ranks are yet to add it up."""
         for i, p in enumerate(self.param_groups[group]["params"]):
-            if shards.is_flattened(p):
+            if reason := shards.reason_against(p):
                 where = describe(self.param_groups, group, i)
-                raise error(f"{shards.FSDP1}, got {where}; nothing was changed")
+                raise error(f"{reason}, got {where}; nothing was changed")
 
     def _average_keys(self, name: str | None) -> dict[Tensor, str]:
         """The key of the average of this name in the state of each parameter that has one.
@@ -519,8 +519,9 @@ class AveragedOptimizer(Optimizer):
             the AdamW step, `pull_norm` of the pull and `update_norm` of the whole update;
             `distance`, the 2-norm of live weights minus average after the step (LAWA's and BEMA's
             from before they took it in). Over all tracked parameters that had a gradient, and under
-            "groups" the same for each group (None for one without any). Guarded coordinates are
-            among them with a gradient of 0.
+            "groups" the same for each group, or None for one that had none on this rank. Guarded
+            coordinates are among them with a gradient of 0. A rank that holds no coordinate of
+            any group has none of these.
         """
         counts = [0, 0, 0] if self._counts is None else self._counts.tolist()
         names = ("guarded_coordinates", "guarded_steps", "skipped_steps")

@@ -223,8 +223,8 @@ class PACE(AveragedOptimizer):
         """Add a group of parameters with options of its own.
 
         Raises:
-            ValueError: an option is out of range, or a parameter is flattened by FSDP1, is not
-                floating-point or does not go with an option.
+            ValueError: an option is out of range, or a parameter is flattened by FSDP1, is a
+                DTensor of Partial placement, is not floating-point or does not go with an option.
             RuntimeError: `fused=True`, and the device's kernel cannot be used here.
         """
         if isinstance(param_group, dict):  # else torch says what is wrong
@@ -244,7 +244,7 @@ class PACE(AveragedOptimizer):
 
     def _check_params(self, group: int) -> None:
         """Raises: ValueError: a parameter is given twice, or does not go with an option."""
-        self._refuse_flattened(group, ValueError)
+        self._refuse_layouts(group, ValueError)
         options = self.param_groups[group]
         if len(set(options["params"])) < len(options["params"]):
             raise ValueError(f"params must be given once each, got one twice in group {group}")
@@ -319,7 +319,7 @@ class PACE(AveragedOptimizer):
         held = self._plans_that_hold()
         for index, (group, plan) in enumerate(zip(self.param_groups, held, strict=True)):
             if plan is None:
-                self._refuse_flattened(index, RuntimeError)
+                self._refuse_layouts(index, RuntimeError)
                 stepped = [x for x in enumerate(group["params"]) if x[1].grad is not None]
                 self._check_dtypes(index, stepped, RuntimeError)
                 self._check_gradients(index)

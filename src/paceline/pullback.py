@@ -170,7 +170,7 @@ class Pullback(Around):
         theirs = {name: said.pop(name) for name in SHORT if name in self.base.defaults}
         expand_short(said)
         complete = self._ours | said | theirs
-        self._refuse_flattened(index, ValueError)
+        self._refuse_layouts(index, ValueError)
         _check_options(complete)
         for i, p in enumerate(complete["params"]):
             if p.requires_grad and p.dtype not in WIDE:
@@ -184,8 +184,9 @@ class Pullback(Around):
         """Add a group to the base; what it lacks of our options is as given to this optimizer.
 
         Raises:
-            ValueError: an option is out of range, or a parameter is not floating-point. The group
-                has not been added then.
+            ValueError: an option is out of range, or a parameter is flattened by FSDP1, is a
+                DTensor of Partial placement, or is not floating-point. The group has not been
+                added then.
         """
         self.base.add_param_group(param_group)
         groups = self.base.param_groups
@@ -269,7 +270,7 @@ class Pullback(Around):
             self._check_gradients(index)
             ours = [group[name] for name in self._ours]
             if ours != self._checked.get(index):
-                self._refuse_flattened(index, RuntimeError)
+                self._refuse_layouts(index, RuntimeError)
                 checked = dict(group)
                 _check_options(checked)
                 group |= checked

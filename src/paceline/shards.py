@@ -6,7 +6,6 @@ memory to every kernel, without a word to the other ranks.
 
 import hashlib
 import sys
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
@@ -22,6 +21,10 @@ FSDP1 = (
     "params must not be flattened by FSDP1, where a look at the average would change the training "
     "after it; shard the model by FSDP2 (fully_shard, in accelerate fsdp_version 2)"
 )
+PARTIAL = (
+    "params must not be DTensors of Partial placement, whose weights are a sum over ranks; "
+    "redistribute them to Shard or Replicate"
+)
 ZERO_3 = (
     "DeepSpeed's ZeRO stage 3 keeps the weights in flat parts of its own, so no average can be put "
     "into the model; use FSDP2 (fully_shard, in accelerate fsdp_version 2)"
@@ -30,7 +33,6 @@ ZERO_1_2 = (
     "DeepSpeed's ZeRO steps flat copies of the weights, so the average would not reach the model; "
     "call paceline.integrations.deepspeed.attach(engine) first"
 )
-_announced: Counter[str] = Counter()  # in this process, by what they are of
 
 
 def is_sharded(x: Tensor) -> bool:
@@ -41,6 +43,14 @@ def is_sharded(x: Tensor) -> bool:
 def is_flattened(x: Tensor) -> bool:
     """Whether FSDP1 keeps this parameter in a flat one, or it is a flat one itself."""
     return getattr(x, "_fsdp_flattened", False)
+
+
+def reason_against(x: Tensor) -> str | None:
+    """Why a parameter cannot be stepped as it is laid out over ranks; None: it can."""
+    if is_flattened(x):
+        return FSDP1
+    partial = is_sharded(x) and any(y.is_partial() for y in x.placements)  # type: ignore[attr-defined]
+    return PARTIAL if partial else None
 
 
 def is_partitioned(x: Tensor) -> bool:
@@ -194,11 +204,13 @@ class Announcement:
         self.options, self.looks = options, 0
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
+        if dist.get_backend() == "fake":  # torch's process group of one rank without the others
+            return
         from torch.distributed.distributed_c10d import _get_default_store
 
         self.store, rank, count = _get_default_store(), dist.get_rank(), dist.get_world_size()
-        name = f"paceline/{kind}/{_announced[kind]}"
-        _announced[kind] += 1
+        # Counted where the others read it, for a process may have been in another group before.
+        name = f"paceline/{kind}/{self.store.add(f'paceline/{kind} of {rank}', 1)}"
         self.store.set(f"{name}/{rank}", options)
         # Rank 0 and the next one: each rank reads two, and some rank sees any difference.
         self.others = {other: f"{name}/{other}" for other in {0, (rank + 1) % count} - {rank}}

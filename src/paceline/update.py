@@ -536,7 +536,10 @@ def measurements(
     `count` coordinates; `gain_sum`, `gain_min`, `gain_max`, `clipped` (coordinates whose gain the
     clip holds at 1); the squared norms `adamw_sq` of the AdamW step, `pull_sq` of the pull,
     `update_sq` of the weights' change as stored, and `distance_sq` from the average afterwards.
+    Nothing of shards that are all empty, which have no smallest gain.
     """
+    if not any(x.numel() for x in after):
+        return {}
     zero = torch.zeros((), dtype=after[0].dtype, device=after[0].device)
 
     def total(tensors: list[Tensor]) -> Tensor:
