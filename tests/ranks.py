@@ -7,7 +7,7 @@ import time
 import traceback
 from contextlib import suppress
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 120  # seconds, for a busy machine; a rank that fails alone leaves the other waiting
+METHOD = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"]
 
 
 class Ranks:
@@ -28,7 +30,9 @@ class Ranks:
 
     def start(self):
         store = str(self.folder / f"store{len(list(self.folder.iterdir()))}")
-        context = get_context("spawn")
+        context = get_context(METHOD)
+        if METHOD == "forkserver":
+            context.set_forkserver_preload(IMPORTED)
         for rank in range(self.count):
             ours, theirs = context.Pipe()
             args = (rank, self.count, store, theirs)
@@ -37,23 +41,28 @@ class Ranks:
             self.processes[-1].start()
             theirs.close()
 
-    def __call__(self, function, *args, **kwargs):
+    def __call__(self, function, *args, last=False, **kwargs):
+        """A last call ends every process; the result of one that ends itself is None then.
+
+        Results of a last call hold no tensors, for these are read from the process's memory.
+        """
         if not self.processes:
             self.start()
         for pipe in self.pipes:
-            pipe.send((function, args, kwargs))
+            pipe.send((function, args, kwargs, last))
         waiting, results = dict(zip(self.pipes, range(self.count), strict=True)), {}
         while waiting:
             ready = wait(waiting, TIMEOUT)
             failures = [] if ready else [f"no answer in {TIMEOUT} s\n{self.stacks()}"]
             for pipe in ready:
+                rank, failure = waiting.pop(pipe), None
                 try:
-                    failure, results[waiting[pipe]] = pipe.recv()
+                    failure, results[rank] = pipe.recv()
                 except EOFError:
-                    failure = "the process has ended"
+                    results[rank] = None
+                    failure = None if last else "the process has ended"
                 if failure:
-                    failures.append(f"on rank {waiting[pipe]}:\n{failure}")
-                del waiting[pipe]
+                    failures.append(f"on rank {rank}:\n{failure}")
             if failures:
                 self.close()  # others may be waiting for these; the next call starts anew
                 raise AssertionError("\n".join(failures))
@@ -85,16 +94,21 @@ def _serve(rank, count, path, pipe):
     )
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    store = dist.FileStore(path, count)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=TIMEOUT)
-    )
+    join(rank, count, path)
     while True:
         try:
-            function, args, kwargs = pipe.recv()
+            function, args, kwargs, last = pipe.recv()
         except EOFError:
             return
         try:
             pipe.send((None, function(*args, **kwargs)))
         except BaseException:
             pipe.send((traceback.format_exc(), None))
+        if last:
+            os._exit(0)  # at once, as a process does that an error ends: its connections close
+
+
+def join(rank, count, path):
+    """Be a rank of the default process group, which meets by a file."""
+    store, timeout = dist.FileStore(path, count), timedelta(seconds=TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timeout)
