@@ -8,31 +8,46 @@ from problems import RETURNS
 from torch import nn, optim
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from paceline import Pullback
 
 
-def net():
-    """Of 2 ranks the first holds 3 of 5 rows, and the only row of the last layer."""
+def net(dtype=torch.float32):
+    """Of 5 rows 2 ranks hold 3 and 2, and 4 ranks 2, 2, 1 and none; of 1 row all but one none."""
     model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
-    return model
+    return model.to(dtype)
 
 
 def wrapped(model, engine):
+    """A net on all ranks by DDP, FSDP2, HSDP, or FSDP2 over tensor parallelism ("tp")."""
+    if not engine:
+        return model
     if engine == "ddp":
         return DistributedDataParallel(model)
+    count = dist.get_world_size()
     if engine == "fsdp":
-        mesh = init_device_mesh("cpu", (2,))
-        for layer in (model[0], model[3]):
-            fully_shard(layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
-    return model
+        mesh = init_device_mesh("cpu", (count,))
+    else:
+        mesh = init_device_mesh("cpu", (2, count // 2), mesh_dim_names=("data", "tensor"))
+    if engine == "tp":
+        first, last = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel()
+        last.input_layouts = (Replicate(),)
+        parallelize_module(model, mesh["tensor"], {"0": first, "3": last})
+        mesh = mesh["data"]
+    for layer in (model[0], model[3]):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def whole(x):
@@ -47,12 +62,17 @@ def held(model, opt):
 
 
 def advance(model, opt, engine, steps, *, first=0, parts=1, clip=None):
-    """Steps on the same global batches whatever the engine: half of each for each rank."""
+    """Steps on the same global batches whatever the engine: a part of each for each rank.
+
+    Ranks that hold one model by tensor parallelism have the same part.
+    """
+    world = dist.get_world_size() if engine else 1
+    shares = 2 if engine == "tp" else world
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(100 + step)
-        x = torch.randn(16, 6, generator=generator)
+        x = torch.randn(24, 6, generator=generator).to(next(model.parameters()).dtype)
         if engine:
-            x = x.view(2, 8, 6)[dist.get_rank()]
+            x = x.chunk(shares)[dist.get_rank() * shares // world]
         for i, part in enumerate(x.chunk(parts)):
             later = engine == "ddp" and i < parts - 1
             with model.no_sync() if later else contextlib.nullcontext():

@@ -23,6 +23,12 @@ def two_ranks(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def three(tmp_path_factory):
+    """Three processes of one process group."""
+    yield from some_ranks(3, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def four(tmp_path_factory):
     """Four processes of one process group."""
     yield from some_ranks(4, tmp_path_factory)

@@ -1,5 +1,7 @@
 """Checkpoints and exports of models that two ranks share."""
 
+import threading
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -65,34 +67,47 @@ def test_asking_for_a_checkpoint_disturbs_nothing(engine, moment, asked, flat, r
         assert_equal(a, b)
 
 
-def run_and_save(engine, folder, swapped, form, saved_at=3):
-    """Trains, saves at a step, trains on; what is held at the end."""
-    model = wrapped(net(), engine)
-    opt = PACE(model.parameters(), lr=0.05, pullback=2.0, **form)
-    advance(model, opt, engine, saved_at)
+def made(model, kind, options):
+    """PACE with these options, or a Pullback around another by the name of its options."""
+    if kind == "PACE":
+        return PACE(model.parameters(), lr=0.05, pullback=2.0, **options)
+    return pullback(model, kind, options)
+
+
+def states(model, opt):
+    return dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+
+
+def run_and_save(engine, folder, swapped, kind, options, dtype=torch.float32):
+    """Trains, saves, trains on; what is held when it is saved, and at the end."""
+    model = wrapped(net(dtype), engine)
+    opt = made(model, kind, options)
+    advance(model, opt, engine, 3)
     live = held(model, opt)
     if swapped:
         opt.eval(second(opt))
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
-    dcp.save(state, checkpoint_id=folder, no_dist=engine is None)
+    dcp.save(states(model, opt), checkpoint_id=folder, no_dist=engine is None)
     opt.train()
     assert_equal(held(model, opt), live)
-    advance(model, opt, engine, 2, first=saved_at)
-    return held(model, opt)
+    advance(model, opt, engine, 2, first=3)
+    return live, held(model, opt)
 
 
-def load_and_go_on(engine, folder, form, saved_at=3):
-    model = wrapped(net(), engine)
+def load_and_go_on(engine, folder, kind, options, dtype=torch.float32):
+    """Loads into other weights and options, trains on; what is held before that, and at the end."""
+    model = wrapped(net(dtype), engine)
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(7.0)
-    opt = PACE(model.parameters(), lr=9.0, pullback=9.0, **form)
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+    opt = made(model, kind, options)
+    opt.param_groups[0] |= {"lr": 9.0, "pullback": 9.0}
+    state = states(model, opt)
     dcp.load(state, checkpoint_id=folder, no_dist=engine is None)
     set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     opt.train()
-    advance(model, opt, engine, 2, first=saved_at)
-    return held(model, opt)
+    loaded = held(model, opt)
+    advance(model, opt, engine, 2, first=3)
+    return loaded, held(model, opt)
 
 
 # A float32 average is exact over any number of ranks; with bfloat16 state only the gradients'
@@ -122,47 +137,17 @@ def test_saved_on_two_ranks_and_loaded_on_one_and_the_reverse(
     engine, swapped, form, ranks, tmp_path
 ):
     form, close = FORMS[form]
-    two, *_ = ranks(run_and_save, engine, str(tmp_path / "two"), swapped, form)
-    one = run_and_save(None, str(tmp_path / "one"), swapped, form)
-    ends = [load_and_go_on(None, str(tmp_path / "two"), form)]
-    ends += ranks(load_and_go_on, engine, str(tmp_path / "one"), form)
-    again = ranks(load_and_go_on, engine, str(tmp_path / "two"), form)
-    for end in ends:
+    (live, two), *_ = ranks(run_and_save, engine, str(tmp_path / "two"), swapped, "PACE", form)
+    _, one = run_and_save(None, str(tmp_path / "one"), swapped, "PACE", form)
+    ends = [load_and_go_on(None, str(tmp_path / "two"), "PACE", form)]
+    ends += ranks(load_and_go_on, engine, str(tmp_path / "one"), "PACE", form)
+    again = ranks(load_and_go_on, engine, str(tmp_path / "two"), "PACE", form)
+    for _, end in ends:
         assert_close(end, two, close, close)
         assert_close(end, one, close, close)
-    for end in again:
+    for loaded, end in again:
+        assert_equal(loaded, live)
         assert_equal(end, two)
-
-
-def save_and_go_on_around(engine, folder, base, around, swapped):
-    model = wrapped(net(), engine)
-    opt = pullback(model, base, around)
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
-    advance(model, opt, engine, 3)
-    live = held(model, opt)
-    if swapped:
-        opt.eval(second(opt))
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
-    dcp.save(state, checkpoint_id=folder)
-    opt.train()
-    assert_equal(held(model, opt), live)
-    advance(model, opt, engine, 2, first=3)
-    return held(model, opt)
-
-
-def load_and_go_on_around(engine, folder, base, around):
-    model = wrapped(net(), engine)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(7.0)
-    opt = pullback(model, base, around)
-    opt.param_groups[0]["lr"] = 9.0
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
-    dcp.load(state, checkpoint_id=folder, no_dist=engine is None)
-    set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    opt.train()
-    advance(model, opt, engine, 2, first=3)
-    return held(model, opt)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.distributed.*:UserWarning")
@@ -174,10 +159,99 @@ def load_and_go_on_around(engine, folder, base, around):
 def test_around_another_optimizer_shards_are_saved_and_loaded(
     swapped, base, around, ranks, tmp_path
 ):
-    for two in ranks(save_and_go_on_around, "fsdp", str(tmp_path), base, around, swapped):
-        assert_close(load_and_go_on_around(None, str(tmp_path), base, around), two)
-        for end in ranks(load_and_go_on_around, "fsdp", str(tmp_path), base, around):
+    folder = str(tmp_path)
+    for live, two in ranks(run_and_save, "fsdp", folder, swapped, base, around):
+        assert_close(load_and_go_on(None, folder, base, around)[1], two)
+        for loaded, end in ranks(load_and_go_on, "fsdp", folder, base, around):
+            assert_equal(loaded, live)
             assert_equal(end, two)
+
+
+@pytest.mark.filterwarnings("ignore:.*(torch.distributed|view tensor).*:UserWarning")
+@pytest.mark.parametrize(
+    ("engine", "kind", "options", "loaded_by"),
+    [
+        ("fsdp", "PACE", {"returns": RETURNS}, [("fsdp", 3), ("fsdp", 2)]),
+        ("fsdp", "AdamW", "returns", [("fsdp", 3), ("fsdp", 2)]),
+        ("fsdp", "SGD", "own", [("fsdp", 3)]),
+        ("hsdp", "PACE", {"averaging": "lawa:window=3"}, [("tp", 4)]),
+        ("tp", "PACE", {"returns": RETURNS}, [("hsdp", 4), ("fsdp", 3)]),
+        ("tp", "AdamW", "own", [("fsdp", 3)]),
+    ],
+)
+def test_saved_on_four_ranks_and_loaded_on_fewer_or_by_another_layout(
+    engine, kind, options, loaded_by, ranks, three, four, tmp_path
+):
+    dtype = torch.float64
+    _, alone = run_and_save(None, str(tmp_path / "one"), True, kind, options, dtype)
+    folder = str(tmp_path / "four")
+    (live, _), *_ = four(run_and_save, engine, folder, True, kind, options, dtype)
+    found = [load_and_go_on(None, folder, kind, options, dtype)]
+    for other, count in loaded_by:
+        some = {2: ranks, 3: three, 4: four}[count]
+        found += some(load_and_go_on, other, folder, kind, options, dtype)
+    for loaded, end in found:
+        assert_equal(loaded, live)
+        assert_close(end, alone, 1e-12, 1e-12)
+
+
+class Waiting(dcp.FileSystemWriter):
+    """Writes when it is told to."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.told = threading.Event()
+
+    def write_data(self, *args):
+        assert self.told.wait(60)
+        return super().write_data(*args)
+
+
+def go_on_while_it_is_saved(engine, folder, swapped, kind, options):
+    """As `run_and_save`, but nothing is written before the last step."""
+    model = wrapped(net(), engine)
+    opt = made(model, kind, options)
+    own = dist.new_group(backend="gloo")  # or its messages would come between those of training
+    advance(model, opt, engine, 3)
+    live = held(model, opt)
+    if swapped:
+        opt.eval(second(opt))
+    writer = Waiting(folder)
+    saving = dcp.async_save(states(model, opt), storage_writer=writer, process_group=own)
+    opt.train()
+    assert_equal(held(model, opt), live)
+    advance(model, opt, engine, 2, first=3)
+    end = held(model, opt)
+    opt.eval()
+    assert not saving.done()
+    writer.told.set()
+    saving.result()
+    opt.train()
+    assert_equal(held(model, opt), end)
+    return live, end
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed.*:UserWarning")
+@pytest.mark.parametrize(
+    ("engine", "kind", "options", "swapped"),
+    [
+        ("fsdp", "PACE", {"returns": RETURNS}, True),
+        ("fsdp", "PACE", {"state_dtype": torch.bfloat16}, False),
+        ("ddp", "PACE", {}, True),
+        ("fsdp", "AdamW", "returns", True),
+        ("ddp", "SGD", "own", False),
+    ],
+)
+def test_training_goes_on_while_a_checkpoint_is_written(
+    engine, kind, options, swapped, ranks, tmp_path
+):
+    folder = str(tmp_path)
+    saved = ranks(go_on_while_it_is_saved, engine, folder, swapped, kind, options)
+    for mine, again in zip(
+        saved, ranks(load_and_go_on, engine, folder, kind, options), strict=True
+    ):
+        for before, after in zip(mine, again, strict=True):
+            assert_equal(after, before)
 
 
 def whole_state_into_shards(state):

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Ranks, join
 from torch.nn import Parameter
 
 from paceline import PACE, Pullback
@@ -63,3 +64,23 @@ def test_another_pull_is_told(ranks):
 @pytest.mark.parametrize("options", [GUARD, IGNORE, {"pullback": 0.1, "nonfinite": "skip"}])
 def test_where_all_have_the_same_nothing_is_said(options, ranks):
     assert ranks(steps, "PACE", options, options) == ["", ""]
+
+
+def steps_in_two_groups(folder, *options):
+    """In a process group of all, after two of them were in one of their own."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    if rank < 2:
+        join(rank, 2, f"{folder}/two")
+        assert steps("PACE", GUARD, GUARD) == ""
+        dist.destroy_process_group()
+    join(rank, 3, f"{folder}/three")
+    return steps("PACE", *options)
+
+
+def test_ranks_that_were_in_another_process_group_before_are_compared(tmp_path):
+    ranks = Ranks(3, tmp_path)
+    found = ranks(steps_in_two_groups, str(tmp_path), GUARD, GUARD, {"pullback": 0.2})
+    ranks.close()
+    # Each rank reads rank 0's and the next one's.
+    assert ["pullback=0.2" in said for said in found] == [False, True, True]
