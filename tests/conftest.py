@@ -2,6 +2,8 @@
 
 import functools
 import gc
+import os
+import shutil
 
 import pytest
 from hypothesis import settings
@@ -54,3 +56,16 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests come first, so that no process waits for another at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        # .ci/run brings it, and says so: there it must not be skipped.
+        (pytest.fail if os.environ.get("PACELINE_CI") else pytest.skip)("needs Chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with playwright.sync_playwright() as running:
+        started = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()

@@ -16,6 +16,7 @@ from paceline.study import rates
 from paceline.study.rates import (
     MAX_LINES,
     curves_of,
+    headline,
     looks,
     rate_figure,
     rate_picture,
@@ -348,3 +349,24 @@ def test_the_lowest_at_each_rate_needs_two_methods():
 
 def test_one_method_alone():
     assert said(ema=(3.0, 2.0, 3.0)) == ["The best rates were chosen on these same losses."]
+
+
+def test_the_headline_compares_methods_whose_best_rate_is_known():
+    near = [(x, x + 0.01, x - 0.01) for x in (3, 2, 3.1, 3.2)]
+    far = [(x + 0.51, x + 0.5, x + 0.49) for x in (3, 2, 3.1, 3.2)]
+    text = headline(curves(ema=near, pace=far))
+    assert text == (
+        "ema has the lowest loss, 0.500 nats lower than pace, the next. Each method is at its best "
+        "rate."
+    )
+    falling = (3.0, 2.9, 2.8, 2.0)
+    assert headline(curves(ema=near, pace=far, adamw=falling)).endswith(
+        "at its best rate; 1 without one inside the rates tried are left out."
+    )
+    assert headline(curves(ema=near, adamw=falling)) == (
+        "No difference shown: only ema has a best rate inside the rates tried. Widen the rates."
+    )
+    assert headline(curves(ema=falling, adamw=falling)).startswith(
+        "No difference shown: no method has a best rate"
+    )
+    assert headline(curves(ema=near[:1], pace=far[:1])).startswith("ema has the lowest loss, 0.500")

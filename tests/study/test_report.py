@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from rich.console import Console
 
 from paceline.study.rates import lowest_at
-from paceline.study.report import Results, draw_curves, verdict, write_report
+from paceline.study.report import Charts, Results, verdict, write_report
 from paceline.study.statistics import interval
 
 
@@ -53,7 +53,8 @@ def test_verdict_says_who_won_by_how_much_over_how_many_seeds():
         "At learning rate 0.01, against the schedule of a gain of 0.9, the loss of pace is 0.050 "
         "nats higher than ema twin (95 % interval A to B, higher in 1 of 2 seeds, so it may be "
         "chance).",
-        "At the end, the mean gain of pace is 0.85, and 50.0% of the coordinates are clipped.",
+        "At learning rate 0.01, the mean gain of pace at the end is 0.85, and 50.0% of the "
+        "coordinates are clipped.",
         "Each interval is for its difference alone: which method has the lowest loss was not "
         "known before.",
     ]
@@ -64,7 +65,7 @@ def test_verdict_says_who_won_by_how_much_over_how_many_seeds():
     found = verdict_of(*pace, *amounts_to, *other)
     assert "against the ε that its pull amounts to, the loss of pace is 0.050 nats" in found[1]
     assert "than ema eps=0.02" in found[1]
-    assert found[2].startswith("At the end, the mean gain of pace is 0.85")
+    assert "the mean gain of pace at the end is 0.85" in found[2]
     one = verdict_of(pace[0], ema[0])
     assert one[0] == (
         "At learning rate 0.01 pace has the lowest loss: 2.000, 0.200 nats lower than ema "
@@ -126,7 +127,7 @@ def test_an_interrupted_comparison_draws_what_it_has(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         *("curves.png", "rates.png", "rates.svg", "report.html")
     }
-    assert (tmp_path / "report.html").read_text().count("<svg") == 2
+    assert (tmp_path / "report.html").read_text().count("<svg") == 5
     one = Results(1, rows[:1])
     (tmp_path / "one").mkdir()
     write_report(one, manifest, tmp_path / "one", console)
@@ -134,12 +135,30 @@ def test_an_interrupted_comparison_draws_what_it_has(tmp_path):
     assert "1.900 → 1.900" in console.file.getvalue()
 
 
-def test_curves_have_a_panel_a_rate_in_lines_of_three():
+def test_curves_have_a_chart_a_rate_in_lines_of_three():
     rows = [row("pace", lr, 0, 2.0) | {"step": s} for lr in (1, 2, 3, 4) for s in (0, 10)]
-    axes = draw_curves(Results(4, rows)).axes
+    charts = Charts(Results(4, rows))
+    axes = [axis for part in charts.all().subfigs for axis in part.axes]
     assert [axis.get_title() for axis in axes] == [f"learning rate {lr}" for lr in (1, 2, 3, 4)]
-    assert [axis.get_subplotspec().rowspan.start for axis in axes] == [0, 0, 0, 1]
-    assert [bool(axis.get_ylabel()) for axis in axes] == [True, False, False, True]
+    columns = {round(axis.figure.bbox.x0) for axis in axes}
+    assert len(columns) == 3
+    assert [axis.get_title() for axis in charts.at(3).axes] == ["learning rate 3"]
+
+
+@pytest.mark.parametrize(("gap", "panels"), [(0.01, 2), (0.5, 1), (0.0, 1)])
+def test_differences_too_small_to_see_have_a_panel(gap, panels):
+    """Of 2 nats that the upper panel shows."""
+    rows = [
+        row("pace", 1, 0, 2.0 + (10 - s) / 4 - gap) | {"step": s, "live_loss": 2.0 + (10 - s) / 4}
+        for s in (2, 4, 10)
+    ]
+    axes = Charts(Results(1, rows)).at(1).axes
+    assert len(axes) == panels
+    if panels == 2:
+        [zero, line] = axes[1].lines
+        assert list(zero.get_ydata()) == [0, 0]
+        assert list(line.get_ydata()) == pytest.approx([-gap] * 3)
+        assert axes[1].get_ylabel() == "returned − live"
 
 
 def test_pull_alone_means_that_nothing_else_differs():
@@ -169,7 +188,10 @@ def test_a_pull_that_is_off_has_no_gain_to_speak_of():
     ]
     hardly = row("pace", 1, 0, 2.0, gain_mean=0.001, clipped=0.0)
     said = verdict_of(hardly, row("ema", 1, 0, 2.1))
-    assert "pace is 0.00, and 0.0% of the coordinates are clipped. It hardly pulls then." in said[2]
+    assert (
+        "pace at the end is 0.00, and 0.0% of the coordinates are clipped. It hardly pulls then."
+        in said[2]
+    )
     assert "hardly" not in "".join(verdict_of(row("pace", 1, 0, 2.0), row("ema", 1, 0, 2.1)))
 
 

@@ -22,6 +22,8 @@ from paceline.study.statistics import (
     interval,
     p_value,
     paired,
+    verdict_against,
+    verdict_among,
 )
 
 # ---- intervals ----------------------------------------------------------------------------------
@@ -255,3 +257,64 @@ def test_tables_as_text(tmp_path):
     assert (tmp_path / "table.csv").read_text() == (
         "a,lr,x\none,3e-05,\ntwo,0.01,inf\nthree,1,0.123456\n"
     )
+
+
+# ---- verdicts ---------------------------------------------------------------------------------
+
+
+def around(mean, *shifts):
+    """A loss a seed, around a mean."""
+    return {seed: mean + shift for seed, shift in enumerate(shifts)}
+
+
+SMALL = (0.0, 0.001, -0.001, 0.0005, -0.0005)
+OTHER = (0.001, -0.001, 0.0005, 0.0, -0.0005)
+LARGE = (0.5, -0.4, 0.3, -0.6, 0.2)
+
+
+def test_the_lowest_loss_is_claimed_only_where_it_is_shown():
+    low, mid, wide = around(2.0, *SMALL), around(2.1, *OTHER), around(2.05, *LARGE)
+    assert verdict_among({"b": mid, "a": low}) == (
+        "a has the lowest loss, 0.100 nats lower than b, the next."
+    )
+    assert verdict_among({"a": low, "w": wide, "b": mid}) == (
+        "No difference shown between a, which has the lowest mean loss, and w. "
+        "Its loss is lower than that of b."
+    )
+    assert verdict_among({"w": wide, "a": low}) == (
+        "No difference shown between a, which has the lowest mean loss, and w."
+    )
+    assert verdict_among({"a": {0: 2.0}, "b": {0: 1.0}}) == (
+        "No difference shown between b, which has the lowest mean loss, and a: one seed cannot "
+        "show one."
+    )
+    many = {f"m{i}": around(2.1, *LARGE) for i in range(6)}
+    assert "and 5 others" in verdict_among(many)
+
+
+def test_nothing_is_claimed_of_what_diverged_or_is_alone():
+    fine, lost = around(2.0, *SMALL), around(2.0, math.inf, 0.0)
+    assert verdict_among({"a": fine}) == "No difference shown: there is one method."
+    assert "only a ended without a diverged run" in verdict_among({"a": fine, "b": lost})
+    assert "no method ended without" in verdict_among({"a": lost, "b": lost})
+
+
+def test_the_lowest_is_picked_out_so_all_pairs_are_corrected():
+    """With p = 0.03 for one pair alone; a third and a fourth method make it chance."""
+    a, b = around(0.0, 0, 0, 0, 0, 0), around(0.0, 0.5, 1.0, 1.5, 0.1, 1.9)
+    assert p_value([b[s] - a[s] for s in a]) == pytest.approx(0.037, abs=0.01)
+    assert "a has the lowest loss" in verdict_among({"a": a, "b": b})
+    others = {name: around(0.9, *LARGE[i:], *LARGE[:i]) for i, name in enumerate("cdef")}
+    assert verdict_among({"a": a, "b": b, **others}).startswith("No difference shown")
+
+
+def test_the_verdict_against_a_baseline():
+    found = [("a", -0.1, 0.01), ("b", 0.0002, 0.001), ("c", -0.2, 0.06), ("d", math.inf, None)]
+    assert verdict_against("x", found) == (
+        "Lower loss than x: a (0.100 nats). Higher loss than x: b (0.0002 nats). "
+        "No difference shown: c. Not comparable: d."
+    )
+    assert verdict_against("x", [("c", -0.2, None)]) == "No difference shown from x: c."
+    assert verdict_against("x", []) == "No difference shown: nothing can be compared with x."
+    many = [(name, -0.1, 0.5) for name in "abcde"]
+    assert verdict_against("x", many, "lines") == "No difference shown from x: 5 lines."

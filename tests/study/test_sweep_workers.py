@@ -82,6 +82,11 @@ def test_what_a_sweep_leaves(whole, server):
     ):
         assert line in " ".join(said.split())
         assert line in report
+    title, verdict, first = [line for line in report.splitlines() if line][:3]
+    assert title == f"# {whole.name}"
+    assert verdict == "**No difference shown from adamw: pace and ema.**"
+    assert first.startswith("- ")
+    assert verdict.strip("*") in said
     assert "Not every method chose from the same number of trainings" in said
     assert "adamw 4 trainings, 4 models; ema 2 trainings, 4 models; pace 4 trainings" in said
     # Nothing is run to show it, or to do it again.

@@ -171,7 +171,9 @@ def test_the_report_shows_the_choice(done, made):
     said = read(made / "choice.json")["said"]
     assert f"<h2>Chosen after the training</h2>\n<p>{said} " in page.replace("&#39;", "'")
     assert "Chosen after" not in before
-    for part in ("On the way there", "The average", "Recipe"):  # else it is as it was
+    assert "<code>model/</code>" in before  # what the default is in
+    assert "<code>model-before-choice/</code>" in page
+    for part in ("The average", "Recipe"):  # else it is as it was
         wanted = before.partition(f"<h2>{part}")[2].partition("<h2>")[0].partition("<details>")[0]
         assert wanted
         assert wanted in page

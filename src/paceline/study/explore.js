@@ -43,6 +43,7 @@ for (const section of document.querySelectorAll(".results")) {
       [cell.dataset.sort, cell.textContent] = shown[line.dataset.line];
     }
     const name = baseline.selectedOptions[0].textContent;
+    section.querySelector(".verdict").textContent = data.verdicts[section.dataset.table][baseline.value];
     section.querySelector(".of").textContent = name.slice(0, name.lastIndexOf(","));
     const last = heads[heads.length - 1].getAttribute("aria-sort");
     if (last !== "none") sort(table, heads.length - 1, last === "ascending");
@@ -95,7 +96,11 @@ function show(id, traces, layout, label) {
   return Plotly.react(chart, traces, layout, options);
 }
 
-const DASHES = ["solid", "dash", "dashdot", "longdash"];
+// What looks are in matplotlib's letters.
+const DASHES = { "-": "solid", "--": "dash", "-.": "dashdot" };
+const SYMBOLS = {
+  o: "circle", s: "square", D: "diamond", "^": "triangle-up", v: "triangle-down", P: "cross", X: "x",
+};
 const BEST = "best";
 
 function drawCurves() {
@@ -106,12 +111,14 @@ function drawCurves() {
   const x = tokens ? by("curve-x").value : "steps";
   by("curve-x").disabled = !tokens;
   const pulled = series.some(s => s.gain.some(value => value !== null));
-  const traces = [], trainings = new Set(), late = [];
+  const traces = [], trainings = new Set(), late = [], differences = [];
   for (const s of series) {
-    const hue = data.colours[s.number % data.colours.length];
-    const line = {
-      color: hue === "#000000" ? colour("--ink") : hue,
-      dash: DASHES[Math.floor(s.number / data.colours.length) % DASHES.length],
+    const [hue, symbol, dash] = s.look;
+    const line = { color: hue === "#000000" ? colour("--ink") : hue, dash: DASHES[dash] };
+    const marked = {
+      mode: "lines+markers",
+      marker: { symbol: SYMBOLS[symbol], size: 8, color: line.color, maxdisplayed: 12,
+        line: { width: 1, color: colour("--page") } },
     };
     const name = plain(s.label + (rate === BEST ? `, ${number(s.lr)}` : "")
       + (s.finished ? "" : " (unfinished)"));
@@ -126,7 +133,7 @@ function drawCurves() {
       fill: "toself", fillcolor: line.color, opacity: .16, line: { width: 0 }, hoverinfo: "skip",
     });
     traces.push({
-      ...common, x: place, y: s.returned, name, showlegend: true, line: { ...line, width: 2.6 },
+      ...common, ...marked, x: place, y: s.returned, name, showlegend: true, line: { ...line, width: 2.6 },
       hovertemplate: hover("returned"),
     });
     const training = s.training.join();
@@ -143,6 +150,11 @@ function drawCurves() {
         ...common, x: place, y: s[key], name, yaxis: "y2", line: { ...line, dash, width: 1.6 },
         hovertemplate: hover(what), connectgaps: true,
       });
+    const gaps = s.returned.map((loss, i) => loss === null || s.live[i] === null ? null : loss - s.live[i]);
+    differences.push([Math.max(...gaps.map(Math.abs)), {
+      ...common, ...marked, x: place, y: gaps, name, yaxis: "y3", line: { ...line, width: 1.6 },
+      hovertemplate: hover("returned − live"),
+    }]);
     const half = Math.max(...s.steps) / 2;
     s.steps.forEach((step, i) => step >= half && late.push(s.live[i], s.returned[i]));
   }
@@ -151,18 +163,28 @@ function drawCurves() {
   const margin = .06 * (high - low) || .1;
   const paper = root.classList.contains("paper"), below = narrow.matches || paper;
   const legend = below ? 21 * Math.ceil(series.length / (paper ? 3 : 1)) : 0;
-  const height = Math.min((pulled ? 560 : 440) + legend, 980);  // a page's
+  // Where live and returned look like one line, a panel has their difference.
+  const near = differences.filter(([most]) => most > 0 && most < data.coincide * (high - low + 2 * margin));
+  traces.push(...near.map(([, trace]) => trace));
+  by("curve-differences").hidden = !near.length;
+  const panels = [...(pulled ? ["y2"] : []), ...(near.length ? ["y3"] : [])];  // from the bottom
+  const domain = axis => [.3 * panels.indexOf(axis), .3 * panels.indexOf(axis) + .22];
+  const height = Math.min(440 + 140 * panels.length + legend, 980);  // a page's
   show("curves", traces, layout(height, axis => ({
     uirevision: JSON.stringify([setting, rate, x]), hovermode: "closest",
     legend: below ? { orientation: "h", x: 0, y: 0, yref: "container", yanchor: "bottom" }
       : { title: { text: "returned" } },
-    xaxis: { ...axis, title: { text: x }, anchor: pulled ? "y2" : "y" },
+    xaxis: { ...axis, title: { text: x }, anchor: panels[0] ?? "y" },
     yaxis: {
       ...axis, title: { text: "validation loss, nats a token" },
-      domain: [pulled ? .34 : 0, 1], ...(losses.length ? { range: [low - margin, high + margin] } : {}),
+      domain: [.3 * panels.length, 1], ...(losses.length ? { range: [low - margin, high + margin] } : {}),
     },
     ...(pulled ? {
-      yaxis2: { ...axis, title: { text: "gain –, clipped ⋯" }, domain: [0, .26], range: [-.02, 1.02] },
+      yaxis2: { ...axis, title: { text: "gain –, clipped ⋯" }, domain: domain("y2"), range: [-.02, 1.02] },
+    } : {}),
+    ...(near.length ? {
+      yaxis3: { ...axis, title: { text: "returned − live" }, domain: domain("y3"), zeroline: true,
+        zerolinecolor: colour("--ink") },
     } : {}),
   })), `Loss against ${x}; the end of it is in the tables`);
   by("curve-caption").textContent = `${setting}, `
@@ -261,7 +283,9 @@ function chooseAxes(changed) {
 
 function draw() {
   drawCurves();
-  if (data.maps.length) drawMap();
+  if (!data.maps.length) return;
+  Plotly.purge("map");  // it keeps the margins of a colour bar that has turned
+  drawMap();
 }
 
 async function start() {

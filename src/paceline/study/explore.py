@@ -25,10 +25,21 @@ from ..train import InputError
 from ..train import folder as folders
 from ..train.folder import METRICS, JsonLines
 from ..train.methods import all_options
-from ..train.page import COLOURS, render
+from ..train.page import COINCIDE, flat, looks, render, shown
 from ..train.recipe import MEASURING, METHOD, RESUMABLE, Recipe, keys_with
 from .options import ReportOptions
-from .statistics import WIDEN, WORDS, edges, holds, holm, interval, p_value
+from .statistics import (
+    NAMED,
+    WIDEN,
+    WORDS,
+    edges,
+    holds,
+    holm,
+    interval,
+    named,
+    p_value,
+    verdict_against,
+)
 
 LINKED_FILES = (METRICS, folders.MANIFEST, folders.RECIPE, folders.TRAINING, folders.REPORT)
 AXES = tuple(name for name in all_options() if name not in WORDS)  # numeric options
@@ -135,7 +146,7 @@ def read(folder: Path) -> Source:
     """
     manifest = folders.manifest_of(folder)
     trained = "recipe" in manifest and folders.is_begun(folder)
-    configuration = _dotted(_object(manifest.get("recipe" if trained else "configuration")))
+    configuration = flat(_object(manifest.get("recipe" if trained else "configuration")))
     if "steps" in manifest:  # the steps taken, for runs by epochs or minutes
         configuration["steps"] = manifest["steps"]
     lines, torn = folders.read_lines(folder / METRICS)
@@ -158,7 +169,7 @@ def read(folder: Path) -> Source:
     notes += [] if rows else ["there is no evaluation in it"]
     named = dict.fromkeys(row.setting for row in rows if row.setting)
     tasks = _object(manifest.get("tasks"))
-    settings = {name: _dotted(_object(tasks.get(name))) for name in named}
+    settings = {name: flat(_object(tasks.get(name))) for name in named}
     if not named:
         short = _setting(folder, configuration, manifest)
         settings = {short: {k: v for k, v in configuration.items() if k not in WITHIN_SETTING}}
@@ -168,14 +179,6 @@ def read(folder: Path) -> Source:
 
 def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= _dotted(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def _trained(folder: Path, lines: JsonLines) -> JsonLines:
@@ -226,23 +229,15 @@ def tell_apart(sources: Iterable[Source]) -> None:
     for name, group in _grouped(pairs, lambda pair: pair[1]).items():
         known = [source.settings[name] for source, _ in group if source.settings[name]]
         keys = dict.fromkeys(itertools.chain(*known))
-        differing = [k for k in keys if len({_text(values.get(k)) for values in known}) > 1]
+        differing = [k for k in keys if len({shown(values.get(k)) for values in known}) > 1]
         for source, _ in group:
             values = source.settings[name]
-            parts = [f"{key} {_text(values.get(key)) or 'default'}" for key in differing if values]
+            parts = [f"{key} {shown(values.get(key)) or 'default'}" for key in differing if values]
             setting = {"setting": ", ".join([name, *parts])}
             source.rows = [
                 row.model_copy(update=setting) if row.setting == name else row
                 for row in source.rows
             ]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value))
-    return "" if value is None else str(value)
 
 
 # ---- cells and statistics -----------------------------------------------------------------------
@@ -327,7 +322,7 @@ def gather(sources: Iterable[Source]) -> list[MethodRuns]:
     return gathered
 
 
-class Shown(NamedTuple):
+class Difference(NamedTuple):
     """A difference in a table."""
 
     key: str  # the number that the table sorts by, or ""
@@ -335,25 +330,25 @@ class Shown(NamedTuple):
     p: float | None = None  # not corrected
 
 
-def difference(a: MethodRuns, b: MethodRuns) -> Shown:
+def difference(a: MethodRuns, b: MethodRuns) -> Difference:
     """Returned loss of `a` less that of `b`, paired over the seeds of both, nats a token."""
     if a is b:
-        return Shown("0", "baseline")
+        return Difference("0", "baseline")
     mine, its = a.losses(), b.losses()
     seeds = sorted(mine.keys() & its.keys())
     if not seeds:
-        return Shown("", "no seed in common")
+        return Difference("", "no seed in common")
     if any(math.isinf(mine[seed]) for seed in seeds):
-        return Shown("Infinity", "diverged")
+        return Difference("Infinity", "diverged")
     if any(math.isinf(its[seed]) for seed in seeds):
-        return Shown("-Infinity", "baseline diverged")
+        return Difference("-Infinity", "baseline diverged")
     pairs = [mine[seed] - its[seed] for seed in seeds]
     within = interval(pairs)
     text = f"{fmean(pairs):+.4f}"
     text += f" [{within[0]:+.4f},\N{NO-BREAK SPACE}{within[1]:+.4f}]" if within else ", one seed"
     if within and len(pairs) < max(len(mine), len(its)):
         text += f", {len(pairs)} seeds"
-    return Shown(repr(fmean(pairs)), text.replace("-", "−"), p_value(pairs))
+    return Difference(repr(fmean(pairs)), text.replace("-", "−"), p_value(pairs))
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -387,23 +382,50 @@ class Table:
         return sorted(names, key=lambda name: name not in self.default)
 
     @functools.cached_property
+    def _differences(self) -> list[list[Difference]]:
+        """The difference of each line to each baseline, the p-value corrected by Holm's method."""
+        cells = {(entry.group, entry.name): entry.cell for entry in self.entries}
+
+        def to(name: str, entry: TableLine) -> Difference:
+            baseline = cells.get((entry.group, name))
+            return (
+                difference(entry.cell, baseline) if baseline else Difference("", f"no {name} here")
+            )
+
+        tables = []
+        for name in self.baselines:
+            found = [to(name, entry) for entry in self.entries]
+            corrected = holm(gap.p for gap in found)
+            tables.append([x._replace(p=p) for x, p in zip(found, corrected, strict=True)])
+        return tables
+
+    @property
     def differences(self) -> list[list[tuple[str, str]]]:
         """The difference of each line to each baseline: what to sort by, and the text.
 
         A * marks those that hold after Holm's correction for all lines.
         """
-        cells = {(entry.group, entry.name): entry.cell for entry in self.entries}
+        return [
+            [(gap.key, f"{gap.text}*" if holds(gap.p) else gap.text) for gap in found]
+            for found in self._differences
+        ]
 
-        def to(name: str, entry: TableLine) -> Shown:
-            baseline = cells.get((entry.group, name))
-            return difference(entry.cell, baseline) if baseline else Shown("", f"no {name} here")
-
-        def marked(found: list[Shown]) -> list[tuple[str, str]]:
-            corrected = holm(shown.p for shown in found)
-            marks = ["*" if holds(p) else "" for p in corrected]
-            return [(x.key, x.text + mark) for x, mark in zip(found, marks, strict=True)]
-
-        return [marked([to(name, entry) for entry in self.entries]) for name in self.baselines]
+    @property
+    def verdicts(self) -> list[str]:
+        """What the differences to each baseline show, in a few sentences."""
+        several = len({entry.group[0] for entry in self.entries}) > 1
+        names = []
+        for entry in self.entries:
+            setting, *rate = entry.group
+            at = f" at {rate[0]:g}" if rate else ""
+            names.append(f"{entry.name}{at}{f' in {setting}' if several else ''}")
+        said = []
+        for baseline, found in zip(self.baselines, self._differences, strict=True):
+            lines = zip(self.entries, names, found, strict=True)
+            others = [(name, x) for entry, name, x in lines if entry.name != baseline and x.key]
+            compared = [(name, float(x.key), x.p) for name, x in others]
+            said.append(verdict_against(baseline, compared, "lines"))
+        return said
 
 
 def default_baseline(sources: Iterable[Source]) -> set[str]:
@@ -500,7 +522,7 @@ def curve_series(cells: Sequence[MethodRuns]) -> list[dict[str, Any]]:
     done = [cell for cell in cells if cell.finished]
     groups = _grouped(done, lambda cell: (cell.setting, cell.label))
     rates = {key: best(group).lr for key, group in groups.items()}
-    labels = list(dict.fromkeys(cell.label for cell in cells))
+    look = looks(list(dict.fromkeys(cell.label for cell in cells)))
     series = []
     for cell in cells:
         by_step = _grouped(itertools.chain(*cell.runs.values()), lambda row: row.step)
@@ -510,7 +532,7 @@ def curve_series(cells: Sequence[MethodRuns]) -> list[dict[str, Any]]:
             {
                 "setting": cell.setting,
                 "label": cell.label,
-                "number": labels.index(cell.label),
+                "look": look[cell.label],
                 "lr": cell.lr,
                 "best": rates.get((cell.setting, cell.label), cell.lr) == cell.lr,
                 "finished": cell.finished,
@@ -571,16 +593,16 @@ def configurations(sources: Iterable[Source]) -> tuple[list[Line], list[Line]]:
     varied: set[str] = set()
     for source in sources:
         made = {key: source.manifest.get(key) for key in ("versions", "hardware", "git_commit")}
-        facts = {k: "default" if v is None else _text(v) for k, v in source.configuration.items()}
+        facts = {k: shown(v, "not set") for k, v in source.configuration.items()}
         found: dict[str, dict[str, None]] = {}  # of the rows: ordered sets
         for row in source.rows:
             own = {"setting": row.setting, "steps": row.steps, "seed": row.seed}
             for key, value in (own | row.setting_values).items():
                 if value is not None:
-                    found.setdefault(key, {})[_text(value)] = None
+                    found.setdefault(key, {})[shown(value)] = None
         varied |= {key for key, values in found.items() if len(values) > 1}
         facts |= {key: ", ".join(values) for key, values in found.items()}
-        columns.append(facts | {key: _text(value) for key, value in _dotted(made).items() if value})
+        columns.append(facts | {key: shown(value) for key, value in flat(made).items() if value})
     differing: list[Line] = []
     rest: list[Line] = []
     for key in dict.fromkeys(itertools.chain(*columns)):
@@ -616,14 +638,16 @@ def report_command(options: ReportOptions, console: Console) -> None:
             out,
             "paceline.study",
             "explore.html.j2",
+            name=_title(names),
             cells=cells,
             tables=found,
             names=names,
             sources=[(name, s, _links(out, s)) for name, s in zip(names, sources, strict=True)],
             configurations=configurations(sources),
             data={
-                "colours": COLOURS,
+                "coincide": COINCIDE,
                 "tables": [table.differences for table in found],
+                "verdicts": [table.verdicts for table in found],
                 "curves": curve_series(cells),
                 "maps": map_points(cells),
             },
@@ -632,6 +656,8 @@ def report_command(options: ReportOptions, console: Console) -> None:
         )
     except OSError as error:
         raise InputError(f"out: cannot write {out}: {error.strerror}; name another") from error
+    for said in found[0].verdicts[:1]:
+        console.print(said, style="bold", highlight=False, markup=False)
     console.print(_printed(found[0]))
     for name, source in zip(names, sources, strict=True):
         for note in source.notes:
@@ -647,6 +673,11 @@ def _folder_names(sources: Sequence[Source]) -> list[str]:
     return [folder.relative_to(common).as_posix() for folder in folders]
 
 
+def _title(names: Sequence[str]) -> str:
+    """The title of the page: the names of its folders, or of the first and how many others."""
+    return named(names) if len(names) <= NAMED else f"{names[0]} and {len(names) - 1} others"
+
+
 def _links(out: Path, source: Source) -> dict[str, str]:
     """Files of a folder, by name: addresses relative to the page."""
     there = [name for name in LINKED_FILES if (source.folder / name).exists()]
@@ -659,10 +690,10 @@ def _printed(table: Table) -> Printed:
     for name in ("setting", "method", "rate", "seeds", "live", "returned"):
         printed.add_column(name, justify="right" if name in ("rate", "seeds") else "left")
     printed.add_column(f"− {next(iter(table.baselines), '')}")
-    for entry, (_, shown) in zip(table.entries, next(iter(table.differences), ()), strict=True):
+    for entry, (_, gap) in zip(table.entries, next(iter(table.differences), ()), strict=True):
         cell = entry.cell
-        values = (cell.lr, cell.count, cell.show("live"), cell.show(), shown)
+        values = (cell.lr, cell.count, cell.show("live"), cell.show(), gap)
         label = f"{cell.label} ({entry.edge})" if entry.edge else cell.label
-        parts = [cell.setting, label, *map(_text, values)]
+        parts = [cell.setting, label, *map(shown, values)]
         printed.add_row(*map(Text, parts), style="bold" if entry.best else "")
     return printed

@@ -1,12 +1,11 @@
 """The returned loss over the learning rate: its picture, its table, and what may be said of it."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,31 +14,13 @@ from matplotlib.ticker import NullLocator
 from rich import box
 from rich.table import Table
 
-from ..train.page import COLOURS, save
-from .statistics import interval
+from ..train.page import PHONE, looks, put_legend, save
+from .statistics import interval, verdict_among
 
 NEAR = 0.05  # nats above the lowest loss; one run is up to 0.02 away from the mean over seeds
 MAX_LINES = 6
 SHOWN_SHARE = 0.8  # of the losses; higher ones are marks at the top edge
 LOSS = "loss of the returned model, nats a token"
-MARKERS = "osD^vPX"  # one for each colour
-
-# Words of a method's name -> the colour that the paper's figures draw it in, if it is still free.
-OWN_COLOURS = (
-    ({"pace"}, 0),
-    ({"power", "twin"}, 3),
-    ({"schedule-free"}, 2),
-    ({"ema"}, 1),
-    ({"adamw"}, 6),
-)
-
-
-class Look(NamedTuple):
-    """How a method is drawn."""
-
-    colour: str
-    marker: str
-    dash: str
 
 
 @dataclass(frozen=True)
@@ -136,24 +117,6 @@ def lowest_at(curves: Iterable[RateCurve], lr: float) -> float:
 # ---- the picture --------------------------------------------------------------------------------
 
 
-def looks(methods: Sequence[str]) -> dict[str, Look]:
-    """A colour, a marker and a dash for each method, the same in every chart of these methods."""
-    indices: dict[str, int] = {}
-    for method in methods:
-        words = set(re.findall(r"[a-z]+(?:-[a-z]+)*", method.lower()))
-        own = next((index for names, index in OWN_COLOURS if names & words), None)
-        if own is not None and own not in indices.values():
-            indices[method] = own
-    free = [index for index in range(3 * len(COLOURS)) if index not in indices.values()]
-    others = [method for method in methods if method not in indices]
-    indices |= {method: free[place % len(free)] for place, method in enumerate(others)}
-    n = len(COLOURS)
-    return {
-        method: Look(COLOURS[i % n], MARKERS[i % n], ("-", "--", ":")[i // n])
-        for method, i in indices.items()
-    }
-
-
 def rate_figure(curves: Sequence[RateCurve], label: str = LOSS) -> Figure:
     """Mean losses over the learning rate; vertical lines are their intervals over the seeds.
 
@@ -163,7 +126,7 @@ def rate_figure(curves: Sequence[RateCurve], label: str = LOSS) -> Figure:
     look = looks([curve.method for curve in curves])
     shown = sorted(curves, key=lambda curve: curve.lowest)[:MAX_LINES]
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)  # inches
-    figure = Figure(figsize=(5.4, 4.3 + 0.22 * len(shown)), layout=layout, dpi=150)
+    figure = Figure(figsize=(PHONE, 4.3 + 0.22 * len(shown)), layout=layout, dpi=150)
     axis = figure.subplots()
     top = _set_limits(axis, [mean for curve in shown for mean in curve.means.values()])
     bottom = axis.get_ylim()[0]
@@ -201,7 +164,8 @@ def rate_figure(curves: Sequence[RateCurve], label: str = LOSS) -> Figure:
     axis.tick_params(labelsize=11.5)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
-    figure.legend(loc="outside lower left", frameon=False, fontsize=11, handlelength=2.4)
+    handles, names = axis.get_legend_handles_labels()
+    put_legend(figure, dict(zip(names, handles, strict=True)))
     notes = [f"the lowest {MAX_LINES} of {len(curves)} methods"] if len(curves) > MAX_LINES else []
     notes += ["hollow: above the chart, or diverged"] if at_the_edge else []
     axis.set_title("\n".join(notes), fontsize=10.5, color="#5a6572", loc="right")
@@ -275,6 +239,25 @@ def show_difference(mine: Mapping[int, float], its: Mapping[int, float], name: s
     seeds = f"{word} in {sum(pair * mean > 0 for pair in pairs)} of {len(pairs)} seeds"
     chance = ", so it may be chance" if ends[0] <= 0 <= ends[1] else ""
     return f"{text} (95 % interval {ends[0]:+.3f} to {ends[1]:+.3f}, {seeds}{chance})"
+
+
+def headline(curves: Sequence[RateCurve]) -> str:
+    """The verdict in a sentence or two: which method is shown to have the lowest loss, if any.
+
+    Methods are compared at their best rates; only those count whose best lies inside the rates
+    tried. Where each was run at one rate, they are compared at these.
+    """
+    fixed = all(len(curve.losses) == 1 for curve in curves)
+    if len(curves) < 2 or fixed:
+        return verdict_among({curve.method: curve.losses[curve.best] for curve in curves})
+    inside = [x for x in curves if x.best_is_found and math.isfinite(x.lowest)]
+    if len(inside) < 2:
+        what = f"only {inside[0].method} has" if inside else "no method has"
+        return f"No difference shown: {what} a best rate inside the rates tried. Widen the rates."
+    text = verdict_among({curve.method: curve.losses[curve.best] for curve in inside})
+    left_out = len(curves) - len(inside)
+    which = f"; {left_out} without one inside the rates tried are left out" if left_out else ""
+    return f"{text} Each method is at its best rate{which}."
 
 
 def rate_sentences(curves: Sequence[RateCurve]) -> list[str]:

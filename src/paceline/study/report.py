@@ -1,28 +1,44 @@
 """The report of a comparison: in the terminal, as pictures, and as a page without network."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.table import Table
 
 from ..auto import AUTO
 from ..train.folder import REPORT
-from ..train.methods import Method, beside_the_pull, method_of_row
-from ..train.page import render, save, svg
-from .rates import (
+from ..train.methods import Method, all_options, beside_the_pull, method_of_row
+from ..train.page import (
+    PHONE,
     Look,
+    LossCurve,
+    coinciding,
+    draw_differences,
+    draw_losses,
+    handle,
+    late_limits,
+    looks,
+    name_of,
+    put_legend,
+    render,
+    save,
+    settings,
+    shown,
+    svg,
+)
+from .rates import (
     RateCurve,
     curves_of,
     diverged,
-    looks,
+    headline,
     lowest_at,
     rate_figure,
     rate_sentences,
@@ -32,8 +48,10 @@ from .rates import (
     show_loss,
 )
 from .runs import loss_of
+from .statistics import HOW_SHOWN
 
 PANELS = 3  # beside each other, of the curves
+OPTIONS = [name for name in all_options() if name != "lr"]
 
 
 @dataclass
@@ -114,24 +132,36 @@ def write_report(
         console.print("No run was finished, so there is no report.")
         return
     cells, curves, sentences = results.final(), results.curves(), verdict(results)
-    several = len(rates_of(curves)) > 1
+    rates, said = rates_of(curves), headline(curves)
+    several = len(rates) > 1
     console.print(rate_table(curves) if several else _loss_table(cells, curves))
+    console.print(f"{said}\n", style="bold", highlight=False, markup=False)
     for sentence in sentences:
         console.print(f"• {sentence}", highlight=False, markup=False)
-    figure = draw_curves(results)
-    FigureCanvasAgg(figure).print_png(str(folder / "curves.png"))
+    charts = Charts(results)
+    FigureCanvasAgg(charts.all()).print_png(str(folder / "curves.png"))
     if several:
         save(rate_figure(curves), folder / "rates.svg")
+    methods = {label: next(iter(by_rate.values())).method.row for label, by_rate in cells.items()}
     render(
         folder / REPORT,
         "paceline.study",
         "report.html.j2",
-        cells=cells,
-        rates=rates_of(curves),
-        lowest={lr: lowest_at(curves, lr) for lr in rates_of(curves)},
+        name=name_of(folder),
+        headline=said,
+        how_shown=HOW_SHOWN if len(cells) > 1 else "",
         sentences=sentences,
+        cells=cells,
+        rates=rates,
+        lowest={lr: lowest_at(curves, lr) for lr in rates},
+        seeds=max(len(cell.rows) for by_rate in cells.values() for cell in by_rate.values()),
         picture=svg(rate_figure(curves)) if several else None,
-        svg=svg(figure),
+        charts=[(lr, svg(charts.at(lr))) for lr in rates],
+        legend=svg(charts.legend()),
+        with_difference=bool(charts.differing),
+        methods={label: {k: shown(x) for k, x in row.items()} for label, row in methods.items()},
+        options=[k for k in OPTIONS if any(row[k] is not None for row in methods.values())],
+        settings=settings({**manifest["configuration"], "steps taken": manifest.get("steps")}),
         manifest=manifest,
         results=results,
         finished=finished,
@@ -149,7 +179,7 @@ def _loss_table(cells: FinalTable, curves: Sequence[RateCurve]) -> Table:
     table.add_column(f"lr {lr:g}", justify="right")
     for label, by_rate in cells.items():
         cell = by_rate[lr]
-        lowest = cell.mean() == lowest_at(curves, lr)
+        lowest = cell.mean() == lowest_at(curves, lr) < math.inf
         returned = f"[bold]{cell.show()}[/]" if lowest else cell.show()
         table.add_row(label, f"{cell.show('live').split(' ')[0]} → {returned}")
     return table
@@ -243,8 +273,8 @@ def _about_the_pull(
         gain, clipped = (fmean(row[name] for row in ends) for name in ("gain_mean", "clipped"))
         hardly = " It hardly pulls then." if gain < 0.005 else ""
         sentences.append(
-            f"At the end, the mean gain of {label} is {gain:.2f}, and {clipped:.1%} of the "
-            f"coordinates are clipped.{hardly}"
+            f"At learning rate {lr:g}, the mean gain of {label} at the end is {gain:.2f}, and "
+            f"{clipped:.1%} of the coordinates are clipped.{hardly}"
         )
     return sentences
 
@@ -252,58 +282,90 @@ def _about_the_pull(
 # ---- as curves ----------------------------------------------------------------------------------
 
 
-def draw_curves(results: Results) -> Figure:
-    """Loss against steps, a panel a learning rate: returned thick, live thin and dotted."""
-    rates = rates_of(results.curves())
-    columns = min(len(rates), PANELS)
-    lines = math.ceil(len(rates) / columns)
-    size = (1.5 + 4.6 * columns, 4.4 if lines == 1 else 3.6 * lines)
-    figure = Figure(figsize=size, layout="constrained", dpi=150)
-    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
-    axes, unused = panels[: len(rates)], panels[len(rates) :]
-    for axis in unused:
-        axis.remove()
-    look = looks(list(dict.fromkeys(row["label"] for row in results.rows)))
-    for axis, lr in zip(axes, rates, strict=True):
+class Charts:
+    """Loss against steps, a chart a learning rate, all in the same looks and limits."""
+
+    def __init__(self, results: Results) -> None:
+        rows = results.rows
+        self.looks = looks(list(dict.fromkeys(row["label"] for row in rows)))
+        self.rates = rates_of(results.curves())
+        late = [row for row in rows if row["step"] >= max(row["step"] for row in rows) / 4]
+        self.limits = late_limits(loss_of(r, which) for r in late for which in ("live", "returned"))
+        self.curves = {
+            lr: list(self._curves([r for r in rows if r["lr"] == lr])) for lr in self.rates
+        }
+        self.differing = {
+            lr: found for lr in self.rates if (found := coinciding(self.curves[lr], self.limits))
+        }
+
+    def _curves(self, rows: list[dict[str, Any]]) -> Iterator[LossCurve]:
         trainings: set[str] = set()  # those whose live weights are drawn
-        for label in look:
-            rows = [r for r in results.rows if r["label"] == label and r["lr"] == lr]
-            if rows:
-                live = {r["trained_with"] for r in rows}
-                _draw_method(axis, rows, label, look[label], with_live=not live <= trainings)
-                trainings |= live
-        axis.set_title(f"learning rate {lr:g}")
-        axis.set_xlabel("step")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-        if axis.get_subplotspec().is_first_col():
-            axis.set_ylabel("validation loss, nats a token")
-    quarter = max(row["step"] for row in results.rows) / 4
-    ends = [row for row in results.rows if row["step"] >= quarter]
-    late = [loss_of(row, which) for row in ends for which in ("live", "returned")]
-    late = [loss for loss in late if math.isfinite(loss)]
-    if late and max(late) > min(late):
-        margin = 0.05 * (max(late) - min(late))
-        axes[0].set_ylim(min(late) - margin, max(late) + margin)
-    handles = {h.get_label(): h for axis in axes for h in axis.lines if h.get_label()[0] != "_"}
-    place: Any = {"loc": "outside right center", "title": "returned"}
-    figure.legend(handles.values(), handles.keys(), frameon=False, **place)
-    return figure
+        for label, look in self.looks.items():
+            own = [row for row in rows if row["label"] == label]
+            live = {row["trained_with"] for row in own}
+            if own:
+                yield _curve(own, look, with_live=not live <= trainings)
+            trainings |= live
+
+    def at(self, lr: float) -> Figure:
+        """The chart of one learning rate, without a legend."""
+        figure = Figure(figsize=(PHONE, 3.4 + 1.4 * (lr in self.differing)), layout="constrained")
+        self._draw(figure, lr)
+        return figure
+
+    def legend(self) -> Figure:
+        """The legend of all charts."""
+        handles = self._handles()
+        figure = Figure(figsize=(PHONE, 0.3 + 0.24 * len(handles)), layout="constrained")
+        put_legend(figure, handles)
+        return figure
+
+    def all(self) -> Figure:
+        """All charts, PANELS beside each other, and the legend below them."""
+        columns = min(len(self.rates), PANELS)
+        lines = math.ceil(len(self.rates) / columns)
+        height = 3.4 + 1.4 * bool(self.differing)
+        size = (PHONE * columns, height * lines + 0.3 + 0.24 * len(self.looks))
+        figure = Figure(figsize=size, layout="constrained", dpi=150)
+        parts = figure.subfigures(lines, columns, squeeze=False).flatten()
+        for part, lr in zip(parts, self.rates, strict=False):
+            self._draw(part, lr)
+        put_legend(figure, self._handles())
+        return figure
+
+    def _handles(self) -> dict[str, Line2D]:
+        handles = {label: handle(look) for label, look in self.looks.items()}
+        if any(list(x.live) != list(x.returned) for own in self.curves.values() for x in own):
+            handles["live weights"] = handle(Look("#5a6572", "", ""), live=True)
+        return handles
+
+    def _draw(self, figure: FigureBase, lr: float) -> None:
+        heights = [2.8, *[1.4] * (lr in self.differing)]
+        axes = figure.subplots(
+            len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
+        )[:, 0]
+        draw_losses(axes[0], self.curves[lr], self.limits)
+        axes[0].set_title(f"learning rate {lr:g}", fontsize=11)
+        if lr in self.differing:
+            draw_differences(axes[1], self.differing[lr])
+        axes[-1].set_xlabel("step", fontsize=11)
 
 
-def _draw_method(
-    axis: Axes, rows: list[dict[str, Any]], label: str, look: Look, *, with_live: bool
-) -> None:
-    colour, _, dash = look
+def _curve(rows: list[dict[str, Any]], look: Look, *, with_live: bool) -> LossCurve:
+    """The means of a method over its seeds, and the range of its returned losses."""
     steps = sorted({row["step"] for row in rows})
 
     def losses(which: str) -> list[list[float]]:
-        return [[loss_of(r, which) for r in rows if r["step"] == step] for step in steps]
+        return [[loss_of(row, which) for row in rows if row["step"] == step] for step in steps]
 
     returned, live = losses("returned"), losses("live")
-    axis.plot(steps, list(map(fmean, returned)), dash, color=colour, label=label, lw=1.8)
-    if with_live and live != returned:
-        axis.plot(steps, list(map(fmean, live)), ":", color=colour, lw=0.9, label="_live")
-    if any(len(group) > 1 for group in returned):
-        low, high = list(map(min, returned)), list(map(max, returned))
-        axis.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+    several = any(len(group) > 1 for group in returned)
+    return LossCurve(
+        look,
+        steps,
+        list(map(fmean, live)),
+        list(map(fmean, returned)),
+        low=list(map(min, returned)) if several else (),
+        high=list(map(max, returned)) if several else (),
+        with_live=with_live,
+    )

@@ -1,6 +1,7 @@
 """What tables say: differences over seeds with intervals, and edges of grids."""
 
 import csv
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,94 @@ def paired(losses: Mapping[int, float], baseline: Mapping[int, float]) -> list[f
     if not pairs or not all(map(math.isfinite, pairs)):
         return [None] * 4
     return [fmean(pairs), *(interval(pairs) or (None, None)), p_value(pairs)]
+
+
+# ---- verdicts -----------------------------------------------------------------------------------
+
+NAMED = 4  # names in a sentence; of more, their number
+HOW_SHOWN = (
+    "A difference is shown where p < 0.05 for the paired differences over the seeds, after Holm's "
+    "correction for all pairs of methods."
+)
+
+
+def verdict_among(losses: Mapping[str, Mapping[int, float]]) -> str:
+    """Which method's loss is shown to be the lowest, in a sentence or two.
+
+    Differences are paired by seed and corrected for all pairs of methods, as the lowest is picked
+    out of them.
+
+    Args:
+        losses: method -> seed -> nats a token; infinite after divergence.
+    """
+    finite = {name: own for name, own in losses.items() if all(map(math.isfinite, own.values()))}
+    ranked = sorted(finite, key=lambda name: fmean(finite[name].values()))
+    if len(ranked) < 2:
+        if len(losses) < 2:
+            return "No difference shown: there is one method."
+        which = f"only {ranked[0]} ended" if ranked else "no method ended"
+        return f"No difference shown: {which} without a diverged run."
+    pairs = list(itertools.combinations(ranked, 2))
+    found = [paired(finite[a], finite[b]) for a, b in pairs]
+    corrected = dict(zip(pairs, holm(p for *_, p in found), strict=True))
+    first, second, *_ = ranked
+    higher = [name for name in ranked[1:] if holds(corrected[first, name])]
+    level = [name for name in ranked[1:] if name not in higher]
+    if not level:
+        gap = nats(fmean(finite[second].values()) - fmean(finite[first].values()))
+        return f"{first} has the lowest loss, {gap} lower than {second}, the next."
+    text = (
+        f"No difference shown between {first}, which has the lowest mean loss, and {named(level)}"
+    )
+    if higher:
+        return f"{text}. Its loss is lower than that of {named(higher)}."
+    few = max(len(finite[a].keys() & finite[b].keys()) for a, b in pairs) < 2
+    return f"{text}: one seed cannot show one." if few else f"{text}."
+
+
+def verdict_against(
+    baseline: str, found: Iterable[tuple[str, float | None, float | None]], what: str = "methods"
+) -> str:
+    """Whose loss is shown to be lower or higher than the baseline's, in a few sentences.
+
+    Args:
+        baseline: its name.
+        found: of each other method its name, the mean difference (negative: its loss is lower; None
+            or infinite: there is none) and the corrected p-value.
+        what: they are, in the plural.
+    """
+    sides: dict[str, list[str]] = {"lower": [], "higher": [], "level": [], "lost": []}
+    for name, gap, p in found:
+        if gap is None or not math.isfinite(gap):
+            sides["lost"].append(name)
+        elif not holds(p):
+            sides["level"].append(name)
+        else:
+            sides["lower" if gap < 0 else "higher"].append(f"{name} ({nats(abs(gap))})")
+    texts = [
+        f"{word.capitalize()} loss than {baseline}: {named(sides[word], what)}."
+        for word in ("lower", "higher")
+        if sides[word]
+    ]
+    if sides["level"]:
+        to = "" if texts else f" from {baseline}"
+        texts.append(f"No difference shown{to}: {named(sides['level'], what)}.")
+    if sides["lost"]:
+        texts.append(f"Not comparable: {named(sides['lost'], what)}.")
+    return " ".join(texts) or f"No difference shown: nothing can be compared with {baseline}."
+
+
+def nats(gap: float) -> str:
+    """A difference, >= 0, with at least one digit that is not 0."""
+    return f"{gap:.3f} nats" if gap >= 0.0005 or not gap else f"{gap:.1g} nats"
+
+
+def named(names: Sequence[str], what: str = "others") -> str:
+    """Names as a list in words; of many, their number."""
+    if len(names) > NAMED:
+        return f"{len(names)} {what}"
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 # ---- edges of grids -----------------------------------------------------------------------------

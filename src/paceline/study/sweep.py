@@ -20,13 +20,14 @@ from ..files import write_text
 from ..train import InputError, Options, Positive, read_small, unknown
 from ..train.folder import locked
 from ..train.methods import Method, beside_the_pull, refuse_untaken
+from ..train.page import name_of
 from ..train.recipe import METHOD, Recipe, keys_with, parse_yaml, read_recipe
 from ..train.terminal import quiet
 from .cells import Cell, Task
 from .ledger import Ledger, Outcomes, open_ledger, work_off, write_rows
 from .options import Sweep
 from .runs import Row, Run, loss_of, share_runs
-from .statistics import EDGE, Listing, edges, paired
+from .statistics import EDGE, Listing, edges, paired, verdict_against
 
 FAILED = ["all diverged or failed", None]  # instead of a setting and a learning rate
 TRIALS_AT_A_TIME = 4  # that TPE draws before it gets their losses
@@ -374,9 +375,12 @@ def report_sweep(plan: Tuning, ledger: Ledger, folder: Path, console: Console) -
         console.print(f"Failed: {name}: {reason}", style="red", markup=False, highlight=False)
     sentences = protocol(plan, outcomes)
     tables = [best_table(plan, outcomes), equal_table(plan, outcomes)]
+    said = verdict(plan, tables[0])
+    console.print(said, style="bold", highlight=False, markup=False)
     for sentence in sentences:
         console.print(f"• {sentence}", highlight=False, markup=False)
-    text = "".join(f"- {sentence}\n" for sentence in sentences)
+    text = f"# {name_of(folder)}\n\n**{said}**\n\n"
+    text += "".join(f"- {sentence}\n" for sentence in sentences)
     for name, table in zip(("best", "equal"), tables, strict=True):
         if table.rows:
             console.print(table.shown(console))
@@ -384,6 +388,13 @@ def report_sweep(plan: Tuning, ledger: Ledger, folder: Path, console: Console) -
             text += f"\n{table.title}\n\n{table.markdown()}"
     write_text(folder / "report.md", text)
     console.print(f"Tables and curves: {folder}", highlight=False, markup=False)
+
+
+def verdict(plan: Tuning, best: Listing) -> str:
+    """What the table of best settings shows, in a few sentences."""
+    baseline = plan.study.compared_with
+    others = [row for row in best.rows if row[0] != baseline]
+    return verdict_against(baseline, [(row[0], row[-4], row[-1]) for row in others])
 
 
 def protocol(plan: Tuning, outcomes: Outcomes) -> list[str]:

@@ -34,7 +34,7 @@ from .manifest import environment, read_json, without_nan, write_json
 from .methods import Setup
 from .model import load_to_score, tensors_by_name
 from .options import Choose
-from .page import COLOURS, save, write_page
+from .page import COLOURS, MARKERS, PHONE, dress, put_legend, save, write_page
 from .rebuild import (
     Kept,
     Weights,
@@ -534,31 +534,26 @@ def _show(result: dict[str, Any], console: Console) -> None:
 
 def _curve(result: dict[str, Any]) -> Figure:
     """Score over κ, with what was kept, the default and the choice."""
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    figure = Figure(figsize=(PHONE, 4.2), layout="constrained", dpi=150)
     axis = figure.subplots()
     rows = [x for x in result["averages"] if math.isfinite(x["score"])]
     points = sorted((x["kappa"], x["score"]) for x in rows if x["kappa"])
-    axis.plot(*zip(*points, strict=True), color="#999999", lw=1.2, zorder=1) if points else None
+    axis.plot(*zip(*points, strict=True), color="#8a939d", lw=1.2, zorder=1) if points else None
     kinds = {REBUILT: "rebuilt", KEPT: "kept in training", DEFAULT: "default", LIVE: "live weights"}
-    for colour, (kind, label) in zip(COLOURS, kinds.items(), strict=False):
+    handles: dict[str, Any] = {}
+    for colour, marker, (kind, label) in zip(COLOURS[1:], MARKERS, kinds.items(), strict=False):
         own = [x for x in rows if x["kind"] == kind and x["kappa"] is not None]
         if own:
-            axis.scatter(
-                [x["kappa"] for x in own],
-                [x["score"] for x in own],
-                color=colour,
-                s=36,
-                label=label,
-            )
+            at = [x["kappa"] for x in own], [x["score"] for x in own]
+            handles[label] = axis.scatter(*at, s=42, color=colour, marker=marker)
     for x in rows:
         if x["kappa"] is None:  # of other rules
-            axis.axhline(x["score"], color="#999999", lw=0.8, ls=":")
-            axis.text(0.0, x["score"], x["average"], fontsize=7, va="bottom")
+            axis.axhline(x["score"], color="#8a939d", lw=0.8, ls=":")
+            axis.text(0.0, x["score"], x["average"], fontsize=9, va="bottom")
         if x["average"] == result["chosen"] and x["kappa"] is not None:
-            axis.scatter([x["kappa"]], [x["score"]], s=140, facecolors="none", edgecolors="black")
-    axis.set_xlabel("κ of the power EMA (0: the live weights)")
-    axis.set_ylabel(result["measure"])
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False)
+            ring: Any = {"s": 160, "facecolors": "none", "edgecolors": "#000000"}
+            handles["chosen"] = axis.scatter([x["kappa"]], [x["score"]], **ring)
+    dress(axis, result["measure"])
+    axis.set_xlabel("κ of the power EMA (0: the live weights)", fontsize=11)
+    put_legend(figure, handles)
     return figure
