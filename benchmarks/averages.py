@@ -49,7 +49,8 @@ GRID = {
 
 def losses(folder: Path, methods: list[str], seeds: tuple[int, ...], rates: tuple[float, ...]):
     """Returned losses at the end: (label, rate) -> seed -> loss; NaN after divergence."""
-    options = Comparison(methods=methods, lr=rates, seeds=seeds, evaluations=1, out=folder)
+    own = {"methods": methods, "lr": rates, "seeds": seeds}
+    options = Comparison(**own, warmup=20, evaluations=1, out=folder)
     if not (folder / "report.html").exists():
         compare(options, Console())
     found = defaultdict(dict)

@@ -183,6 +183,8 @@ def values_in(folder):
         "context": 32,
         "lr": 1e-2,
         "pullback": 1.0,
+        "kappa": 0.3,
+        "warmup": 0.0,
         "batch": 4,
         "steps": STEPS,
         "evaluations": STEPS // EVERY,

@@ -1,4 +1,4 @@
-"""The pull that sets itself, `PACE(pullback="auto")`: its gain, its defaults, what it measures.
+"""The pull that sets itself, `PACE(pullback="auto")`: its gain, and what it measures.
 
 One gain for all coordinates of the groups that ask for it, from what a step can change the loss by:
 
@@ -22,11 +22,8 @@ import torch
 from torch import Tensor
 
 from . import shards
-from .averaging import PowerEMA
+from .defaults import AUTO
 
-AUTO = "auto"  # the value of `pullback`
-# Where nothing is said of averages, the pull goes toward the first κ and the second is returned.
-AUTO_KAPPA, AUTO_RETURN_KAPPA = 0.3, 0.6
 # Expected loss change up to which nothing pulls, and from which the gain is 1.
 UNPULLED, SATURATED = 0.5, 2.5
 # Of larger tensors every STRIDE-th element counts: a prime, so that no row or column is missed.
@@ -37,14 +34,6 @@ EXPERIMENTAL = (
     "a nat of cross-entropy, set on models of 0.1M parameters with gradients clipped to norm 1; "
     'gain="scalar" with pullback=1 has no unit, at three to five times the rate that AdamW likes'
 )
-
-
-def fill_in(options: dict[str, Any]) -> None:
-    """Set the averages of a group whose pull sets itself, where nothing is said of them."""
-    if options["pullback"] == AUTO and options["averaging"] is None:
-        options["averaging"] = PowerEMA(AUTO_KAPPA)
-        if options["returns"] is None:
-            options["returns"] = PowerEMA(AUTO_RETURN_KAPPA)
 
 
 def gain(expected_loss_change: float | Tensor) -> float | Tensor:

@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from . import auto, kernels, memory, rounding, shards
 from .averaging import Averaging
 from .base import AveragedOptimizer, describe, summarize
+from .defaults import AUTO, BETAS, LR, WEIGHT_DECAY
 from .loading import StateCheck, check_count, check_is_dict, check_tensor, validated_checkpoint
 from .options import Group, check_lr, check_pace, expand_short
 from .state import (
@@ -60,6 +61,7 @@ SHAPING = (
     *("averaging", "returns", "fused", "capturable", "state_dtype"),
     *("stochastic_round", "nonfinite", "track_stats"),
 )
+OF_PULL = ("pullback", "gain", "averaging", "returns")  # what follows from what is said of a pull
 UNCHECKED = ("lr", "params", ELASTIC_STEPS)  # here: they change at each step, or are no option
 
 
@@ -77,7 +79,7 @@ class PACE(AveragedOptimizer):
     watches ("EMA-evaluated AdamW"). With a constant averaging weight (`averaging=EMA(0.01)`) β_t is
     that constant, and the gain has no β_t in it.
 
-        opt = PACE(model.parameters(), lr=1e-3, pullback=0.1)
+        opt = PACE(model.parameters(), lr=3e-3)  # three to five times AdamW's rate
         for batch in batches:                # any training loop
             model(batch).loss.backward()
             opt.step()
@@ -132,8 +134,9 @@ class PACE(AveragedOptimizer):
             your own, or its text, as in Uniform(start=100) or "ema:half_life=200". β_t is what its
             `falloff` says. The pull is applied at every step, also where the rule takes in every
             few. LAWA and BEMA keep more state than the average, take a second pass, also over
-            guarded coordinates, and go with neither state_dtype nor capturable. Default: κ = 0.5;
-            with pullback="auto", κ = 0.3, and a second average of κ = 0.6 is returned.
+            guarded coordinates, and go with neither state_dtype nor capturable. Default: κ = 0.5
+            where a strength is given. Else κ = 0.3, and a second average is returned: κ = 0.7, or
+            κ = 0.6 with pullback="auto".
         return_kappa: κ in [0, 1] of a second average, to be returned; nothing pulls toward it.
             Short for returns=PowerEMA(return_kappa).
         returns: averages to be returned, which nothing pulls toward: one, or a mapping of names of
@@ -180,13 +183,13 @@ class PACE(AveragedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: Sequence[float | Tensor] = (0.9, 0.999),
+        lr: float | Tensor = LR,
+        betas: Sequence[float | Tensor] = BETAS,
         eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        weight_decay: float = WEIGHT_DECAY,
         *,
         pullback: float | Literal["auto"] | None = None,
-        gain: str = "adam",
+        gain: str | None = None,
         kappa: float | None = None,
         averaging: Averaging | str | None = None,
         return_kappa: float | None = None,
@@ -205,13 +208,13 @@ class PACE(AveragedOptimizer):
         defaults = {k: x for k, x in locals().items() if k not in ("self", "params", "__class__")}
         self._forget()
         expand_short(defaults)
-        checked = defaults | ({"pullback": 0.0} if pullback is None else {})
-        auto.fill_in(checked)
+        # Where each group gives its own strength there is none here.
+        checked = defaults | ({"pullback": 0.0} if pullback is None and gain == "adam" else {})
         check_pace(checked)
-        if pullback is None:  # each group gives its own, and what it keeps follows from that
-            checked |= {name: defaults[name] for name in ("pullback", "averaging", "returns")}
+        if pullback is None:  # a group may give its own, and what is left open follows from that
+            checked |= {name: defaults[name] for name in OF_PULL}
         super().__init__(params, checked)
-        if any(group["pullback"] == auto.AUTO for group in self.param_groups):
+        if any(group["pullback"] == AUTO for group in self.param_groups):
             warnings.warn(auto.EXPERIMENTAL, stacklevel=2)
 
     def _forget(self) -> None:
@@ -231,9 +234,6 @@ class PACE(AveragedOptimizer):
             expand_short(param_group)
         super().add_param_group(param_group)
         try:
-            if param_group["pullback"] is None:
-                raise ValueError("pullback must be given, to PACE or in every group")
-            auto.fill_in(param_group)
             check_pace(param_group)
             self._check_params(len(self.param_groups) - 1)
         except (ValueError, kernels.BuildError):

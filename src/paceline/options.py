@@ -14,8 +14,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .auto import AUTO
+from . import defaults
 from .averaging import Averaging, PowerEMA, as_rule, parse
+from .defaults import AUTO
 
 Group: TypeAlias = dict[str, Any]
 
@@ -73,6 +74,21 @@ def expand_short(options: Group) -> None:
         options.pop(short, None)
 
 
+def fill_in(options: Group, *, pull: bool = True) -> None:
+    """Set the averages, and the pull, where nothing is said of them (`paceline.defaults`).
+
+    Raises:
+        ValueError: only a gain is given that needs a strength.
+    """
+    kappas = defaults.kappas(options["pullback"])
+    if pull:
+        options |= defaults.pull(options)
+    if options["averaging"] is None:
+        options["averaging"] = PowerEMA(kappas.own)
+        if options["returns"] is None and kappas.returned is not None:
+            options["returns"] = PowerEMA(kappas.returned)
+
+
 def returns_text(returns: Any) -> str | None:
     """The option `returns` as text: `name=rule,name=rule`, or None.
 
@@ -111,23 +127,22 @@ def parse_returns(text: str | None) -> dict[str, Averaging]:
     return {name: parse(rule) for name, rule in parts}
 
 
-def check_average_and_pull(options: Group, *, auto: bool = False) -> None:
-    """Check the options that PACE and Pullback share, and make them plain numbers and text.
+def check_average_and_pull(options: Group, *, pace: bool = False) -> None:
+    """Fill in and check the options that PACE and Pullback share; makes them numbers and text.
 
     Args:
         options: of a group, or the defaults; changed.
-        auto: whether the pull may set itself.
+        pace: whether the pull may set itself, or be left open.
 
     Raises:
         ValueError: names the first option out of its range, and its value.
     """
-    if not auto or options["pullback"] != AUTO:
+    fill_in(options, pull=pace)
+    if not pace or options["pullback"] != AUTO:
         strength = number(options["pullback"])
-        range_ = f"a finite number >= 0{f', or {AUTO!r}' * auto}"
+        range_ = f"a finite number >= 0{f', or {AUTO!r}' * pace}"
         require(options, "pullback", 0 <= strength < math.inf, range_)
         options["pullback"] = strength
-    if options["averaging"] is None:
-        options["averaging"] = PowerEMA()
     rule = isinstance(options["averaging"], (str, Averaging))
     require(options, "averaging", rule, "an average of paceline.averaging, or its text")
     options["averaging"] = str(as_rule(options["averaging"]))
@@ -159,7 +174,7 @@ def check_pace(options: Group) -> None:
     def check(name: str, ok: bool, range_: str) -> None:
         require(options, name, ok, range_)
 
-    check_average_and_pull(options, auto=True)
+    check_average_and_pull(options, pace=True)
     lr = number(options["lr"], tensors=True)
     check("lr", 0 <= lr < math.inf, "a finite number >= 0, or a one-element tensor of one")
     if not isinstance(options["lr"], Tensor):

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from . import auto, rounding
 from .averaging import lerp_
+from .defaults import AUTO
 from .state import AVERAGE, PLAIN, Averages
 
 # Elements stepped together, which bounds the scratch; a CPU's share of them stays in its cache.
@@ -107,7 +108,7 @@ def scalars(
         lr = float(lr) if lr.device.type in ("cpu", "mps") else lr.double().reshape(())
     beta1, beta2 = map(float, group["betas"])
     own, strength = averages.own, group["pullback"]
-    if strength == auto.AUTO:
+    if strength == AUTO:
         gain = auto.gain(expected_loss_change)
     elif group["gain"] == "scalar":
         gain = strength
@@ -121,7 +122,7 @@ def scalars(
         step_size=lr / (1.0 - beta1**step),
         shrink=1.0 - lr * group["weight_decay"],
         gain=gain,
-        uniform_gain=group["gain"] == "scalar" or strength == auto.AUTO,
+        uniform_gain=group["gain"] == "scalar" or strength == AUTO,
         clip=group["clip"],
         weight=averages.weight(AVERAGE, taken_in),
         maximize=group["maximize"],

@@ -422,6 +422,9 @@ def test_a_closure_may_make_the_gradients():
 
 
 DEFAULTS = [  # what is said; averaging and returns of the group
+    ({}, (FAST_TEXT, "returned=ema:kappa=0.7")),
+    ({"kappa": 0.4}, ("ema:kappa=0.4", None)),
+    ({"return_kappa": 0.9}, (FAST_TEXT, "returned=ema:kappa=0.9")),
     ({"pullback": "auto"}, (FAST_TEXT, SLOW_TEXT)),
     ({"pullback": "auto", "kappa": 0.5}, ("ema:kappa=0.5", None)),
     ({"pullback": "auto", "averaging": "uniform"}, ("uniform", None)),
@@ -438,7 +441,8 @@ def test_what_is_left_out(said, expected):
     opt = PACE([Parameter(torch.ones(2))], **said)
     opt.add_param_group({"params": [Parameter(torch.ones(2))]})
     for group in opt.param_groups:
-        assert group["pullback"] == said["pullback"]
+        assert group["pullback"] == said.get("pullback", 1.0)
+        assert group["gain"] == ("adam" if "pullback" in said else "scalar")
         assert (group["averaging"], group["returns"]) == expected
         assert not {"kappa", "return_kappa"} & group.keys()
     for p in (p for group in opt.param_groups for p in group["params"]):
@@ -469,11 +473,13 @@ def test_groups_with_options_of_their_own():
 
 def test_every_group_may_give_the_pullback():
     groups = [{"params": [Parameter(torch.ones(2))], "pullback": c} for c in (0.1, "auto")]
-    opt = PACE(groups)
+    opt = PACE(groups, gain="adam")
     assert [group["averaging"] for group in opt.param_groups] == ["ema:kappa=0.5", FAST_TEXT]
-    with pytest.raises(ValueError, match="^pullback must be given, to PACE or in every group"):
+    with pytest.raises(ValueError, match="^pullback must be given with gain='adam'"):
         opt.add_param_group({"params": [Parameter(torch.ones(2))]})
     assert len(opt.param_groups) == 2
+    opt.add_param_group({"params": [Parameter(torch.ones(2))], "gain": "scalar"})
+    assert opt.param_groups[2]["pullback"] == 1.0
 
 
 BAD = ["automatic", "", -1, math.nan, math.inf, True, ["auto"]]

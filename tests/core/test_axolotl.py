@@ -102,7 +102,7 @@ def test_what_cannot_be_served_is_refused(changes, said, manager):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "pullback must be given"),
+        ({"gain": "adam"}, "pullback must be given"),
         ({"pull": 1}, "'pull'"),
         ({"pullback": -1}, "pullback"),
         ({"pullback": 1, "lr": 1}, "lr is set by axolotl's learning_rate"),

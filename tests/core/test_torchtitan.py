@@ -130,7 +130,7 @@ def test_options_out_of_range_and_fsdp1_are_refused():
 
     model = net()
     with pytest.raises(ValueError, match="pullback must be given"):
-        pace().build(model_parts=[model])
+        pace(gain="adam").build(model_parts=[model])
     model[0].weight._fsdp_flattened = True
     with pytest.raises(ValueError, match="flattened by FSDP1"):
         pace(pullback=0.1).build(model_parts=[model])

@@ -111,7 +111,7 @@ def test_compare_from_start_to_report(text, tmp_path, capsys):
     assert not any(f'{attribute}="http' in page for attribute in ("src", "href"))  # offline
     for name in ("curves.png", "rates.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
-    assert ">ema kappa=0.3<" in (out / "rates.svg").read_text()
+    assert ">ema kappa=0.7<" in (out / "rates.svg").read_text()
     assert list(out.glob("tensorboard/pace*/events*"))
     model = next(out.glob("models/pace-*-lr0.01-seed0"))
     final = [r for r in rows if r["run"] == model.name][-1]
@@ -273,16 +273,19 @@ def test_a_time_budget_shortens_all_runs_alike(tiny, tmp_path):
         (["--out", "EMPTY/x", "--text", "LONG"], "out: cannot make the folder EMPTY/x"),
         (["--out", "LONG", "--text", "LONG"], "out: LONG is not an empty folder"),
         (["--seeds", "5000000000"], "seeds: Input should be less than"),
-        (["--steps", "25"], "warmup: 20 steps are too many for a run of 25"),
+        (["--steps", "25", "--warmup", "20"], "warmup: 20 steps are too many for a run of 25"),
         (["--methods", "adamw,adamw:pullback=5"], "has no option 'pullback'"),
         (["--text", "EMPTY"], "the text is empty"),
         (["--text", "SHORT"], "the text is too short"),
         (["--context", "65"], "context: 65 tokens are more than the model's 64 positions"),
         (["--methods", "sgd"], "unknown method 'sgd'"),
         (["--methods", "ema,ema"], "methods: give at least one, and each only once"),
-        (["--methods", "ema,ema:kappa=0.3"], "are the same run"),
+        (["--methods", "ema,ema:kappa=0.7"], "are the same run"),
         (["--methods", "ema,ema:state=fp32"], "are the same run"),
-        (["--methods", "pace,pace:kappa=0.30000001"], "are the same run"),  # in the same folder
+        (
+            ["--methods", "pace:kappa=0.3,pace:kappa=0.30000001"],
+            "are the same run",
+        ),  # in the same folder
         (["--lr", "0.01,0.0100000001"], "are the same run"),
         (
             ["--methods", "adamw,ema", "--pullback", "3"],
@@ -292,7 +295,7 @@ def test_a_time_budget_shortens_all_runs_alike(tiny, tmp_path):
             ["--methods", "pace:kappa=0.3,ema:kappa=0.7", "--kappa", "1"],
             "kappa: ema:kappa=0.7, pace:ka",
         ),
-        (["--twin-gain", "0.5"], "twin_gain: adamw:cosine, ema:kappa=0.7"),
+        (["--twin-gain", "0.5"], "twin_gain: adamw:cosine, ema, ema:power"),
         (["--kapa", "0.3"], "Unrecognized options: --kapa, 0.3; did you mean --kappa?"),
         (["--kappa", "1.5"], "kappa: Input should be less than or equal to 1, got 1.5"),
         (["--kappa", "much"], "--kappa"),

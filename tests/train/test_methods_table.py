@@ -7,8 +7,8 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
 
-from paceline.auto import AUTO_KAPPA, AUTO_RETURN_KAPPA
 from paceline.averaging import Averaging, Uniform
+from paceline.defaults import AUTO_RETURN_KAPPA, KAPPA, PAPER_KAPPA, RETURN_KAPPA
 from paceline.train import InputError, Positive
 from paceline.train.data import Corpus, make_tokenizer, tokenize
 from paceline.train.methods import (
@@ -111,7 +111,7 @@ def test_rows_of_a_table_may_have_nan_for_no_value():
 
 
 def test_auto_has_its_own_kappas_unless_one_is_given():
-    own = (AUTO_KAPPA, AUTO_RETURN_KAPPA)
+    own = (KAPPA, AUTO_RETURN_KAPPA)
     defaults = {"lr": 1.0, "pullback": 2.0, "kappa": 0.5}
     text = parse_method("pace:pullback=auto", **defaults)  # kappa is of the other methods
     command = parse_method("pace", lr=1.0, pullback="auto", kappa=None)
@@ -127,7 +127,7 @@ def test_auto_has_its_own_kappas_unless_one_is_given():
     assert (
         Recipe(**recipe).parsed.label == f"pace pullback=auto kappa={own[0]} return_kappa={own[1]}"
     )
-    assert Recipe(**recipe, method="ema").parsed.label == "ema kappa=0.3"
+    assert Recipe(**recipe, method="ema").parsed.label == f"ema kappa={RETURN_KAPPA}"
     with pytest.raises(InputError, match="pullback=auto is only for pace; give a number >= 0"):
         Recipe(**recipe, method="pullback:sgd")
 
@@ -138,7 +138,8 @@ def test_the_command_gives_what_has_no_default():
     assert parse_method("bema:twin", **defaults).kappa == 0.7  # the schedule's
     assert parse_method("adamw:twin", **defaults).twin_gain == 0.4
     assert parse_method("ema", **defaults).kappa == 0.7
-    assert parse_method("ema", lr=1.0).kappa == 0.3
+    assert parse_method("ema", lr=1.0).kappa == RETURN_KAPPA
+    assert parse_method("pace", lr=1.0, pullback=2.0).kappa == PAPER_KAPPA
     assert parse_method("adamw", **defaults).kappa is None
     assert parse_method("ema:half_life=9", **defaults).kappa is None
 

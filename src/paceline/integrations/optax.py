@@ -9,8 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..averaging import Averaging, PowerEMA, as_rule
-from ..options import check_scalar, expand_short, number, parse_returns, require, returns_text
+from ..averaging import Averaging, as_rule
+from ..defaults import BETAS, WEIGHT_DECAY
+from ..options import (
+    check_scalar,
+    expand_short,
+    fill_in,
+    number,
+    parse_returns,
+    require,
+    returns_text,
+)
 from ..update import TINY
 
 Tree = Any  # a pytree of arrays
@@ -29,14 +38,14 @@ class PaceState(NamedTuple):
 
 def pace(
     learning_rate: optax.ScalarOrSchedule,
-    pullback: float,
+    pullback: float | None = None,
     *,
-    b1: float = 0.9,
-    b2: float = 0.999,
+    b1: float = BETAS[0],
+    b2: float = BETAS[1],
     eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    weight_decay: float = WEIGHT_DECAY,
     mask: Tree | Callable[[Tree], Tree] | None = None,
-    gain: str = "adam",
+    gain: str | None = None,
     kappa: float | None = None,
     averaging: Rule | None = None,
     return_kappa: float | None = None,
@@ -67,18 +76,21 @@ def pace(
 
     Args:
         learning_rate: η, a number or a schedule of the steps done, from 0.
-        pullback: c >= 0, in the unit of a gradient. There is no "auto" here.
+        pullback: c >= 0, in the unit of a gradient. Default: 1, with the gain "scalar". There is no
+            "auto" here.
         b1: decay of the first moment, in [0, 1).
         b2: decay of the second moment, in [0, 1).
         eps: ε >= 0; 0 counts as 1.2e-38.
         weight_decay: decoupled weight decay wd >= 0.
         mask: whether each weight decays: a tree of booleans, or a function of the parameters that
             gives one. Default: all do.
-        gain: "adam" as above; or "scalar", λ_t = c in [0, 1], which has no unit.
-        kappa: κ of the average, in [0, 1]. Default: 0.5.
+        gain: "adam" as above, the default where pullback is given; or "scalar", λ_t = c in [0, 1],
+            which has no unit.
+        kappa: κ of the average, in [0, 1]. Default: that of `paceline.PACE`.
         averaging: another rule than a power EMA, or its text. LAWA and BEMA are refused: they need
             more than the average. A rule of your own gets the step as a traced array.
-        return_kappa: κ of a second average, which is returned.
+        return_kappa: κ of a second average, which is returned. Default: 0.7 where neither pullback
+            nor an average is given.
         returns: averages that are returned: one, or several by name; the first is the default.
         clip: hold the gain to at most 1.
 
@@ -95,6 +107,9 @@ def pace(
         **{"weight_decay": weight_decay, "gain": gain, "clip": clip, "kappa": kappa},
         **{"averaging": averaging, "return_kappa": return_kappa, "returns": returns},
     }
+    expand_short(options)
+    fill_in(options)
+    pullback, gain = options["pullback"], options["gain"]
     for name in ("learning_rate", "pullback", "b1", "b2", "eps", "weight_decay"):
         value = options[name]
         if not (callable(value) or isinstance(value, jax.core.Tracer)):
@@ -108,8 +123,7 @@ def pace(
         check_scalar(options, clip)
     if not clip and isinstance(eps, float | int) and not eps:
         raise ValueError("clip=False needs eps > 0, got eps=0.0: a gain would have no bound")
-    expand_short(options)
-    own = PowerEMA() if options["averaging"] is None else as_rule(options["averaging"])
+    own = as_rule(options["averaging"])
     rules = parse_returns(returns_text(options["returns"]))
     for rule in (own, *rules.values()):
         if rule.keeps:

@@ -60,7 +60,7 @@ def pace(lr: float = 8e-4, **options: Any) -> PaceOptimizers.Config:
 
     Args:
         lr: learning rate.
-        options: of PACE, for all parameters; `pullback` is required.
+        options: of PACE, for all parameters.
     """
     given = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, **options}
     group = ParamGroupConfig(pattern=r".*", optimizer_name="PACE", optimizer_kwargs=given)

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Self
 import tyro
 from pydantic import Field, model_validator
 
-from ..train import Gain, InputError, NonNegative, Number, Options, Positive, Power
+from .. import defaults
+from ..train import LARGEST, Gain, InputError, Number, Options, Positive
 from ..train.methods import (
     WSD_DECAY_SHARE,
     Method,
@@ -17,8 +18,9 @@ from ..train.methods import (
     methods_help,
     parse_method,
     refuse_untaken,
+    steps_of,
 )
-from ..train.recipe import Names
+from ..train.recipe import Kappa, Names, Pull
 from .runs import Run, share_runs
 
 Model = Literal["gpt2", "small", "training", "large"]
@@ -60,20 +62,18 @@ class Comparison(Options):
 
     methods: Annotated[tuple[str, ...], Names] = (
         "adamw:cosine",
-        "ema:kappa=0.7",
+        "ema",
         "schedule-free",
-        "ema:power:return_kappa=0.7",
-        "pace:return_kappa=0.7",
+        "ema:power",
+        "pace",
     )
     """Methods to compare, separated by commas."""
     lr: Annotated[tuple[Number, ...], Names] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
     """Peak learning rates > 0, separated by commas; each method is run at each of them."""
     schedule: ScheduleName = "constant"
-    pullback: NonNegative | Literal["auto"] = 10.0
-    """Strength c >= 0 of the pull of pace and pullback, in the unit of a gradient; or auto, with which pace sets it itself and, unless kappa is given, pulls toward κ 0.3 and returns κ 0.6."""
-    kappa: Power | None = None
-    """Power κ in [0, 1] of the averages of ema, pace and pullback, and of the schedules power and twin. Default: 0.3, and PACE's own with --pullback auto."""
-    twin_gain: Gain = 1.0
+    pullback: Pull = None
+    kappa: Kappa = None
+    twin_gain: Gain = defaults.TWIN_GAIN
     """Gain in (0, 1] of the pull that the schedule twin stands for."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Names] = (0,)
     """Seeds >= 0 of the order of the batches (and of the initial weights with --from-scratch), separated by commas; every method is run with each of them."""
@@ -81,15 +81,15 @@ class Comparison(Options):
     """Fine-tuning steps of each run, >= 1."""
     minutes: Annotated[float, Field(gt=0, le=10**9)] | None = None
     """Time for all fine-tuning runs together, minutes > 0. If they would take longer, a short measurement sets a smaller number of steps for all."""
-    warmup: Annotated[int, Field(ge=0)] = 20
-    """Steps of linear warm-up, >= 0 and less than four fifths of the steps."""
+    warmup: Annotated[float, Field(ge=0, le=LARGEST)] = defaults.WARMUP
+    """Linear warm-up, >= 0 and less than four fifths of the steps: a number of steps, or below 1 a share of all steps."""
     batch: Positive = 4
     """Sequences a step, >= 1."""
     context: Annotated[int, Field(ge=2)] = 32
     """Tokens a sequence, from 2 to --positions."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0)] = defaults.WEIGHT_DECAY
     """Decoupled weight decay >= 0, on matrices."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = defaults.MAX_GRAD_NORM
     """Gradients are clipped to this 2-norm, > 0."""
 
     text: tuple[Path, ...] | None = None
@@ -155,9 +155,9 @@ class Comparison(Options):
     def compared(self) -> list[Method]:
         """Every method at each of its rates."""
         compared: list[Method] = []
-        defaults = self.model_dump(include={"pullback", "kappa", "twin_gain", "schedule"})
+        given = self.model_dump(include={"pullback", "kappa", "twin_gain", "schedule"})
         for text in self.methods:
-            found = (parse_method(text, lr=lr, **defaults) for lr in self.lr)
+            found = (parse_method(text, lr=lr, **given) for lr in self.lr)
             in_steps = [x.in_steps(self.batch, self.batch * self.context) for x in found]
             compared += dict.fromkeys(in_steps)  # one, not one a rate, where the text has its own
         return compared
@@ -182,15 +182,16 @@ class Comparison(Options):
 Comparison.__doc__ = f"{inspect.cleandoc(Comparison.__doc__ or '')}\n\n{methods_help()}"
 
 
-def check_warmup(warmup: int, steps: int) -> None:
+def check_warmup(warmup: float, steps: int) -> None:
     """Refuse a warm-up that leaves no room for the schedule's end.
 
     Raises:
         InputError: it takes four fifths of the steps, or more.
     """
-    if warmup and warmup >= (1 - WSD_DECAY_SHARE) * steps:
+    ramp = steps_of(warmup, steps)
+    if ramp and ramp >= (1 - WSD_DECAY_SHARE) * steps:
         raise InputError(
-            f"warmup: {warmup} steps are too many for a run of {steps}; "
+            f"warmup: {ramp} steps are too many for a run of {steps}; "
             "give a smaller --warmup, or more --steps or --minutes"
         )
 

@@ -33,6 +33,7 @@ from . import InputError, folder, read_small, reporting, sources, unknown
 from .chat import conversation_encoder, use_chatml
 from .data import make_tokenizer
 from .folder import AVERAGES
+from .methods import steps_of
 from .model import (
     check_files,
     check_output,
@@ -343,7 +344,7 @@ def build_trainer(
         trainer.train_dataset = trainer.train_dataset.select(range(count - count % recipe.batch))
         steps = steps or _steps_of_data(recipe, trainer.train_dataset)
     assert steps is not None
-    trainer.warmup = round(recipe.warmup if recipe.warmup >= 1 else recipe.warmup * steps)
+    trainer.warmup = steps_of(recipe.warmup, steps)
     if trainer.warmup >= steps:
         raise InputError(
             f"warmup: {trainer.warmup} steps must be fewer than the {steps} steps of the run"

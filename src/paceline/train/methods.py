@@ -27,7 +27,19 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 import paceline  # which imports a name when it is used: help is printed without torch
 
-from . import BelowOne, Gain, InputError, NonNegative, Number, Options, Positive, Power, unknown
+from .. import defaults
+from . import (
+    BelowOne,
+    Gain,
+    InputError,
+    NonNegative,
+    Number,
+    Options,
+    Positive,
+    Power,
+    reporting,
+    unknown,
+)
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -35,7 +47,6 @@ if TYPE_CHECKING:
 
     from paceline import PACE, Averaging
 
-FALLBACKS = {"kappa": 0.3, "twin_gain": 1.0}  # where neither text nor command gives them
 WSD_DECAY_SHARE = 0.2  # of the steps, linearly to zero
 MAX_WINDOW = 1000  # as LAWA has it
 
@@ -89,6 +100,11 @@ LR_SCHEDULES = {
         ("kappa", "twin_gain"),
     ),
 }
+
+
+def steps_of(warmup: float, steps: int) -> int:
+    """Steps of a warm-up that is a number of steps, or below 1 a share of all steps."""
+    return round(warmup if warmup >= 1 else warmup * steps)
 
 
 def _known_schedule(name: str) -> str:
@@ -153,7 +169,7 @@ class Setup(NamedTuple):
     weight_decay: float  # of these; decoupled, except in sgd, adam and adafactor
     warmup: int  # steps, for optimizers with their own warm-up
     steps: int  # of the run
-    betas: tuple[float, float] = (0.9, 0.999)  # of Adam's moments, except in bases of pullback
+    betas: tuple[float, float] = defaults.BETAS  # of Adam's moments, except in bases of pullback
     stochastic_round: bool = False  # of bfloat16 parameters, where PACE writes them
     scale: float = 1.0  # the batch over the one that the averages are for, as in Averaging.scaled
 
@@ -194,8 +210,7 @@ class Method(Options):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        wanted = cls.from_command(values)
-        return {option: x for option, x in FALLBACKS.items() if option in wanted} | values
+        return cls.fallbacks(values) | values
 
     @classmethod
     def from_command(cls, given: dict[str, Any]) -> set[str]:
@@ -203,6 +218,13 @@ class Method(Options):
         schedule = LR_SCHEDULES[_known_schedule(given.get("schedule", "constant"))]
         required = {name for name, field in cls.model_fields.items() if field.is_required()}
         return required | set(schedule.options)
+
+    @classmethod
+    def fallbacks(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Options that neither text nor command gives, with their values."""
+        of_schedule = {"kappa": defaults.KAPPA, "twin_gain": defaults.TWIN_GAIN}
+        wanted = cls.from_command(given)
+        return {option: x for option, x in of_schedule.items() if option in wanted}
 
     def averaging(self, steps: int) -> Averaging | None:
         """The average of the trajectory's weights that it returns after a run of so many steps.
@@ -365,6 +387,14 @@ class EMAMethod(AveragedMethod):
     def from_command(cls, given: dict[str, Any]) -> set[str]:
         return super().from_command(given) | (set() if given.get("half_life") else {"kappa"})
 
+    @classmethod
+    def fallbacks(cls, given: dict[str, Any]) -> dict[str, Any]:
+        found = super().fallbacks(given)
+        if given.get("half_life") or given.get("kappa") is not None:
+            return found
+        of_schedule = "kappa" in LR_SCHEDULES[given.get("schedule", "constant")].options
+        return found | {"return_kappa" if of_schedule else "kappa": defaults.RETURN_KAPPA}
+
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if self.kappa is not None and self.half_life is not None:
@@ -488,6 +518,17 @@ class PulledMethod(Method):
     kappa: Power
     return_kappa: Power | None = None  # of another average, which is returned instead
 
+    @classmethod
+    def fallbacks(cls, given: dict[str, Any]) -> dict[str, Any]:
+        found = super().fallbacks(given)
+        if given.get("pullback") is None:
+            with reporting("gain", ValueError):
+                found |= defaults.pull(given)
+        if given.get("kappa") is None:
+            kappas = defaults.kappas(given.get("pullback"))
+            found |= {"kappa": kappas.own, "return_kappa": kappas.returned}
+        return found
+
     @model_validator(mode="after")
     def _scalar(self) -> Self:
         c = self.pullback
@@ -523,15 +564,6 @@ class PACEMethod(PulledMethod):
     def from_command(cls, given: dict[str, Any]) -> set[str]:
         own = {"kappa"} if given.get("pullback") == "auto" else set()
         return super().from_command(given) - own
-
-    @model_validator(mode="before")
-    @classmethod
-    def _auto(cls, values: dict[str, Any]) -> dict[str, Any]:
-        if values.get("pullback") != "auto" or values.get("kappa") is not None:
-            return values
-        from ..auto import AUTO_KAPPA, AUTO_RETURN_KAPPA
-
-        return {"kappa": AUTO_KAPPA, "return_kappa": AUTO_RETURN_KAPPA} | values
 
     def build(self, setup: Setup) -> Optimizer:
         own, *others = self.rules(setup.steps, setup.scale)
@@ -668,13 +700,13 @@ def method_of_row(row: Mapping[str, Any]) -> Method:
     return kind(**{k: x for k, x in values.items() if x is not None and x == x})
 
 
-def parse_method(text: str, *, schedule: str = "constant", **defaults: Any) -> Method:
+def parse_method(text: str, *, schedule: str = "constant", **given: Any) -> Method:
     """A method from its text.
 
     Args:
         text: `name[:schedule][:option=value]...`.
         schedule: of a method that names none.
-        defaults: the command's options, by name, for what text and method leave open. None is
+        given: the command's options, by name, for what text and method leave open. None is
             left out.
 
     Raises:
@@ -682,7 +714,7 @@ def parse_method(text: str, *, schedule: str = "constant", **defaults: Any) -> M
             that the method does not have, or a value out of its range.
     """
     kind, own, taken = _read(text, schedule)
-    left = {k: x for k, x in defaults.items() if k in taken and x is not None}
+    left = {k: x for k, x in given.items() if k in taken and x is not None}
     try:
         return kind(**left | own)
     except InputError as error:

@@ -15,6 +15,7 @@ import tyro
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
+from .. import defaults
 from . import (
     LARGEST,
     BelowOne,
@@ -113,6 +114,23 @@ MethodHelp = tyro.conf.arg(
     "returns another average than it pulls toward) or ema:wsd:kappa=0.7; paceline compare --help "
     f"has all options. Names: {', '.join(METHODS)}."
 )
+# What `paceline.defaults` fills in where they are None.
+Pull = Annotated[
+    NonNegative | Literal["auto"] | None,
+    tyro.conf.arg(
+        help="Strength c >= 0 of the pull of pace and pullback, in the unit of a gradient; or auto, "
+        "with which pace sets it itself and, unless kappa is given, pulls toward κ = 0.3 and "
+        "returns κ = 0.6. Default: one gain of 1 for all coordinates, which has no unit."
+    ),
+]
+Kappa = Annotated[
+    Power | None,
+    tyro.conf.arg(
+        help="Power κ in [0, 1] of the average of pace, ema and pullback, which is returned unless "
+        "the method has a return_kappa; and of the schedules power and twin. Default: the pull and "
+        "the schedules have κ = 0.3, and κ = 0.7 is returned; with --pullback C both are κ = 0.5."
+    ),
+]
 Text = BeforeValidator(lambda value: str(value) if type(value) is int else value)
 Split = BeforeValidator(lambda value: tuple(value.split(",")) if isinstance(value, str) else value)
 
@@ -188,22 +206,20 @@ class Recipe(Options):
     """Put several conversations into one sequence; needs an attention that keeps them apart."""
 
     method: Annotated[str, MethodHelp, METHOD] = "pace"
-    lr: Annotated[Number, METHOD] = 1e-3
-    """Peak learning rate, > 0."""
+    lr: Annotated[Number, METHOD] = defaults.LR
+    """Peak learning rate, > 0. With the default pull, three to five times the rate that AdamW likes."""
     schedule: Annotated[ScheduleName, METHOD] = "constant"
-    pullback: Annotated[NonNegative | Literal["auto"], METHOD] = 0.1
-    """Strength c >= 0 of the pull of pace and pullback, in the unit of a gradient; or auto, with which pace sets it itself and, unless kappa is given, pulls toward κ 0.3 and returns κ 0.6."""
-    kappa: Annotated[Power | None, METHOD] = None
-    """Power κ in [0, 1] of the average of pace, ema and pullback, and of the schedules power and twin. Default: 0.3, and PACE's own with --pullback auto."""
-    twin_gain: Annotated[Gain, METHOD] = 1.0
+    pullback: Annotated[Pull, METHOD] = None
+    kappa: Annotated[Kappa, METHOD] = None
+    twin_gain: Annotated[Gain, METHOD] = defaults.TWIN_GAIN
     """Gain in (0, 1] of the pull that the schedule twin stands for."""
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = defaults.BETAS
     """β1 and β2 of Adam's moments, each in [0, 1)."""
-    weight_decay: NonNegative = 0.01
+    weight_decay: NonNegative = defaults.WEIGHT_DECAY
     """Decoupled weight decay >= 0, on matrices."""
-    max_grad_norm: NonNegative = 1.0
+    max_grad_norm: NonNegative = defaults.MAX_GRAD_NORM
     """Gradients are clipped to this 2-norm, >= 0; 0 turns it off."""
-    warmup: Annotated[float, Field(ge=0, le=LARGEST)] = 0.0
+    warmup: Annotated[float, Field(ge=0, le=LARGEST)] = defaults.WARMUP
     """Linear warm-up, >= 0: a number of steps, or below 1 a share of all steps."""
     batch: Annotated[Positive, DATA] = 128
     """Sequences a step, >= 1, summed over processes and accumulation."""
@@ -318,7 +334,7 @@ class Recipe(Options):
         for name in ("data", "eval_data"):
             if "" in (getattr(self, name) or ()) or getattr(self, name) == ():
                 raise InputError(f"{name}: give at least one name, and no empty ones")
-        if self.parsed.get("base") and self.betas != (0.9, 0.999):
+        if self.parsed.get("base") and self.betas != defaults.BETAS:
             raise InputError(
                 f"betas: they do not reach the optimizer in {self.method!r}; leave them out"
             )
@@ -331,10 +347,10 @@ class Recipe(Options):
 
     def method_of(self, text: str) -> Method:
         """The method of a text, with the recipe's options where it leaves them open."""
-        defaults = {name: getattr(self, name) for name in keys_with(METHOD) - {"method", "seed"}}
+        given = {name: getattr(self, name) for name in keys_with(METHOD) - {"method", "seed"}}
         samples = self.average_batch or self.batch
         full = self.task == "pretrain" or self.packing  # sequences, of as many tokens as --context
-        return parse_method(text, **defaults).in_steps(
+        return parse_method(text, **given).in_steps(
             samples, samples * self.context if full else None
         )
 

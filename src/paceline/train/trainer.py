@@ -19,13 +19,14 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from ..averaging import Averaging
+from ..defaults import BETAS
 from ..elastic import Elastic
 from ..integrations.transformers import PaceTrainer
 from ..swap import swap_back, swap_in
 from . import reporting
 from .callbacks import EvalAndSaveAtEnd
 from .data import blocks, collate
-from .methods import Method, Setup
+from .methods import Method, Setup, steps_of
 
 
 class ReadOuts:
@@ -82,7 +83,7 @@ class OneMethodTrainer(PaceTrainer):
         method: Method,
         warmup: int,
         weight_decay: float,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] = BETAS,
         stochastic_round: bool = False,
         scale: float = 1.0,
         **options: Any,
@@ -228,7 +229,7 @@ def train_blocks(
     steps: int,
     batch: int,
     context: int,
-    warmup: int,
+    warmup: float,
     weight_decay: float,
     max_grad_norm: float,
     seed: int,
@@ -248,7 +249,7 @@ def train_blocks(
         steps: optimizer steps.
         batch: blocks a step.
         context: tokens of a block.
-        warmup: steps of linear warm-up.
+        warmup: steps of linear warm-up, or below 1 a share of all steps.
         weight_decay: decoupled, on matrices only.
         max_grad_norm: gradients are clipped to this 2-norm.
         seed: of the order of the batches.
@@ -282,7 +283,7 @@ def train_blocks(
         arguments,
         method=methods[0].trajectory,
         methods=methods,
-        warmup=warmup,
+        warmup=steps_of(warmup, steps),
         weight_decay=weight_decay,
         data_collator=collate,
         train_dataset=TensorDataset(blocks(tokens["train"], context)),
