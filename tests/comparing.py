@@ -1,12 +1,17 @@
 """A text and methods for the tests of the comparison and its trainer."""
 
+import io
+import os
+import signal
+
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from paceline.train.data import Corpus, blocks, make_tokenizer, tokenize
 from paceline.train.methods import parse_method
 from paceline.train.model import make_gpt2
-from paceline.train.trainer import train_blocks
+from paceline.train.trainer import MethodTrainer, train_blocks
 
 DEFAULTS = {"lr": 1e-2, "pullback": 3.0, "kappa": 0.3, "twin_gain": 0.5}
 
@@ -29,6 +34,38 @@ def schedule_of(text, warmup=0, steps=50):
 
 
 OTHER = TEXT[::-1]
+
+
+def pretrained(folder, kill_after=None):
+    """The tiny model that a comparison starts from, made in a cache of its own.
+
+    Args:
+        folder: of the cache.
+        kill_after: SIGKILL this process once so many checkpoints are there.
+    """
+    from paceline.study.compare import Comparison, _pretrained
+
+    os.environ["PACELINE_CACHE"] = str(folder)
+    save = MethodTrainer._save_checkpoint
+    saved = []
+
+    def save_and_die(trainer, *args):
+        save(trainer, *args)
+        saved.append(args)
+        if len(saved) == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    MethodTrainer._save_checkpoint = save_and_die
+    said = io.StringIO()
+    try:
+        tokenizer = make_tokenizer([TEXT, OTHER], 300)
+        tokens = tokenize(Corpus([TEXT], [OTHER]), tokenizer)
+        sizes = {"width": 16, "layers": 1, "heads": 2, "positions": 16, "context": 16}
+        options = Comparison(**sizes, pretrain_steps=20, eval_tokens=512)
+        start = _pretrained(options, tokens, tokenizer, Console(file=said, width=300))
+    finally:
+        MethodTrainer._save_checkpoint = save
+    return start, said.getvalue(), len(saved)
 
 
 def tiny_runs(tmp_path_factory):

@@ -16,6 +16,7 @@ from studies import BASE, RECIPE, TASK, cell_of
 
 from paceline.averaging import EMA, PowerEMA
 from paceline.study.cells import Task, cells
+from paceline.train import folder
 from paceline.train.folder import locked
 from paceline.train.recipe import Recipe
 
@@ -235,7 +236,7 @@ def test_a_start_that_another_process_trains_is_waited_for(tmp_path, monkeypatch
     from paceline.study import cells as module
 
     monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(module, "WAIT", 0.01)
+    monkeypatch.setattr(folder, "WAIT", 0.01)
     monkeypatch.setattr(module, "train_by", lambda *_: pytest.fail("it is trained elsewhere"))
     task = Task("tiny", TASK.recipe, Recipe(**RECIPE, seed=6))
     waits = []
@@ -245,7 +246,7 @@ def test_a_start_that_another_process_trains_is_waited_for(tmp_path, monkeypatch
         if len(waits) == 2:
             task.start_folder.mkdir()
 
-    monkeypatch.setattr(module.time, "sleep", other)
+    monkeypatch.setattr(folder.time, "sleep", other)
     console = Console(file=io.StringIO(), width=300)
     with locked(tmp_path / f"{task.start_folder.name}-lock"):
         task.make_start(console)

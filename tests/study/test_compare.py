@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from comparing import OTHER, TEXT, loss_by_hand, method_of, tiny_runs
+from comparing import OTHER, TEXT, loss_by_hand, method_of, pretrained, tiny_runs
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -164,6 +164,27 @@ def test_pretraining_is_done_once_shared_and_not_taken_if_damaged(text, tmp_path
     said = capsys.readouterr().err
     assert said.startswith(f"paceline: start: {folder}/config.json is damaged: ")
     assert f"; delete {folder}, and it is made again" in said
+
+
+def test_a_pretraining_that_was_killed_goes_on_exactly(tmp_path, monkeypatch):
+    monkeypatch.setenv("PACELINE_CACHE", "")  # which `pretrained` sets
+    whole, said, saves = pretrained(tmp_path / "whole")
+    assert said.startswith("Pretraining a GPT-2 of ")
+    assert saves == 4
+    killed = multiprocessing.get_context("forkserver").Process(
+        target=pretrained, args=(tmp_path / "killed", 3)
+    )
+    killed.start()
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL
+    assert not [*(tmp_path / "killed").glob("start-*/model.safetensors")]
+    again, said, saves = pretrained(tmp_path / "killed")
+    assert said.startswith("Going on with the pretraining of a GPT-2 of ")
+    assert "checkpoint-15" in said
+    assert saves == 1
+    assert [path.name for path in again.parent.glob("*start-*")] == [whole.name]
+    one, other = (load_file(start / "model.safetensors") for start in (whole, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.slow

@@ -14,11 +14,11 @@ from rich.console import Console
 from transformers.trainer_utils import SaveStrategy
 
 from ..cache import cache_folder
-from ..files import put, remove
+from ..files import remove
 from ..train import InputError
 from ..train.build import PerToken, Prepared, build_trainer
 from ..train.data import content_key
-from ..train.folder import MODEL, InUse, is_begun, locked, recipe_of
+from ..train.folder import is_begun, made_once, recipe_of
 from ..train.methods import Method
 from ..train.options import Train
 from ..train.recipe import DATA, METHOD, RESUMABLE_CHANGES, Recipe, keys_with
@@ -28,7 +28,6 @@ from .runs import Row, Run, Watch, finite_values, share_runs
 
 # On the clock of chat templates, where the recipe gives no date: cells may run on many days.
 DAY = date(2026, 1, 1)
-WAIT = 5.0  # seconds, while another process trains the model to start from
 
 
 @dataclass(frozen=True)
@@ -66,23 +65,10 @@ class Task:
         One process trains it, and others wait. A training that was killed goes on from its last
         checkpoint.
         """
-        folder = self.start_folder
-        if self.start is None or folder is None:
-            return
-        said = False
-        while not folder.exists():
-            try:
-                with locked(folder.with_name(f"{folder.name}-lock")):
-                    if not folder.exists():
-                        self._train_start(self.start, folder, console)
-            except InUse as error:
-                if not said:
-                    console.print(f"Waiting for another process: {error}", markup=False)
-                said = True
-                time.sleep(WAIT)
+        if self.start is not None and self.start_folder is not None:
+            made_once(self.start_folder, partial(self._train_start, self.start, console), console)
 
-    def _train_start(self, start: Recipe, folder: Path, console: Console) -> None:
-        run = folder.with_name(f"{folder.name}-run")
+    def _train_start(self, start: Recipe, console: Console, run: Path) -> None:
         if is_begun(run):
             said = f"Going on with the training of the model that {self.name} starts from: {run}"
             options = Train(**recipe_of(run), resume=run)
@@ -93,8 +79,6 @@ class Task:
         console.print(said, highlight=False, markup=False)
         if train_by(options, console) is None:
             raise KeyboardInterrupt
-        put(run / MODEL, folder)
-        remove(run)
 
 
 def _dump(recipe: Recipe, but: Iterable[str] = ()) -> dict[str, Any]:

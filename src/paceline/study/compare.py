@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..cache import cache_folder
-from ..files import put
 from ..sums import write_sums
 from ..train import InputError
 from ..train import data as texts
@@ -220,22 +219,32 @@ def _pretrained(
         folders.require_whole(folder, "start", f"delete {folder}, and it is made again")
         console.print(f"Starting from the pretrained model in {folder}.", markup=False)
         return folder
-    model = make_gpt2(tokenizer, **options.shape, seed=0)
-    console.print(f"Pretraining a GPT-2 of {model.num_parameters() / 1e6:.2f}M parameters, once.")
-    with TemporaryDirectory(dir=cache_folder()) as scratch, progress_bars(console) as progress:
-        task = progress.add_task("pretraining", total=steps, losses="")
 
-        def watch(step: int, losses: dict[str, float]) -> bool:
-            progress.update(task, completed=step, losses=show_losses(losses))
-            return False
+    def pretrain(run: Path) -> None:
+        model = make_gpt2(tokenizer, **options.shape, seed=0)
+        checkpoint = folders.checkpoint_to_continue(run)
+        size = f"a GPT-2 of {model.num_parameters() / 1e6:.2f}M parameters"
+        console.print(
+            f"Pretraining {size}, once."
+            if checkpoint is None
+            else f"Going on with the pretraining of {size}: {checkpoint}",
+            markup=False,
+        )
+        with progress_bars(console) as progress:
+            task = progress.add_task("pretraining", total=steps, losses="")
 
-        recipe |= {"steps": steps, "evaluations": 4, "eval_tokens": options.eval_tokens}
-        log = Path(scratch) / "log"
-        train_blocks(model, load_file(tokens), (method,), log, watch=watch, **recipe)
-        model.save_pretrained(Path(scratch) / "model")
-        write_sums(Path(scratch) / "model")
-        if not folder.exists():  # or another process was faster
-            put(Path(scratch) / "model", folder)
+            def watch(step: int, losses: dict[str, float]) -> bool:
+                progress.update(task, completed=step, losses=show_losses(losses))
+                return False
+
+            own = {"steps": steps, "evaluations": 4, "eval_tokens": options.eval_tokens}
+            own |= {"watch": watch, "checkpoints": run / folders.CHECKPOINTS, "resume": checkpoint}
+            log = run / folders.TENSORBOARD
+            train_blocks(model, load_file(tokens), (method,), log, **own, **recipe)
+        model.save_pretrained(run / folders.MODEL)
+        write_sums(run / folders.MODEL)
+
+    folders.made_once(folder, pretrain, console)
     return folder
 
 

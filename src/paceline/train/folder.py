@@ -42,17 +42,21 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from ..files import put
+from ..files import put, remove
 from ..sums import SUMS, find_damage
 from . import InputError, reporting
 from .manifest import read_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 try:
     import fcntl
@@ -78,6 +82,8 @@ TRAINING_STATE = (
 )
 
 JsonLines = list[tuple[int, dict[str, Any]]]
+
+WAIT = 5.0  # seconds, while another process makes what is made once
 
 
 class InUse(InputError):
@@ -160,6 +166,31 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
         for part in made:
             with suppress(OSError):
                 part.rmdir()
+
+
+def made_once(folder: Path, make: Callable[[Path], None], console: "Console") -> None:
+    """Have one process make a folder, and others wait; nothing if it is there.
+
+    Args:
+        folder: of a model, in the cache.
+        make: writes `MODEL` to the folder that it gets. That folder stays where it is killed, so
+            that the next process can go on from what is there.
+        console: says who is waited for.
+    """
+    said = False
+    while not folder.exists():
+        try:
+            with locked(folder.with_name(f"{folder.name}-lock")):
+                if not folder.exists():
+                    begun = folder.with_name(f"{folder.name}-run")
+                    make(begun)
+                    put(begun / MODEL, folder)
+                    remove(begun)
+        except InUse as error:
+            if not said:
+                console.print(f"Waiting for another process: {error}", markup=False)
+            said = True
+            time.sleep(WAIT)
 
 
 def _take(path: Path, shared: bool) -> IO[bytes]:
@@ -301,6 +332,12 @@ def checkpoint_to_resume(run: Path, name: str | None = None) -> Path | None:
             else f"no other checkpoint is whole: without {run / CHECKPOINTS} the run starts anew"
         )
     )
+
+
+def checkpoint_to_continue(run: Path) -> Path | None:
+    """The newest whole checkpoint of what is made once; None if there is none."""
+    found = reversed(checkpoints_in(run / CHECKPOINTS))
+    return next((path for path in found if _damage(path) is None), None)
 
 
 def _damage(checkpoint: Path) -> str | None:

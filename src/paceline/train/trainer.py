@@ -236,6 +236,8 @@ def train_blocks(
     evaluations: int,
     eval_tokens: int,
     watch: Callable[[int, dict[str, float]], bool] = lambda step, losses: False,
+    checkpoints: Path | None = None,
+    resume: Path | None = None,
 ) -> Trained:
     """Train a causal language model on blocks of tokens.
 
@@ -256,10 +258,12 @@ def train_blocks(
         evaluations: number of evaluations, evenly spread, after the one at the start.
         eval_tokens: validation tokens that each evaluation reads, about.
         watch: called some hundred times with the step and the last losses; True stops the run.
+        checkpoints: folder that keeps the last checkpoint, made at each evaluation. None: none.
+        resume: a checkpoint to go on from, exactly.
     """
     every = math.ceil(steps / evaluations)
     arguments = TrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(checkpoints or folder),
         max_steps=steps,
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=64,
@@ -270,7 +274,9 @@ def train_blocks(
         eval_steps=every,
         logging_steps=every,
         logging_nan_inf_filter=False,  # a diverged batch is a diverged loss
-        save_strategy="no",
+        save_strategy="no" if checkpoints is None else "steps",
+        save_steps=every,
+        save_total_limit=1,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -294,8 +300,9 @@ def train_blocks(
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.evaluate()
-    trainer.train()
+    if resume is None:
+        trainer.evaluate()
+    trainer.train(resume_from_checkpoint=resume and str(resume))
     return Trained(trainer, stopped=trainer.state.global_step < steps)
 
 
