@@ -10,11 +10,12 @@ have them: the name, then options, as in `uniform:start=100`, `lawa:window=10:ev
 `ema:kappa=0.5` and `ema:half_life=200`. `parse` reads that, `str` writes it.
 """
 
+import itertools
 import math
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -148,6 +149,25 @@ class Averaging(ABC):
         for step in range(1, steps + 1):
             self.update_(step, [iterates[step]], [average], [kept])
         return average
+
+    def ages(self) -> Iterator[float]:
+        """How many steps old the iterates in the average are, in the mean, after step 1, 2, ...
+
+            age_t = Σ_s c_s·(t - s),     c the `coefficients` after t steps
+
+        By so many steps the average lags behind weights that move steadily.
+        """
+        average = torch.zeros(1, dtype=torch.float64)  # of the numbers of the steps
+        kept = self.begin(average, average.dtype)
+        age = 0.0
+        for step in itertools.count(1):
+            if self.keeps:
+                here = torch.full_like(average, step)
+                self.update_(step, [here], [average], [kept])
+                age = step - average.item()
+            else:
+                age = (1.0 - float(self.weight(step))) * (age + 1.0)
+            yield age
 
     def scaled(self, k: float) -> Self:
         """The rule that makes the same average of the data when the batch grows k-fold.

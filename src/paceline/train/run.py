@@ -45,6 +45,7 @@ from .page import write_page
 from .recipe import RESUMABLE_CHANGES, Recipe, RecipeCommand, read_recipe
 from .talk import samples
 from .terminal import progress_bars, quiet, say
+from .verdict import Lag, measured, verdict
 
 METRICS_MEAN = {
     "loss": "live weights, training batches, mean over the steps since the last line",
@@ -408,12 +409,12 @@ def _fit(
             f"with paceline train --resume {run}",
         )
         return None
-    last = _finish(trainer, recipe, run, facts)
+    last, average = _finish(trainer, recipe, run, facts)
     if main:
         say(
             console,
             f"Evaluation loss: live {last['eval_live_loss']:.4f}, returned "
-            f"{last['eval_loss']:.4f} nats a token.\nThe model: {run / folder.MODEL}\n"
+            f"{last['eval_loss']:.4f} nats a token.\n{average['verdict']}\nThe model: {run / folder.MODEL}\n"
             f"Report: {run / folder.REPORT}\nTalk to it: paceline chat {run}",
         )
     return run
@@ -424,8 +425,12 @@ def _fit(
 
 def _finish(
     trainer: RunTrainer, recipe: Recipe, run: Path, facts: dict[str, Any]
-) -> dict[str, Any]:
-    """Write the report and both models, the returned one last; returns the last evaluation."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the report and both models, the returned one last.
+
+    Returns:
+        The last evaluation, and what is said of the average.
+    """
     main, history = trainer.is_world_process_zero(), trainer.state.log_history
     average = average_facts(trainer)
     if main:  # of an earlier end, whose model was deleted
@@ -433,6 +438,9 @@ def _finish(
         remove(run / folder.FORMER)
     *_, last = (entry for entry in history if "eval_loss" in entry)
     if main:
+        rule = returned_rule(trainer)
+        lag = None if rule is None else Lag.at(rule, trainer.state.global_step)
+        average["verdict"] = verdict(last, measured(trainer, recipe), lag)
         write_json(run / folder.SAMPLES, {"greedy": samples(trainer, recipe)})
         meaning = {"weights": folder.WEIGHTS_IN, "metrics": METRICS_MEAN}
         write_json(run / folder.AVERAGE_FACTS, {**average, **meaning})
@@ -448,7 +456,15 @@ def _finish(
                 (partial / CARD).write_text(card, encoding="utf-8")
                 write_sums(partial)
         trainer.accelerator.wait_for_everyone()
-    return last
+    return last, average
+
+
+def returned_rule(trainer: RunTrainer) -> Averaging | None:
+    """The rule of the average that the optimizer returns; None if it keeps none of ours."""
+    group = trainer.bare_optimizer.param_groups[0]
+    if "averaging" not in group or isinstance(trainer.bare_optimizer, Elastic):
+        return None
+    return [*averages_of(group).rules.values()][:2][-1]
 
 
 def average_facts(trainer: RunTrainer) -> dict[str, Any]:
