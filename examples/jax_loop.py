@@ -38,7 +38,7 @@ params = {
 }
 optimizer = optax.chain(
     optax.clip_by_global_norm(1.0),
-    pace(3e-2, pullback=1.0, gain="scalar", kappa=0.3, return_kappa=0.7),  # <- 2, the last one
+    pace(3e-2),  # <- 2, the last one
 )
 state = optimizer.init(params)
 for key in keys[3:]:

@@ -1,5 +1,6 @@
 """PaceTrainer: what it trains, which weights it evaluates, and the examples."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -276,16 +277,20 @@ def test_an_example_writes_the_average_of_what_it_trained(name, tmp_path, monkey
     finally:
         for hook in hooks:
             hook.remove()
-    assert "live weights" in capsys.readouterr().out
-    assert len(iterates) == 61
+    said = capsys.readouterr().out
+    *_, (live, returned) = re.findall(r"live weights ([\d.]+), returned ([\d.]+)", said)
+    assert float(returned) < float(
+        live
+    )  # and not by luck: the data are noisy, and there are enough
+    assert len(iterates) == 301
     model = ended["trainer"].model if "trainer" in ended else ended["model"]
     names = {p: name for name, p in model.named_parameters()}
     saved = AutoModelForCausalLM.from_pretrained(out).state_dict()
     for (p, average), *following in zip(*iterates, strict=True):
         for t, (same_p, x) in enumerate(following, 1):
             assert same_p is p
-            average = average + (1 + t) ** -0.5 * (x - average)
-        # float32's rounding over sixty steps
+            average = average + (1 + t) ** -0.7 * (x - average)
+        # float32's rounding over the steps
         torch.testing.assert_close(saved[names[p]], average.float(), atol=2e-6, rtol=1e-5)
         assert (x - average).abs().max() > 1e-4
 
