@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..auto import AUTO
+from ..defaults import AUTO
 from ..memory import lacks_memory
 from ..options import Group
 from ..state import PLAIN, averages_of
