@@ -177,15 +177,17 @@ def made_once(folder: Path, make: Callable[[Path], None], console: "Console") ->
             that the next process can go on from what is there.
         console: says who is waited for.
     """
-    said = False
+    said, lock = False, folder.with_name(f"{folder.name}-lock")
     while not folder.exists():
         try:
-            with locked(folder.with_name(f"{folder.name}-lock")):
+            with locked(lock):
                 if not folder.exists():
                     begun = folder.with_name(f"{folder.name}-run")
                     make(begun)
                     put(begun / MODEL, folder)
                     remove(begun)
+            with suppress(OSError):
+                lock.rmdir()  # of a process that was killed
         except InUse as error:
             if not said:
                 console.print(f"Waiting for another process: {error}", markup=False)
