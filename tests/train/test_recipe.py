@@ -489,7 +489,7 @@ def test_another_batch_than_the_files(folder):
     said = note(folder, "--batch", "256", method="pace:return_kappa=0.7")
     assert "stays ema:kappa=0.7 in steps" in said
     assert "keeps it the same function of the data, ema:kappa=0.7:rate=0.743:" in said
-    said = note(folder, "--batch", "256", method="pace")
+    said = note(folder, "--batch", "256", method="pace:kappa=0.3")
     assert said.endswith(
         "The average stays ema:kappa=0.3 in steps, each now 2 times the data. A pull toward "
         "a scaled average had a higher loss: docs/averages.md."

@@ -237,8 +237,12 @@ def _pretrained(
                 progress.update(task, completed=step, losses=show_losses(losses))
                 return False
 
-            own = {"steps": steps, "evaluations": 4, "eval_tokens": options.eval_tokens}
-            own |= {"watch": watch, "checkpoints": run / folders.CHECKPOINTS, "resume": checkpoint}
+            own: dict[str, Any] = {"steps": steps, "evaluations": 4, "watch": watch}
+            own |= {
+                "eval_tokens": options.eval_tokens,
+                "checkpoints": run / folders.CHECKPOINTS,
+                "resume": checkpoint,
+            }
             log = run / folders.TENSORBOARD
             train_blocks(model, load_file(tokens), (method,), log, **own, **recipe)
         model.save_pretrained(run / folders.MODEL)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table as Printed
 from rich.text import Text
 
-from ..auto import AUTO
+from ..defaults import AUTO
 from ..train import InputError
 from ..train import folder as folders
 from ..train.folder import METRICS, JsonLines

@@ -40,7 +40,7 @@ from rich.console import Console
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from ..auto import AUTO
+from ..defaults import AUTO
 from ..files import write_text
 from ..train import InputError
 from ..train import folder as folders

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.table import Table
 
-from ..auto import AUTO
+from ..defaults import AUTO
 from ..train.folder import REPORT
 from ..train.methods import Method, all_options, beside_the_pull, method_of_row
 from ..train.page import (
