@@ -59,11 +59,23 @@ def test_the_line(found, lag, said):
     assert verdict(LAST, found, lag) == said
 
 
+def test_losses_that_look_alike():
+    last = {"eval_loss": 3.00004, "eval_live_loss": 3.0}
+    said = "No difference shown: returned less live is 0.0000 nats (no interval)."
+    assert verdict(last, None, FITS) == said
+
+
 def test_without_an_average_and_after_divergence():
     same = {"eval_loss": 3.0, "eval_live_loss": 3.0}
     assert verdict(same, None, None).startswith("The live weights are returned")
-    lost = {"eval_loss": math.nan, "eval_live_loss": 3.0}
-    assert verdict(lost, None, FITS).startswith("The loss is not finite")
+    lost = "The training has diverged: no finite loss of {}. Take a lower learning rate."
+    for live, returned, who in (
+        (math.nan, 3.0, "live weights"),
+        (3.0, math.inf, "returned model"),
+        (math.nan, math.inf, "live weights and returned model"),
+    ):
+        last = {"eval_loss": returned, "eval_live_loss": live}
+        assert verdict(last, None, FITS) == lost.format(who)
 
 
 RULES = [

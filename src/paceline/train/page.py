@@ -243,11 +243,11 @@ def write_page(
         recipe=recipe.model_dump(mode="json"),
         settings=settings(recipe.model_dump(mode="json")),
         label=label,
-        verdict=verdict(live, returned),
+        verdict=average["verdict"],
         first=first,
         last=last,
         lower=lower,
-        average={key: shown(value) for key, value in average.items() if value is not None},
+        average={key: shown(x) for key, x in average.items() if x is not None and key != "verdict"},
         manifest=manifest,
         svg=svg(curves),
         with_difference=with_difference,
@@ -256,31 +256,6 @@ def write_page(
         model=str(run / MODEL),
         returned_in=FORMER if (run / FORMER).is_dir() else MODEL,
         choice=choice and (choice[0], svg(choice[1])),
-    )
-
-
-def verdict(live: float, returned: float) -> str:
-    """What a run's last evaluation says of its returned model, in a sentence.
-
-    Args:
-        live: loss of the live weights, nats a token; infinite or NaN after divergence.
-        returned: loss of the returned model.
-    """
-    losses = {"live weights": live, "returned model": returned}
-    lost = [name for name, loss in losses.items() if not math.isfinite(loss)]
-    if len(lost) == 2:
-        return "The run diverged: no loss at its end is finite."
-    if lost:
-        [(name, loss)] = [x for x in losses.items() if x[0] not in lost]
-        return f"The loss of the {lost[0]} diverged; that of the {name} is {loss:.4f} nats a token."
-    if live == returned:
-        return f"Returned model and live weights have the same loss: {live:.4f} nats a token."
-    if abs(gap := returned - live) < 0.0005:
-        return f"No difference shown: returned {returned:.4f}, live {live:.4f} nats a token."
-    word = "lower" if gap < 0 else "higher"
-    return (
-        f"The loss of the returned model is {abs(gap):.4f} nats {word} than that of the live "
-        "weights (one run: no interval)."
     )
 
 

@@ -105,10 +105,12 @@ def verdict(last: dict[str, Any], found: Difference | None, lag: Lag | None) -> 
     """
     if lag is None and found is None and last["eval_loss"] == last["eval_live_loss"]:
         return "The live weights are returned: the method keeps no average."
-    if not math.isfinite(last["eval_loss"] + last["eval_live_loss"]):
-        return "The loss is not finite: the training has diverged. Take a lower learning rate."
+    losses = {"live weights": last["eval_live_loss"], "returned model": last["eval_loss"]}
+    lost = " and ".join(name for name, loss in losses.items() if not math.isfinite(loss))
+    if lost:
+        return f"The training has diverged: no finite loss of {lost}. Take a lower learning rate."
     gap = last["eval_loss"] - last["eval_live_loss"] if found is None else found.difference
-    shown = found is None or found.excludes_0
+    shown = abs(gap) >= 0.00005 if found is None else found.excludes_0
     ends = "no interval"
     if found is not None and not math.isnan(found.low):
         low, high = sorted(map(abs, found[1:])) if shown else found[1:]
