@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pandas as pd
 from regret import FOUND, READ_OUTS, SATURATED
 from regret_tables import (
+    CELL,
     HORIZON,
     best_settings,
     chosen_by_most,
@@ -146,6 +147,19 @@ def untuned(losses: pd.DataFrame) -> Listing:
     return Listing.of_differences(title, ["lr", "tasks"], rows)
 
 
+def dropped_in(losses: pd.DataFrame) -> Listing:
+    """Pulls less the EMA at the EMA's best rate, κ = 0.7 of all, over tasks. Not registered."""
+    ema = rows_of(losses, "adamw", "k70")
+    best = ema.groupby(CELL).choose.mean().groupby("task").idxmin()
+    rows = []
+    for name, method in ((ONE, SATURATED), (TEN_PACE, TEN), (OWN, AUTO)):
+        found = difference(rows_of(losses, method, "k70"), ema).difference.loc[list(best)]
+        above = f"{(found > 0).sum()} of {len(found)}"
+        rows.append([name, above, *over_tasks(found)])
+    title = "Not registered: at the EMA's best rate, less the EMA, κ 0.7 of both, over tasks"
+    return Listing.of_differences(title, ["", "tasks above"], rows)
+
+
 def settings(chosen: dict[str, pd.DataFrame], tried: dict[str, pd.DataFrame]) -> Listing:
     """What the most seeds chose, with the mean loss."""
     rows = []
@@ -207,7 +221,7 @@ def tables(losses: pd.DataFrame) -> Iterator[Listing]:
     chosen = {name: best_settings(x, HORIZON) for name, x in tried.items()}
     best = best_settings(losses[losses.method != FOUND], HORIZON)
     decisive = [*compared(chosen), *near(excess(losses, best)), untuned(losses)]
-    yield from (verdicts(decisive), *decisive, settings(chosen, tried))
+    yield from (verdicts(decisive), *decisive, dropped_in(losses), settings(chosen, tried))
 
 
 if __name__ == "__main__":

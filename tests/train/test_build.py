@@ -210,6 +210,31 @@ def test_an_average_for_another_batch(values, tmp_path, capsys, monkeypatch):
     assert rules == ["ema:kappa=0.3", str(PowerEMA(0.3).scaled(2))]
 
 
+@pytest.mark.parametrize(
+    ("method", "is_said"),
+    [
+        ("pace", True),
+        ("pullback:sgd:gain=scalar:pullback=1", True),
+        ("pace:pullback=1", False),
+        ("pace:gain=scalar:pullback=0.5", False),
+        ("pace:pullback=auto", False),
+        ("ema", False),
+    ],
+)
+def test_the_rate_that_a_saturated_pull_wants(
+    method, is_said, values, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(run_module, "_fit", lambda *_: None)
+    values = {k: x for k, x in values.items() if k not in ("pullback", "kappa")}
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", values | {"method": method, "lr": 0.25}))
+    main(["train", recipe, "--out", str(tmp_path / "run")])
+    said = [
+        x for x in capsys.readouterr().out.splitlines() if x.startswith("lr: a gain of 1 wants")
+    ]
+    assert len(said) == is_said
+    assert all("The rate is 0.25;" in x for x in said)
+
+
 def test_losses_of_text_are_means_over_predicted_tokens(values, tmp_path):
     """A step of all sequences has the loss that they have in evaluation: first tokens not in it."""
     texts = (str(write_texts(tmp_path / "texts.jsonl", 20)),)

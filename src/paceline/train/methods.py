@@ -284,6 +284,11 @@ class Method(Options):
         """Whether its live weights are pulled toward an average."""
         return bool(self.get("pullback"))
 
+    @property
+    def is_saturated(self) -> bool:
+        """Whether its live weights are pulled all the way to the average, before each step."""
+        return self.get("gain") == "scalar" and self.get("pullback") == 1
+
     @abstractmethod
     def build(self, setup: Setup) -> Optimizer:
         """The optimizer that trains it.

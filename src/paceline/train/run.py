@@ -53,6 +53,10 @@ METRICS_MEAN = {
     "eval_*": "returned model, evaluation data",
 }
 # How torch.save and safetensors report a full disk, and the system.
+RATE_OF_SATURATED = (
+    "lr: a gain of 1 wants three to five times the rate that AdamW likes, and is slow at that one "
+    "(docs/pace.md). The rate is {:g}; --find-lr looks for one."
+)
 DISK_FULL = (
     *("iostream error", "unexpected pos", "Writer failed"),
     *("No space left", "File too large", "Disk quota exceeded"),
@@ -115,6 +119,8 @@ def train(
                 facts = _start(trainer, recipe, run, checkpoint, console)
                 if note := note_on_batch(options, recipe, trainer.args.max_steps):
                     say(console, note)
+                if recipe.parsed.is_saturated and not options.find_lr and not options.resume:
+                    say(console, RATE_OF_SATURATED.format(recipe.parsed.lr))
             except BaseException:
                 if is_new:  # the Trainer makes it before everything has been checked
                     with suppress(OSError):
