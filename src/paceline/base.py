@@ -249,10 +249,10 @@ class AveragedOptimizer(Optimizer):
         """
         if not self.swapped:
             return
-        exchanged = self._swapped_in(checked=True)
-        shards.drop_gathered_copies(exchanged)
+        swapped = self._swapped_in(checked=True)
+        shards.drop_gathered_copies(swapped)
         records = [(group, "") for group in self.param_groups]
-        swap.swap_back(self._pairs(exchanged), records, fused=self._swaps_fused())
+        swap.swap_back(self._pairs(swapped), records, fused=self._swaps_fused())
         if self._reach:
             self._reach()
 
@@ -659,7 +659,7 @@ def _project_held(held: dict[Tensor, Tensor], projection: Callable[[], object]) 
         now = after[p].to(x.dtype)
         if x.itemsize < p.itemsize:
             now = (after[p] - p).to(x.dtype)
-            now = torch.where((p + now) - now == p, now, 0.0)  # what an exchange gives back
+            now = torch.where((p + now) - now == p, now, 0.0)  # what a swap gives back
         now = torch.where(after[p] == before[p], x, now)
         changed = changed or not torch.equal(now, x)
         x.copy_(now)

@@ -1,4 +1,4 @@
-"""Exchange of live weights and average, in place: nothing is lost, and no third copy is kept.
+"""Swap of live weights and average, in place: nothing is lost, and no third copy is kept.
 
 Also the record of it: what each parameter of a group holds. It is text, because
 checkpoint engines refuse other values.
@@ -16,7 +16,7 @@ from . import kernels
 Records: TypeAlias = Sequence[tuple[dict[str, Any], str]]
 
 SWAPPED = "swapped"  # the option of a group that holds its record
-SLICE = 2**20  # elements exchanged at a time, which bounds the scratch
+SLICE = 2**20  # elements swapped at a time, which bounds the scratch
 
 
 class Swapped(NamedTuple):
@@ -71,7 +71,7 @@ def swap_in(
             parameter and narrower offset, such that (param + offset) - offset is param in the
             parameter's arithmetic. `update.step_` sees to that.
         records: groups, each with what its record is to be at the end.
-        fused: take a one-pass kernel where there is one (`kernels.exchanges`); the bits are the
+        fused: take a one-pass kernel where there is one (`kernels.swaps`); the bits are the
             same, except for which NaN.
     """
     _all(pairs, records, back=False, fused=fused)
@@ -87,7 +87,7 @@ def swap_back(
 def _all(
     pairs: Iterable[tuple[Tensor, Tensor]], records: Records, *, back: bool, fused: bool
 ) -> None:
-    in_one_pass, pairs = kernels.exchanges(pairs) if fused else ([], pairs)
+    in_one_pass, pairs = kernels.swaps(pairs) if fused else ([], pairs)
     earlier = [(group, group.get(SWAPPED, "")) for group, _ in records]
     done: list[tuple[Tensor, Tensor]] = []
     doing: tuple[int, tuple[Tensor, Tensor], list[Tensor]] | None = None
@@ -99,7 +99,7 @@ def _all(
         for pair in pairs:
             for part in _parts(*pair):
                 doing = (len(done), part, [x.clone() for x in part])
-                exchange_(*part, back=back)
+                swap_pair_(*part, back=back)
                 done.append(part)
         for group, record in records:
             group[SWAPPED] = record
@@ -108,7 +108,7 @@ def _all(
             for x, before in zip(doing[1], doing[2], strict=True):
                 x.copy_(before)
         for part in reversed(done):
-            exchange_(*part, back=not back)
+            swap_pair_(*part, back=not back)
         for kernel in in_one_pass:
             if kernel.done:
                 kernel.run(back=not back)
@@ -124,12 +124,12 @@ def _parts(param: Tensor, average: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     yield from zip(torch.split(param, rows), torch.split(average, rows), strict=True)
 
 
-def exchange_(param: Tensor, average: Tensor, *, back: bool) -> None:
-    """The exchange of one pair, or what undoes it, in torch operations."""
-    _exchange_back(param, average) if back else _exchange(param, average)
+def swap_pair_(param: Tensor, average: Tensor, *, back: bool) -> None:
+    """The swap of one pair, or what undoes it, in torch operations."""
+    _pair_back(param, average) if back else _pair_in(param, average)
 
 
-def _exchange(param: Tensor, average: Tensor) -> None:
+def _pair_in(param: Tensor, average: Tensor) -> None:
     # Everything is computed before the first write: no failure can leave it half done.
     if average.itemsize < param.itemsize:
         param.add_(average)
@@ -153,12 +153,12 @@ def _exchange(param: Tensor, average: Tensor) -> None:
     bits.copy_(packed)
 
 
-def _exchange_back(param: Tensor, average: Tensor) -> None:
+def _pair_back(param: Tensor, average: Tensor) -> None:
     if average.itemsize < param.itemsize:
         param.sub_(average)
         return
     if param.dtype == average.dtype:
-        _exchange(param, average)
+        _pair_in(param, average)
         return
     bits = average.view(torch.int32)
     live = (bits >> 16).to(torch.int16).view(param.dtype)

@@ -362,7 +362,7 @@ def rest_(slots: list[Slot], s: Scalars, before: tuple[Tensor, Tensor] | None = 
             shrunk = list(torch._foreach_mul(averages, 1.0 - s.weight))
             _store_(stored, shrunk, noise, rounding.AVERAGE)
             for x, d, other in zip(theta, stored, old, strict=True):
-                for kept in (other, torch.zeros_like(d)):  # what an exchange can give back
+                for kept in (other, torch.zeros_like(d)):  # what a swap can give back
                     d.copy_(torch.where((x + d) - d == x, d, kept))
         else:
             lerp_(averages, theta, s.weight)
@@ -443,7 +443,7 @@ def _take_in_offset_(
     weight: float | Tensor,
     noise: list[Tensor],
 ) -> list[Tensor]:
-    """Store d_t, and make θ_{t+1} what it is after an exchange (paceline.swap), which adds d_t.
+    """Store d_t, and make θ_{t+1} what it is after a swap (paceline.swap), which adds d_t.
 
     Args:
         stored: d_{t-1} in its own dtype; becomes d_t.

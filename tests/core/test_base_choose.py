@@ -35,7 +35,7 @@ def weights(model):
 
 
 def each(model, opt):
-    """The weights of each average, and the live ones, by the exchange that users know."""
+    """The weights of each average, and the live ones, by the swap that users know."""
     found = {}
     for name in opt.returns:
         with opt.averaged(name):

@@ -434,8 +434,8 @@ def test_state_is_12_or_6_bytes_and_scratch_less_than_the_largest_parameter(
     largest = params[0].nbytes
     assert largest > 16 * swap.SLICE
     assert scratch(opt.step) < (4096 if options["fused"] else largest)
-    for exchange in (opt.eval, opt.train):
-        assert scratch(exchange) <= (4096 if options["fused"] else 16 * swap.SLICE)
+    for change in (opt.eval, opt.train):
+        assert scratch(change) <= (4096 if options["fused"] else 16 * swap.SLICE)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's memory map")

@@ -87,7 +87,7 @@ def steps_as_the_others(dtype, state_dtype, stochastic, rule):
         tensors = {"param": params[0], **state}
         tensors = {key: x.dtype for key, x in tensors.items() if key not in ("step", "idle_steps")}
         rounded = BFLOAT16 in tensors.values()
-        if "offset" in tensors:  # an exchange gives the weights back (paceline.swap)
+        if "offset" in tensors:  # a swap gives the weights back (paceline.swap)
             x, d = ([x.float() for x in params], [opt.state[p]["offset"] for p in params])
             assert all(torch.equal((a + b) - b, a) for a, b in zip(x, d, strict=True))
         for given, optimizer in others:
@@ -369,14 +369,14 @@ def launches_nothing():
         def __getitem__(self, grid):
             raise AssertionError("a device refuses a launch of no programs")
 
-    with patch.multiple(gpu, _step=Refusing(), _follow=Refusing(), _exchange=Refusing()):
+    with patch.multiple(gpu, _step=Refusing(), _follow=Refusing(), _swap=Refusing()):
         slots, counts = slots_of([(0,), (3, 0)], FLOAT32, FLOAT32)
         grads = [torch.ones_like(x.param) for x in slots]
         gpu.Kernel(slots, counts).step(grads, None, EXACT, measure=False)
         assert counts == [1.0, 1.0]
         pull = PullScalars(0.3, 0.4, 1e-8, clip=True, weight=0.2, extra_weights=(0.1,))
         gpu.follow([MovedSlot(x.param, x.average, extra=x.extra) for x in slots], pull)
-        gpu.Exchange([(x.param, x.average) for x in slots]).run(back=False)
+        gpu.Swap([(x.param, x.average) for x in slots]).run(back=False)
 
 
 def test_empty_tensors_are_no_launch(interpreted):

@@ -1,4 +1,4 @@
-"""The exchange of live weights and average, on GPUs, without one: as test_kernels_gpu.py."""
+"""The swap of live weights and average, on GPUs, without one: as test_kernels_gpu.py."""
 
 import importlib.util
 import re
@@ -13,7 +13,7 @@ from tritons import TARGETS, resources
 
 from paceline import kernels
 from paceline.kernels import cpu
-from paceline.swap import exchange_, swap_back, swap_in
+from paceline.swap import swap_back, swap_in, swap_pair_
 
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="triton is not installed (extra `gpu`)"
@@ -30,7 +30,7 @@ def trades(dtype, of_average):
 
     pairs, others = (some_pairs(dtype, of_average, SHAPES) for _ in range(2))
     before = bits(pairs)
-    made, beside = gpu.Exchange(pairs), cpu.Exchange(others)
+    made, beside = gpu.Swap(pairs), cpu.Swap(others)
     assert not made.done
     for back in (False, True):
         made.run(back=back)
@@ -56,7 +56,7 @@ def masks(which):
             before = bits([pair])
             moved = [x if i != which else torch.cat([torch.zeros(at), x])[at:]
                      for i, x in enumerate(pair)]  # fmt: skip
-            gpu.Exchange([tuple(moved)]).run(back=False)
+            gpu.Swap([tuple(moved)]).run(back=False)
             assert same(bits([moved]), before[::-1])
     return seen
 
@@ -72,7 +72,7 @@ def trades_nans():
     patterns = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, 0x7FFF8000, -0x8000, 0x7FC08000, 3 << 29])
     average = patterns.to(torch.int32).view(FLOAT32)
     param = torch.arange(7.0).to(BFLOAT16)
-    made = gpu.Exchange([(param, average)])
+    made = gpu.Swap([(param, average)])
     made.run(back=False)
     assert param.isnan().tolist() == [True] * 6 + [False]
     made.run(back=True)
@@ -94,7 +94,7 @@ def chooses(wrong):
         def __getitem__(self, grid):
             raise RuntimeError("no such instruction")
 
-    class Off(gpu.Exchange):
+    class Off(gpu.Swap):
         def run(self, *, back):
             super().run(back=back)
             if wrong in ("there", "back") and back == (wrong == "back"):
@@ -102,7 +102,7 @@ def chooses(wrong):
             if wrong == "silent":
                 self.flag.zero_()
 
-    kernels._fault_of_exchange.cache_clear()
+    kernels._fault_of_swap.cache_clear()
     kernels._warn.cache_clear()
     made = []
     with pytest.MonkeyPatch.context() as change, warnings.catch_warnings(record=True) as seen:
@@ -110,23 +110,23 @@ def chooses(wrong):
         change.setattr(kernels, "WORTH_BUILDING", 100)
         change.setattr(kernels, "device_kind", lambda device: "gpu")
         change.setattr(kernels, "capturing", lambda device: wrong == "capturing")
-        change.setattr(gpu, "_exchange", Broken() if wrong == "raises" else gpu._exchange)
-        exchange = Off if wrong else gpu.Exchange
-        change.setattr(gpu, "Exchange", lambda pairs: made.append(1) or exchange(pairs))
+        change.setattr(gpu, "_swap", Broken() if wrong == "raises" else gpu._swap)
+        kind = Off if wrong else gpu.Swap
+        change.setattr(gpu, "Swap", lambda pairs: made.append(1) or kind(pairs))
         pairs = list(zip(params_of((40, 50), (7,)), params_of((40, 50), (7,), seed=1), strict=True))
         pairs = [(x.detach(), y.detach()) for x, y in pairs]
         before, others = bits(pairs), [(x.clone(), y.clone()) for x, y in pairs]
         for _ in range(2):
             swap_in(pairs)
             for other in others:
-                exchange_(*other, back=False)
+                swap_pair_(*other, back=False)
             assert same(bits(pairs), bits(others))
             swap_back(pairs)
             for other in others:
-                exchange_(*other, back=True)
+                swap_pair_(*other, back=True)
             assert same(bits(pairs), before)
-    asked = kernels._fault_of_exchange.cache_info().currsize
-    kernels._fault_of_exchange.cache_clear()
+    asked = kernels._fault_of_swap.cache_info().currsize
+    kernels._fault_of_swap.cache_clear()
     kernels._warn.cache_clear()
     return len(made), asked, [str(x.message) for x in seen]
 
@@ -161,7 +161,7 @@ def test_without_triton_it_warns_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "paceline.kernels.gpu", raising=False)
     monkeypatch.delattr(kernels, "gpu", raising=False)
-    kernels._fault_of_exchange.cache_clear()
+    kernels._fault_of_swap.cache_clear()
     kernels._warn.cache_clear()
     pairs = some_pairs(FLOAT32, FLOAT32, [(400,)])
     before = bits(pairs)
@@ -169,7 +169,7 @@ def test_without_triton_it_warns_once(monkeypatch):
         swap_in(pairs)
     swap_back(pairs)  # says it once
     assert same(bits(pairs), before)
-    kernels._fault_of_exchange.cache_clear()
+    kernels._fault_of_swap.cache_clear()
     kernels._warn.cache_clear()
 
 
@@ -181,7 +181,7 @@ CASES = dict(zip(DTYPES, (16, 10, 12, 8, 32), strict=True))  # bytes for each pa
 def take(dtype, of_average, shapes=((5000,), ())):
     from paceline.kernels import gpu
 
-    made = gpu.Exchange(some_pairs(dtype, of_average, shapes))
+    made = gpu.Swap(some_pairs(dtype, of_average, shapes))
     made.run(back=False)
     made.run(back=True)
 

@@ -1,4 +1,4 @@
-"""The exchange of live weights and average in one pass: beside torch operations, bit for bit."""
+"""The swap of live weights and average in one pass: beside torch operations, bit for bit."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from torch.nn import Parameter
 
 from paceline import PACE, Pullback, kernels, swap
 from paceline.kernels import cpu
-from paceline.kernels.cpu import Exchange
-from paceline.swap import exchange_, swap_back, swap_in
+from paceline.kernels.cpu import Swap
+from paceline.swap import swap_back, swap_in, swap_pair_
 
 FLOAT32, BFLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float64
 SHAPES = [(150, 151), (7,), (), (0,), (64, 64)]
@@ -17,7 +17,7 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def some_pairs(dtype, of_average, shapes, seed=0):
-    """Any bits, NaNs among them, where they trade places; offsets that an exchange gives back."""
+    """Any bits, NaNs among them, where they trade places; offsets that a swap gives back."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for shape in shapes:
@@ -48,9 +48,9 @@ def same(one, other):
 @pytest.fixture
 def taken(monkeypatch, kernel):
     """How many pairs each kernel had."""
-    calls, made = [], cpu.Exchange
+    calls, made = [], cpu.Swap
     monkeypatch.setattr(kernels, "WORTH_BUILDING", 100)
-    monkeypatch.setattr(cpu, "Exchange", lambda pairs: calls.append(len(pairs)) or made(pairs))
+    monkeypatch.setattr(cpu, "Swap", lambda pairs: calls.append(len(pairs)) or made(pairs))
     return calls
 
 
@@ -61,14 +61,14 @@ def test_it_is_torchs_operations_there_and_back(dtype, of_average, taken):
     before = bits(pairs)
     swap_in(pairs)
     for pair in others:
-        exchange_(*pair, back=False)
+        swap_pair_(*pair, back=False)
     assert same(bits(pairs), bits(others))
     assert not same(bits(pairs), before)
     swap_back(pairs)
     assert same(bits(pairs), before)
     assert taken == [len(SHAPES)] * 2
     for pair in others:
-        exchange_(*pair, back=True)
+        swap_pair_(*pair, back=True)
     assert same(bits(others), before)
 
 
@@ -147,7 +147,7 @@ def test_pullback_and_idle_parameters_take_it(taken):
 # ---- who takes it --------------------------------------------------------------------------------
 
 
-def test_what_it_cannot_exchange_goes_through_torch(taken):
+def test_what_it_cannot_swap_goes_through_torch(taken):
     x, y = torch.randn(20, 10), torch.randn(20, 10)
     half = torch.randn(20, 10).half()
     cases = {
@@ -193,7 +193,7 @@ def test_a_swap_alone_builds_no_kernel_and_false_does_without(taken, monkeypatch
     cpu.build()
 
 
-def test_pairs_are_exchanged_with_those_alike(taken):
+def test_pairs_are_swapped_with_those_of_their_kind(taken):
     pairs = [
         x for dtypes in DTYPES[:3] for seed in range(2) for x in some_pairs(*dtypes, [(300,)], seed)
     ]
@@ -201,7 +201,7 @@ def test_pairs_are_exchanged_with_those_alike(taken):
     expected = [(x.clone(), y.clone()) for x, y in pairs]
     swap_in(pairs)
     for pair in expected:
-        exchange_(*pair, back=False)
+        swap_pair_(*pair, back=False)
     assert same(bits(pairs), bits(expected))
     assert taken == [2, 2, 2]
 
@@ -209,7 +209,7 @@ def test_pairs_are_exchanged_with_those_alike(taken):
 def test_other_devices_are_left_alone(taken):
     here, there = (torch.randn(300) for _ in range(2)), (torch.empty(300, device="meta"),) * 2
     pairs = [tuple(here), there, (torch.randn(300), there[0])]
-    made, others = kernels.exchanges(pairs)
+    made, others = kernels.swaps(pairs)
     assert [x.pairs for x in made] == [pairs[:1]]
     assert all(x is y for x, y in zip(others, pairs[1:], strict=True))
 
@@ -226,7 +226,7 @@ def test_an_interrupt_leaves_everything_as_it_was(moment, back, taken, monkeypat
     if back:
         swap_in(pairs)
     before, runs, failed = bits(pairs), [], []
-    exchange, run = swap.exchange_, Exchange.run
+    by_torch, run = swap.swap_pair_, Swap.run
 
     def interrupted(self, *, back):
         runs.append(1)
@@ -240,7 +240,7 @@ def test_an_interrupt_leaves_everything_as_it_was(moment, back, taken, monkeypat
         if moment == "the others" and not failed:
             failed.append(1)
             raise KeyboardInterrupt
-        exchange(param, average, back=back)
+        by_torch(param, average, back=back)
 
     class Refusing(dict):
         def __setitem__(self, key, value):
@@ -249,8 +249,8 @@ def test_an_interrupt_leaves_everything_as_it_was(moment, back, taken, monkeypat
                 raise KeyboardInterrupt
 
     group = Refusing(group)
-    monkeypatch.setattr(Exchange, "run", interrupted)
-    monkeypatch.setattr(swap, "exchange_", fails)
+    monkeypatch.setattr(Swap, "run", interrupted)
+    monkeypatch.setattr(swap, "swap_pair_", fails)
     with pytest.raises(KeyboardInterrupt):
         (swap_back if back else swap_in)(pairs, [(group, "as it is to be")])
     assert same(bits(pairs), before)

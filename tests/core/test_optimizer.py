@@ -114,7 +114,7 @@ def test_added_group_joins_mid_run():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_swap_is_an_idempotent_exchange_in_place(dtype):
+def test_swap_is_an_idempotent_and_in_place(dtype):
     model, generator = problem(dtype)
     opt = PACE(model.parameters(), lr=0.05, pullback=0.1)
     opt.eval()

@@ -274,7 +274,7 @@ def test_compiled_models_train_and_export_as_their_originals(in_place):
     x = torch.ones(4, 6)
     live = plain(x)
     assert torch.equal(compiled(x), live)
-    with opts[0].averaged(), opts[1].averaged():  # the compiled one sees the exchange
+    with opts[0].averaged(), opts[1].averaged():  # the compiled one sees the swap
         assert torch.equal(compiled(x), plain(x))
         assert not torch.equal(compiled(x), live)
 

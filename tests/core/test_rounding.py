@@ -130,7 +130,7 @@ def test_narrow_state_of_wide_weights_keeps_the_offset_and_averages_exactly():
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_exchange_with_an_offset_is_exact_for_all_sizes_of_both(fused, kernel):
+def test_swap_with_an_offset_is_exact_for_all_sizes_of_both(fused, kernel):
     """(θ + d) - d = θ after a step, whatever the exponents of θ and d, ties included."""
     generator = torch.Generator().manual_seed(0)
     size = 30_000

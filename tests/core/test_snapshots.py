@@ -42,7 +42,7 @@ def facts(file):
 
 
 def held(opt, model, name):
-    """An average in float32, by the exchange that users know."""
+    """An average in float32, by the swap that users know."""
     key = f"return_{name}" if name != "average" else "average"
     found = {}
     for full, p in model.named_parameters():

@@ -1,4 +1,4 @@
-"""The exchange of live weights and average, down to the bits."""
+"""The swap of live weights and average, down to the bits."""
 
 from itertools import product
 
@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 @given(st.lists(st.tuples(finite, finite), min_size=1, max_size=8), st.sampled_from(DTYPES))
-def test_exchange_loses_nothing(pairs, dtype):
+def test_swap_loses_nothing(pairs, dtype):
     lives, means = zip(*pairs, strict=True)
     param = torch.tensor(lives).to(dtype)
     average = torch.tensor(means).to(torch.promote_types(dtype, torch.float32))
@@ -76,15 +76,15 @@ def test_an_interrupted_swap_is_undone(dtype, failing, monkeypatch):
     monkeypatch.setattr(swap, "SLICE", 4)
     pairs = [(torch.randn(6).to(dtype), torch.randn(6)) for _ in range(3)]
     before = [(p.clone(), a.clone()) for p, a in pairs]
-    exchange, calls = swap._exchange, []
+    pair_in, calls = swap._pair_in, []
 
     def interrupted(param, average):
         calls.append(1)
         if len(calls) == failing + 1:
             raise KeyboardInterrupt
-        exchange(param, average)
+        pair_in(param, average)
 
-    monkeypatch.setattr(swap, "_exchange", interrupted)
+    monkeypatch.setattr(swap, "_pair_in", interrupted)
     with pytest.raises(KeyboardInterrupt):
         swap_in(pairs)
     for (p, a), (q, b) in zip(pairs, before, strict=True):

@@ -79,16 +79,16 @@ def lose_a_bit(param, average):
 def test_each_other_fault_is_found_by_its_check(kernel, monkeypatch):
     step, load = cpu.Kernel.step, PACE.load_state_dict
     with monkeypatch.context() as change:
-        change.setattr(swap, "_exchange", lose_a_bit)
+        change.setattr(swap, "_pair_in", lose_a_bit)
         assert ["other bits back" in x for x in faults("swap")] == [True]
     with monkeypatch.context() as change:
-        run = cpu.Exchange.run
+        run = cpu.Swap.run
 
         def off(self, *, back):
             run(self, back=back)
             self.pairs[0][0][0, 0].add_(-1.0 if back else 1.0)
 
-        change.setattr(cpu.Exchange, "run", off)
+        change.setattr(cpu.Swap, "run", off)
         (fault,) = faults("swap")
         assert "puts other weights in" in fault or "other bits back" in fault
     with monkeypatch.context() as change:
@@ -202,7 +202,7 @@ def test_the_file_says_what_was_found(wrong, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("choice", "check"),
-    [("exchanges", device._swap), ("follow", lambda place: device._around(place, 0.3))],
+    [("swaps", device._swap), ("follow", lambda place: device._around(place, 0.3))],
 )
 def test_a_kernel_that_falls_back_to_torch_operations_fails_its_check(choice, check, monkeypatch):
     """Torch operations would be compared with themselves, and be right."""

@@ -190,7 +190,9 @@ def test_a_pull_is_never_toward_the_slower_average(base):
 
 def test_lookahead_returns_its_slow_weights(tiny):
     tokens, run = tiny
-    trainer = run("lookahead:every=5")[0].trainer  # of 12 steps: two after the last exchange
+    trainer = run("lookahead:every=5")[
+        0
+    ].trainer  # of 12 steps: two after the slow weights moved last
     end = trainer.curve[-1]
     assert end["returned_loss"] != end["live_loss"]
     with trainer.live():

@@ -1,6 +1,6 @@
 """How tensors are stepped: `choose` is the one place that decides which kernel does it.
 
-So is `follow` for what another optimizer has moved, and `exchanges` for swaps.
+So is `follow` for what another optimizer has moved, and `swaps` for averages and live weights.
 
 | file | device | writes the rule |
 |---|---|---|
@@ -165,7 +165,7 @@ def follow(slots: list[MovedSlot], pull: PullScalars, *, measure: bool) -> list[
     return [pull_(batch, pull, measure=measure) for batch in in_batches(slots)]
 
 
-class Exchange(Protocol):
+class Swap(Protocol):
     """Parameters and averages that trade places, all of them or none."""
 
     pairs: list[tuple[Tensor, Tensor]]
@@ -176,13 +176,13 @@ class Exchange(Protocol):
         ...
 
     def run(self, *, back: bool) -> None:
-        """Exchange them, as `swap.swap_in` or, back, as `swap.swap_back` does."""
+        """Swap them, as `swap.swap_in` or, back, as `swap.swap_back` does."""
         ...
 
 
-def exchanges(
+def swaps(
     pairs: Iterable[tuple[Tensor, Tensor]],
-) -> tuple[list[Exchange], list[tuple[Tensor, Tensor]]]:
+) -> tuple[list[Swap], list[tuple[Tensor, Tensor]]]:
     """Which parameters and averages trade places by kernels, and which by torch operations.
 
     A swap alone has no kernel built for the CPU: it takes the one that steps have had built.
@@ -195,19 +195,19 @@ def exchanges(
     """
     alike = defaultdict(list)
     for pair in pairs:
-        alike[pair[0].device, pair[0].dtype, pair[1].dtype, _can_exchange(*pair)].append(pair)
-    made: list[Exchange] = []
+        alike[pair[0].device, pair[0].dtype, pair[1].dtype, _can_swap(*pair)].append(pair)
+    made: list[Swap] = []
     others = []
     for (device, dtype, of_average, fits), members in alike.items():
         elements = sum(param.numel() for param, _ in members)
         if not fits or elements < WORTH_BUILDING:
             others += members
         elif device_kind(device) == "cpu" and cpu.is_built():
-            made.append(cpu.Exchange(members))
-        elif device_kind(device) == "gpu" and _gpu_exchanges(device, dtype, of_average):
+            made.append(cpu.Swap(members))
+        elif device_kind(device) == "gpu" and _gpu_swaps(device, dtype, of_average):
             from . import gpu
 
-            made.append(gpu.Exchange(members))
+            made.append(gpu.Swap(members))
         else:
             others += members
     return made, others
@@ -236,8 +236,8 @@ def _can_follow(slots: list[MovedSlot]) -> bool:
     return fault is None
 
 
-def _can_exchange(param: Tensor, average: Tensor) -> bool:
-    """Whether a kernel can exchange them, where there is one."""
+def _can_swap(param: Tensor, average: Tensor) -> bool:
+    """Whether a kernel can swap them, where there is one."""
     return (
         (param.dtype, average.dtype) in cpu.DTYPES
         and param.shape == average.shape
@@ -246,13 +246,13 @@ def _can_exchange(param: Tensor, average: Tensor) -> bool:
     )
 
 
-def _gpu_exchanges(device: torch.device, dtype: torch.dtype, of_average: torch.dtype) -> bool:
-    """Whether the GPU's kernel can exchange tensors of these dtypes; warns, once, if not."""
+def _gpu_swaps(device: torch.device, dtype: torch.dtype, of_average: torch.dtype) -> bool:
+    """Whether the GPU's kernel can swap tensors of these dtypes; warns, once, if not."""
     if capturing(device):
         return False
-    fault = _fault_of_exchange(device, dtype, of_average)
+    fault = _fault_of_swap(device, dtype, of_average)
     if fault:
-        _warn(fault, "live weights and average are exchanged")
+        _warn(fault, "live weights and average are swapped")
     return fault is None
 
 
@@ -373,15 +373,13 @@ def _fault_of_follow(
 
 
 @functools.cache
-def _fault_of_exchange(
-    device: torch.device, dtype: torch.dtype, of_average: torch.dtype
-) -> str | None:
+def _fault_of_swap(device: torch.device, dtype: torch.dtype, of_average: torch.dtype) -> str | None:
     """The same of a swap."""
     try:
         from . import gpu
     except ImportError as error:
         return f"{error}; pip install 'paceline[gpu]'"
-    return gpu.fault_of_exchange(device, dtype, of_average)
+    return gpu.fault_of_swap(device, dtype, of_average)
 
 
 @functools.cache

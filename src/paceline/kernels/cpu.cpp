@@ -231,7 +231,7 @@ template <class P, class V> Follow choose_follow(Average average) {
 
 // Live weights and average trade places, as swap.py has it: as bits, but for an offset.
 template <class P, class A, bool BACK>
-void exchange(const Pair& row, int64_t begin, int64_t end) {
+void swap_pair(const Pair& row, int64_t begin, int64_t end) {
   P* __restrict params = reinterpret_cast<P*>(row.param);
   A* __restrict averages = reinterpret_cast<A*>(row.average);
 #ifdef __clang__
@@ -255,10 +255,10 @@ void exchange(const Pair& row, int64_t begin, int64_t end) {
   }
 }
 
-using Exchange = void (*)(const Pair&, int64_t, int64_t);
+using Swap = void (*)(const Pair&, int64_t, int64_t);
 
-template <class P, class A> Exchange choose_exchange(bool back) {
-  return back ? exchange<P, A, true> : exchange<P, A, false>;
+template <class P, class A> Swap choose_swap(bool back) {
+  return back ? swap_pair<P, A, true> : swap_pair<P, A, false>;
 }
 
 // OpenMP's GOMP_parallel, as its runtimes on Linux have it: run this, with that, on so many.
@@ -359,15 +359,15 @@ extern "C" void paceline_follow(const void* table, int64_t count, const Pull* pu
 
 // As `paceline_step`, of parameters that trade places with averages, or back. At the end `done`
 // changes between 0 and 1, so that no interrupt comes between the two.
-extern "C" void paceline_exchange(const void* table, int64_t count, int64_t* done, int dtypes,
+extern "C" void paceline_swap(const void* table, int64_t count, int64_t* done, int dtypes,
                                   int back, int threads, Parallel parallel) {
   const Table<Pair> rows(table, 0);
-  Exchange run = nullptr;
-  if (dtypes == 0) run = choose_exchange<uint32_t, uint32_t>(back);
-  if (dtypes == 1) run = choose_exchange<float, bfloat16>(back);
-  if (dtypes == 2) run = choose_exchange<uint16_t, uint32_t>(back);
-  if (dtypes == 3) run = choose_exchange<uint16_t, uint16_t>(back);
-  if (dtypes == 4) run = choose_exchange<uint64_t, uint64_t>(back);
+  Swap run = nullptr;
+  if (dtypes == 0) run = choose_swap<uint32_t, uint32_t>(back);
+  if (dtypes == 1) run = choose_swap<float, bfloat16>(back);
+  if (dtypes == 2) run = choose_swap<uint16_t, uint32_t>(back);
+  if (dtypes == 3) run = choose_swap<uint16_t, uint16_t>(back);
+  if (dtypes == 4) run = choose_swap<uint64_t, uint64_t>(back);
   for_pieces(
       count, threads, parallel, [=](int64_t k) { return rows[k].size; },
       [=](int64_t k, int64_t begin, int64_t end) {

@@ -150,7 +150,7 @@ def follow(slots: list[MovedSlot], pull: PullScalars) -> None:
     )
 
 
-class Exchange:
+class Swap:
     """Parameters and averages that trade places, as in `paceline.swap`, in one pass over memory.
 
     Args:
@@ -170,8 +170,8 @@ class Exchange:
         return bool(self.flag[0])
 
     def run(self, *, back: bool) -> None:
-        """Exchange all of them; no Ctrl-C comes between two."""
-        build().exchange(
+        """Swap all of them; no Ctrl-C comes between two."""
+        build().swap(
             self.table.buffer_info()[0],
             len(self.pairs),
             self.flag.buffer_info()[0],
@@ -187,21 +187,21 @@ class Library(NamedTuple):
 
     step: Callable[..., int]
     follow: Callable[..., None]
-    exchange: Callable[..., None]
+    swap: Callable[..., None]
 
 
 def _loaded(path: Path) -> Library:
     """Raises: OSError, AttributeError: it is no library of ours."""
     library = ctypes.CDLL(str(path))
     step, follow = library.paceline_step, library.paceline_follow
-    exchange = library.paceline_exchange
+    swap = library.paceline_swap
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     step.argtypes = [pointer, size, pointer, *[number] * 5, pointer]
     step.restype = size
     follow.argtypes = [pointer, size, pointer, *[number] * 4, pointer]
-    exchange.argtypes = [pointer, size, pointer, *[number] * 3, pointer]
-    follow.restype = exchange.restype = None
-    return Library(step, follow, exchange)
+    swap.argtypes = [pointer, size, pointer, *[number] * 3, pointer]
+    follow.restype = swap.restype = None
+    return Library(step, follow, swap)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..swap import exchange_
+from ..swap import swap_pair_
 from ..update import MovedSlot, PullScalars, Scalars, Slot, count_, pull_
 from . import Eager, capturing
 from .cpu import numbers, pull_numbers
@@ -156,7 +156,7 @@ def follow(slots: list[MovedSlot], pull: PullScalars) -> None:
             )
 
 
-class Exchange:
+class Swap:
     """Parameters and averages that trade places, as in `paceline.swap`, in one launch.
 
     Args:
@@ -183,10 +183,10 @@ class Exchange:
         return bool(self.flag)
 
     def run(self, *, back: bool) -> None:
-        """Exchange all of them; no Ctrl-C comes between two."""
+        """Swap all of them; no Ctrl-C comes between two."""
         if len(self.chunks):
             with torch.cuda.device_of(self.table):
-                _exchange[len(self.chunks),](
+                _swap[len(self.chunks),](
                     self.chunks,
                     self.table,
                     self.flag,
@@ -331,10 +331,8 @@ def fault_of_follow(
 
 
 @torch.no_grad()
-def fault_of_exchange(
-    device: torch.device, dtype: torch.dtype, of_average: torch.dtype
-) -> str | None:
-    """As `fault`, of `Exchange` and `swap.exchange_`, bit for bit and there and back.
+def fault_of_swap(device: torch.device, dtype: torch.dtype, of_average: torch.dtype) -> str | None:
+    """As `fault`, of `Swap` and `swap.swap_pair_`, bit for bit and there and back.
 
     Args:
         device: where to try it.
@@ -345,11 +343,11 @@ def fault_of_exchange(
         slots = [_some(n, device, dtype, of_average, 0) for n in (BLOCK + 5, 3)]
         pairs = [(x.param, x.average) for x in slots]
         others = [(x.clone(), y.clone()) for x, y in pairs]
-        made = Exchange(pairs)
+        made = Swap(pairs)
         for back in (False, True):
             made.run(back=back)
             for pair, other in zip(pairs, others, strict=True):
-                exchange_(*other, back=back)
+                swap_pair_(*other, back=back)
                 if not all(map(torch.equal, pair, other)):
                     return f"on {device} it swaps otherwise than torch operations do"
             if made.done == back:
@@ -597,7 +595,7 @@ def _moved(
 
 
 @triton.jit
-def _exchange(
+def _swap(
     chunks,
     table,
     done,
@@ -634,7 +632,7 @@ def _trade(
     back: tl.constexpr,
     block: tl.constexpr,
 ):
-    """The exchange of one chunk, as cpu.cpp's `exchange` has it."""
+    """The swap of one chunk, as cpu.cpp's `swap_pair` has it."""
     params = _at(tl.load(table + PARAM), begin, param, mask, block)
     averages = _at(tl.load(table + PAIR_AVERAGE), begin, average, mask, block)
     x, y = tl.load(params, mask), tl.load(averages, mask)
