@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -141,7 +141,8 @@ class AveragedOptimizer(Optimizer):
         """The key of the average of this name in the state of each parameter that has one.
 
         None: what its group returns. A parameter without that average returns its `average`. One
-        that does not train is left out, for it is returned as it is.
+        that does not train is left out, for it is returned as it is; of Elastic, where each worker
+        has its own, one that never trained.
         """
         if name is not None and name not in self.returns:
             raise ValueError(f"name must be one of {', '.join(self.returns)}, got {name!r}")
@@ -158,7 +159,7 @@ class AveragedOptimizer(Optimizer):
         for group in self.param_groups:
             wanted = averages_of(group).returned if name is None else RETURN + name
             for p in group["params"]:
-                state = self.state.get(p, {}) if p not in frozen else {}
+                state = self.state.get(p, {}) if p not in frozen or ELASTIC_STEPS in group else {}
                 there = [key for key in (wanted, AVERAGE, OFFSET) if key in state]
                 if there:  # it has stepped
                     found[p] = there[0]
@@ -401,19 +402,27 @@ class AveragedOptimizer(Optimizer):
         """
         self._refuse_while_swapped("register_projection")
         projection()
+        self._project_averages(self._keys_of_averages(), projection)
+        handle = RemovableHandle(self._projections)
+        self._projections[handle.id] = projection
+        return handle
+
+    def _keys_of_averages(self) -> list[str]:
+        """The keys in the state of averages, and of what their rules keep."""
+        own = {AVERAGE, OFFSET}
+        return sorted(own.union(*(averages_of(group).extra_keys for group in self.param_groups)))
+
+    def _project_averages(self, keys: Iterable[str], projection: Callable[[], object]) -> None:
+        """Project what the state holds under these keys, by way of the parameters."""
         groups = [] if self._state_is_provisional else self.param_groups
         params = [p for group in groups for p in group["params"] if self.state.get(p)]
-        own = {AVERAGE, OFFSET}.union(*(averages_of(g).extra_keys for g in self.param_groups))
-        for key in sorted(own):
+        for key in keys:
             held = {p: self.state[p][key] for p in params if key in self.state[p]}
             local = {shards.local(p): shards.local(x) for p, x in held.items()}
             # Of shards no rank knows whether another's have changed.
             if _project_held(local, projection) or any(map(shards.is_sharded, held)):
                 for group in groups:
                     forget_history(group, AVERAGE if key == OFFSET else key)
-        handle = RemovableHandle(self._projections)
-        self._projections[handle.id] = projection
-        return handle
 
     def _tell_of_projections(self) -> None:
         """Warn, at a load, that projections have not seen the averages that came in."""
@@ -529,6 +538,16 @@ class AveragedOptimizer(Optimizer):
         return dict(zip(names, counts, strict=True)) | numbers
 
     # ---- distributed, and checkpoints ----------------------------------------------------------
+
+    def _begin_averages(self, group: Group, param: Tensor) -> None:
+        """Have a parameter that has not stepped hold averages, which begin from its weights."""
+        raise NotImplementedError
+
+    def _drop_provisional_state(self) -> None:
+        """Have averages begin from what is in the parameters now, if no step has been taken."""
+        if self._state_is_provisional:
+            self.state.clear()
+            self._state_is_provisional = False
 
     def _is_state_probe(self) -> list[tuple[Group, Tensor]]:
         """Parameters with their groups, if this is a step that only asks for state; else none.

@@ -4,15 +4,17 @@ import math
 import re
 import reprlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
 from . import swap
 from .base import describe
-from .options import Group, number
+from .options import EXCHANGE, Group, number
 from .shards import is_partitioned, is_sharded, local
 from .state import (
     AVERAGE,
@@ -21,6 +23,7 @@ from .state import (
     EXP_AVG_SQ,
     HISTORY,
     OFFSET,
+    OUTER_BUFFER,
     OWN_EXP_AVG_SQ,
     PLAIN,
     PULLBACK_KEYS,
@@ -69,7 +72,7 @@ def validated_checkpoint(
     Raises:
         ValueError: it does not fit; the message names the first parameter or option that does not.
     """
-    _check_outline(saved)
+    check_outline(saved)
     sizes = [[len(group["params"]) for group in side] for side in (saved["param_groups"], groups)]
     if sizes[0] != sizes[1]:
         raise ValueError(
@@ -89,7 +92,7 @@ def validated_checkpoint(
                 "the checkpoint is of paceline.Elastic, whose averages stand still in steps; load "
                 "it into one; nothing was changed"
             )
-        try:
+        with in_one_line(f"group {g} of the checkpoint"):
             group = {**mine, **complete(theirs, mine, g)}
             if mine.get("param_names"):
                 group["param_names"] = mine["param_names"]
@@ -101,13 +104,6 @@ def validated_checkpoint(
                 read_history(group[HISTORY])
             check = checker(group, list(zip(mine["params"], found, strict=True)))
             records = _records(group[swap.SWAPPED], len(found))
-        except ValueError as error:  # in one line, also where it shows a tensor
-            raise ValueError(" ".join(str(error).split())) from error
-        except Exception as error:  # of options of any kind
-            raise ValueError(
-                f"group {g} of the checkpoint cannot be loaded: {one_line(error)}; nothing was "
-                "changed"
-            ) from error
         completed.append(group)
         for i, (key, record) in enumerate(zip(theirs["params"], records, strict=True)):
             state, param = found[i], mine["params"][i]
@@ -138,8 +134,9 @@ def validated_checkpoint(
                 ) from None
             if keys is not None:
                 others |= state.keys() - keys - extra_keys_in(state) - begun_keys_in(state)
-            if state.get(count) == 0 and not record:
-                del states[key]  # saved before its first step, where its averages begin
+            # Saved before its first step, where its averages begin; unless workers have met since.
+            if state.get(count) == 0 and not record and not theirs.get(ELASTIC_STEPS):
+                del states[key]
     unknown = sorted(map(repr, states.keys() - set(params)))
     if any(not isinstance(key, str) for key in states.keys() - set(params)):
         raise ValueError(
@@ -160,6 +157,26 @@ def validated_checkpoint(
     return {**saved, "state": states, "param_groups": completed}
 
 
+@contextmanager
+def load_hooks(optimizer: Optimizer, state_dict: Any) -> Iterator[dict[str, Any]]:
+    """Run an optimizer's own hooks around a load that is not torch's.
+
+    Yields:
+        What they make of the `state_dict()`.
+
+    Raises:
+        ValueError: it is no dict.
+    """
+    check_is_dict(state_dict)
+    saved = dict(state_dict)
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = pre_hook(optimizer, saved)
+        saved = saved if changed is None else changed
+    yield saved
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
 def check_is_dict(saved: Any) -> None:
     """Raises: ValueError: what is to be loaded is no dict."""
     if not isinstance(saved, dict):
@@ -172,12 +189,29 @@ def one_line(error: Exception) -> str:
     return lines[0] if lines else "no reason given"
 
 
+@contextmanager
+def in_one_line(what: str) -> Iterator[None]:
+    """Have options of any kind be refused by a ValueError of one line.
+
+    Args:
+        what: cannot be loaded then.
+    """
+    try:
+        yield
+    except ValueError as error:  # which may show a tensor
+        raise ValueError(" ".join(str(error).split())) from error
+    except Exception as error:
+        raise ValueError(
+            f"{what} cannot be loaded: {one_line(error)}; nothing was changed"
+        ) from error
+
+
 def _shown(value: Any) -> str:
     """Anything in a few words."""
     return " ".join(reprlib.repr(value).split())
 
 
-def _check_outline(saved: Any) -> None:
+def check_outline(saved: Any) -> None:
     """Raises: ValueError: it does not have the parts of a `state_dict()`, whatever is in them."""
 
     def check(ok: bool, what: str, must: str, value: Any) -> None:
@@ -239,7 +273,7 @@ def _check_base_options(group: Group, mine: Group) -> None:
 
     Or it is a number that no optimizer of torch takes for it.
     """
-    for key in mine.keys() - {"params", "param_names", swap.SWAPPED}:
+    for key in mine.keys() - {"params", "param_names", swap.SWAPPED, "every", *EXCHANGE}:
         own, theirs = _kind(mine[key]), _kind(group[key])
         if own not in (None, theirs) and (own != "flag" or group[key] is not None):
             raise ValueError(f"{key} must be as {_shown(mine[key])}, got {_shown(group[key])}")
@@ -307,7 +341,8 @@ def _check_not_negative(key: str, value: Any) -> None:
 
 def _nonfinite_keys(state: State, param: Tensor) -> list[str]:
     """The averages and moments in a state that have NaN or infinity, or would once loaded."""
-    keys = state.keys() & (SECOND_MOMENTS | {AVERAGE, OFFSET, EXP_AVG, "momentum_buffer"})
+    others = {AVERAGE, OFFSET, EXP_AVG, OUTER_BUFFER, "momentum_buffer"}
+    keys = state.keys() & (SECOND_MOMENTS | others)
     return [
         key
         for key in sorted(keys | extra_keys_in(state))

@@ -309,7 +309,7 @@ class PACE(AveragedOptimizer):
         """
         if closure is None and (probed := self._is_state_probe()):
             for group, p in probed:
-                ensure(self.state[p], p, group, averages_of(group))
+                self._begin_averages(group, p)
             self._state_is_provisional = True
             return None
         self._refuse_while_swapped()
@@ -327,9 +327,7 @@ class PACE(AveragedOptimizer):
                 self._check_gradients(index)
         self._compare_ranks()
         skip = self._skips_step()
-        if self._state_is_provisional:  # averages begin from what is in the parameters now
-            self.state.clear()
-            self._state_is_provisional = False
+        self._drop_provisional_state()
         if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
             return loss
         self._check_options()
@@ -360,6 +358,9 @@ class PACE(AveragedOptimizer):
         self._count_faults(skipped, skip)
         self._stats = summarize(measured)
         return loss
+
+    def _begin_averages(self, group: Group, param: Tensor) -> None:
+        ensure(self.state[param], param, group, averages_of(group))
 
     def _refuse_in_graph(self) -> None:
         """Raises: RuntimeError: a CUDA graph is being made that would hold this step's numbers."""

@@ -6,9 +6,9 @@ Checked options are plain numbers, booleans and text, so that checkpoints load w
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import torch
@@ -25,7 +25,7 @@ SHORT = {"kappa": "averaging", "return_kappa": "returns"}  # what each is short 
 EXCHANGES = ("easgd", "diloco", "average")
 # The options of an exchange, besides `every`, and their defaults.
 EXCHANGE: dict[str, Any] = {
-    **{"exchange": "easgd", "pull": None, "outer_lr": 0.7, "outer_momentum": 0.9},
+    **{"exchange": "easgd", "pull": None, "outer_lr": None, "outer_momentum": None},
     "exchange_dtype": None,
 }
 NAMED = re.compile(r"[A-Za-z][A-Za-z0-9]*=")  # how the text of `returns` begins
@@ -225,25 +225,33 @@ def check_pace(options: Group) -> None:
 
 
 def check_exchange(options: Group, workers: int = 1) -> None:
-    """Check options of an exchange, and write its dtype as text, as checkpoints have it.
+    """Check options of an exchange, and make them plain numbers and text.
+
+    Args:
+        options: of a group, or given; changed.
+        workers: N, which bounds the pull of easgd.
 
     Raises:
-        ValueError: one is out of its range.
+        ValueError: names the first option out of its range, and its value.
     """
-    every = options["every"]
-    whole = isinstance(every, int) and not isinstance(every, bool) and every >= 1
-    require(options, "every", whole, "a whole number of steps >= 1")
-    known = f"one of {', '.join(EXCHANGES)}"
-    require(options, "exchange", options["exchange"] in EXCHANGES, known)
-    if options["pull"] is not None:
-        most = 1.0 / workers if options["exchange"] == "easgd" else 1.0
-        named = f"at most 1/{workers} for {workers} workers" if most < 1 else "in [0, 1]"
-        require(options, "pull", 0 <= number(options["pull"]) <= most, f"a number {named}")
-        no = options["exchange"] != "diloco"
-        require(options, "pull", no, "left out with diloco, whose workers go to the center")
-    require(options, "outer_lr", 0 < number(options["outer_lr"]) < math.inf, "a number > 0")
-    require(options, "outer_momentum", 0 <= number(options["outer_momentum"]) < 1, "in [0, 1)")
-    dtype = options["exchange_dtype"]
-    fine = dtype in (None, torch.bfloat16, "bfloat16")
+    every, kind = options["every"], options["exchange"]
+    whole = isinstance(every, Integral) and not isinstance(every, bool)
+    require(options, "every", whole and int(every) >= 1, "a whole number of steps >= 1")
+    options["every"] = int(every)
+    require(options, "exchange", kind in EXCHANGES, f"one of {', '.join(EXCHANGES)}")
+
+    def check(name: str, ok: bool, fits: Callable[[float], bool], range_: str) -> None:
+        if options[name] is not None:
+            require(options, name, ok, f"left out with {kind}")
+            value = number(options[name], tensors=True)
+            require(options, name, fits(value), range_)
+            options[name] = value
+
+    most = 1.0 / workers if kind == "easgd" else 1.0
+    named = f"at most 1/{workers} for {workers} workers" if most < 1 else "in [0, 1]"
+    check("pull", kind != "diloco", lambda x: 0 <= x <= most, f"a number {named}")
+    check("outer_lr", kind == "diloco", lambda x: 0 < x < math.inf, "a number > 0")
+    check("outer_momentum", kind == "diloco", lambda x: 0 <= x < 1, "in [0, 1)")
+    fine = options["exchange_dtype"] in (None, torch.bfloat16, "bfloat16")
     require(options, "exchange_dtype", fine, "None or torch.bfloat16")
-    options["exchange_dtype"] = None if dtype is None else "bfloat16"
+    options["exchange_dtype"] = None if options["exchange_dtype"] is None else "bfloat16"

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from . import kernels, memory, shards
 from .averaging import Averaging
 from .base import Around, describe, summarize
-from .loading import StateCheck, check_count, check_is_dict, check_tensor, validated_checkpoint
+from .loading import StateCheck, check_count, check_tensor, load_hooks, validated_checkpoint
 from .options import (
     SHORT,
     Group,
@@ -41,6 +41,7 @@ from .state import (
     averages_of,
     begin_extra,
     begins_in,
+    begun_keys_in,
     extra_keys_in,
     frozen_places,
     new,
@@ -158,6 +159,7 @@ class Pullback(Around):
     def _forget(self) -> None:
         super()._forget()
         self._copies: dict[Tensor, Tensor] = {}  # of weights before a step, on the CPU
+        self._unstepped: dict[Tensor, State] = {}  # kept from the base in its first step
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("base", "defaults", "_ours", "_state_is_provisional")
@@ -242,6 +244,10 @@ class Pullback(Around):
         except _Skipped:
             self._count_faults([], True)
             return loss
+        finally:
+            for p, ours in self._unstepped.items():
+                self.state[p] |= ours
+            self._unstepped = {}
         self._follow(plan or [])
         return loss
 
@@ -279,9 +285,7 @@ class Pullback(Around):
         self._compare_ranks()
         if bool(self._skips_step()):
             raise _Skipped
-        if self._state_is_provisional:  # averages begin from what is in the parameters now
-            self.state.clear()
-            self._state_is_provisional = False
+        self._drop_provisional_state()
         plan = []
         earlier, self._copies = self._copies, {}
         for group in self.param_groups:
@@ -293,9 +297,7 @@ class Pullback(Around):
                 idle = p.grad is None
                 if idle and AVERAGE not in state:
                     continue
-                # A base's count for all the group is not that of one that joins it now.
-                base_count = state.get("step", group.get("step", 0) if state else 0)
-                done = state.get(AVERAGE_STEP, base_count)
+                done = _steps_done(state, group)
                 begins = AVERAGE not in state or extra_keys_in(state) != averages.extra_keys
                 pulled = pulls and not idle
                 before = None
@@ -306,8 +308,9 @@ class Pullback(Around):
                 square = None
                 if pulled and not _has_second_moment(p, state, group):  # at a first step: yet
                     square = shards.local_grad(p).to(wide_dtype(p)).square()
-                planned = _Planned(p, group, averages, float(done), idle, begins, before, square)
-                plan.append(planned)
+                plan.append(_Planned(p, group, averages, done, idle, begins, before, square))
+                if _is_unstepped(state):
+                    self._unstepped[p] = self.state.pop(p)
         return plan
 
     def _copy(self, param: Tensor, earlier: dict[Tensor, Tensor]) -> Tensor:
@@ -341,6 +344,11 @@ class Pullback(Around):
             names = " and ".join(self._name(owners[i]) for i in found)
             raise RuntimeError(f"{names} share memory; nothing was changed")
         self._spans = spans
+
+    def _begin_averages(self, group: Group, param: Tensor) -> None:
+        done, weights = _steps_done(self.state.get(param, {}), group), param.detach()
+        averages = averages_of(group)
+        self._begin(_Planned(param, group, averages, done, True, True, weights, None))
 
     def _begin(self, x: "_Planned") -> None:
         """Make what its state lacks of ours.
@@ -436,32 +444,26 @@ class Pullback(Around):
                 or a parameter whose average, or what the pull needs, is missing, misshapen, or that
                 of a shard. Nothing has changed then. What the base raises.
         """
-        check_is_dict(state_dict)
-        saved = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre_hook(self, saved)
-            saved = saved if changed is None else changed
-        saved = validated_checkpoint(
-            saved,
-            self.param_groups,
-            keys=None,
-            count=AVERAGE_STEP,
-            complete=self._complete,
-            checker=_checker,
-        )
-        # A copy, for torch's optimizers would share the tensors with where they come from.
-        theirs = {key: _copied(state) for key, state in saved["state"].items()}
-        self.base.load_state_dict(saved | {"state": theirs})
-        for theirs, group in zip(saved["param_groups"], self.param_groups, strict=True):
-            averages = averages_of(group)
-            keys = PULLBACK_KEYS | averages.extra_keys
-            for key, p in zip(theirs["params"], group["params"], strict=True):
-                if source := saved["state"].get(key, {}):
-                    restore(self.state[p], source, keys, p, averages, wide_dtype(p))
-        self._stats, self._state_is_provisional = None, False
-        self._tell_of_projections()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        with load_hooks(self, state_dict) as given:
+            saved = validated_checkpoint(
+                given,
+                self.param_groups,
+                keys=None,
+                count=AVERAGE_STEP,
+                complete=self._complete,
+                checker=_checker,
+            )
+            # A copy, for torch's optimizers would share the tensors with where they come from.
+            theirs = {k: _copied(x) for k, x in saved["state"].items() if not _is_unstepped(x)}
+            self.base.load_state_dict(saved | {"state": theirs})
+            for group, mine in zip(saved["param_groups"], self.param_groups, strict=True):
+                averages = averages_of(mine)
+                keys = PULLBACK_KEYS | averages.extra_keys
+                for key, p in zip(group["params"], mine["params"], strict=True):
+                    if source := saved["state"].get(key, {}):
+                        restore(self.state[p], source, keys, p, averages, wide_dtype(p))
+            self._stats, self._state_is_provisional = None, False
+            self._tell_of_projections()
         states = [saved["state"].get(key, {}) for g in saved["param_groups"] for key in g["params"]]
         if any(_has_stepped(state) and AVERAGE not in state for state in states):
             warnings.warn(
@@ -517,7 +519,8 @@ def _checker(group: Group, members: list[tuple[Tensor, State]]) -> StateCheck:
         if not record and not state.keys() & PULLBACK_KEYS:
             return  # it had no gradient yet, or is the base's alone
         needed = set(averages)
-        if pulled and group["pullback"] and not _has_second_moment(param, state, group):
+        stepped = not _is_unstepped(state)
+        if pulled and stepped and group["pullback"] and not _has_second_moment(param, state, group):
             needed.add(OWN_EXP_AVG_SQ)
         if missing := sorted(needed - state.keys()):
             raise ValueError(f"its state lacks {missing}")
@@ -580,6 +583,19 @@ def _check_base(base: Optimizer, ours: dict[str, Any]) -> None:
     for group in base.param_groups:
         if group.get("pullback", ours["pullback"]) and group.get("gain", ours["gain"]) != "scalar":
             require({"lr": name}, "lr", "lr" in group, "an option of the base's groups")
+
+
+def _steps_done(state: State, group: Group) -> float:
+    """The steps that were taken of a parameter."""
+    # A base's count for all the group is not that of one that joins it now.
+    base_count: Any = state.get("step", group.get("step", 0) if state else 0)
+    return float(state.get(AVERAGE_STEP, base_count))
+
+
+def _is_unstepped(state: State) -> bool:
+    """Whether this state has averages that began before the base made its own (`Elastic`)."""
+    ours = PULLBACK_KEYS | extra_keys_in(state) | begun_keys_in(state)
+    return state.get(AVERAGE_STEP) == 0 and state.keys() <= ours
 
 
 def _has_stepped(state: dict[str, Any]) -> bool:

@@ -183,12 +183,15 @@ def digest(value: Any) -> int:
 
 def check_sum(tensors: list[Tensor]) -> int:
     """A number of 61 bits of what is in tensors, and of their order; meta tensors count as 0."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = [
+        x.contiguous().view(whole[x.itemsize]).sum(dtype=torch.int64)
+        for x in tensors
+        if not x.is_meta and x.numel()
+    ]
     total = 0
-    for x in tensors:
-        if not x.is_meta and x.numel():
-            whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]
-            bits = int(x.contiguous().view(whole).sum(dtype=torch.int64))
-            total = (total * 1_000_003 + bits) % 2**61
+    for one in torch.stack([x.to(bits[0].device) for x in bits]).tolist() if bits else ():
+        total = (total * 1_000_003 + one) % 2**61
     return total
 
 

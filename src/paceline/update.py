@@ -104,6 +104,7 @@ def scalars(
     if isinstance(step, Tensor):
         step = step.double()
     taken_in = step + idle  # t of the averages
+    done = step if isinstance(step, Tensor) else max(step, 1)  # 0 before a first gradient
     if isinstance(lr, Tensor):
         lr = float(lr) if lr.device.type in ("cpu", "mps") else lr.double().reshape(())
     beta1, beta2 = map(float, group["betas"])
@@ -118,8 +119,8 @@ def scalars(
         beta1=beta1,
         beta2=beta2,
         eps=group["eps"] or TINY,
-        root_bias2=(1.0 - beta2**step) ** 0.5,
-        step_size=lr / (1.0 - beta1**step),
+        root_bias2=(1.0 - beta2**done) ** 0.5,
+        step_size=lr / (1.0 - beta1**done),
         shrink=1.0 - lr * group["weight_decay"],
         gain=gain,
         uniform_gain=group["gain"] == "scalar" or strength == AUTO,
