@@ -595,7 +595,7 @@ def _steps_done(state: State, group: Group) -> float:
 def _is_unstepped(state: State) -> bool:
     """Whether this state has averages that began before the base made its own (`Elastic`)."""
     ours = PULLBACK_KEYS | extra_keys_in(state) | begun_keys_in(state)
-    return state.get(AVERAGE_STEP) == 0 and state.keys() <= ours
+    return number(state.get(AVERAGE_STEP), tensors=True) == 0 and state.keys() <= ours
 
 
 def _has_stepped(state: dict[str, Any]) -> bool:

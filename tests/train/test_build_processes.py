@@ -28,6 +28,8 @@ from training import (
     write_recipe,
 )
 
+APART = str(Path(__file__).parents[1] / "disks_apart.py")
+
 pytestmark = pytest.mark.usefixtures("surroundings")
 
 
@@ -35,7 +37,7 @@ def evaluated(run):
     return [row for row in timeless(lines(run)) if "eval_loss" in row]
 
 
-def launch(*arguments, processes=1, module="paceline"):
+def launch(*arguments, processes=1, module="paceline", succeeds=True):
     several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     where = [module] if module.endswith(".py") else ["-m", module]
     command = [sys.executable, "-m", *(several if processes > 1 else []), *where, *arguments]
@@ -48,8 +50,8 @@ def launch(*arguments, processes=1, module="paceline"):
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert (done.returncode == 0) == succeeds, done.stdout + done.stderr
+    return done.stdout if succeeds else done.stderr
 
 
 @pytest.mark.slow
@@ -102,9 +104,34 @@ def test_two_workers_meet_and_resume(values, finished, tmp_path):
     # They met at step 10 last: the center has stood still since.
     rows = {x["step"]: x["eval_loss"] for x in evaluated(run)}
     assert rows[0] == rows[3] != rows[6] == rows[9] != rows[12]
-    again = shutil.copytree(run, tmp_path / "again")
+    again, others = (shutil.copytree(run, tmp_path / name) for name in ("again", "others"))
     unfinished(again)
     launch("train", "--resume", again, processes=2)
     for name in ("live", "model"):
         assert same(weights(again / name), weights(run / name))
     assert evaluated(again) == evaluated(run)
+    goes_on_with_others(others, run)
+
+
+def goes_on_with_others(run, before):
+    """With three workers, of which two start from one file; not with one, nor without a file."""
+    unfinished(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(run.parent)
+        said = launch("train", "--resume", run.name, module=APART, processes=2, succeeds=False)
+    missing = f"{run.name}/checkpoints/checkpoint-9/optimizer-1.pt"
+    told = f"paceline: resume: process 1 has no {missing}, and others have; give all of them one"
+    assert said.count(told) == 1  # one speaks
+    said = launch("train", "--resume", run, succeeds=False)
+    assert said.startswith("paceline: elastic: it needs several processes; start them by torchrun")
+    launch("train", "--resume", run, processes=3)
+    facts = [read(x / "paceline.json")["rule"] for x in (before, run)]
+    assert facts[1] == facts[0].replace("2 workers", "3 workers")
+    rows = [{x["step"]: x["eval_loss"] for x in evaluated(x)} for x in (before, run)]
+    assert rows[0][9] == rows[1][9]  # the same center
+    assert 0 < abs(rows[1][STEPS] - rows[0][STEPS]) < 0.5
+    states = [
+        torch.load(run / "checkpoints" / f"checkpoint-{STEPS}" / name, weights_only=True)
+        for name in ("optimizer.pt", "optimizer-1.pt", "optimizer-2.pt")
+    ]
+    assert [x["param_groups"][0]["elastic_steps"] for x in states] == [STEPS] * 3

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -51,7 +53,8 @@ class PaceTrainer(Trainer):
     - BatchNorm's running statistics stay those of the live weights, and a warning says so;
       `paceline.recomputed_statistics` has them of the returned ones.
     - With `paceline.Elastic` a checkpoint has the center as its model, and the optimizer state of
-      each worker in a file of its own. Where there are more workers than files, some share one.
+      each worker in a file of its own. Where there are more workers than files, some share one. A
+      file that a worker needs and does not see, as on the disk of another machine, ends all.
     - After `train()` the model holds the returned weights: the best of them with
       `load_best_model_at_end`, and with `load_best_average_at_end` the best average.
 
@@ -443,13 +446,24 @@ class PaceTrainer(Trainer):
         """Compare the files of a checkpoint with their check sums before they are loaded.
 
         Raises:
-            ValueError: a file is damaged or missing; the message names it.
+            ValueError: in all processes: a file is damaged or missing; the message names it.
         """
-        if self.is_local_process_zero() and (damage := find_damage(Path(checkpoint))):
-            raise ValueError(
-                f"{damage}; resume from another checkpoint, or delete its checksums.json if it was "
-                "changed on purpose"
-            )
+        self._refuse_together(
+            self._damage(checkpoint),
+            "resume from another checkpoint, or delete its checksums.json if it was changed on "
+            "purpose",
+        )
+
+    def _damage(self, checkpoint: str) -> str | None:
+        """What is damaged in a checkpoint, as this process sees it."""
+        return find_damage(Path(checkpoint)) if self.is_local_process_zero() else None
+
+    def _refuse_together(self, fault: str | None, advice: str) -> None:
+        """Raises: ValueError: some process has a fault; in all of them, which would wait for it."""
+        several = dist.is_available() and dist.is_initialized()
+        for process, found in enumerate(gather_object([fault]) if several else [fault]):
+            if found:
+                raise ValueError(f"{f'process {process}: ' * several}{found}; {advice}")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -471,14 +485,28 @@ class PaceTrainer(Trainer):
                         f"{checkpoint} has no optimizer state, which holds the live weights to "
                         "resume from; start a new run from it as a model instead"
                     )
-        super()._load_optimizer_and_scheduler(checkpoint)
+        own = None
         if checkpoint is not None and isinstance(optimizer, Elastic):
-            workers = 1 + len([*Path(checkpoint).glob("optimizer-*.pt")])
-            if rank := self.args.process_index % workers:
-                own = Path(checkpoint) / f"optimizer-{rank}.pt"
-                optimizer.load_state_dict(torch.load(own, map_location="cpu", weights_only=True))
+            own = self._file_of_worker(Path(checkpoint))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if own is not None:  # another's than rank 0's
+            optimizer.load_state_dict(torch.load(own, map_location="cpu", weights_only=True))
         if checkpoint is not None and optimizer is not None:
             optimizer.train()
+
+    def _file_of_worker(self, checkpoint: Path) -> Path | None:
+        """The file that this worker of an Elastic goes on from; None for that of rank 0.
+
+        Raises:
+            ValueError: in all processes: one of them does not see what it needs.
+        """
+        seen = gather_object([path.name for path in checkpoint.glob("optimizer-*.pt")])
+        rank = self.args.process_index % (1 + len({*seen}))  # files may be on several disks
+        own = checkpoint / (f"optimizer-{rank}.pt" if rank else "optimizer.pt")
+        needed = (own, checkpoint / "optimizer.pt", checkpoint / "scheduler.pt")
+        missing = next((f"{path} is missing" for path in needed if not path.is_file()), None)
+        self._refuse_together(missing, "give all workers one disk, or a copy of the checkpoint")
+        return own if rank else None
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         given = self._swapping()

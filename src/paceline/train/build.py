@@ -155,10 +155,9 @@ class RunTrainer(OneMethodTrainer, PerToken):
         }
         super()._save_checkpoint(model, trial)
 
-    def check_checkpoint(self, checkpoint: str) -> None:
-        """Compare check sums, but not in the main process: `paceline train` does, to say more."""
-        if not self.is_world_process_zero():
-            super().check_checkpoint(checkpoint)
+    def _damage(self, checkpoint: str) -> str | None:
+        """None in the main process: `paceline train` compares check sums there, to say more."""
+        return None if self.is_world_process_zero() else super()._damage(checkpoint)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         position = super()._init_training_state(*args, **kwargs)

@@ -380,15 +380,17 @@ class Recipe(Options):
         from ..options import EXCHANGE
 
         every, *parts = self.elastic.split(":")
-        options: dict[str, Any] = {**EXCHANGE, "every": parse_yaml(every)}
+        given: dict[str, Any] = {"every": parse_yaml(every)}
         for i, part in enumerate(parts):
             name, equals, value = (
                 part.partition("=") if "=" in part or i else ("exchange", "=", part)
             )
-            if not equals or name not in options:
-                raise InputError(f"elastic: {unknown(name, options, 'option')}")
-            options[name] = value if name == "exchange" else parse_yaml(value)
-        return options
+            if not equals or name not in ("every", *EXCHANGE):
+                raise InputError(f"elastic: {unknown(name, ('every', *EXCHANGE), 'option')}")
+            if name in given:
+                raise InputError(f"elastic: give {name} once, got {self.elastic!r}")
+            given[name] = value if name == "exchange" else parse_yaml(value)
+        return EXCHANGE | given
 
     @property
     def times_kept(self) -> int:

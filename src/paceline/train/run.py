@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 import datasets
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
@@ -95,6 +95,8 @@ def train(
     with ExitStack() as stack:
         _on_main(lambda: stack.enter_context(folder.locked(run)))
         finished, checkpoint = _on_main(lambda: _starting_point(options, run))
+        if checkpoint:
+            _require_on_all(checkpoint)
         if finished:
             if recipe.choose and not _on_main(lambda: is_chosen(run)):
                 halves = held_out_of(run / folder.MODEL, recipe)  # it was killed while it chose
@@ -259,6 +261,17 @@ def _starting_point(options: Train, run: Path) -> tuple[bool, Path | None]:
         model, "resume", f"delete {model}, and paceline train --resume {run} writes it again"
     )
     return True, None
+
+
+def _require_on_all(checkpoint: Path) -> None:
+    """Refuse, in all processes, a checkpoint of which one does not see what another does."""
+    names = gather_object([{path.name for path in checkpoint.glob("*")}])
+    for process, own in enumerate(names):
+        if missing := sorted(set().union(*names) - own):
+            raise InputError(
+                f"resume: process {process} has no {checkpoint / missing[0]}, and others have; give "
+                "all of them one disk, or a copy of the checkpoint"
+            )
 
 
 def _start(
@@ -480,15 +493,19 @@ def average_facts(trainer: RunTrainer) -> dict[str, Any]:
     group = optimizer.param_groups[0]
     if "averaging" not in group:
         return {**facts, "rule": None, "optimizer": type(optimizer).__name__}
+    own, *others = averages_of(group).rules.items()
     if isinstance(optimizer, Elastic):
+        center = f"the center of {trainer.args.world_size} workers"
         said = f"{group['exchange']} every {group['every']} steps"
+        if others:  # the first is returned
+            moved = "the mean of the workers" if group["exchange"] == "average" else "the center"
+            center = f"{others[0][1]} of {moved} at each exchange, around {center}"
         return {
             **facts,
             "optimizer": "Elastic",
             "pullback": group["pullback"],
-            "rule": f"the center of {trainer.args.world_size} workers, {said}",
+            "rule": f"{center}, {said}",
         }
-    own, *others = averages_of(group).rules.items()
     key, rule = others[0] if others else own
     kept = [s for s in optimizer.state.values() if "step" in s or "average_step" in s]
     updates = max((int(s.get("average_step", s.get("step", 0))) for s in kept), default=0)
