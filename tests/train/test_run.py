@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -40,6 +41,7 @@ from training import (
 )
 from transformers import AutoModelForCausalLM
 
+from paceline import PACE, Elastic
 from paceline.cli import main
 from paceline.train import build, chat, folder
 from paceline.train import run as run_module
@@ -543,3 +545,41 @@ def test_a_rate_that_cannot_be_looked_for(tmp_path, values, finished, capsys):
     assert not (tmp_path / "run" / folder.RECIPE).exists()
     assert main(["train", "--resume", str(finished), "--find-lr"]) == 2
     one_line(capsys, "find_lr", "keeps its rate")
+
+
+# ---- what a card says ----------------------------------------------------------------------------
+
+
+class OfTwo(Elastic):
+    """One of two workers, which never meet."""
+
+    @property
+    def _workers(self):
+        return 2
+
+
+@pytest.mark.parametrize(
+    ("returns", "exchange", "rule"),
+    [
+        (None, "easgd", "the center of 2 workers, easgd every 5 steps"),
+        (
+            *("ema:kappa=0.7", "easgd"),
+            "ema:kappa=0.7 of the center at each exchange, around the center of 2 workers, easgd "
+            "every 5 steps",
+        ),
+        (
+            *("ema:kappa=0.7", "average"),
+            "ema:kappa=0.7 of the mean of the workers at each exchange, around the center of 2 "
+            "workers, average every 5 steps",
+        ),
+    ],
+)
+def test_a_card_names_what_elastic_workers_return(returns, exchange, rule):
+    base = PACE([torch.nn.Parameter(torch.ones(2))], pullback=0.1, returns=returns)
+    trainer = SimpleNamespace(
+        bare_optimizer=OfTwo(base, every=5, exchange=exchange),
+        method=SimpleNamespace(label="pace"),
+        state=SimpleNamespace(global_step=10),
+        args=SimpleNamespace(world_size=2),
+    )
+    assert run_module.average_facts(trainer)["rule"] == rule
