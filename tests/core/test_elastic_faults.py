@@ -83,17 +83,8 @@ def death():
 
 
 def test_a_killed_worker_ends_the_others_at_the_next_exchange(tmp_path):
-    pair = Ranks(2, tmp_path)
-    pair.start()
-    for pipe in pair.pipes:
-        pipe.send((death, (), {}))
-    try:
-        assert pair.pipes[0].poll(90)
-        failure, (said, centers, steps) = pair.pipes[0].recv()
-        pair.processes[1].join(30)
-        assert (failure, pair.processes[1].exitcode) == (None, 1)
-    finally:
-        pair.close()
+    (said, centers, steps), killed = Ranks(2, tmp_path)(death, last=True)
+    assert killed is None
     assert said.startswith("the exchange at step 4 failed, as it does when a worker has ended: ")
     assert said.endswith("; nothing was exchanged")
     assert "\n" not in said

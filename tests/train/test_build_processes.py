@@ -114,7 +114,7 @@ def test_two_workers_meet_and_resume(values, finished, tmp_path):
 
 
 def goes_on_with_others(run, before):
-    """With three workers, of which two start from one file; not with one, nor without a file."""
+    """With four workers, two from each file; not with one worker, nor without a file."""
     unfinished(run)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(run.parent)
@@ -124,14 +124,14 @@ def goes_on_with_others(run, before):
     assert said.count(told) == 1  # one speaks
     said = launch("train", "--resume", run, succeeds=False)
     assert said.startswith("paceline: elastic: it needs several processes; start them by torchrun")
-    launch("train", "--resume", run, processes=3)
+    launch("train", "--resume", run, processes=4)
     facts = [read(x / "paceline.json")["rule"] for x in (before, run)]
-    assert facts[1] == facts[0].replace("2 workers", "3 workers")
+    assert facts[1] == facts[0].replace("2 workers", "4 workers")
     rows = [{x["step"]: x["eval_loss"] for x in evaluated(x)} for x in (before, run)]
     assert rows[0][9] == rows[1][9]  # the same center
     assert 0 < abs(rows[1][STEPS] - rows[0][STEPS]) < 0.5
     states = [
         torch.load(run / "checkpoints" / f"checkpoint-{STEPS}" / name, weights_only=True)
-        for name in ("optimizer.pt", "optimizer-1.pt", "optimizer-2.pt")
+        for name in ("optimizer.pt", *(f"optimizer-{rank}.pt" for rank in (1, 2, 3)))
     ]
-    assert [x["param_groups"][0]["elastic_steps"] for x in states] == [STEPS] * 3
+    assert [x["param_groups"][0]["elastic_steps"] for x in states] == [STEPS] * 4
