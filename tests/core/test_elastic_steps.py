@@ -119,8 +119,8 @@ def projected(exchange, kind):
 
     base = PACE(params, lr=0.1, pullback=0.1, returns="ema:beta=0.1")
     opt = Elastic(base, every=2, **OPTIONS[exchange])
-    opt.register_projection(project)
-    far = [0.0]
+    opt.register_projection(project)  # of the start, too
+    far, slow = [0.0], params[0].detach().clone()
     for step in range(1, 9):
         for place, p in enumerate(params):
             g = gradient(p.detach().numpy(), dist.get_rank(), step, place)
@@ -130,6 +130,9 @@ def projected(exchange, kind):
             for x in (p, opt.state[p]["average"], opt.state[p]["return_returned"]):
                 off = x.abs().max() - 0.5 if kind == "box" else (x.norm() - 1.0).abs()
                 far.append(float(off))
+        if step % 2 == 0 and (kind, exchange) == ("box", "diloco"):  # takes in the center as it is
+            slow = slow.lerp(opt.state[params[0]]["average"], 1 - 0.9**2)
+            torch.testing.assert_close(opt.state[params[0]]["return_returned"], slow)
     with opt.averaged("average"):
         return max(far), [p.detach().clone() for p in params]
 
