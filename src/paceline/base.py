@@ -5,7 +5,7 @@ import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,16 @@ def describe(groups: list[Group], group: int, index: int) -> str:
     return f"{name} of shape {tuple(groups[group]['params'][index].shape)}"
 
 
+class Host(Protocol):
+    """A host that has an optimizer step copies of the model's weights."""
+
+    def groups(self) -> list[Group]:
+        """The optimizer's groups with the copies that it steps; they are read only."""
+
+    def to_model(self) -> None:
+        """Put what is in the copies into the model."""
+
+
 class AveragedOptimizer(Optimizer):
     """An optimizer that keeps averages of each parameter, as `paceline.state` has them.
 
@@ -70,7 +80,7 @@ class AveragedOptimizer(Optimizer):
         self._announced: shards.Announcement | None = None
         self._spans: list[tuple[int, int, int]] = []  # of memory that does not overlap
         self._checked: dict[int, list[Any]] = {}  # by the group's index: options as checked
-        self._reach: Callable[[], object] | None = None  # a host's, from parameters to the model
+        self._host: Host | None = None  # that has it step copies of the weights
         self._projections: OrderedDict[int, Callable[[], object]] = OrderedDict()
 
     # ---- the model to return ------------------------------------------------------------------
@@ -137,6 +147,11 @@ class AveragedOptimizer(Optimizer):
                 where = describe(self.param_groups, group, i)
                 raise error(f"{reason}, got {where}; nothing was changed")
 
+    def _groups(self) -> list[Group]:
+        """The groups with what is stepped; a host may take it out of them between steps."""
+        groups: list[Group] = self._host.groups() if self._host else self.param_groups
+        return groups
+
     def _average_keys(self, name: str | None) -> dict[Tensor, str]:
         """The key of the average of this name in the state of each parameter that has one.
 
@@ -146,17 +161,18 @@ class AveragedOptimizer(Optimizer):
         """
         if name is not None and name not in self.returns:
             raise ValueError(f"name must be one of {', '.join(self.returns)}, got {name!r}")
-        if any(map(shards.is_partitioned, self.state)):  # its groups are empty between steps
-            raise RuntimeError(shards.ZERO_3)
+        if self._host is None and any(map(shards.is_partitioned, self.state)):
+            raise RuntimeError(shards.ZERO)
         found: dict[Tensor, str] = {}
         if self._state_is_provisional:
             return found
         # Where all are frozen it is for evaluation, and those count that were at the last step.
-        params = [p for group in self.param_groups for p in group["params"]]
+        groups = self._groups()
+        params = [p for group in groups for p in group["params"]]
         frozen = {p for p in params if not p.requires_grad}
         if len(frozen) == len(params):
-            frozen = {g["params"][i] for g in self.param_groups for i in frozen_places(g)}
-        for group in self.param_groups:
+            frozen = {g["params"][i] for g in groups for i in frozen_places(g)}
+        for group in groups:
             wanted = averages_of(group).returned if name is None else RETURN + name
             for p in group["params"]:
                 state = self.state.get(p, {}) if p not in frozen or ELASTIC_STEPS in group else {}
@@ -202,15 +218,16 @@ class AveragedOptimizer(Optimizer):
                     f"a parameter of shape {tuple(p.shape)} is {p.dtype} now, which does not go "
                     f"with its {average.dtype} average; convert models before the first step"
                 )
-        if self._reach is None and any(map(shards.is_flat_copy, averages)):
-            raise RuntimeError(shards.ZERO_1_2)
+        if self._host is None and any(map(shards.is_flat_copy, averages)):
+            raise RuntimeError(shards.ZERO)
         shards.drop_gathered_copies(averages)
         names = {p: key.partition(RETURN)[2] for p, key in averages.items()}
         now = {p: swap.Swapped(str(p.dtype), name) for p, name in names.items()}
-        records = [(g, swap.write_record(map(now.get, g["params"]))) for g in self.param_groups]
+        words = [swap.write_record(map(now.get, group["params"])) for group in self._groups()]
+        records = list(zip(self.param_groups, words, strict=True))
         swap.swap_in(self._pairs(averages), records, fused=self._swaps_fused())
-        if self._reach:
-            self._reach()
+        if self._host:
+            self._host.to_model()
 
     def _pairs(self, averages: dict[Tensor, str]) -> Iterator[tuple[Tensor, Tensor]]:
         return ((shards.local(p), shards.local(self.state[p][k])) for p, k in averages.items())
@@ -226,7 +243,7 @@ class AveragedOptimizer(Optimizer):
             RuntimeError: `checked`, and a parameter has another dtype than when it came in.
         """
         found = {}
-        for group in self.param_groups:
+        for group in self._groups():
             records = swap.read_record(group[swap.SWAPPED], len(group["params"]))
             for p, record in zip(group["params"], records, strict=True):
                 if record is None:
@@ -254,8 +271,8 @@ class AveragedOptimizer(Optimizer):
         shards.drop_gathered_copies(swapped)
         records = [(group, "") for group in self.param_groups]
         swap.swap_back(self._pairs(swapped), records, fused=self._swaps_fused())
-        if self._reach:
-            self._reach()
+        if self._host:
+            self._host.to_model()
 
     @contextmanager
     def averaged(self, name: str | None = None) -> Iterator[None]:

@@ -49,9 +49,8 @@ def check_reach(optimizer: Any, *models: nn.Module) -> None:
     held = {p for model in models for p in model.parameters()}
     if any(map(shards.is_flattened, stepped | held)):
         raise ValueError(shards.FSDP1)
-    if any(map(shards.is_partitioned, held)):
-        raise ValueError(shards.ZERO_3)
-    if stepped.isdisjoint(held) and stepped and held:
+    partitioned = any(map(shards.is_partitioned, held))  # and the groups are empty between steps
+    if partitioned or (stepped.isdisjoint(held) and stepped and held):
         raise ValueError(
             "the optimizer must step parameters of the model, got other tensors; DeepSpeed's ZeRO "
             "makes such copies: use FSDP2 (fully_shard, in accelerate fsdp_version 2) there"

@@ -25,11 +25,7 @@ PARTIAL = (
     "params must not be DTensors of Partial placement, whose weights are a sum over ranks; "
     "redistribute them to Shard or Replicate"
 )
-ZERO_3 = (
-    "DeepSpeed's ZeRO stage 3 keeps the weights in flat parts of its own, so no average can be put "
-    "into the model; use FSDP2 (fully_shard, in accelerate fsdp_version 2)"
-)
-ZERO_1_2 = (
+ZERO = (
     "DeepSpeed's ZeRO steps flat copies of the weights, so the average would not reach the model; "
     "call paceline.integrations.deepspeed.attach(engine) first"
 )

@@ -179,6 +179,8 @@ class Snapshots:
                 "snapshots needs PACE or Pullback with an average of another rule than LAWA and "
                 f"BEMA, got {type(optimizer).__name__}"
             )
+        if optimizer._host:
+            raise ValueError("snapshots must be 0 under DeepSpeed's ZeRO, which keeps flat copies")
         for path in [*self.folder.iterdir()] if self.folder.is_dir() else []:
             found = STEP.fullmatch(path.name)
             if found and not step:

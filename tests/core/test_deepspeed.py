@@ -1,4 +1,4 @@
-"""DeepSpeed: the average reaches the model and files at ZeRO stages 1 and 2, and exports at 3."""
+"""DeepSpeed: the average reaches the model, files and exports at ZeRO stages 1, 2 and 3."""
 
 import os
 
@@ -30,7 +30,7 @@ def ranks(ranks_of_deepspeed):
     return ranks_of_deepspeed
 
 
-def started(stage, kind="pace", *, bf16=True, task=None):
+def started(stage, kind="pace", *, bf16=True, task=None, offload=None):
     """A real engine on the CPU, and the optimizer in it."""
     import deepspeed
 
@@ -41,11 +41,15 @@ def started(stage, kind="pace", *, bf16=True, task=None):
     opt = (task.optimizer if task else KINDS[kind])(list(model.parameters()))
     config = {
         "train_micro_batch_size_per_gpu": 4 if task else 8,
-        "zero_optimization": {"stage": stage},
+        # At stage 3 biases stay whole, and matrices are in parts.
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 8},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bf16},
         "gradient_clipping": 0.0 if task else 1.0,  # 1.0 is DeepSpeed's default
     }
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = offload
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=opt, config=config, dist_init_required=False
     )
@@ -79,22 +83,53 @@ def watched(engine, kind, steps):
     return average
 
 
+def held(engine):
+    """The model's own weights, whole."""
+    from deepspeed import zero
+
+    params = list(engine.module.parameters())
+    with zero.GatheredParameters(params):
+        return [p.detach().clone() for p in params]
+
+
+def fill_padding(engine):
+    """Partitions end in memory that DeepSpeed has not written: anything may be there."""
+    if engine.zero_optimization_stage() < 3:
+        return
+    rank, (group,), (flat,) = (
+        dist.get_rank(),
+        engine.optimizer.fp16_groups,
+        engine.optimizer.fp32_partitioned_groups_flat,
+    )
+    end = filled = 0
+    for p in group:
+        end += p.partition_numel()
+        padding = max(0, (rank + 1) * p.partition_numel() - p.ds_numel)
+        flat.data[end - padding : end] = float("nan")
+        filled += padding
+    assert end == flat.numel()
+    assert filled or rank == 0
+
+
 def averages_in_the_model(stage, kind, bf16):
     from paceline.integrations.deepspeed import attach, averaged_state_dict
 
     engine, opt = started(stage, kind, bf16=bf16)
+    fill_padding(engine)
     attach(engine)
     average = watched(engine, kind, 5)
     exported = averaged_state_dict(engine)
-    live = [p.detach().clone() for p in engine.module.parameters()]
+    live = held(engine)
+    names = [name for name, _ in engine.module.named_parameters()]
     close = {"rtol": 2e-3, "atol": 2e-3} if kind == "bfloat16 state" else {}
     with opt.averaged():
-        held = [p.detach().clone() for p in engine.module.parameters()]
-    for p, x, y, a in zip(engine.module.parameters(), live, held, average, strict=True):
-        assert torch.equal(p, x)
+        assert opt.swapped
+        averaged = held(engine)
+    for name, now, x, y, a in zip(names, held(engine), live, averaged, average, strict=True):
+        assert torch.equal(now, x)
         assert not torch.equal(x, y)
         if dist.get_rank() == 0:
-            whole = exported[next(k for k, q in engine.module.named_parameters() if q is p)]
+            whole = exported[name]
             torch.testing.assert_close(whole, a.float(), **close)
             assert torch.equal(whole.to(y.dtype), y) or kind == "bfloat16 state"
         else:
@@ -111,6 +146,8 @@ def averages_in_the_model(stage, kind, bf16):
     [
         *((1, kind, True) for kind in KINDS),
         (2, "returns", True),
+        *((3, kind, True) for kind in KINDS),
+        (3, "pace", False),
     ],
 )
 def test_the_average_reaches_the_model_and_goes_without_a_trace(stage, kind, bf16, ranks):
@@ -119,6 +156,8 @@ def test_the_average_reaches_the_model_and_goes_without_a_trace(stage, kind, bf1
 
 def by_the_kit(stage, kind):
     """The row of docs/hosts.md in float32; both ranks train on the same batches."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
     from paceline.integrations.deepspeed import attach
 
     def drive(task, folder, stop, resume):
@@ -141,18 +180,21 @@ def by_the_kit(stage, kind):
                 with opt.averaged():
                     evaluated.append(task.loss(engine, task.held_out).item())
                     engine.save_checkpoint(shared[0], tag=f"{epoch + 1}")
-        file = f"{shared[0]}/{stop}/mp_rank_00_model_states.pt"
         saved = task.model()
-        saved.load_state_dict(torch.load(file, weights_only=False)["module"])
+        saved.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(shared[0], f"{stop}"))
+        if stage < 3:
+            file = f"{shared[0]}/{stop}/mp_rank_00_model_states.pt"
+            same = torch.load(file, weights_only=False)["module"]
+            assert all(torch.equal(x, same[name]) for name, x in saved.state_dict().items())
         dist.barrier()
-        return Driven(losses, evaluated, saved.parameters(), engine.module.parameters(), live)
+        return Driven(losses, evaluated, saved.parameters(), held(engine), live)
 
     report = check_host(drive, KINDS[kind], after="live")
     assert report.passed, str(report)
 
 
 @pytest.mark.parametrize("kind", ["pace", "pullback"])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_an_engine_passes_the_conformance_kit(stage, kind, ranks):
     ranks(by_the_kit, stage, kind)
 
@@ -163,6 +205,7 @@ def resumed(stage, kind, folder):
     whole, _ = started(stage, kind)
     losses = [step(whole, t) for t in range(1, 8)]
     engine, opt = started(stage, kind)
+    fill_padding(engine)
     attach(engine)
     for t in range(1, 5):
         step(engine, t)
@@ -173,8 +216,8 @@ def resumed(stage, kind, folder):
     attach(again)
     step(again, 99)  # so that what is loaded is seen
     again.load_checkpoint(folder, tag="four")
-    if dist.get_rank() == 0 and kind != "bfloat16 state":
-        for key, x in again.module.named_parameters():
+    for (key, _), x in zip(again.module.named_parameters(), held(again), strict=True):
+        if dist.get_rank() == 0 and kind != "bfloat16 state":
             assert torch.equal(x, exported[key].to(x.dtype))
     assert opt.swapped
     opt.train()
@@ -184,56 +227,11 @@ def resumed(stage, kind, folder):
 
 
 @pytest.mark.parametrize(
-    ("stage", "kind"), [*((1, kind) for kind in KINDS), (2, "pace"), (2, "pullback")]
+    ("stage", "kind"),
+    [*((stage, kind) for stage in (1, 3) for kind in KINDS), (2, "pace"), (2, "pullback")],
 )
 def test_a_checkpoint_holds_the_average_and_resumes_bit_for_bit(stage, kind, ranks, tmp_path):
     ranks(resumed, stage, kind, str(tmp_path))
-
-
-def fill_padding(engine):
-    """Partitions end in memory that DeepSpeed has not written: anything may be there."""
-    rank, (group,), (flat,) = (
-        dist.get_rank(),
-        engine.optimizer.fp16_groups,
-        engine.optimizer.fp32_partitioned_groups_flat,
-    )
-    end = filled = 0
-    for p in group:
-        end += p.partition_numel()
-        padding = max(0, (rank + 1) * p.partition_numel() - p.ds_numel)
-        flat.data[end - padding : end] = float("nan")
-        filled += padding
-    assert end == flat.numel()
-    assert filled or rank == 0
-
-
-def exports_at_stage_3(kind, folder):
-    from paceline.integrations.deepspeed import attach, averaged_state_dict
-
-    engine, opt = started(3, kind)
-    fill_padding(engine)
-    with pytest.raises(ValueError, match="ZeRO stages 1 and 2 without offloading, got stage 3"):
-        attach(engine)
-    average = watched(engine, kind, 4)
-    exported = averaged_state_dict(engine)
-    close = {"rtol": 2e-3, "atol": 2e-3} if kind == "bfloat16 state" else {}
-    if dist.get_rank() == 0:
-        for x, a in zip(exported.values(), average, strict=True):
-            torch.testing.assert_close(x, a.float(), **close)
-    with pytest.raises(RuntimeError, match="ZeRO stage 3 keeps the weights"):
-        opt.eval()
-    engine.save_checkpoint(folder, tag="four")
-    again, _ = started(3, kind)
-    step(again, 99)
-    again.load_checkpoint(folder, tag="four")
-    assert [step(again, t) for t in range(5, 8)] == [step(engine, t) for t in range(5, 8)]
-    for x, y in zip(masters(again), masters(engine), strict=True):
-        assert torch.equal(x, y)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_stage_3_trains_exports_and_resumes(kind, ranks, tmp_path):
-    ranks(exports_at_stage_3, kind, str(tmp_path))
 
 
 def refused(stage):
@@ -243,12 +241,14 @@ def refused(stage):
     with pytest.raises(RuntimeError, match="needs averages; call it after"):
         averaged_state_dict(engine)
     step(engine, 1)
-    before = [*masters(engine), *(p.detach().clone() for p in engine.module.parameters())]
+    before = [*masters(engine), *held(engine)]
+    exported = averaged_state_dict(engine)
+    assert bool(exported) == (dist.get_rank() == 0)
     for method in (opt.eval, lambda: opt.choose(lambda: 0.0), lambda: opt.averaged().__enter__()):
         with pytest.raises(RuntimeError, match="flat copies.*deepspeed.attach"):
             method()
     assert not opt.swapped
-    after = [*masters(engine), *engine.module.parameters()]
+    after = [*masters(engine), *held(engine)]
     assert all(map(torch.equal, before, after))
     attach(engine)
     with pytest.raises(ValueError, match="name must be one of average, got 'slow'"):
@@ -257,7 +257,7 @@ def refused(stage):
         averaged_state_dict(engine)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_without_attach_an_average_is_refused(stage, ranks):
     ranks(refused, stage)
 
@@ -274,11 +274,14 @@ def other_optimizers():
             function(engine)
     engine, opt = started(0, bf16=False)
     assert isinstance(engine, deepspeed.DeepSpeedEngine)
-    with pytest.raises(ValueError, match="stages 1 and 2 without offloading, got stage 0"):
-        attach(engine)
+    attach(engine)
     step(engine, 1)
+    live = held(engine)
     with opt.averaged():  # stage 0 in float32 steps the model's own weights
-        pass
+        assert not all(map(torch.equal, held(engine), live))
+    engine, _ = started(3, offload={"device": "cpu"})
+    with pytest.raises(ValueError, match="ZeRO without offloading, got stage 3"):
+        attach(engine)
 
 
 def test_other_optimizers_and_stages_are_refused_by_name(ranks):

@@ -1,5 +1,6 @@
-"""DeepSpeed engines whose model can hold the average, and exports of it at every ZeRO stage."""
+"""DeepSpeed engines whose model can hold the average, and exports of it, at every ZeRO stage."""
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor
 from .. import shards
 from ..base import AveragedOptimizer
 from ..batchnorm import warn_of_statistics
-from ..hosts import unwrapped
+from ..hosts import check_reach, unwrapped
+from ..options import Group
 from ..state import AVERAGE, OFFSET, RETURN, averages_of
 
 
 def attach(engine: Any) -> None:
-    """Have the average reach an engine's model at ZeRO stages 1 and 2.
+    """Have the average reach an engine's model, at every ZeRO stage.
 
         engine, *_ = deepspeed.initialize(model=model, optimizer=PACE(...), config=config)
         attach(engine)
@@ -22,34 +24,75 @@ def attach(engine: Any) -> None:
             evaluate(engine)
 
     DeepSpeed steps flat float32 copies, and copies them into the model's weights after each step.
-    From now on `eval()`, `train()` and `averaged()` do so, too: one all-gather of the weights each,
-    in which all ranks must take part.
+    From now on `eval()`, `train()` and `averaged()` do so, too, and all ranks must take part. At
+    stages 1 and 2 that is one all-gather of the weights each; at stage 3 each rank writes its own
+    part, and weights that DeepSpeed keeps whole are gathered.
 
     A checkpoint that `engine.save_checkpoint` writes while the average is in has it as the model,
     and the live weights in the optimizer's files. After `engine.load_checkpoint` of such a one call
     `opt.train()`, which brings the live weights back bit for bit.
 
-    At stage 3 the model cannot hold the average: `averaged_state_dict` exports it.
+    At stage 0 in float32 the optimizer steps the model's own weights, and nothing is changed.
 
     Raises:
         ValueError: the optimizer is none of paceline's, or the engine has another optimizer around
-            it than that of ZeRO stage 1 or 2.
+            it than that of ZeRO without offloading.
     """
-    optimizer, zero = unwrapped(engine.optimizer), engine.optimizer
-    if not isinstance(optimizer, AveragedOptimizer):
-        raise ValueError(f"the engine must step PACE or Pullback, got {type(optimizer).__name__}")
-    if not callable(getattr(zero, "update_lp_params", None)) or not _copies(optimizer):
+    optimizer, zero = _averaging(engine), engine.optimizer
+    if zero is optimizer:
+        check_reach(optimizer, engine.module)
+    elif hasattr(zero, "fp32_partitioned_groups_flat") and not zero.offload_optimizer:
+        optimizer._host = _Partitions(zero)
+    elif callable(getattr(zero, "update_lp_params", None)) and _steps_flat_copies(optimizer):
+        optimizer._host = _Copies(zero)
+    else:
         raise ValueError(
-            "attach() is for ZeRO stages 1 and 2 without offloading, got stage "
+            "attach() is for ZeRO without offloading, got stage "
             f"{engine.zero_optimization_stage()} and {type(zero).__name__}"
         )
     warn_of_statistics(engine.module, stacklevel=2)
-    optimizer._reach = zero.update_lp_params
 
 
-def _copies(optimizer: AveragedOptimizer) -> bool:
+def _averaging(engine: Any) -> AveragedOptimizer:
+    optimizer = unwrapped(engine.optimizer)
+    if not isinstance(optimizer, AveragedOptimizer):
+        raise ValueError(f"the engine must step PACE or Pullback, got {type(optimizer).__name__}")
+    return optimizer
+
+
+def _steps_flat_copies(optimizer: AveragedOptimizer) -> bool:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return bool(params) and all(map(shards.is_flat_copy, params))
+
+
+class _Copies:
+    """Of stages 1 and 2: in the groups; the model's weights are gathered from all ranks."""
+
+    def __init__(self, zero: Any) -> None:
+        self.zero = zero
+
+    def groups(self) -> list[Group]:
+        return self.zero.optimizer.param_groups
+
+    def to_model(self) -> None:
+        self.zero.update_lp_params()
+
+
+class _Partitions(_Copies):
+    """Of stage 3: in the groups during a step alone; the model has this rank's parts."""
+
+    def groups(self) -> list[Group]:
+        zero, stepped = self.zero, defaultdict(list)
+        for part, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            stepped[zero.sub_group_to_group_id[part]].append(flat)
+        groups = enumerate(super().groups())
+        return [group | {"params": stepped[place]} for place, group in groups]
+
+    def to_model(self) -> None:
+        self.zero.checkpoint_event_prologue()  # no weight is gathered
+        for part in range(len(self.zero.fp32_partitioned_groups_flat)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(part)
+        self.zero.checkpoint_event_epilogue()  # those that it keeps whole are gathered
 
 
 @torch.no_grad()
@@ -68,9 +111,7 @@ def averaged_state_dict(engine: Any, name: str | None = None) -> dict[str, Tenso
         ValueError: no average has this name, or groups return different ones.
         RuntimeError: the average is in the model now, or there is none yet.
     """
-    optimizer = unwrapped(engine.optimizer)
-    if not isinstance(optimizer, AveragedOptimizer):
-        raise ValueError(f"the engine must step PACE or Pullback, got {type(optimizer).__name__}")
+    optimizer = _averaging(engine)
     if optimizer.swapped:
         raise RuntimeError(
             "averaged_state_dict() needs the live weights in the model; call train()"
