@@ -198,9 +198,10 @@ def prepare(folder, kind="pace", model=None, cls=PaceTrainer, config=TrainingArg
         "use_cpu": True,
     }
     arguments = config(str(folder), **options | given)
-    optimizer = OPTIMIZERS[kind] if isinstance(kind, str) else kind
-    optimizers = (optimizer(list(trained(model).values())), None)
-    return cls(model, arguments, optimizers=optimizers, **parts)
+    if not parts.get("optimizer_cls_and_kwargs"):
+        optimizer = OPTIMIZERS[kind] if isinstance(kind, str) else kind
+        parts["optimizers"] = (optimizer(list(trained(model).values())), None)
+    return cls(model, arguments, **parts)
 
 
 def on(event, call):

@@ -34,6 +34,12 @@ def four(tmp_path_factory):
     yield from some_ranks(4, tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def one(tmp_path_factory):
+    """A process with a process group of its own."""
+    yield from some_ranks(1, tmp_path_factory)
+
+
 # Two processes of one process group; others for the files that import DeepSpeed.
 ranks = pytest.fixture(two_ranks, scope="session", name="ranks")
 ranks_of_deepspeed = pytest.fixture(two_ranks, scope="session", name="ranks_of_deepspeed")

@@ -52,6 +52,8 @@ class PaceTrainer(Trainer):
       `save_total_limit` goes by the steps in the names.
     - BatchNorm's running statistics stay those of the live weights, and a warning says so;
       `paceline.recomputed_statistics` has them of the returned ones.
+    - Under DeepSpeed's ZeRO, at every stage without offloading, give the optimizer's class by
+      `optimizer_cls_and_kwargs`. A trainer trains once there, and keeps no snapshots.
     - With `paceline.Elastic` a checkpoint has the center as its model, and the optimizer state of
       each worker in a file of its own. Where there are more workers than files, some share one. A
       file that a worker needs and does not see, as on the disk of another machine, ends all.
@@ -479,8 +481,8 @@ class PaceTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optimizer = self._swapping()
         if checkpoint is not None and optimizer is not None:
-            for part in ("*optimizer*", "scheduler.pt"):  # the Trainer loads both or neither
-                if not any(Path(checkpoint).glob(part)):
+            for part in ("*optim*", "scheduler.pt"):  # the Trainer loads both or neither
+                if not any(Path(checkpoint).rglob(part)):
                     raise ValueError(
                         f"{checkpoint} has no optimizer state, which holds the live weights to "
                         "resume from; start a new run from it as a model instead"
@@ -491,8 +493,6 @@ class PaceTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if own is not None:  # another's than rank 0's
             optimizer.load_state_dict(torch.load(own, map_location="cpu", weights_only=True))
-        if checkpoint is not None and optimizer is not None:
-            optimizer.train()
 
     def _file_of_worker(self, checkpoint: Path) -> Path | None:
         """The file that this worker of an Elastic goes on from; None for that of rank 0.
@@ -508,9 +508,15 @@ class PaceTrainer(Trainer):
         self._refuse_together(missing, "give all workers one disk, or a copy of the checkpoint")
         return own if rank else None
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
         given = self._swapping()
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:
+            self.check_checkpoint(resume_from_checkpoint)  # the engine loads it
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
         prefixes = self._prefixes()
         if self.load_best_average_at_end:
             for wrong, why in {
@@ -528,7 +534,12 @@ class PaceTrainer(Trainer):
                     "by optimizer_cls_and_kwargs instead of optimizers"
                 )
             return prepared
-        check_reach(optimizer, self.model_wrapped)
+        if self.is_deepspeed_enabled:
+            self._attach(optimizer)
+        else:
+            wrapped: Any = self.model_wrapped
+            check_reach(optimizer, wrapped)
+            warn_of_statistics(wrapped, stacklevel=2)
         if (metric := self.args.metric_for_best_model) and self.args.save_strategy != "no":
             full = metric if metric.startswith("eval_") else f"eval_{metric}"
             prefix = max((x for x in prefixes if full.startswith(f"{x}_")), key=len)
@@ -540,9 +551,20 @@ class PaceTrainer(Trainer):
                     + ", but checkpoints and the best model are the returned one; name "
                     f"{begin + full.removeprefix(prefix)!r}, or set save_strategy='no'"
                 )
-        model: Any = self.model
-        warn_of_statistics(model, stacklevel=2)
+        optimizer.train()  # a checkpoint has the average in
         return prepared
+
+    def _attach(self, optimizer: Any) -> None:
+        """Have the average reach the model of DeepSpeed's engine."""
+        from .deepspeed import attach
+
+        engine: Any = self.model_wrapped
+        if unwrapped(engine.optimizer) is not optimizer:
+            raise ValueError(
+                "train() can be called once under DeepSpeed, whose engine keeps its first "
+                "optimizer; make a new trainer"
+            )
+        attach(engine)
 
     def _load_best_model(self) -> None:
         if optimizer := self._swapping():
