@@ -4,8 +4,10 @@ import contextlib
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from problems import RETURNS
 from torch import nn, optim
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
@@ -16,7 +18,8 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from paceline import Pullback
+from paceline import PACE, Pullback
+from paceline.testing.hosts import Driven, check_host
 
 
 def net(dtype=torch.float32):
@@ -114,3 +117,61 @@ AROUND = {
 
 def pullback(model, base, around):
     return Pullback(BASES[base](model.parameters()), **AROUND[around])
+
+
+KIT = {
+    "pace": lambda params: PACE(params, lr=0.05, pullback=0.3),
+    "returns": lambda params: PACE(params, lr=0.05, pullback=0.3, returns=RETURNS),
+    "pullback": lambda params: Pullback(BASES["SGD"](params), pullback=0.1),
+}
+
+
+def pass_the_kit(engine, kind):
+    """A loop of one's own on two ranks, which halve each batch, with torch's own checkpoints."""
+
+    def drive(task, folder, stop, resume):
+        shared = [str(folder)]
+        dist.broadcast_object_list(shared)  # rank 0's, for both
+        [place] = shared
+        model = task.model()
+        if engine == "ddp":
+            model = DistributedDataParallel(model)
+        else:
+            for layer in (model[0], model[2], model):
+                fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        opt = task.optimizer(model.parameters())
+
+        def state():
+            return dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+
+        if resume:
+            loaded = state()
+            dcp.load(loaded, checkpoint_id=f"{place}/{stop - 1}")
+            set_state_dict(
+                model,
+                opt,
+                model_state_dict=loaded["model"],
+                optim_state_dict=loaded["optimizer"],
+            )
+        losses, evaluated, live = [], [], []
+        for epoch in range(int(resume), stop):
+            for batch in task.batches():
+                opt.zero_grad()
+                mine = [x[dist.get_rank() :: dist.get_world_size()] for x in batch]
+                loss = task.loss(model, mine)
+                loss.backward()
+                opt.step()
+                dist.all_reduce(loss.detach())
+                losses.append(loss.item() / dist.get_world_size())
+            with torch.no_grad():
+                live.append(task.loss(model, task.held_out).item())
+                with opt.averaged():
+                    evaluated.append(task.loss(model, task.held_out).item())
+            dcp.save(state(), checkpoint_id=f"{place}/{epoch + 1}")
+        saved = task.model()
+        dcp.load({"model": saved.state_dict()}, checkpoint_id=f"{place}/{stop}")
+        dist.barrier()
+        return Driven(losses, evaluated, saved.parameters(), map(whole, model.parameters()), live)
+
+    report = check_host(drive, KIT[kind], checkpoint="live", after="live")
+    assert report.passed, str(report)

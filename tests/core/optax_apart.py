@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("optax")
 
@@ -17,6 +18,7 @@ from reference import Reference
 
 from paceline.averaging import parse
 from paceline.integrations.optax import PaceState, pace, pace_params
+from paceline.testing.hosts import Driven, check_host
 
 RULES = {  # options of pace, and the reference's
     "power": ({"pullback": 0.3}, {"ema_power": 0.5}),
@@ -282,6 +284,46 @@ def test_what_it_cannot_do_is_said():
             transformation.init({"w": jnp.ones(3, dtype)})
     with pytest.raises(ValueError, match="there is none in this state"):
         pace_params(optax.adam(0.1).init({"w": jnp.ones(3)}), {"w": jnp.ones(3)})
+
+
+def drive(task, folder, stop, resume):
+    """A loop of one's own; a checkpoint is a pytree of the weights and the state."""
+    model, optimizer = task.model(), pace(0.05, pullback=0.3)
+    arrays = {name: x.numpy() for name, x in model.state_dict().items()}
+    params = jax.tree.map(jnp.asarray, arrays)
+    leaves, form = jax.tree.flatten((params, optimizer.init(params)))
+    if resume:
+        with np.load(folder / f"{stop - 1}.npz") as file:
+            leaves = [jnp.asarray(file[name]) for name in file]
+    params, state = jax.tree.unflatten(form, leaves)
+
+    def loss(params, batch):
+        x, y = batch
+        hidden = jnp.tanh(x @ params["0.weight"].T + params["0.bias"])
+        return jnp.mean((hidden @ params["2.weight"].T + params["2.bias"] - y) ** 2)
+
+    def as_tensors(params):
+        return [torch.tensor(np.asarray(params[name])) for name in arrays]
+
+    losses, evaluated, live = [], [], []
+    held_out = [x.numpy() for x in task.held_out]
+    for epoch in range(int(resume), stop):
+        for batch in task.batches():
+            value, grads = jax.value_and_grad(loss)(params, [x.numpy() for x in batch])
+            updates, state = optimizer.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            losses.append(float(value))
+        live.append(float(loss(params, held_out)))
+        evaluated.append(float(loss(pace_params(state, params), held_out)))
+        np.savez(folder / f"{epoch + 1}.npz", *jax.tree.leaves((params, state)))
+    with np.load(folder / f"{stop}.npz") as file:
+        saved, _ = jax.tree.unflatten(form, [file[name] for name in file])
+    return Driven(losses, evaluated, as_tensors(saved), as_tensors(params), live)
+
+
+def test_a_loop_passes_the_conformance_kit():
+    report = check_host(drive, checkpoint="live", after="live")
+    assert report.passed, report
 
 
 def test_the_example_runs(capsys):

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from problems import RETURNS
 from pytorch_optimizer import ScheduleFreeWrapper
 from safetensors.torch import load_file
+from sharding import KIT, pass_the_kit
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import TrainingArguments
@@ -213,6 +214,12 @@ def test_a_host_is_as_its_row_says(host, kind, dtype, quick):
         pytest.skip("it has no averaged()")
     report = check_host(host, OPTIMIZERS[kind], dtype=dtype, **HOSTS[host])
     assert report.passed, report
+
+
+@pytest.mark.parametrize("kind", KIT)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_ranks_are_as_their_row_says(engine, kind, ranks):
+    ranks(pass_the_kit, engine, kind)
 
 
 # ---- every check can fail: a plain loop with one thing broken ----------------------------------
