@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from . import shards
 from .averaging import PowerEMA
 from .base import Around, AveragedOptimizer
+from .defaults import AUTO
 from .loading import check_count, check_outline, in_one_line, load_hooks, one_line
 from .options import EXCHANGE, Group, check_exchange, require
 from .pullback import Pullback
@@ -559,7 +560,18 @@ def _checked_groups(groups: list[Group], workers: int) -> list[Group]:
             rule.scaled(group["every"])
         if group["exchange"] == "average" and not group["pullback"] and not group["pull"]:
             raise ValueError(NO_PULL)
+        if group["gain"] == "scalar" and not _leaves_room(group["pullback"], group["every"]):
+            raise ValueError(
+                f"pullback={group['pullback']!r} with one gain holds workers at their center, "
+                f"which stands still for every={group['every']} steps; give pullback=c with "
+                "gain='adam', or at most 1/every"
+            )
     return checked
+
+
+def _leaves_room(gain: float | str, every: int) -> bool:
+    """Whether workers can move `every` steps away from a center that pulls them with a gain."""
+    return every == 1 or (gain != AUTO and float(gain) * every <= 1)
 
 
 def _sent(options: Group) -> torch.dtype | None:

@@ -52,8 +52,8 @@ def check_reach(optimizer: Any, *models: nn.Module) -> None:
     partitioned = any(map(shards.is_partitioned, held))  # and the groups are empty between steps
     if partitioned or (stepped.isdisjoint(held) and stepped and held):
         raise ValueError(
-            "the optimizer must step parameters of the model, got other tensors; DeepSpeed's ZeRO "
-            "makes such copies: use FSDP2 (fully_shard, in accelerate fsdp_version 2) there"
+            "the optimizer must step parameters of the model, got other tensors. DeepSpeed's ZeRO "
+            "makes such copies: save by engine.save_checkpoint there, and see docs/hosts.md"
         )
 
 

@@ -272,6 +272,11 @@ def other_optimizers():
     for function in (attach, averaged_state_dict):
         with pytest.raises(ValueError, match="must step PACE or Pullback, got AdamW"):
             function(engine)
+    KINDS["auto"] = lambda params: PACE(params, lr=0.05, pullback="auto")
+    with pytest.warns(UserWarning, match="experimental"):
+        engine, _ = started(1, "auto")
+    with pytest.raises(ValueError, match="pullback='auto' does not go with ZeRO"):
+        attach(engine)
     engine, opt = started(0, bf16=False)
     assert isinstance(engine, deepspeed.DeepSpeedEngine)
     attach(engine)

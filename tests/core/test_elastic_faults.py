@@ -219,6 +219,8 @@ def refused_bases():
     for base in (
         PACE([p], pullback=0.1, state_dtype=torch.bfloat16),
         PACE([p], pullback=0.1, returns="lawa:window=2"),
+        PACE([p]),
+        Pullback(optim.SGD([p], lr=0.1), pullback=0.6, gain="scalar"),
         Elastic(optim.SGD([p], lr=0.1), every=2),
     ):
         try:
@@ -233,6 +235,8 @@ def test_bases_that_cannot_be_exchanged_are_refused(ranks):
         assert found == [
             "state_dtype must be left out in Elastic",
             "returns must be of averages that are one tensor each in Elastic",
+            "pullback=1.0 with one gain holds workers at their center",
+            "pullback=0.6 with one gain holds workers at their center",
             "base must not have been in an Elastic before; make it anew",
         ]
 

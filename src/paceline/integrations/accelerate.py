@@ -13,7 +13,7 @@ from ..hosts import check_reach, holding, swapping, unwrapped
 def attach(accelerator: Accelerator) -> None:
     """Have an accelerator save the average as the model, and its optimizers show what they have.
 
-        model, opt, data = accelerator.prepare(model, PACE(model.parameters(), pullback=0.1), data)
+        model, opt, data = accelerator.prepare(model, PACE(model.parameters(), lr=4e-3), data)
         attach(accelerator)
 
     It is for PACE, Pullback, and every optimizer whose `eval()` puts the returned weights into the

@@ -10,6 +10,8 @@ from torch import Tensor
 from .. import shards
 from ..base import AveragedOptimizer
 from ..batchnorm import warn_of_statistics
+from ..defaults import AUTO
+from ..elastic import Elastic
 from ..hosts import check_reach, unwrapped
 from ..options import Group
 from ..state import AVERAGE, OFFSET, RETURN, averages_of
@@ -35,8 +37,8 @@ def attach(engine: Any) -> None:
     At stage 0 in float32 the optimizer steps the model's own weights, and nothing is changed.
 
     Raises:
-        ValueError: the optimizer is none of paceline's, or the engine has another optimizer around
-            it than that of ZeRO without offloading.
+        ValueError: the optimizer is not PACE or Pullback, its pull sets itself ("auto"), or the
+            engine has another optimizer around it than that of ZeRO without offloading.
     """
     optimizer, zero = _averaging(engine), engine.optimizer
     if zero is optimizer:
@@ -57,6 +59,13 @@ def _averaging(engine: Any) -> AveragedOptimizer:
     optimizer = unwrapped(engine.optimizer)
     if not isinstance(optimizer, AveragedOptimizer):
         raise ValueError(f"the engine must step PACE or Pullback, got {type(optimizer).__name__}")
+    if isinstance(optimizer, Elastic):
+        raise ValueError("Elastic's workers each hold a model, so ZeRO cannot split it over them")
+    if any(group["pullback"] == AUTO for group in optimizer.param_groups):
+        raise ValueError(
+            "pullback='auto' does not go with ZeRO, where each rank would set another gain; give "
+            "pullback=1.0 with gain='scalar', or a strength"
+        )
     return optimizer
 
 

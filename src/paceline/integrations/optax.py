@@ -62,7 +62,7 @@ def pace(
     The rule, and what the options mean, are those of `paceline.PACE`, except that nothing guards
     against gradients that are not finite: one spoils its weight and average, as in `optax.adamw`.
 
-        optimizer = optax.chain(optax.clip_by_global_norm(1.0), pace(1e-3, pullback=0.1))
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), pace(4e-3))
         state = optimizer.init(params)
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)

@@ -20,7 +20,7 @@ ADAMW_OPTIONS = ("fused", "foreach")  # which torchtitan gives to every optimize
 class PaceOptimizers(OptimizersContainer):  # type: ignore[misc]
     """Knows PACE by its name, beside torchtitan's own.
 
-        optimizer=pace(lr=3e-4, pullback=0.1),
+        optimizer=pace(lr=1.2e-3),
         validator=ReturnValidator.Config(...),
         checkpoint=ReturnCheckpoints.Config(...),
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -508,6 +509,11 @@ class PaceTrainer(Trainer):
         self._refuse_together(missing, "give all workers one disk, or a copy of the checkpoint")
         return own if rank else None
 
+    @property
+    def shares_gradients(self) -> bool:
+        """Whether DDP around the model sends gradients."""
+        return True
+
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
@@ -527,6 +533,12 @@ class PaceTrainer(Trainer):
                 if why:
                     raise ValueError(f"load_best_average_at_end needs {wrong}")
         if (optimizer := self._swapping()) is None:
+            chosen = self.optimizer_cls_and_kwargs
+            if chosen is not None and issubclass(chosen[0], AveragedOptimizer):
+                raise ValueError(
+                    f"{type(self.bare_optimizer).__name__} of the DeepSpeed configuration took the "
+                    f'place of {chosen[0].__name__}; leave "optimizer" out of the configuration'
+                )
             if given is not None:
                 raise ValueError(
                     f"a new {type(self.bare_optimizer).__name__} took the place of the given "
@@ -538,6 +550,12 @@ class PaceTrainer(Trainer):
             self._attach(optimizer)
         else:
             wrapped: Any = self.model_wrapped
+            shared = self.shares_gradients and isinstance(wrapped, DistributedDataParallel)
+            if shared and isinstance(optimizer, Elastic):
+                raise ValueError(
+                    "Elastic's workers must not share gradients, and this trainer's DDP sends them "
+                    "at each step; use paceline train --elastic, or a loop of your own"
+                )
             check_reach(optimizer, wrapped)
             warn_of_statistics(wrapped, stacklevel=2)
         if (metric := self.args.metric_for_best_model) and self.args.save_strategy != "no":

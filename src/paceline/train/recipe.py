@@ -207,7 +207,7 @@ class Recipe(Options):
 
     method: Annotated[str, MethodHelp, METHOD] = "pace"
     lr: Annotated[Number, METHOD] = defaults.LR
-    """Peak learning rate, > 0. With the default pull, three to five times the rate that AdamW likes."""
+    """Peak learning rate, > 0. With the default pull, about four times the rate that AdamW likes."""
     schedule: Annotated[ScheduleName, METHOD] = "constant"
     pullback: Annotated[Pull, METHOD] = None
     kappa: Annotated[Kappa, METHOD] = None
@@ -320,6 +320,12 @@ class Recipe(Options):
             if self.times_kept:
                 raise InputError(
                     "elastic: its averages cannot be rebuilt; leave out snapshots and choose"
+                )
+            holds = self.parsed.is_saturated or self.parsed.get("pullback") == defaults.AUTO
+            if holds and options["every"] > 1:
+                raise InputError(
+                    f"elastic: {self.parsed.label!r} holds workers at their center, which stands "
+                    "still between exchanges; give --pullback C, or --method adamw"
                 )
             rules = self.rules(10**6)
             if rules and not self.parsed.pulls and options["exchange"] != "average":

@@ -110,6 +110,11 @@ class OneMethodTrainer(PaceTrainer):
                     self.optimizer = Elastic(self.optimizer, **self.elastic)
         return self.optimizer
 
+    @property
+    def shares_gradients(self) -> bool:
+        """Whether DDP around the model sends gradients: not between elastic workers."""
+        return self.elastic is None
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if self.elastic is not None:
             self.accelerator.ddp_handler = _Alone()
