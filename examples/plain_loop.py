@@ -30,7 +30,7 @@ rows = (torch.randint(16, (256, 1)) + torch.arange(12)) % 16
 rows = torch.where(torch.rand(rows.shape) < 0.2, torch.randint(16, rows.shape), rows)
 train, held_out = rows[:224], rows[224:]
 
-opt = PACE(model.parameters(), lr=3e-2)  # <- three to five times AdamW's rate
+opt = PACE(model.parameters(), lr=3e-2)  # <- about four times AdamW's rate
 scheduler = torch.optim.lr_scheduler.LinearLR(opt, 0.1, total_iters=15)  # a warm-up
 order = torch.Generator().manual_seed(0)  # of the batches
 run, step = out / "run.pt", 0

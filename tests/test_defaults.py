@@ -44,6 +44,9 @@ def test_the_class():
     assert of_group(made(pullback=3.0)) == PAPERS
     assert AUTO.items() <= of_group(made(pullback="auto")).items()
     assert of_group(made(gain="scalar", return_kappa=0.9)) == PULL | {"return_kappa": 0.9}
+    assert of_group(made(gain="scalar", pullback=1.0)) == PULL
+    one_gain = {"gain": "scalar", "pullback": 0.5}
+    assert of_group(made(**one_gain)) == PAPERS | one_gain
     assert of_group(made(kappa=0.4)) == PULL | {"kappa": 0.4, "return_kappa": None}
     # An exception: around another optimizer nothing pulls unless it is asked for.
     [group] = Pullback(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])).param_groups
@@ -81,7 +84,12 @@ def test_recipes_and_commands():
     new = {"config": {"model_type": "gpt2"}, "tokenizer": "bpe"}
     recipe = Recipe(**new)
     assert of_method(recipe.parsed) == PULL
-    assert of_method(recipe.method_of("pullback:sgd")) == PULL
+    for text in (
+        "pullback:sgd",
+        "pace:gain=scalar:pullback=1",
+        "pullback:sgd:gain=scalar:pullback=1",
+    ):
+        assert of_method(recipe.method_of(text)) == PULL
     assert of_method(Recipe(**new, pullback=3.0).parsed) == PAPERS
     assert AUTO.items() <= of_method(Recipe(**new, pullback="auto").parsed).items()
     [own] = [m for m in Comparison(lr=(1e-3,)).compared if m.name == "pace"]

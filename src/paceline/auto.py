@@ -31,8 +31,8 @@ LARGE, STRIDE = 2**16, 251
 
 EXPERIMENTAL = (
     'pullback="auto" is experimental: it pulls where a step can change the loss by more than half '
-    "a nat of cross-entropy, set on models of 0.1M parameters with gradients clipped to norm 1; "
-    'gain="scalar" with pullback=1 has no unit, at three to five times the rate that AdamW likes'
+    "a nat of cross-entropy. That was set on models of 0.1M parameters, with gradients clipped to "
+    'norm 1. gain="scalar" with pullback=1 has no unit, and wants about four times AdamW\'s rate'
 )
 
 

@@ -2,11 +2,11 @@
 
 | said of the pull | pullback | gain | pulled toward | returned |
 |---|---|---|---|---|
-| nothing | 1 | scalar | κ = 0.3 | κ = 0.7 |
+| nothing, or just that | 1 | scalar | κ = 0.3 | κ = 0.7 |
 | pullback="auto" | auto | one for all | κ = 0.3 | κ = 0.6 |
 | pullback=c, the paper's rule | c | adam | κ = 0.5 | the same average |
 
-Where an average is given, it is pulled toward and returned. What only averages returns κ = 0.7.
+Where an average is given, it is pulled toward and returned. The method `ema` returns κ = 0.7.
 """
 
 from typing import Any, NamedTuple
@@ -31,9 +31,10 @@ class Kappas(NamedTuple):
     returned: float | None
 
 
-def kappas(pullback: Any) -> Kappas:
-    """The averages where none is given, by what is given as `pullback`; None is nothing."""
-    if pullback is None:
+def kappas(pullback: Any, gain: str | None = None) -> Kappas:
+    """The averages where none is given, by what is given as `pullback` and `gain`, or None."""
+    is_whole = isinstance(pullback, int | float) and pullback == PULLBACK  # no traced number
+    if pullback is None or (gain == GAIN and is_whole):
         return Kappas(KAPPA, RETURN_KAPPA)
     if isinstance(pullback, str) and pullback == AUTO:
         return Kappas(KAPPA, AUTO_RETURN_KAPPA)
@@ -49,9 +50,9 @@ def pull(options: dict[str, Any]) -> dict[str, Any]:
     c, gain = options.get("pullback"), options.get("gain")
     if c is not None:
         return {"pullback": c, "gain": gain or "adam"}
-    if gain not in (None, GAIN):
+    if gain == "adam":
         raise ValueError(
             f"pullback must be given with gain={gain!r}: its best value moves with the scale of "
             "the gradients"
         )
-    return {"pullback": PULLBACK, "gain": GAIN}
+    return {"pullback": PULLBACK, "gain": gain or GAIN}

@@ -80,7 +80,7 @@ def fill_in(options: Group, *, pull: bool = True) -> None:
     Raises:
         ValueError: only a gain is given that needs a strength.
     """
-    kappas = defaults.kappas(options["pullback"])
+    kappas = defaults.kappas(options["pullback"], options["gain"] if pull else None)
     if pull:
         options |= defaults.pull(options)
     if options["averaging"] is None:

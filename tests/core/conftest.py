@@ -8,6 +8,7 @@ import torch.distributed as dist
 from tritons import compiled, interpreted  # noqa: F401 - fixtures
 
 
+# Of a file each: groups and meshes that tests make keep threads, which poll until the process ends.
 def some_ranks(count, tmp_path_factory):
     if not dist.is_available():
         pytest.skip("torch without distributed")
@@ -22,27 +23,27 @@ def two_ranks(tmp_path_factory):
     yield from some_ranks(2, tmp_path_factory)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def three(tmp_path_factory):
     """Three processes of one process group."""
     yield from some_ranks(3, tmp_path_factory)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def four(tmp_path_factory):
     """Four processes of one process group."""
     yield from some_ranks(4, tmp_path_factory)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """A process with a process group of its own."""
     yield from some_ranks(1, tmp_path_factory)
 
 
 # Two processes of one process group; others for the files that import DeepSpeed.
-ranks = pytest.fixture(two_ranks, scope="session", name="ranks")
-ranks_of_deepspeed = pytest.fixture(two_ranks, scope="session", name="ranks_of_deepspeed")
+ranks = pytest.fixture(two_ranks, scope="module", name="ranks")
+ranks_of_deepspeed = pytest.fixture(two_ranks, scope="module", name="ranks_of_deepspeed")
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ RULES = {  # options of pace, and the reference's
         {"ema_power": 0.7, "ema_rate": 0.3, "ema_start": 5, "ema_every": 3},
     ),
     "scalar": ({"pullback": 0.3, "gain": "scalar"}, {"gain": "scalar"}),
-    "whole": ({"pullback": 1.0, "gain": "scalar"}, {"gain": "scalar"}),
+    "whole": ({"pullback": 1.0, "gain": "scalar", "kappa": 0.5}, {"gain": "scalar"}),
     "watching": ({"pullback": 0.0, "b1": 0.0, "eps": 0.0}, {"betas": (0.0, 0.999), "eps": 0.0}),
 }
 SHAPES = {"a": (4, 3), "b": {"c": (7,), "d": ()}}

@@ -56,7 +56,7 @@ def test_scalars_and_empty_parameters_step_and_swap(shape):
         assert (p > live).all()
     assert torch.equal(p, live)
     assert p.shape == shape
-    assert math.isfinite(opt.stats()["gain_mean"])
+    assert ("gain_mean" in opt.stats()) == (p.numel() > 0)  # of no coordinates there is none
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -22,7 +22,7 @@ def test_methods_of_one_family_take_no_others_colour_while_one_is_free():
     assert base["adamw"] == looks(["adamw"])["adamw"]
 
 
-def write(folder, gap=0.001, last=(2.0, 2.0), **changes):
+def write(folder, gap=0.001, last=(2.0, 2.0), verdict="Returned lower.", **changes):
     """A report whose live and returned losses differ by `gap` before the end, and end at `last`."""
     folder.mkdir()
     recipe = Recipe(**{**read_recipe("demo-sft"), **changes})
@@ -36,7 +36,7 @@ def write(folder, gap=0.001, last=(2.0, 2.0), **changes):
     (folder / "samples.json").write_text(json.dumps({"greedy": [said]}))
     manifest = {**FACTS, "command": "paceline train", "steps": 300, "parameters": 1e6}
     manifest |= {"resumed": [], "data": {"evaluation_sequences": 9}}
-    average = {"rule": "power:0.3", "kappa": 0.3, "verdict": "No difference shown."}
+    average = {"rule": "power:0.3", "kappa": 0.3, "verdict": verdict}
     write_page(recipe, history, average, manifest, folder)
     return (folder / "report.html").read_text(encoding="utf-8")
 
@@ -49,6 +49,8 @@ def test_the_lower_loss_is_marked_and_a_diverged_one_is_named(tmp_path):
     assert marked(write(tmp_path / "lower", last=(2.0, 1.5))) == ["1.5000"]
     assert marked(write(tmp_path / "higher", last=(2.0, 2.5))) == ["2.0000"]
     assert marked(write(tmp_path / "same")) == []
+    none = "No difference shown: returned less live is 0.5000 nats, without an interval."
+    assert marked(write(tmp_path / "not-shown", last=(2.0, 1.5), verdict=none)) == []
     lost = write(tmp_path / "lost", last=(math.nan, 2.5))
     assert marked(lost) == ["2.5000"]
     assert lost.count(">diverged<") == 1

@@ -494,6 +494,12 @@ def test_another_batch_than_the_files(folder):
         "The average stays ema:kappa=0.3 in steps, each now 2 times the data. A pull toward "
         "a scaled average had a higher loss: docs/averages.md."
     )
+    for options, file in (
+        (["--average-batch", "32"], {}),
+        (["--batch", "256"], {"average_batch": 128}),
+    ):
+        said = note(folder, *options, method="pace", pullback=0.1, **file)
+        assert said.startswith("average_batch: it changes nothing here.")
     assert "half-life" not in note(folder, "--batch", "256", method="swa")
     for method in ("bema", "lookahead"):
         said = note(folder, "--batch", "256", method=method)
@@ -562,7 +568,7 @@ def test_the_method_gets_what_it_needs_of_the_recipe():
     ],
 )
 def test_elastic_is_written_as_a_text(text, options):
-    assert Recipe(**NEW, elastic=text).elastic_options == {**EXCHANGE, **options}
+    assert Recipe(**NEW, pullback=0.1, elastic=text).elastic_options == {**EXCHANGE, **options}
     assert Recipe(**NEW).elastic_options is None
 
 
@@ -580,6 +586,8 @@ def test_elastic_is_written_as_a_text(text, options):
         ({"elastic": 8, "fsdp": True}, "elastic: each process holds its model alone; leave out fs"),
         ({"elastic": 8, "snapshots": 2}, "elastic: its averages cannot be rebuilt; leave out snap"),
         ({"elastic": 8, "method": "ema"}, "elastic: easgd returns its center, and no average of"),
+        ({"elastic": 8}, "elastic: 'pace gain=scalar pullback=1"),
+        ({"elastic": 8, "pullback": "auto"}, "elastic: 'pace "),
         ({"elastic": True}, "elastic: expected a value that is not true or false, got True"),
     ],
 )
@@ -589,7 +597,9 @@ def test_elastic_that_cannot_be_is_refused(values, says):
 
 
 def test_elastic_needs_several_processes(folder, refused):
-    (folder / "mine.yaml").write_text(yaml.safe_dump({**NEW, "steps": 2, "elastic": 8}))
+    (folder / "mine.yaml").write_text(
+        yaml.safe_dump({**NEW, "steps": 2, "elastic": 8, "method": "adamw"})
+    )
     assert refused("train", "mine.yaml", "--out", "run").startswith(
         "elastic: it needs several processes; start them by torchrun"
     )

@@ -257,7 +257,7 @@ def headline(curves: Sequence[RateCurve]) -> str:
     text = verdict_among({curve.method: curve.losses[curve.best] for curve in inside})
     left_out = len(curves) - len(inside)
     which = f"; {left_out} without one inside the rates tried are left out" if left_out else ""
-    return f"{text} Each method is at its best rate{which}."
+    return f"{text} Each method is at its best rate, chosen on these same losses{which}."
 
 
 def rate_sentences(curves: Sequence[RateCurve]) -> list[str]:

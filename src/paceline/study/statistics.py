@@ -107,16 +107,20 @@ def verdict_among(losses: Mapping[str, Mapping[int, float]]) -> str:
     first, second, *_ = ranked
     higher = [name for name in ranked[1:] if holds(corrected[first, name])]
     level = [name for name in ranked[1:] if name not in higher]
+    lost = [name for name in losses if name not in finite]
+    end = ""
+    if lost:
+        end = f" {named(lost)} diverged with some seed, and {'are' if lost[1:] else 'is'} left out."
     if not level:
         gap = nats(fmean(finite[second].values()) - fmean(finite[first].values()))
-        return f"{first} has the lowest loss, {gap} lower than {second}, the next."
+        return f"{first} has the lowest loss, {gap} lower than {second}, the next.{end}"
     text = (
         f"No difference shown between {first}, which has the lowest mean loss, and {named(level)}"
     )
     if higher:
-        return f"{text}. Its loss is lower than that of {named(higher)}."
+        return f"{text}. Its loss is lower than that of {named(higher)}.{end}"
     few = max(len(finite[a].keys() & finite[b].keys()) for a, b in pairs) < 2
-    return f"{text}: one seed cannot show one." if few else f"{text}."
+    return f"{text}: one seed cannot show one.{end}" if few else f"{text}.{end}"
 
 
 def verdict_against(

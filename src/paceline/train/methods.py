@@ -17,6 +17,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from functools import cache, partial
 from importlib import import_module
 from inspect import get_annotations
@@ -530,7 +531,10 @@ class PulledMethod(Method):
             with reporting("gain", ValueError):
                 found |= defaults.pull(given)
         if given.get("kappa") is None:
-            kappas = defaults.kappas(given.get("pullback"))
+            strength: Any = given.get("pullback")
+            with suppress(TypeError, ValueError):  # None, auto, or what is refused later
+                strength = float(strength)
+            kappas = defaults.kappas(strength, given.get("gain"))
             found |= {"kappa": kappas.own, "return_kappa": kappas.returned}
         return found
 

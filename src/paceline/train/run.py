@@ -52,11 +52,11 @@ METRICS_MEAN = {
     "eval_live_*": "live weights, evaluation data",
     "eval_*": "returned model, evaluation data",
 }
-# How torch.save and safetensors report a full disk, and the system.
 RATE_OF_SATURATED = (
-    "lr: a gain of 1 wants three to five times the rate that AdamW likes, and is slow at that one "
-    "(docs/pace.md). The rate is {:g}; --find-lr looks for one."
+    "lr: a gain of 1 wants about four times the rate that AdamW likes, and is slow at that one "
+    "(docs/pace.md). The rate is {:g}."
 )
+# How torch.save and safetensors report a full disk, and the system.
 DISK_FULL = (
     *("iostream error", "unexpected pos", "Writer failed"),
     *("No space left", "File too large", "Disk quota exceeded"),
@@ -328,7 +328,7 @@ def _start(
 
 
 def note_on_batch(options: RecipeCommand, recipe: Recipe, steps: int) -> str | None:
-    """What another batch than that of the recipe's file does to the returned average, in one line.
+    """What another batch does to the returned average, or why it does nothing, in one line.
 
     Args:
         options: of the command.
@@ -338,6 +338,11 @@ def note_on_batch(options: RecipeCommand, recipe: Recipe, steps: int) -> str | N
     Returns:
         None where the average stays the same function of the data.
     """
+    if recipe.scale != 1 and recipe.parsed.pulls and len(recipe.rules(steps)) == 1:
+        return (
+            "average_batch: it changes nothing here. The average that is returned is the one that "
+            "the pull goes toward, and that stays (docs/averages.md)."
+        )
     if options.recipe is None or options.average_batch is not None:
         return None
     written = read_recipe(options.recipe).get("batch", Recipe.model_fields["batch"].default)

@@ -83,10 +83,13 @@ class Lag(NamedTuple):
         return self.needed != self.of
 
     def __str__(self) -> str:
-        said = f"which is {self.steps:.0f} of {self.of} steps behind"
+        said = f"{self.steps:.0f} of {self.of} steps behind"
         if self.needed is None:
-            return f"{said}: take a faster one"
-        return f"{said} and needs about {_rounded_up(self.needed)}"
+            return f"The average is too slow: it is {said}. Take a faster one"
+        return (
+            f"This run is too short for its average, which is {said}. Take a faster average, or "
+            f"about {_rounded_up(self.needed)} steps"
+        )
 
 
 def _rounded_up(steps: int) -> int:
@@ -110,18 +113,19 @@ def verdict(last: dict[str, Any], found: Difference | None, lag: Lag | None) -> 
     if lost:
         return f"The training has diverged: no finite loss of {lost}. Take a lower learning rate."
     gap = last["eval_loss"] - last["eval_live_loss"] if found is None else found.difference
-    shown = abs(gap) >= 0.00005 if found is None else found.excludes_0
-    ends = "no interval"
-    if found is not None and not math.isnan(found.low):
-        low, high = sorted(map(abs, found[1:])) if shown else found[1:]
-        ends = f"95 % interval {low:.4f} to {high:.4f}"
-    if shown:
-        said = (
-            f"Returned {abs(gap):.4f} nats {'lower' if gap < 0 else 'higher'} than live ({ends})."
-        )
+    shown = found is not None and found.excludes_0
+    if found is None or math.isnan(found.low):
+        said = f"No difference shown: returned less live is {gap:.4f} nats, without an interval."
+    elif shown:
+        low, high = sorted(map(abs, found[1:]))
+        than = f"{'lower' if gap < 0 else 'higher'} than live"
+        said = f"Returned {abs(gap):.4f} nats {than} (95 % interval {low:.4f} to {high:.4f})."
     else:
-        said = f"No difference shown: returned less live is {gap:.4f} nats ({ends})."
+        said = (
+            f"No difference shown: returned less live is {gap:.4f} nats (95 % interval "
+            f"{found.low:.4f} to {found.high:.4f})."
+        )
     lower = shown and gap < 0
     if lag is not None and lag.is_too_long and not lower:
-        said += f" This run is too short for its average, {lag}."
+        said += f" {lag}."
     return said
