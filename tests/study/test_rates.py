@@ -361,7 +361,8 @@ def test_the_headline_compares_methods_whose_best_rate_is_known():
     )
     falling = (3.0, 2.9, 2.8, 2.0)
     assert headline(curves(ema=near, pace=far, adamw=falling)).endswith(
-        "at its best rate, chosen on these same losses; 1 without one inside the rates tried are left out."
+        "at its best rate, chosen on these same losses; 1 without one inside the rates tried are "
+        "left out."
     )
     assert headline(curves(ema=near, adamw=falling)) == (
         "No difference shown: only ema has a best rate inside the rates tried. Widen the rates."
