@@ -48,6 +48,10 @@ def test_the_class():
     one_gain = {"gain": "scalar", "pullback": 0.5}
     assert of_group(made(**one_gain)) == PAPERS | one_gain
     assert of_group(made(kappa=0.4)) == PULL | {"kappa": 0.4, "return_kappa": None}
+    # What groups leave open is the first one's, or the returned model would be of two averages.
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = PACE([{"params": [a]}, {"params": [b], "pullback": 0.0}]).param_groups
+    assert [of_group(group) for group in groups] == [PULL, PULL | {"pullback": 0.0, "gain": "adam"}]
     # An exception: around another optimizer nothing pulls unless it is asked for.
     [group] = Pullback(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])).param_groups
     assert of_group(group) == PAPERS | {"pullback": 0.0}

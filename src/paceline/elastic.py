@@ -32,7 +32,7 @@ from .state import (
 
 OPTIONS = ("every", *EXCHANGE)
 # Options of the optimizer inside that have to be the same on all workers, too.
-INNER = ("pullback", "averaging", "returns", "nonfinite")
+INNER = ("pullback", "gain", "averaging", "returns", "nonfinite")
 MOVING_RATE = 0.9  # β of EASGD, as published
 OUTER_LR, OUTER_MOMENTUM = 0.7, 0.9  # of DiLoCo, as published
 NO_PULL = (

@@ -61,7 +61,8 @@ SHAPING = (
     *("averaging", "returns", "fused", "capturable", "state_dtype"),
     *("stochastic_round", "nonfinite", "track_stats"),
 )
-OF_PULL = ("pullback", "gain", "averaging", "returns")  # what follows from what is said of a pull
+AVERAGES = ("averaging", "returns")
+OF_PULL = ("pullback", "gain", *AVERAGES)  # what follows from what is said of a pull
 UNCHECKED = ("lr", "params", ELASTIC_STEPS)  # here: they change at each step, or are no option
 
 
@@ -235,12 +236,15 @@ class PACE(AveragedOptimizer):
         if isinstance(param_group, dict):  # else torch says what is wrong
             expand_short(param_group)
         super().add_param_group(param_group)
+        left_open = all(param_group[name] is None for name in AVERAGES)
         try:
             check_pace(param_group)
             self._check_params(len(self.param_groups) - 1)
         except (ValueError, kernels.BuildError):
             self.param_groups.pop()
             raise
+        if left_open:  # so that groups of other pulls return the same average
+            self.defaults |= {name: param_group[name] for name in AVERAGES}
         live: list[Swapped | None] = [None] * len(param_group["params"])
         param_group[SWAPPED] = write_record(live) if self.swapped else ""
 

@@ -152,7 +152,7 @@ def test_half_lives_of_tokens_where_steps_have_different_numbers():
 
 
 def test_averages_at_another_batch():
-    """A fourfold one, but for what a pull goes toward. A start that is a share stays that."""
+    """A fourfold batch. A pull's average stays. A start that is a share of steps is still one."""
     averages = {
         "ema": [PowerEMA(0.3).scaled(4)],
         "ema:half_life=50": [EMA(half_life=12.5)],
