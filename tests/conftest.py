@@ -69,3 +69,21 @@ def browser():
         started = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield started
         started.close()
+
+
+@pytest.fixture
+def on_a_phone(browser):
+    """Opens a file at 390 px in the dark; at the end nothing went wrong or left the disk."""
+    with browser.new_context(offline=True, color_scheme="dark") as context:
+        page = context.new_page()
+        wrong = []
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda r: r.url.startswith("file:") or wrong.append(r.url))
+        page.set_viewport_size({"width": 390, "height": 844})
+
+        def opened(path):
+            page.goto(path.as_uri())
+            return page
+
+        yield opened
+        assert wrong == []

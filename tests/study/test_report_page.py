@@ -52,16 +52,8 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def page(browser, made):
-    with browser.new_context(offline=True, color_scheme="dark") as context:
-        page = context.new_page()
-        wrong = []
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda r: r.url.startswith("file:") or wrong.append(r.url))
-        page.set_viewport_size({"width": 390, "height": 844})
-        page.goto(made[0].as_uri())
-        yield page
-        assert wrong == []
+def page(on_a_phone, made):
+    return on_a_phone(made[0])
 
 
 def test_the_page_has_its_runs_name_and_the_verdict_before_the_rest(made, page):
