@@ -30,7 +30,7 @@ def ranks(ranks_of_deepspeed):
     return ranks_of_deepspeed
 
 
-def started(stage, kind="pace", *, bf16=True, task=None, offload=None):
+def started(stage, kind="pace", *, bf16=True, task=None, offload=()):
     """A real engine on the CPU, and the optimizer in it."""
     import deepspeed
 
@@ -48,8 +48,7 @@ def started(stage, kind="pace", *, bf16=True, task=None, offload=None):
         "bf16": {"enabled": bf16},
         "gradient_clipping": 0.0 if task else 1.0,  # 1.0 is DeepSpeed's default
     }
-    if offload:
-        config["zero_optimization"]["offload_optimizer"] = offload
+    config["zero_optimization"] |= {f"offload_{what}": {"device": "cpu"} for what in offload}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=opt, config=config, dist_init_required=False
     )
@@ -284,9 +283,10 @@ def other_optimizers():
     live = held(engine)
     with opt.averaged():  # stage 0 in float32 steps the model's own weights
         assert not all(map(torch.equal, held(engine), live))
-    engine, _ = started(3, offload={"device": "cpu"})
-    with pytest.raises(ValueError, match="ZeRO without offloading, got stage 3"):
-        attach(engine)
+    for stage, what in ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "param")):
+        engine, _ = started(stage, offload=[what])
+        with pytest.raises(ValueError, match=f"ZeRO without offloading, got stage {stage}"):
+            attach(engine)
 
 
 def test_other_optimizers_and_stages_are_refused_by_name(ranks):

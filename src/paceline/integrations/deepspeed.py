@@ -43,10 +43,8 @@ def attach(engine: Any) -> None:
     optimizer, zero = _averaging(engine), engine.optimizer
     if zero is optimizer:
         check_reach(optimizer, engine.module)
-    elif hasattr(zero, "fp32_partitioned_groups_flat") and not zero.offload_optimizer:
-        optimizer._host = _Partitions(zero)
-    elif callable(getattr(zero, "update_lp_params", None)) and _steps_flat_copies(optimizer):
-        optimizer._host = _Copies(zero)
+    elif (host := _host_of(zero, optimizer)) is not None:
+        optimizer._host = host
     else:
         raise ValueError(
             "attach() is for ZeRO without offloading, got stage "
@@ -67,6 +65,16 @@ def _averaging(engine: Any) -> AveragedOptimizer:
             "pullback=1.0 with gain='scalar', or a strength"
         )
     return optimizer
+
+
+def _host_of(zero: Any, optimizer: AveragedOptimizer) -> "_Copies | None":
+    """What brings the average into the model; None if state or weights are offloaded."""
+    if any(getattr(zero, x, False) for x in ("cpu_offload", "offload_optimizer", "offload_param")):
+        return None
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        return _Partitions(zero)
+    served = hasattr(zero, "update_lp_params") and _steps_flat_copies(optimizer)
+    return _Copies(zero) if served else None
 
 
 def _steps_flat_copies(optimizer: AveragedOptimizer) -> bool:
