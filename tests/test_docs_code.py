@@ -77,21 +77,19 @@ def test_the_tutorial_runs_and_says_what_it_shows(tmp_path, monkeypatch):
 
 def test_the_table_of_scale_is_what_states_take():
     """Bytes a parameter, in all: weights and gradients have 8 of them; sizes follow from those."""
+    in_bfloat16 = {"state_dtype": torch.bfloat16}
     options = {
-        "PACE": {},
-        "PACE, `return_kappa`": {"return_kappa": 0.7},
-        "PACE, bfloat16 state": {"state_dtype": torch.bfloat16},
-        "PACE, bfloat16 state, `return_kappa`": {
-            "state_dtype": torch.bfloat16,
-            "return_kappa": 0.7,
-        },
+        "PACE, one average": {"pullback": 0.1},
+        "PACE, the default: two averages": {},
+        "PACE, one average, bfloat16 state": {"pullback": 0.1} | in_bfloat16,
+        "PACE, the default, bfloat16 state": in_bfloat16,
     }
     rows = re.findall(r"(?m)^\| (.+?) \| (\d+) \| (.+) \|$", (DOCS / "scale.md").read_text())
     said = {name.removeprefix("AdamW and an EMA; "): int(count) for name, count, _ in rows}
     assert said.keys() == {"AdamW", *options}
     for name, given in options.items():
         p = torch.nn.Parameter(torch.zeros(1000))
-        opt = PACE([p], pullback=0.1, **given)
+        opt = PACE([p], **given)
         p.grad = torch.ones(1000)
         opt.step()
         kept = sum(x.nbytes for x in opt.state[p].values() if getattr(x, "shape", ()) == p.shape)

@@ -59,6 +59,9 @@ def cell(cells, label, lr=0.003, setting=""):
     return found
 
 
+PACE_ITSELF = "pace pullback=1 kappa=0.3 gain=scalar return_kappa=0.7"  # as recipes write "pace"
+
+
 # ---- reading ----------------------------------------------------------------------------------
 
 
@@ -76,13 +79,13 @@ def test_three_kinds_of_folders_are_read_as_one(tmp_path):
     assert settings == {
         *("tiny-sft on smol", "tiny-pretrain on nano", "GPT-2 64×2 on books", "llama on chitchat")
     }
-    run = cell(cells, "pace pullback=1 kappa=0.3", setting="llama")
+    run = cell(cells, PACE_ITSELF, 0.01, "llama")
     [rows] = run.runs.values()
     assert [row.step for row in rows] == [0, 10, 20]
     assert [row.tokens for row in rows] == [0, 4000, 8000]
     assert [row.gain_mean for row in rows] == [None, 0.9, 0.9]
     assert (run.losses("live"), run.losses()) == ({0: 6.0}, {0: 5.9})
-    assert (run.first.family, run.lr, run.first.options["kappa"]) == ("pace", 0.003, 0.3)
+    assert (run.first.family, run.lr, run.first.options["kappa"]) == ("pace gain=scalar", 0.01, 0.3)
     assert set(run.first.options) == set(all_options()) - set(WORDS)
     assert cell(cells, "pace pullback=1 kappa=0.3", 0.01, "sft").losses()[1] == math.inf
     assert cell(cells, "ema kappa=0.3", setting="books").losses("selection") == {0: None}
@@ -109,9 +112,9 @@ def test_runs_of_one_setting_are_pooled_and_of_others_are_not(tmp_path):
     write_run(tmp_path / "longer", batch=32)
     cells, _ = cells_of(tmp_path)
     assert {(c.setting, c.label, c.count) for c in cells} == {
-        ("llama on chitchat, batch 16", "pace pullback=1 kappa=0.3", 2),
-        ("llama on chitchat, batch 16", "ema kappa=0.3", 1),
-        ("llama on chitchat, batch 32", "pace pullback=1 kappa=0.3", 1),
+        ("llama on chitchat, batch 16", PACE_ITSELF, 2),
+        ("llama on chitchat, batch 16", "ema kappa=0.7", 1),
+        ("llama on chitchat, batch 32", PACE_ITSELF, 1),
     }
 
 
@@ -142,11 +145,11 @@ def test_unfinished_torn_and_repeated_runs_are_noted(tmp_path):
         "3: unfinished, and not in the tables: 3 ends at step 10",
     ]
     assert [(c.label, list(c.runs), c.finished) for c in cells] == [
-        ("pace pullback=1 kappa=0.3", [1], True),
-        ("ema kappa=0.3", [0], False),
+        (PACE_ITSELF, [1], True),
+        ("ema kappa=0.7", [0], False),
     ]
     [table] = tables(cells)
-    assert [entry.cell.label for entry in table.entries] == ["pace pullback=1 kappa=0.3"]
+    assert [entry.cell.label for entry in table.entries] == [PACE_ITSELF]
     assert [series["finished"] for series in curve_series(cells)] == [True, False]
 
 
@@ -450,7 +453,7 @@ def test_configurations_differ_between_folders_or_within_one(tmp_path):
     assert differing["name"] == ["adamw, ema", "adamw, ema", "pace"]
     assert differing["setting"][0] == "GPT-2 64×2 on books, batch 4"
     assert rest["width"] == ["64", "64", ""]
-    assert rest["lr"] == ["0.003"] * 3
+    assert differing["lr"] == ["0.003", "0.003", "0.01"]
     assert rest["versions.torch"] == ["2.13.0"] * 3
     assert rest["config.hidden_size"] == ["", "", "128"]
     assert not differing.keys() & rest.keys()

@@ -232,7 +232,7 @@ def test_the_rate_that_a_saturated_pull_wants(
         x for x in capsys.readouterr().out.splitlines() if x.startswith("lr: a gain of 1 wants")
     ]
     assert len(said) == is_said
-    assert all("The rate is 0.25;" in x for x in said)
+    assert all("The rate is 0.25." in x for x in said)
 
 
 def test_losses_of_text_are_means_over_predicted_tokens(values, tmp_path):

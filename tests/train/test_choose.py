@@ -584,6 +584,6 @@ def test_the_help_explains_it(capsys):
 
 
 def test_a_run_of_elastic_workers_is_refused(tmp_path):
-    recipe = Recipe(config={"model_type": "llama"}, tokenizer="bpe", elastic=8)
+    recipe = Recipe(config={"model_type": "llama"}, tokenizer="bpe", method="adamw", elastic=8)
     with pytest.raises(InputError, match=r"^choose: .* is of elastic workers, which keep no avera"):
         module.choose(tmp_path, recipe, HeldOut(None, None, ()), Console(quiet=True))

@@ -431,7 +431,11 @@ def spoil(place, how):
         (None, "one two --task x --data y", r"^data: a task has its own data; give --data or"),
         (None, "one two --examples 3", r"^data: .* has 3 sequences to score on, and at least 4"),
         (None, "one two --data nothing.jsonl", r"^data: no such file or folder: "),
-        (None, "one two --recipe demo-stf", r"^unknown recipe 'demo-stf'; did you mean 'demo-sft'"),
+        (
+            None,
+            "one two --data x --recipe demo-stf",
+            r"^unknown recipe 'demo-stf'; did you mean 'demo-sft'",
+        ),
         (None, "one two --kind best", r"^invalid choice 'best' for argument '--kind'"),
     ],
     ids=lambda x: x if isinstance(x, str) and len(x) < 20 else None,

@@ -259,7 +259,7 @@ def test_what_a_model_says_is_no_markup(copied, monkeypatch):
     monkeypatch.setattr(page, "svg", lambda figure: "")
     recipe = Recipe(**read_recipe(str(copied / "recipe.yaml")))
     rows = lines(copied)
-    page.write_page(recipe, rows, {}, read(copied / "manifest.json"), copied)
+    page.write_page(recipe, rows, {"verdict": "higher"}, read(copied / "manifest.json"), copied)
     text = (copied / "report.html").read_text()
     assert "<script>alert" not in text
     assert text.count("&lt;script&gt;") == 4
