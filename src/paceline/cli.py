@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,8 +228,22 @@ def _parse(name: str, options: Any, arguments: list[str]) -> Any:
     _, *lines = [line.strip("╭╮╰╯│ ") for line in said.getvalue().splitlines()]
     text = "\n".join("" if not line.strip("─-") else line for line in lines)
     message, *hints = [" ".join(part.split()) for part in re.split(r"\n\n+", text.strip())]
+    if wrong := re.match(r"(?:Error parsing|invalid choice .* for argument) '?--([\w-]+)", message):
+        name = wrong[1].replace("-", "_")
+        if name in options.model_fields:
+            options.refuse(name, _given(f"--{wrong[1]}", arguments))
     near = re.findall(r"Perhaps you meant: (--[\w-]+)", " ".join(hints))
     if wrong := re.match(r"Unrecognized options: --([\w-]+)", message):
         meant = nearest(wrong[1].replace("-", "_"), options.model_fields, 0.6)
         near = [f"--{meant.replace('_', '-')}"] if meant else near
     raise InputError(message + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _given(option: str, arguments: list[str]) -> list[str]:
+    """The words that the arguments give for an option; the last time, as it counts."""
+    places = [i for i, word in enumerate(arguments) if word.partition("=")[0] == option]
+    if not places:
+        return []
+    _, is_joined, first = arguments[places[-1]].partition("=")
+    rest = takewhile(lambda word: not word.startswith("--"), arguments[places[-1] + 1 :])
+    return [first] if is_joined else list(rest)

@@ -104,8 +104,8 @@ def _size(shape):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "Adam"], "only: unknown optimizer 'Adam'; known: AdamW fused, "),
-        (["--rounds", "2"], "rounds: Input should be greater than or equal to 3, got 2"),
+        (["--only", "Adam"], "only: unknown optimizer 'Adam'; did you mean 'AdamW fused'?"),
+        (["--rounds", "2"], "rounds: must be greater than or equal to 3, got 2"),
         (["--out", "."], "out: . cannot be written; name a file"),
         (["--device", "cuda"], "device: torch finds no cuda device here"),
     ],

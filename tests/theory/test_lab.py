@@ -183,7 +183,7 @@ def test_no_loss_is_above_the_bound(found):
         ("limit --a 2.5", "not stable: a must be below 2, got 2.5, 0.5 above"),
         ("limit --beta 1.5", "beta must be in (0, 1], got 1.5, 0.5 above"),
         ("limit --a 1e-5 --beta 1e-5", "gain = 0 forgets too slowly: the experiment would take"),
-        ("limit --runs 1", "--runs: Input should be greater than or equal to 2"),
+        ("limit --runs 1", "runs: must be greater than or equal to 2"),
         ("family --gain 3", "not stable: gain must be below 2 at a = 0.0001"),
         ("family --e 0.1 -0.1", "a must be in (0, inf), got -0.1, 0.1 below"),
         ("control --a 2.5", "curvature must be in (0, 2), got 2.5, 0.5 above"),

@@ -58,7 +58,7 @@ def test_one_class_adds_a_method(one_entry, tmp_path):
         methods_help()
     )
     assert "last" in all_options()
-    with pytest.raises(InputError, match=r"unknown method 'tale'; known: .*, tail"):
+    with pytest.raises(InputError, match=r"unknown method 'tale'; did you mean 'tail'"):
         parse_method("tale", lr=1.0)
     with pytest.raises(InputError, match=r"no option 'kappa'; it has \['last', 'eps', 'lr'\]"):
         parse_method("tail:kappa=1", lr=1.0)

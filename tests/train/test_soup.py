@@ -436,7 +436,7 @@ def spoil(place, how):
             "one two --data x --recipe demo-stf",
             r"^unknown recipe 'demo-stf'; did you mean 'demo-sft'",
         ),
-        (None, "one two --kind best", r"^invalid choice 'best' for argument '--kind'"),
+        (None, "one two --kind best", r"^kind: must be 'greedy' or 'uniform', got 'best'"),
     ],
     ids=lambda x: x if isinstance(x, str) and len(x) < 20 else None,
 )

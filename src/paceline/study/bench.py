@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .. import kernels, update
 from ..optimizer import PACE
 from ..pullback import Pullback
-from ..train import InputError
+from ..train import InputError, unknown
 from ..train.manifest import environment, write_json
 from .options import Bench, Model
 
@@ -64,7 +64,7 @@ def bench(options: Bench, console: Console) -> dict[str, Any]:
     known = [contender.name for contender in _contenders()]
     for name in options.only:
         if name not in known:
-            raise InputError(f"only: unknown optimizer {name!r}; known: {', '.join(known)}")
+            raise InputError(f"only: {unknown(name, known, 'optimizer')}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: torch finds no cuda device here; give cpu")
     if options.out:  # before the measurement, which takes minutes

@@ -2,13 +2,13 @@
 
 import errno
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 # Hugging Face's libraries count uses and loads by the network unless this is set at their import.
 for _name, _value in {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}.items():
@@ -89,7 +89,23 @@ class Options(BaseModel):
                 raise InputError(unknown(name, type(self).model_fields)) from error
             if first["type"] == "missing":
                 raise InputError(f"{name}: it is missing; give it") from error
-            raise InputError(f"{name}: {first['msg']}, got {first['input']!r}") from error
+            own = [x for x in found if x["loc"] and x["loc"][0] == name] or [first]
+            raise InputError(f"{name}: {_reason(own)}") from error
+
+    @classmethod
+    def refuse(cls, name: str, words: Sequence[str]) -> None:
+        """Refuse what a command line gives for one field, whatever the others are.
+
+        Raises:
+            InputError: the field cannot have the value.
+        """
+        field = cls.model_fields[name]
+        kinds = (field.annotation, *get_args(field.annotation))
+        value = words if any(get_origin(x) is tuple for x in kinds) else " ".join(words)
+        try:
+            TypeAdapter(Annotated[field.annotation, field]).validate_python(value)
+        except ValidationError as error:
+            raise InputError(f"{name}: {_reason(error.errors())}") from error
 
     def refuse_unused(self, given: Collection[str]) -> None:
         """Refuse options that were given and change nothing; by default there are none.
@@ -100,6 +116,16 @@ class Options(BaseModel):
         Raises:
             InputError: names the first of them.
         """
+
+
+def _reason(errors: Sequence[Mapping[str, Any]]) -> str:
+    """Why a field's value is refused: one reason for each type that the value may have."""
+    first = errors[0]["input"]
+    said = [x["msg"].partition(", unable to parse")[0] for x in errors if x["input"] is first]
+    allowed = dict.fromkeys(x.removeprefix("Input should be ") for x in said)
+    allowed.pop("None", None)
+    must = "must be " if all(x.startswith("Input should be ") for x in said) else ""
+    return f"{must}{' or '.join(allowed)}, got {first!r}"
 
 
 def _is_text(value: Any) -> bool:

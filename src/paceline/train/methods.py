@@ -752,7 +752,7 @@ def _read(text: str, schedule: str) -> tuple[type[Method], dict[str, str], set[s
     """A method's class, its own options, and the names of those that the command gives."""
     name, *parts = text.strip().split(":")
     if name not in METHODS:
-        raise InputError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+        raise InputError(unknown(name, METHODS, "method"))
     kind = METHODS[name]
     schedules = LR_SCHEDULES if kind.takes_schedule else {}
     head: dict[str, str] = {}  # what is written without its name
@@ -763,8 +763,10 @@ def _read(text: str, schedule: str) -> tuple[type[Method], dict[str, str], set[s
         option, equals, value = part.partition("=")
         if not equals:
             if part not in schedules:
-                known = ", ".join(schedules) or "none"
-                raise InputError(f"unknown schedule {part!r} in method {text!r}; known: {known}")
+                why = (
+                    unknown(part, schedules, "schedule") if schedules else f"{name} has no schedule"
+                )
+                raise InputError(f"method {text!r}: {why}")
             option, value = "schedule", part
         given = own if equals else head
         if option in given:
