@@ -102,8 +102,9 @@ class Options(BaseModel):
         field = cls.model_fields[name]
         kinds = (field.annotation, *get_args(field.annotation))
         value = words if any(get_origin(x) is tuple for x in kinds) else " ".join(words)
+        kind: Any = Annotated[field.annotation, field]
         try:
-            TypeAdapter(Annotated[field.annotation, field]).validate_python(value)
+            TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
             raise InputError(f"{name}: {_reason(error.errors())}") from error
 
