@@ -28,7 +28,7 @@ unet = UNet2DModel(
 )  # fmt: skip
 noising = DDPMScheduler(num_train_timesteps=100)
 opt = PACE(  # <- it was AdamW, and EMAModel(unet.parameters(), use_ema_warmup=True, power=0.75)
-    unet.parameters(), lr=1e-2, pullback=0.1, returns=PowerEMA(0.75, start=1)
+    unet.parameters(), lr=1e-2, returns=PowerEMA(0.75, start=1)
 )
 
 
