@@ -194,7 +194,7 @@ def test_curves_can_be_hidden_and_follow_their_controls(page):
     page.select_option("#curve-setting", label=EVIL)
     assert caption.inner_text() == f"{EVIL}, learning rate 0.003"
     page.select_option("#curve-setting", label="llama on chitchat")
-    assert page.locator("#curve-rate option").all_inner_texts() == ["0.003"]
+    assert page.locator("#curve-rate option").all_inner_texts() == ["0.01"]
 
 
 def test_the_map_is_drawn_with_its_best_and_its_diverged(page):
