@@ -232,10 +232,11 @@ class Elastic(Around):
         Raises:
             RuntimeError: before anything has changed: other workers have another model, weights,
                 step or options, or one has ended; or as the base. At an exchange: a worker has
-                ended. Nothing has been exchanged then.
+                ended. The step has been taken and counted, and nothing exchanged.
             ValueError: an option was set out of its range since the last step, or is not the same
                 in all groups. Nothing has changed then.
-            FloatingPointError: the weights of a worker are not finite. Nothing has been exchanged.
+            FloatingPointError: the weights of a worker are not finite, at an exchange. The step has
+                been taken and counted, and nothing exchanged.
         """
         given = (closure,) if closure is not None else ()
         if not given and self._is_state_probe():
@@ -256,10 +257,10 @@ class Elastic(Around):
         if not self._scaler_skips():
             loss = self._base_step(*given, **options)
         self._ensure_outer_buffers()
-        if meets:
-            self._exchange(steps)
         for group in self.param_groups:
             group[ELASTIC_STEPS] = steps
+        if meets:
+            self._exchange(steps)
         return loss
 
     def _check_options(self) -> None:

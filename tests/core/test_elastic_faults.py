@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from workers import advance, give, made, start
 
 from paceline import PACE, Elastic, Pullback
+from paceline.state import taken_in
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -103,16 +104,19 @@ def infinite():
     try:
         opt.step()
     except FloatingPointError as error:
-        return str(error), [torch.equal(a, b) for a, b in zip(params, before, strict=True)]
+        same = [torch.equal(a, b) for a, b in zip(params, before, strict=True)]
+        steps = taken_in(opt.state[params[0]]), opt.param_groups[0]["elastic_steps"]
+        return str(error), same, steps
 
 
 def test_weights_that_are_not_finite_end_the_run_on_all(ranks):
-    for said, same in ranks(infinite):
+    for said, same, steps in ranks(infinite):
         assert said == (
             "parameter 1 of group 0 of shape (5,) is not finite on a worker at step 2; nothing was "
             "exchanged"
         )
         assert same == [True, True]
+        assert steps == (2, 2)  # the step itself was taken
 
 
 def skipped():
