@@ -4,7 +4,7 @@ import ctypes
 import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeAlias, overload
 
@@ -179,6 +179,7 @@ class PACE(AveragedOptimizer):
 
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
+        TypeError: params are no parameters, a module for one.
 
     Source: Au & Block, Training for the Model You Return, arXiv:2606.25086 (2026).
     """
@@ -209,6 +210,11 @@ class PACE(AveragedOptimizer):
         foreach: bool | None = None,
     ) -> None:
         defaults = {k: x for k, x in locals().items() if k not in ("self", "params", "__class__")}
+        if not isinstance(params, Iterable):
+            raise TypeError(
+                "params must be parameters, or groups of them, as of model.parameters(); got "
+                f"{type(params).__name__}"
+            )
         self._forget()
         expand_short(defaults)
         # Where each group gives its own strength there is none here.

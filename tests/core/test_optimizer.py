@@ -480,6 +480,13 @@ def test_parameters_to_train_must_be_of_16_bits_or_more():
         opt.step()
 
 
+def test_a_module_in_place_of_its_parameters_is_refused():
+    module = torch.nn.Linear(2, 1)
+    for given, name in ((module, "Linear"), (module.parameters, "method")):
+        with pytest.raises(TypeError, match=rf"as of model\.parameters\(\); got {name}$"):
+            PACE(given)
+
+
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_a_parameter_given_twice_is_refused():
     p = Parameter(torch.ones(2))
