@@ -81,3 +81,19 @@ def resources(kernel, folder):
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, check=True, text=True)
     return dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout))
+
+
+def spills(kernel):
+    """Whether what is compiled for AMD keeps anything in memory that has no register."""
+    names = r"\.(\w+_spill_count|private_segment_fixed_size): +(\d+)"
+    used = dict(re.findall(names, kernel.asm["amdgcn"]))
+    assert len(used) == 3
+    return set(used.values()) != {"0"}
+
+
+def vector_widths(kernel):
+    """Bytes of each vector that what is compiled for NVIDIA loads or stores; no flush to zero."""
+    ptx = kernel.asm["ptx"]
+    assert not re.search(r"\.(approx|full|ftz)\b", ptx)
+    found = re.findall(r"(@%p\d+ )?(ld|st)\.global(?:\.v(\d))?\.b(\d+)", ptx)
+    return [int(count) * int(bits) // 8 for _, _, count, bits in found if count]

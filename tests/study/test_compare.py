@@ -187,58 +187,47 @@ def test_a_pretraining_that_was_killed_goes_on_exactly(tmp_path, monkeypatch):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.slow
-def test_ctrl_c_reports_what_is_finished(text, tmp_path):
-    out = tmp_path / "out"
-    options = ["--methods", "ema,pace", "--seeds", "0,1,2,3,4,5,6,7,8,9", "--workers", "1"]
-    options += ["--text", text, "--out", str(out), "--steps", "300", "--lr", "1e-2"]
+def interrupted(options, out, ready, seconds=0):
+    """Ctrl-C to a comparison once it is ready, and some seconds later; what it said."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "paceline", "compare", *SMALL, *options],
+        [sys.executable, "-m", "paceline", "compare", *SMALL, *options, "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # even under nohup
     )
-    metrics = out / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    while process.poll() is None and not ready(out / "metrics.jsonl"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and workers alike
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
+    assert "Traceback" not in errors
     assert "Interrupted: " in said
+    return said
+
+
+@pytest.mark.slow
+def test_ctrl_c_reports_what_is_finished(text, tmp_path):
+    options = ["--methods", "ema,pace", "--seeds", "0,1,2,3,4,5,6,7,8,9", "--workers", "1"]
+    options += ["--text", text, "--steps", "300", "--lr", "1e-2"]
+    out = tmp_path / "out"
+    said = interrupted(options, out, lambda x: x.exists() and x.stat().st_size)
     finished = int(re.search(r"Interrupted: (\d+) of 20 runs were finished", said)[1])
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert 1 <= finished < 20
     assert {r["step"] for r in rows} == {0, 150, 300}  # whole runs only
     assert len(rows) == 3 * finished
-    assert "Traceback" not in errors
     assert "Interrupted" in (out / "report.html").read_text()
     assert json.loads((out / "manifest.json").read_text())["interrupted"] is True
 
 
 def test_ctrl_c_while_the_workers_start(text, tmp_path):
-    out = tmp_path / "out"
-    options = ["--text", text, "--out", str(out), "--workers", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "paceline", "compare", *SMALL, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 120
-    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(1)
-    os.killpg(process.pid, signal.SIGINT)
-    said, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert "Failed" not in said
-    assert "Interrupted: " in said
+    options = ["--text", text, "--workers", "1"]
+    assert "Failed" not in interrupted(options, tmp_path / "out", Path.exists, seconds=1)
 
 
 def test_a_run_that_fails_does_not_stop_the_others(text, tmp_path, capsys, monkeypatch):
