@@ -11,8 +11,8 @@
 
 One training with one seed gives the losses of every average that was kept beside it, on two halves
 of held-out data: one to choose settings by, one to report. Each training writes a line as it ends,
-so the command can be stopped and started again. Where a method's best rate is the highest of its
-grid, higher ones are run until it is not.
+so the command can be stopped and started again. Where a method's best rate is the highest or lowest
+of its grid, further ones are run until it is not.
 """
 
 import argparse
@@ -79,7 +79,7 @@ TRIAL, BLIND_TRIAL, WHOLE_TRIAL = (
     (WHOLE, WHOLE_METHODS),
 )
 ALL_TASKS = TASKS | BLIND | WHOLE
-HIGHEST = 1.0  # rate; grids are not widened beyond
+LOWEST, HIGHEST = 1e-5, 1.0  # rates; grids are not widened beyond
 
 
 class Cell(NamedTuple):
@@ -192,7 +192,7 @@ def written(folder: Path) -> dict[Cell, dict[str, list[float]]]:
 
 
 def widened(done: dict[Cell, dict[str, list[float]]], asked: list[Cell]) -> list[Cell]:
-    """Cells at the next higher rate, where a method's best rate is the highest of its grid.
+    """Cells at the next rate, where a method's best rate is the highest or lowest of its grid.
 
     The best is that of the lowest mean loss to choose by, with the best average for each rate.
     """
@@ -207,9 +207,10 @@ def widened(done: dict[Cell, dict[str, list[float]]], asked: list[Cell]) -> list
             for lr, own in itertools.groupby(grid, lambda x: x.lr)
         }
         losses = {lr: x.mean().min() for lr, x in by_rate.items()}
-        top = max(losses)
-        if min(losses, key=losses.__getitem__) == top < HIGHEST:
-            lr = float(f"{top * 10**0.25:.3g}")
+        best = min(losses, key=losses.__getitem__)
+        beyond = {max(losses): best * 10**0.25, min(losses): best * 10**-0.5}.get(best)
+        if beyond is not None and LOWEST <= beyond <= HIGHEST:
+            lr = float(f"{beyond:.3g}")
             found += [Cell(task, steps, lr, method, seed) for seed in range(ALL_TASKS[task].seeds)]
     return found
 

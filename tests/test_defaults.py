@@ -48,13 +48,27 @@ def test_the_class():
     one_gain = {"gain": "scalar", "pullback": 0.5}
     assert of_group(made(**one_gain)) == PAPERS | one_gain
     assert of_group(made(kappa=0.4)) == PULL | {"kappa": 0.4, "return_kappa": None}
-    # What groups leave open is the first one's, or the returned model would be of two averages.
+    # What groups leave open is one for all, or the returned model would be of two averages.
     a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
-    groups = PACE([{"params": [a]}, {"params": [b], "pullback": 0.0}]).param_groups
-    assert [of_group(group) for group in groups] == [PULL, PULL | {"pullback": 0.0, "gain": "adam"}]
+    watched = PULL | {"pullback": 0.0, "gain": "adam"}
+    pulled, not_pulled = {"params": [a]}, {"params": [b], "pullback": 0.0}
+    groups = PACE([dict(pulled), dict(not_pulled)]).param_groups
+    assert [of_group(group) for group in groups] == [PULL, watched]
+    # Of the first that pulls: in another order it is the same.
+    groups = PACE([not_pulled, pulled]).param_groups
+    assert [of_group(group) for group in groups] == [watched, PULL]
     # An exception: around another optimizer nothing pulls unless it is asked for.
+    alone = {"pullback": 0.0, "gain": "adam", "kappa": 0.7, "return_kappa": None}
     [group] = Pullback(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])).param_groups
-    assert of_group(group) == PAPERS | {"pullback": 0.0}
+    assert of_group(group) == of_group(made(pullback=0.0)) == alone
+    # Where it is asked for, its averages are those of PACE; in groups, of the first that pulls.
+    for said in ({"pullback": 1.0, "gain": "scalar"}, {"pullback": 3.0}):
+        groups = [{"params": [torch.nn.Parameter(torch.ones(2))]} for _ in range(2)]
+        groups[1] |= said
+        found = Pullback(torch.optim.SGD(groups)).param_groups
+        expected = of_group(made(**said))
+        assert of_group(found[1]) == expected
+        assert of_group(found[0]) == expected | {"pullback": 0.0, "gain": "adam"}
 
 
 def test_the_rate_and_the_rest():

@@ -5,8 +5,9 @@
 | nothing, or just that | 1 | scalar | κ = 0.3 | κ = 0.7 |
 | pullback="auto" | auto | one for all | κ = 0.3 | κ = 0.6 |
 | pullback=c, the paper's rule | c | adam | κ = 0.5 | the same average |
+| pullback=0, or the method `ema` | 0 | | nothing | κ = 0.7 |
 
-Where an average is given, it is pulled toward and returned. The method `ema` returns κ = 0.7.
+Where an average is given, it is pulled toward and returned.
 """
 
 from typing import Any, NamedTuple
@@ -33,8 +34,10 @@ class Kappas(NamedTuple):
 
 def kappas(pullback: Any, gain: str | None = None) -> Kappas:
     """The averages where none is given, by what is given as `pullback` and `gain`, or None."""
-    is_whole = isinstance(pullback, int | float) and pullback == PULLBACK  # no traced number
-    if pullback is None or (gain == GAIN and is_whole):
+    strength = pullback if isinstance(pullback, int | float) else None  # no traced number
+    if strength == 0:
+        return Kappas(RETURN_KAPPA, None)
+    if pullback is None or (gain == GAIN and strength == PULLBACK):
         return Kappas(KAPPA, RETURN_KAPPA)
     if isinstance(pullback, str) and pullback == AUTO:
         return Kappas(KAPPA, AUTO_RETURN_KAPPA)

@@ -18,7 +18,7 @@ from .averaging import Averaging
 from .base import AveragedOptimizer, describe, summarize
 from .defaults import AUTO, BETAS, LR, WEIGHT_DECAY
 from .loading import StateCheck, check_count, check_is_dict, check_tensor, validated_checkpoint
-from .options import Group, check_lr, check_pace, expand_short
+from .options import PULL, Group, averages_left_open, check_lr, check_pace, expand_short
 from .state import (
     AVERAGE,
     COUNTS,
@@ -61,8 +61,6 @@ SHAPING = (
     *("averaging", "returns", "fused", "capturable", "state_dtype"),
     *("stochastic_round", "nonfinite", "track_stats"),
 )
-AVERAGES = ("averaging", "returns")
-OF_PULL = ("pullback", "gain", *AVERAGES)  # what follows from what is said of a pull
 UNCHECKED = ("lr", "params", ELASTIC_STEPS)  # here: they change at each step, or are no option
 
 
@@ -138,8 +136,9 @@ class PACE(AveragedOptimizer):
             `falloff` says. The pull is applied at every step, also where the rule takes in every
             few. LAWA and BEMA keep more state than the average, take a second pass, also over
             guarded coordinates, and go with neither state_dtype nor capturable. Default: κ = 0.5
-            where a strength is given. Else κ = 0.3, and a second average is returned: κ = 0.7, or
-            κ = 0.6 with pullback="auto".
+            where a strength is given, κ = 0.7 where it is 0. Else κ = 0.3, and a second average is
+            returned: κ = 0.7, or κ = 0.6 with pullback="auto". Groups that leave averages open
+            have those of the first of them that pulls.
         return_kappa: κ in [0, 1] of a second average, to be returned; nothing pulls toward it.
             Short for returns=PowerEMA(return_kappa).
         returns: averages to be returned, which nothing pulls toward: one, or a mapping of names of
@@ -220,9 +219,12 @@ class PACE(AveragedOptimizer):
         # Where each group gives its own strength there is none here.
         checked = defaults | ({"pullback": 0.0} if pullback is None and gain == "adam" else {})
         check_pace(checked)
-        if pullback is None:  # a group may give its own, and what is left open follows from that
-            checked |= {name: defaults[name] for name in OF_PULL}
-        super().__init__(params, checked)
+        if pullback is None:  # a group may give its own
+            checked |= {name: defaults[name] for name in PULL}
+        given: list[Any] = list(params)
+        groups = [x for x in given if isinstance(x, dict)] or [{}]
+        checked |= averages_left_open(groups, defaults, pace=True)
+        super().__init__(given, checked)
         if any(group["pullback"] == AUTO for group in self.param_groups):
             warnings.warn(auto.EXPERIMENTAL, stacklevel=2)
 
@@ -242,15 +244,12 @@ class PACE(AveragedOptimizer):
         if isinstance(param_group, dict):  # else torch says what is wrong
             expand_short(param_group)
         super().add_param_group(param_group)
-        left_open = all(param_group[name] is None for name in AVERAGES)
         try:
             check_pace(param_group)
             self._check_params(len(self.param_groups) - 1)
         except (ValueError, kernels.BuildError):
             self.param_groups.pop()
             raise
-        if left_open:  # so that groups of other pulls return the same average
-            self.defaults |= {name: param_group[name] for name in AVERAGES}
         live: list[Swapped | None] = [None] * len(param_group["params"])
         param_group[SWAPPED] = write_record(live) if self.swapped else ""
 

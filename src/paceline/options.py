@@ -6,7 +6,7 @@ Checked options are plain numbers, booleans and text, so that checkpoints load w
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from numbers import Integral, Real
 from typing import Any, TypeAlias
@@ -21,6 +21,7 @@ from .defaults import AUTO
 Group: TypeAlias = dict[str, Any]
 
 NONFINITE = ("guard", "skip", "raise", "ignore")
+PULL, AVERAGES = ("pullback", "gain"), ("averaging", "returns")
 SHORT = {"kappa": "averaging", "return_kappa": "returns"}  # what each is short for
 EXCHANGES = ("easgd", "diloco", "average")
 # The options of an exchange, besides `every`, and their defaults.
@@ -80,13 +81,42 @@ def fill_in(options: Group, *, pull: bool = True) -> None:
     Raises:
         ValueError: only a gain is given that needs a strength.
     """
-    kappas = defaults.kappas(options["pullback"], options["gain"] if pull else None)
+    kappas = defaults.kappas(options["pullback"], options["gain"])
     if pull:
         options |= defaults.pull(options)
     if options["averaging"] is None:
         options["averaging"] = PowerEMA(kappas.own)
         if options["returns"] is None and kappas.returned is not None:
             options["returns"] = PowerEMA(kappas.returned)
+
+
+def averages_left_open(groups: Iterable[Group], given: Group, *, pace: bool = False) -> Group:
+    """`averaging` and `returns` of all groups that leave both open, so that they return one model.
+
+    They are those of the first such group that pulls, or of the first.
+
+    Args:
+        groups: as given, each with options of its own.
+        given: the options where a group has none.
+        pace: whether the pull may set itself, or be left open.
+
+    Returns:
+        Both options as text; empty if none leaves them open.
+    """
+    said = (*AVERAGES, *SHORT)
+    if any(given.get(name) is not None for name in said):
+        return {}
+    pulls = [
+        {name: group.get(name, given[name]) for name in PULL}
+        for group in groups
+        if all(group.get(name) is None for name in said)
+    ]
+    pulls.sort(key=lambda x: x["pullback"] == 0)
+    if not pulls:
+        return {}
+    options = pulls[0] | dict.fromkeys(AVERAGES) | {"nonfinite": given["nonfinite"]}
+    check_average_and_pull(options, pace=pace)
+    return {name: options[name] for name in AVERAGES}
 
 
 def returns_text(returns: Any) -> str | None:

@@ -18,6 +18,7 @@ from .loading import StateCheck, check_count, check_tensor, load_hooks, validate
 from .options import (
     SHORT,
     Group,
+    averages_left_open,
     check_average_and_pull,
     check_lr,
     check_scalar,
@@ -68,7 +69,7 @@ class Pullback(Around):
         θ'        = base(θ_t)                                 the base's own step
         λ_t       = min(1, η·c·β_t / (sqrt(v̂_t) + ε))         gain of a coordinate, or min(1, c)
         θ_{t+1}   = θ' + λ_t·(average_{t-1} - θ_t)            the pull starts at θ_t
-        average_t = what the rule makes of θ_{t+1}            a power EMA with κ = 0.5, say
+        average_t = what the rule makes of θ_{t+1}            a power EMA with κ = 0.7, say
 
     With c = 0 the live weights are the base's, and the average watches. Around
     `torch.optim.AdamW` it is PACE.
@@ -92,7 +93,7 @@ class Pullback(Around):
             in `state` and `param_groups`, and, where a pull is asked for, has not stepped.
         pullback: strength c >= 0; with the gains "adam" and "own" in the unit of a gradient, with
             "scalar" the gain itself.
-        averaging: as in PACE, the average that the pull goes toward; by default that of κ = 0.5.
+        averaging: as in PACE, the average that the pull goes toward, and its default.
             Its steps go on from the base's own count, where it keeps one as `step`.
         kappa: as in PACE, short for averaging=PowerEMA(kappa).
         return_kappa: as in PACE, κ of a second average, to be returned.
@@ -140,8 +141,10 @@ class Pullback(Around):
     ) -> None:
         ours = {k: x for k, x in locals().items() if k not in ("self", "base", "__class__")}
         expand_short(ours)
+        given = dict(ours)
         _check_options(ours)
         _check_base(base, ours)
+        ours |= averages_left_open(base.param_groups, given)
         self.base, self._ours = base, ours
         completed = [self._completed(i) for i in range(len(base.param_groups))]
         stepped = any(map(_has_stepped, base.state.values()))

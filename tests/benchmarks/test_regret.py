@@ -375,15 +375,22 @@ def test_grids_are_widened_until_the_best_rate_is_inside(regret):
     cells = [
         regret.Cell("finetune", 300, lr, method, seed)
         for method in ("adamw", "schedule-free", "pace:pullback=1+found")
-        for lr in (0.01, 0.001)
+        for lr in (0.01, 0.003, 0.001)
         for seed in SEEDS
     ]
     high = {"adamw": 2.0, "schedule-free": 1.0, "pace:pullback=1+found": 1.0}
-    done = {x: {"k50": [high[x.method] if x.lr == 0.01 else 1.5, 0.0]} for x in cells}
-    assert regret.widened(done, cells) == [
-        regret.Cell("finetune", 300, 0.0178, "schedule-free", seed) for seed in SEEDS
-    ]
-    done[cells[2 * len(SEEDS)]]["k50"] = [math.inf, 0.0]
+    low = {0.01: None, 0.003: 1.6, 0.001: 1.5}
+    done = {x: {"k50": [low[x.lr] or high[x.method], 0.0]} for x in cells}
+    above, below = (
+        [regret.Cell("finetune", 300, lr, method, seed) for seed in SEEDS]
+        for lr, method in ((0.0178, "schedule-free"), (0.000316, "adamw"))
+    )
+    assert sorted(regret.widened(done, cells)) == sorted([*above, *below])
+    for x in cells:
+        if x.method == "schedule-free" and x.lr == 0.01 and x.seed == SEEDS[0]:
+            done[x]["k50"] = [math.inf, 0.0]
+        if x.lr == 0.003 and x.method != "pace:pullback=1+found":
+            done[x]["k50"] = [1.4, 0.0]
     assert regret.widened(done, cells) == []
 
 

@@ -31,7 +31,10 @@ RULES = {  # options of pace, and the reference's
     ),
     "scalar": ({"pullback": 0.3, "gain": "scalar"}, {"gain": "scalar"}),
     "whole": ({"pullback": 1.0, "gain": "scalar", "kappa": 0.5}, {"gain": "scalar"}),
-    "watching": ({"pullback": 0.0, "b1": 0.0, "eps": 0.0}, {"betas": (0.0, 0.999), "eps": 0.0}),
+    "watching": (
+        {"pullback": 0.0, "kappa": 0.5, "b1": 0.0, "eps": 0.0},
+        {"betas": (0.0, 0.999), "eps": 0.0},
+    ),
 }
 SHAPES = {"a": (4, 3), "b": {"c": (7,), "d": ()}}
 STEPS = 40
