@@ -22,7 +22,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from .base import AveragedOptimizer
 from .files import check_regular, whole
 from .hosts import check_reach, is_swapped, restoring, unwrapped
-from .loading import one_line
+from .loading import check_keeps_averages, one_line
 from .shards import is_sharded
 from .state import PLAIN
 
@@ -132,6 +132,7 @@ def load_checkpoint(
             model.load_state_dict(run["model"])
             what = "optimizer"
             if not isinstance(optimizer, AveragedOptimizer):  # which changes nothing
+                check_keeps_averages(optimizer, run["optimizer"], "the state")
                 undo.callback(optimizer.load_state_dict, optimizer.state_dict())
             optimizer.load_state_dict(run["optimizer"])
         except Exception as error:  # of any kind, for states of any kind

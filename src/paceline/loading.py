@@ -45,6 +45,20 @@ WRAPPERS = re.compile(
 StateCheck = Callable[[State, Tensor, swap.Swapped | None], None]
 
 
+def check_keeps_averages(optimizer: Optimizer, saved: dict[str, Any], where: Any) -> None:
+    """Check that an optimizer which keeps no average is not given the state of one that does.
+
+    Raises:
+        ValueError: it is; averages and live weights would be lost.
+    """
+    groups = saved.get("param_groups", [])
+    if any(isinstance(group, dict) and swap.SWAPPED in group for group in groups):
+        raise ValueError(
+            f"{where} was written with PACE or Pullback; {type(optimizer).__name__} would drop the "
+            "average and the live weights in it, so give the optimizer that wrote it"
+        )
+
+
 def validated_checkpoint(
     saved: dict[str, Any],
     groups: list[Group],

@@ -18,7 +18,16 @@ from .averaging import Averaging
 from .base import AveragedOptimizer, describe, summarize
 from .defaults import AUTO, BETAS, LR, WEIGHT_DECAY
 from .loading import StateCheck, check_count, check_is_dict, check_tensor, validated_checkpoint
-from .options import PULL, Group, averages_left_open, check_lr, check_pace, expand_short
+from .options import (
+    PULL,
+    SHORT,
+    Group,
+    averages_left_open,
+    check_lr,
+    check_pace,
+    check_spelling,
+    expand_short,
+)
 from .state import (
     AVERAGE,
     COUNTS,
@@ -237,11 +246,13 @@ class PACE(AveragedOptimizer):
         """Add a group of parameters with options of its own.
 
         Raises:
-            ValueError: an option is out of range, or a parameter is flattened by FSDP1, is a
-                DTensor of Partial placement, is not floating-point or does not go with an option.
+            ValueError: an option is out of range or misspelt, or a parameter is flattened by FSDP1,
+                is a DTensor of Partial placement, is not floating-point or does not go with an
+                option.
             RuntimeError: `fused=True`, and the device's kernel cannot be used here.
         """
         if isinstance(param_group, dict):  # else torch says what is wrong
+            check_spelling(param_group, {*self.defaults, *SHORT})
             expand_short(param_group)
         super().add_param_group(param_group)
         try:

@@ -6,8 +6,9 @@ Checked options are plain numbers, booleans and text, so that checkpoints load w
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
@@ -73,6 +74,18 @@ def expand_short(options: Group) -> None:
             require(options, long, options.get(long) is None, f"left out with {short}")
             options[long] = PowerEMA(float(kappa))
         options.pop(short, None)
+
+
+def check_spelling(group: Group, known: Collection[str]) -> None:
+    """Check that no key of a group is a misspelt option; other keys are a user's own.
+
+    Raises:
+        ValueError: names the key, and the option.
+    """
+    for key in group:
+        near = get_close_matches(str(key), known, n=1, cutoff=0.85)
+        if near and key not in known:
+            raise ValueError(f"a parameter group has {key!r}; did you mean {near[0]!r}?")
 
 
 def fill_in(options: Group, *, pull: bool = True) -> None:

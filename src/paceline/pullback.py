@@ -22,6 +22,7 @@ from .options import (
     check_average_and_pull,
     check_lr,
     check_scalar,
+    check_spelling,
     expand_short,
     number,
     require,
@@ -172,6 +173,7 @@ class Pullback(Around):
         """One of the base's groups with all of our options, checked."""
         groups = self.base.param_groups
         said = dict(groups[index])
+        check_spelling(said, {*self._ours, *SHORT, *self.base.defaults})
         theirs = {name: said.pop(name) for name in SHORT if name in self.base.defaults}
         expand_short(said)
         complete = self._ours | said | theirs

@@ -557,6 +557,18 @@ def test_an_optimizer_of_torch_that_refuses_is_as_before(tmp_path):
     assert torch.equal(generator.get_state(), at)
 
 
+def test_a_run_with_an_average_is_not_loaded_into_an_optimizer_without(tmp_path):
+    model, generator = problem()
+    opt = PACE(model.parameters(), lr=0.05)
+    advance(model, opt, generator, 2)
+    save_checkpoint(tmp_path / "run.pt", model, opt)
+    other = torch.optim.AdamW(model.parameters(), lr=0.05)
+    before = snapshot(model, other)
+    with pytest.raises(ValueError, match="PACE or Pullback; AdamW would drop the average and the"):
+        load_checkpoint(tmp_path / "run.pt", model, other)
+    assert_same(snapshot(model, other), before)
+
+
 # ---- wrappers ----------------------------------------------------------------------------------
 
 

@@ -145,3 +145,15 @@ def test_a_scalar_gain_that_is_clipped_is_at_most_1(make):
         make(Parameter(torch.ones(2)), 2.0, True)
     for c, clip in ((1.0, True), (2.0, False)):
         assert make(Parameter(torch.ones(2)), c, clip).param_groups[0]["pullback"] == c
+
+
+@pytest.mark.parametrize("make", [PACE, lambda groups: Pullback(torch.optim.SGD(groups))])
+def test_a_misspelt_option_of_a_group_is_refused_and_other_keys_are_kept(make):
+    first, second = ({"params": [Parameter(torch.ones(2))]} for _ in range(2))
+    with pytest.raises(ValueError, match=r"has 'pulback'; did you mean 'pullback'\?"):
+        make([first, second | {"pulback": 0.0}])
+    opt = make([dict(first), second | {"name": "head", "lr_scale": 0.5, "weight_decay_mult": 0.1}])
+    assert opt.param_groups[1]["lr_scale"] == 0.5
+    with pytest.raises(ValueError, match=r"has 'kapa'; did you mean 'kappa'\?"):
+        opt.add_param_group({"params": [Parameter(torch.ones(2))], "kapa": 0.1})
+    assert len(opt.param_groups) == 2

@@ -127,6 +127,32 @@ def test_the_plain_trainer_goes_past_the_end_and_this_one_does_not(tmp_path):
     assert trainer.state.global_step == 9
 
 
+def test_a_checkpoint_with_an_average_is_refused_without_one(tmp_path, caplog):
+    """AdamW would go on from the average, without the live weights."""
+    options = {"save_strategy": "steps", "save_steps": 6}
+    prepare(tmp_path, "pace", **options).train()
+    assert "keeps no average" not in caplog.text
+    for kind, name in (("adamw", "AdamW"), ("schedule-free", "SGDScheduleFree")):
+        trainer = prepare(tmp_path, kind, **options, max_steps=9)
+        with pytest.raises(ValueError, match=rf"written with PACE or Pullback; {name} would drop"):
+            trainer.train(resume_from_checkpoint=True)
+    prepare(tmp_path / "other", "adamw", max_steps=1).train()
+    assert "AdamW keeps no average: what is evaluated and saved are the live" in caplog.text
+
+
+def test_rate_and_decay_are_of_the_arguments(tmp_path):
+    options = {"learning_rate": 0.25, "weight_decay": 0.125}
+    for said, rate in (({}, 0.25), ({"lr": 0.5}, 0.5)):
+        given = options | {"optimizer_cls_and_kwargs": (PACE, said)}
+        groups = prepare(tmp_path, **given).create_optimizer().param_groups
+        assert [(group["lr"], group["weight_decay"]) for group in groups] == [
+            (rate, 0.125),
+            (rate, 0.0),  # of norms and biases
+        ]
+    with pytest.raises(ValueError, match=r"^weight_decay of optimizer_cls_and_kwargs would not"):
+        prepare(tmp_path, optimizer_cls_and_kwargs=(PACE, {"lr": 0.1, "weight_decay": 0.1}))
+
+
 @pytest.mark.parametrize(
     ("kind", "before"),
     [("pace", "nothing"), ("pace", "trained"), ("schedule-free", "evaluated")],

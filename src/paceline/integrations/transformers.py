@@ -25,6 +25,7 @@ from ..batchnorm import warn_of_statistics
 from ..elastic import Elastic
 from ..files import put, remove
 from ..hosts import check_reach, restoring, swapping, unwrapped
+from ..loading import check_keeps_averages
 from ..snapshots import Snapshots
 from ..sums import find_damage, write_sums
 
@@ -33,13 +34,13 @@ class PaceTrainer(Trainer):
     """A Trainer that evaluates, saves and leaves in the model what the optimizer returns.
 
         trainer = PaceTrainer(model, arguments, train_dataset=..., eval_dataset=...,
-                              optimizer_cls_and_kwargs=(PACE, {"lr": 1e-3, "pullback": 0.1}))
+                              optimizer_cls_and_kwargs=(PACE, {"lr": 4e-3}))
         trainer.train()
 
     Combine it with any other Trainer as the first base: `class Mine(PaceTrainer, SFTTrainer)`. It
     works with PACE, Pullback, and every optimizer whose `eval()` puts the returned weights into the
     model and whose `train()` takes them out, such as Schedule-Free's. With other optimizers it is a
-    plain Trainer.
+    plain Trainer, and logs a warning.
 
     - Evaluations measure both models on the same batches. `eval_loss` and the other metrics are of
       the returned model, `eval_live_loss` and so on of the live weights, `eval_<name>_loss` of
@@ -53,6 +54,9 @@ class PaceTrainer(Trainer):
       `save_total_limit` goes by the steps in the names.
     - BatchNorm's running statistics stay those of the live weights, and a warning says so;
       `paceline.recomputed_statistics` has them of the returned ones.
+    - The rate is that of `optimizer_cls_and_kwargs`, or of the arguments if it has none. Weight
+      decay is that of the arguments. Their schedule falls to 0 unless `lr_scheduler_type` says
+      otherwise; a pull needs a warm-up alone.
     - Under DeepSpeed's ZeRO, at every stage without offloading, give the optimizer's class by
       `optimizer_cls_and_kwargs`. A trainer trains once there, and keeps no snapshots.
     - With `paceline.Elastic` a checkpoint has the center as its model, and the optimizer state of
@@ -80,6 +84,7 @@ class PaceTrainer(Trainer):
     """
 
     best_average: Choice | None = None
+    _expects_average = True  # and says so where there is none
     _best_loaded = False
     _saving = False
     _uploads: tuple[tuple[str, Future[Any]], ...] = ()  # of checkpoints, by name
@@ -94,11 +99,28 @@ class PaceTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.optimizer_cls_and_kwargs is not None:
+            self.optimizer_cls_and_kwargs = self._completed(*self.optimizer_cls_and_kwargs)
         self.load_best_average_at_end = load_best_average_at_end
         folder = Path(snapshot_dir or Path(self.args.output_dir or ".") / "averages")
         self.snapshots = Snapshots(snapshots, folder, snapshot_dtype)
         if snapshots:
             self.add_callback(_KeepSnapshots(self.snapshots))
+
+    def _completed(self, kind: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """An optimizer's class and options, with the rate of the arguments where there is none.
+
+        Raises:
+            ValueError: the options have a weight decay, which the Trainer takes from the arguments.
+        """
+        if isinstance(kind, type) and issubclass(kind, AveragedOptimizer):
+            if "weight_decay" in options:
+                raise ValueError(
+                    "weight_decay of optimizer_cls_and_kwargs would not be used; give it by "
+                    "TrainingArguments, whose weight decay leaves biases and norms out"
+                )
+            options = {"lr": self.args.learning_rate, **options}
+        return kind, options
 
     # ---- which weights the model holds -------------------------------------------------------
 
@@ -488,7 +510,11 @@ class PaceTrainer(Trainer):
                         f"{checkpoint} has no optimizer state, which holds the live weights to "
                         "resume from; start a new run from it as a model instead"
                     )
-        own = None
+        own, written = None, Path(checkpoint or "") / "optimizer.pt"
+        keeps = isinstance(self.bare_optimizer, AveragedOptimizer)
+        if checkpoint is not None and not keeps and written.is_file():
+            saved = torch.load(written, map_location="cpu", weights_only=True, mmap=True)
+            check_keeps_averages(self.bare_optimizer, saved, checkpoint)
         if checkpoint is not None and isinstance(optimizer, Elastic):
             own = self._file_of_worker(Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -544,6 +570,12 @@ class PaceTrainer(Trainer):
                     f"a new {type(self.bare_optimizer).__name__} took the place of the given "
                     f"{type(given).__name__}, as transformers does under DeepSpeed; give the class "
                     "by optimizer_cls_and_kwargs instead of optimizers"
+                )
+            if self._expects_average:
+                logging.getLogger(__name__).warning(
+                    "%s keeps no average: what is evaluated and saved are the live weights; give "
+                    "PACE by optimizer_cls_and_kwargs, or by optimizers",
+                    type(self.bare_optimizer).__name__,
                 )
             return prepared
         if self.is_deepspeed_enabled:

@@ -76,6 +76,7 @@ class OneMethodTrainer(PaceTrainer):
     """
 
     elastic: dict[str, Any] | None = None
+    _expects_average = False  # a method may be AdamW's
 
     def __init__(
         self,
