@@ -23,6 +23,8 @@ from .state import (
     RETURN,
     WIDE,
     averages_of,
+    begun_keys_in,
+    extra_keys_in,
     forget_history,
     frozen_places,
 )
@@ -297,6 +299,23 @@ class AveragedOptimizer(Optimizer):
             elif self._swapped_in() != before or not self.swapped:
                 self.train()
                 self._swap_in(before)
+
+    def restart_averages(self) -> None:
+        """Have all averages begin anew, at the next step, from what the parameters hold then.
+
+            model.load_state_dict(best)   # other weights, in the middle of a run
+            opt.restart_averages()        # else a pull goes back toward the old average
+
+        Moments, and counts of steps, which the rules go by, stay. Until the next step there is no
+        average, and `eval()` leaves the live weights.
+
+        Raises:
+            RuntimeError: an average is in the parameters. Nothing has changed then.
+        """
+        self._refuse_while_swapped("restart_averages")
+        for state in self.state.values():
+            for key in extra_keys_in(state) | begun_keys_in(state) | {AVERAGE, OFFSET}:
+                state.pop(key, None)
 
     def choose(self, score: Callable[[], Any], *, maximize: bool = False) -> Choice:
         """Score each average and the live weights, and leave the best of them in the model.

@@ -207,6 +207,14 @@ class Elastic(Around):
             raise
         self._is_compared = False
 
+    def restart_averages(self) -> None:
+        """Refused: the center is all workers', and does not follow one of them.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("Elastic's center is common to all workers; load a checkpoint instead")
+
     def stats(self) -> dict[str, Any]:
         """The base's own."""
         return self.base.stats()

@@ -264,6 +264,11 @@ class PACE(AveragedOptimizer):
         live: list[Swapped | None] = [None] * len(param_group["params"])
         param_group[SWAPPED] = write_record(live) if self.swapped else ""
 
+    def restart_averages(self) -> None:
+        """As every optimizer with averages; what is planned for steps goes by the old ones."""
+        super().restart_averages()
+        self._plans, self._states = {}, []
+
     def _check_params(self, group: int) -> None:
         """Raises: ValueError: a parameter is given twice, or does not go with an option."""
         self._refuse_layouts(group, ValueError)

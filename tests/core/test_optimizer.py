@@ -13,7 +13,7 @@ from problems import advance, assert_same, problem, snapshot
 from torch import nn
 from torch.nn import Parameter
 
-from paceline import EMA, PACE
+from paceline import EMA, PACE, Pullback
 
 # ---- state -----------------------------------------------------------------------------------
 
@@ -525,3 +525,43 @@ opt.step()
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+BEGINNING = {
+    "PACE": lambda params: PACE(params, lr=0.1),
+    "PACE in one pass": lambda params: PACE(params, lr=0.1, fused=True),
+    "bfloat16 state": lambda params: PACE(params, lr=0.1, state_dtype=torch.bfloat16),
+    "more averages": lambda params: PACE(
+        params, lr=0.1, pullback=1.0, returns={"slow": "ema:kappa=0.7", "bema": "bema:kappa=0.5"}
+    ),
+    "Pullback": lambda params: Pullback(torch.optim.AdamW(params, lr=0.1), 1.0, gain="scalar"),
+    "LAWA": lambda params: Pullback(
+        torch.optim.AdamW(params, lr=0.1), averaging="lawa:window=3:every=2"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEGINNING)
+def test_averages_begin_anew_from_weights_that_were_loaded(name):
+    """Without it a pull takes them back: the second run, from the same weights, is the control."""
+    ends = {}
+    for restarts in (True, False):
+        p = Parameter(torch.zeros(5, 4))
+        opt = BEGINNING[name]([p])
+        for step in range(8):
+            p.grad = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+            opt.step()
+            if step == 4:
+                with torch.no_grad():
+                    p.fill_(30.0)
+                if restarts:
+                    opt.restart_averages()
+                    with opt.averaged():
+                        assert (p == 30.0).all()  # there is none yet
+        assert opt.state[p]["step"] == 8
+        with opt.averaged():
+            with pytest.raises(RuntimeError, match=r"^restart_averages\(\) was called while"):
+                opt.restart_averages()
+            ends[restarts] = p.detach().clone()
+    assert (ends[True] - 30).abs().max() < 0.5
+    assert (ends[False] - 30).abs().max() > 2
