@@ -1,6 +1,6 @@
 """A UNet of diffusers, returning the average: PACE in place of AdamW and `EMAModel`.
 
-    pip install paceline diffusers
+    pip install . diffusers
     python examples/diffusers_unet.py --out runs/unet
 
 Runs offline in seconds: a UNet of 40,000 parameters learns to take noise off stripes. The average

@@ -1,6 +1,6 @@
 """A training loop in JAX, returning the average: the lines marked <- are all that is new.
 
-    pip install 'paceline[jax]'
+    pip install '.[jax]'
     python examples/jax_loop.py
 
 Runs offline in seconds: a small network learns a sine from noisy samples.

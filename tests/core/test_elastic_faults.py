@@ -119,6 +119,15 @@ def test_weights_that_are_not_finite_end_the_run_on_all(ranks):
         assert steps == (2, 2)  # the step itself was taken
 
 
+def restarted():
+    with pytest.raises(RuntimeError, match="center is common to all workers; load a checkpoint"):
+        made("PACE", {"every": 2, "exchange": "average"})[1].restart_averages()
+
+
+def test_a_center_is_not_restarted_by_one_worker(ranks):
+    ranks(restarted)
+
+
 def skipped():
     """A step that one worker alone skips, and what is sent in it."""
     params, opt = made("SGD", {"every": 3})
