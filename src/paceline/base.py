@@ -149,6 +149,12 @@ class AveragedOptimizer(Optimizer):
                 where = describe(self.param_groups, group, i)
                 raise error(f"{reason}, got {where}; nothing was changed")
 
+    def _refuse_copies(self, model: torch.nn.Module) -> None:
+        """Raises: ValueError: this steps DeepSpeed's copies of the model's weights."""
+        partitioned = any(map(shards.is_partitioned, model.parameters()))
+        if partitioned or any(map(shards.is_flat_copy, self.state)):
+            raise ValueError(shards.ZERO_EXPORT)
+
     def _groups(self) -> list[Group]:
         """The groups with what is stepped; a host may take it out of them between steps."""
         groups: list[Group] = self._host.groups() if self._host else self.param_groups
@@ -376,8 +382,9 @@ class AveragedOptimizer(Optimizer):
         Raises:
             ValueError: no average has this name; or the optimizer keeps averages, but none for a
                 parameter of this model, or one of them does not show as itself in the model's
-                `state_dict(keep_vars=True)`.
+                `state_dict(keep_vars=True)`; or DeepSpeed's ZeRO has its weights.
         """
+        self._refuse_copies(model)
         averages = self._average_keys(name)
         if self.swapped and self._swapped_in() != averages:
             with self.averaged(name):
@@ -589,11 +596,12 @@ class AveragedOptimizer(Optimizer):
         """Parameters with their groups, if this is a step that only asks for state; else none.
 
         `torch.distributed.checkpoint` has an optimizer without state step on gradients of zeros at
-        a rate of 0, to see its state or to load into it. Such a step must not count.
+        a rate of 0, to see its state or to load into it. Such a step must not count. DeepSpeed's
+        ZeRO, which steps one group at a time, does not do so.
         """
-        if self.state:
-            return []
         stepped = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if self.state or any(shards.is_flat_copy(p) for _, p in stepped):
+            return []
         for lr in (group.get("lr", 1.0) for group, _ in stepped):
             if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
                 return []

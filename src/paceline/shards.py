@@ -29,6 +29,10 @@ ZERO = (
     "DeepSpeed's ZeRO steps flat copies of the weights, so the average would not reach the model; "
     "call paceline.integrations.deepspeed.attach(engine) first"
 )
+ZERO_EXPORT = (
+    "DeepSpeed's ZeRO steps flat copies of this model's weights; export it by "
+    "paceline.integrations.deepspeed.averaged_state_dict(engine)"
+)
 
 
 def is_sharded(x: Tensor) -> bool:

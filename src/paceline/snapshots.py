@@ -88,7 +88,7 @@ def save_averages(
 
     Raises:
         ValueError: the dtype is another; the optimizer keeps no averages, or none of this model or
-            of such rules.
+            of such rules; or DeepSpeed's ZeRO has its weights.
         OSError: it cannot be written; what was there before still is.
     """
     if dtype not in DTYPES:
@@ -96,6 +96,7 @@ def save_averages(
     optimizer = unwrapped(optimizer)
     if not isinstance(optimizer, AveragedOptimizer):
         raise ValueError(f"optimizer must be PACE or Pullback, got {type(optimizer).__name__}")
+    optimizer._refuse_copies(model)
     with optimizer.restoring():
         optimizer.train()
         found = {name: _members(model, optimizer, name) for name in optimizer.returns}

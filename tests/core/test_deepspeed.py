@@ -1,6 +1,7 @@
 """DeepSpeed: the average reaches the model, files and exports at ZeRO stages 1, 2 and 3."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("deepspeed")
 from sharding import net
 
 from paceline import PACE, Pullback
+from paceline.snapshots import save_averages
 from paceline.testing.hosts import Driven, check_host
 
 KINDS = {
@@ -34,7 +36,8 @@ def started(stage, kind="pace", *, bf16=True, task=None, offload=()):
     """A real engine on the CPU, and the optimizer in it."""
     import deepspeed
 
-    place = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": 2}
+    rank, count = dist.get_rank(), dist.get_world_size()
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
     os.environ |= {name: str(x) for name, x in place.items()} | {"DS_ACCELERATOR": "cpu"}
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo; it would be compiled
     model = task.model() if task else net()
@@ -55,9 +58,12 @@ def started(stage, kind="pace", *, bf16=True, task=None, offload=()):
     return engine, opt
 
 
+def batch(t):
+    return torch.randn(16, 6, generator=torch.Generator().manual_seed(100 + t))
+
+
 def step(engine, t):
-    generator = torch.Generator().manual_seed(100 + t)
-    x = torch.randn(16, 6, generator=generator).view(2, 8, 6)[dist.get_rank()]
+    x = batch(t).chunk(dist.get_world_size())[dist.get_rank()]
     x = x.to(next(engine.module.parameters()).dtype)
     loss = (engine(x) - x[:, :1]).square().mean()
     engine.backward(loss)
@@ -233,13 +239,92 @@ def test_a_checkpoint_holds_the_average_and_resumes_bit_for_bit(stage, kind, ran
     ranks(resumed, stage, kind, str(tmp_path))
 
 
-def refused(stage):
+def partly():
+    """A model of which one group gets no gradient, and some weights are frozen."""
+    model = net()
+    model.register_parameter("unused", torch.nn.Parameter(torch.ones(1)))  # 1 for 2 ranks
+    for p in (model[0].weight, model[1].bias):
+        p.requires_grad_(False)
+    return model
+
+
+def in_groups(params):
+    options = {"return_kappa": 0.9, "weight_decay": 0.1}
+    groups = [
+        {"params": params[:1], "weight_decay": 0.0},
+        {"params": params[1:4]},
+        {"params": params[4:], "lr": 0.01, "pullback": 1.0},
+    ]
+    return PACE(groups, lr=0.05, pullback=0.3, **options)
+
+
+def warmed_up(opt, step):
+    """Four steps, of which the first has a rate of 0."""
+    for t in range(4):
+        rates = [group["lr"] for group in opt.param_groups]
+        for group in opt.param_groups:
+            group["lr"] *= bool(t)
+        step(t)
+        for group, rate in zip(opt.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def partly_stepped(stage):
+    from paceline.integrations.deepspeed import attach, averaged_state_dict
+
+    def exports(expected, name=None):
+        found = averaged_state_dict(engine, name)
+        assert list(found) == (list(expected) if dist.get_rank() == 0 else [])
+        torch.testing.assert_close(found, expected if found else {})
+
+    engine, opt = started(
+        stage, bf16=False, task=SimpleNamespace(model=partly, optimizer=in_groups)
+    )
+    plain = partly()
+    by_hand = in_groups(list(plain.parameters()))
+    exports(plain.state_dict())
+
+    def step_by_hand(t):
+        (plain(batch(t)) - batch(t)[:, :1]).square().mean().backward()
+        by_hand.step()
+        by_hand.zero_grad()
+
+    warmed_up(by_hand, step_by_hand)
+    warmed_up(opt, lambda t: step(engine, t))
+    for name in (None, "average"):
+        exports(by_hand.averaged_state_dict(plain, name), name)
+    attach(engine)
+    live, returned = held(engine), by_hand.averaged_state_dict(plain)
+    for p in engine.module.parameters():
+        p.requires_grad_(False)  # for an evaluation
+    with opt.averaged():
+        torch.testing.assert_close(held(engine), list(returned.values()))
+        exports(by_hand.averaged_state_dict(plain, "average"), "average")
+        torch.testing.assert_close(held(engine), list(returned.values()))
+        exports(returned)
+    exports(returned)
+    assert all(map(torch.equal, held(engine), live))
+    if stage < 3:  # where DeepSpeed itself ends with an error
+        engine.module.added = torch.nn.Linear(1, 1)
+        exports(returned | engine.module.added.state_dict(prefix="added."))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_that_have_not_stepped_are_exported_as_they_are(stage, ranks):
+    ranks(partly_stepped, stage)
+
+
+def refused(stage, folder):
     from paceline.integrations.deepspeed import attach, averaged_state_dict
 
     engine, opt = started(stage)
-    with pytest.raises(RuntimeError, match="needs averages; call it after"):
-        averaged_state_dict(engine)
+    if stage == 3:  # the model's own weights are empty
+        with pytest.raises(ValueError, match="export it by .*deepspeed.averaged_state_dict"):
+            opt.averaged_state_dict(engine.module)
     step(engine, 1)
+    for export in (opt.averaged_state_dict, lambda model: save_averages(folder, model, opt)):
+        with pytest.raises(ValueError, match="export it by .*deepspeed.averaged_state_dict"):
+            export(engine.module)
     before = [*masters(engine), *held(engine)]
     exported = averaged_state_dict(engine)
     assert bool(exported) == (dist.get_rank() == 0)
@@ -252,13 +337,11 @@ def refused(stage):
     attach(engine)
     with pytest.raises(ValueError, match="name must be one of average, got 'slow'"):
         averaged_state_dict(engine, "slow")
-    with opt.averaged(), pytest.raises(RuntimeError, match="needs the live weights"):
-        averaged_state_dict(engine)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_without_attach_an_average_is_refused(stage, ranks):
-    ranks(refused, stage)
+def test_without_attach_an_average_is_refused(stage, ranks, tmp_path):
+    ranks(refused, stage, tmp_path)
 
 
 def other_optimizers():
@@ -276,6 +359,10 @@ def other_optimizers():
         engine, _ = started(1, "auto")
     with pytest.raises(ValueError, match="pullback='auto' does not go with ZeRO"):
         attach(engine)
+    engine, _ = started(0)
+    for function in (attach, averaged_state_dict):
+        with pytest.raises(ValueError, match="got stage 0 and FP16_UnfusedOptimizer"):
+            function(engine)
     engine, opt = started(0, bf16=False)
     assert isinstance(engine, deepspeed.DeepSpeedEngine)
     attach(engine)

@@ -3,8 +3,9 @@
 from collections import defaultdict
 from typing import Any
 
+import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
 from .. import shards
@@ -14,7 +15,8 @@ from ..defaults import AUTO
 from ..elastic import Elastic
 from ..hosts import check_reach, unwrapped
 from ..options import Group
-from ..state import AVERAGE, OFFSET, RETURN, averages_of
+
+OFFLOADING = ("cpu_offload", "offload_optimizer", "offload_param")
 
 
 def attach(engine: Any) -> None:
@@ -43,13 +45,9 @@ def attach(engine: Any) -> None:
     optimizer, zero = _averaging(engine), engine.optimizer
     if zero is optimizer:
         check_reach(optimizer, engine.module)
-    elif (host := _host_of(zero, optimizer)) is not None:
-        optimizer._host = host
-    else:
-        raise ValueError(
-            "attach() is for ZeRO without offloading, got stage "
-            f"{engine.zero_optimization_stage()} and {type(zero).__name__}"
-        )
+    elif any(getattr(zero, x, False) for x in OFFLOADING):
+        raise ValueError(_unserved("attach", engine))
+    optimizer._host = _host_of(engine, "attach")
     warn_of_statistics(engine.module, stacklevel=2)
 
 
@@ -67,19 +65,21 @@ def _averaging(engine: Any) -> AveragedOptimizer:
     return optimizer
 
 
-def _host_of(zero: Any, optimizer: AveragedOptimizer) -> "_Copies | None":
-    """What brings the average into the model; None if state or weights are offloaded."""
-    if any(getattr(zero, x, False) for x in ("cpu_offload", "offload_optimizer", "offload_param")):
+def _host_of(engine: Any, method: str) -> "_Copies | None":
+    """What reads and shows the copies that are stepped; None where the model's own weights are."""
+    zero = engine.optimizer
+    if zero is unwrapped(zero):
         return None
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         return _Partitions(zero)
-    served = hasattr(zero, "update_lp_params") and _steps_flat_copies(optimizer)
-    return _Copies(zero) if served else None
+    if hasattr(zero, "update_lp_params"):
+        return _Copies(zero)
+    raise ValueError(_unserved(method, engine))
 
 
-def _steps_flat_copies(optimizer: AveragedOptimizer) -> bool:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return bool(params) and all(map(shards.is_flat_copy, params))
+def _unserved(method: str, engine: Any) -> str:
+    stage, kind = engine.zero_optimization_stage(), type(engine.optimizer).__name__
+    return f"{method}() is for ZeRO without offloading, got stage {stage} and {kind}"
 
 
 class _Copies:
@@ -93,6 +93,11 @@ class _Copies:
 
     def to_model(self) -> None:
         self.zero.update_lp_params()
+
+    def whole(self, p: Tensor) -> Tensor:
+        """A weight of the model in float32, as it is stepped; one that is not, as it is."""
+        copy: Tensor | None = safe_get_full_fp32_param(p)
+        return p if copy is None else copy
 
 
 class _Partitions(_Copies):
@@ -111,53 +116,45 @@ class _Partitions(_Copies):
             self.zero._reassign_or_swap_out_partitioned_parameters(part)
         self.zero.checkpoint_event_epilogue()  # those that it keeps whole are gathered
 
+    def whole(self, p: Tensor) -> Tensor:
+        if not any(p is x for part in self.zero.fp16_groups for x in part):  # it has no copy
+            with deepspeed.zero.GatheredParameters([p]):
+                return p.detach().clone()
+        trains = p.requires_grad
+        try:
+            return super().whole(p.requires_grad_())  # DeepSpeed tells it of no frozen one
+        finally:
+            p.requires_grad_(trains)
+
 
 @torch.no_grad()
 def averaged_state_dict(engine: Any, name: str | None = None) -> dict[str, Tensor]:
     """The returned model's weights, whole and in float32, at ZeRO stages 1, 2 and 3.
 
     All ranks must call this. Each weight is gathered on all of them, one at a time, and kept in the
-    CPU memory of rank 0; the others get an empty dict. Weights that do not train, and buffers, are
-    as they are in the model; a tied weight is there under its first name.
+    CPU memory of rank 0; the others get an empty dict. Weights that have not stepped, and buffers,
+    are as they are in the model; a tied weight is there under its first name.
 
     Args:
-        engine: which has stepped.
+        engine: of `deepspeed.initialize`. At stage 0, in float32 alone.
         name: of the average, one of `opt.returns`. Default: the first, the model to return.
 
     Raises:
-        ValueError: no average has this name, or groups return different ones.
-        RuntimeError: the average is in the model now, or there is none yet.
+        ValueError: no average has this name, or DeepSpeed has another optimizer around it.
     """
-    optimizer = _averaging(engine)
-    if optimizer.swapped:
-        raise RuntimeError(
-            "averaged_state_dict() needs the live weights in the model; call train()"
-        )
-    if name is not None and name not in optimizer.returns:
-        raise ValueError(f"name must be one of {', '.join(optimizer.returns)}, got {name!r}")
-    keys = {
-        averages_of(group).returned if name is None else RETURN + name
-        for group in optimizer.param_groups
-    }
-    if len(keys) > 1:
-        raise ValueError(f"groups must return one average, got {', '.join(sorted(keys))}")
-    kept = set.intersection(*map(set, optimizer.state.values())) if optimizer.state else set()
-    there = [key for key in (*keys, AVERAGE, OFFSET) if key in kept]
-    if not there:
-        raise RuntimeError(
-            "averaged_state_dict() needs averages; call it after the engine's first step"
-        )
-
-    def average(p: Tensor) -> Tensor:
-        whole: Tensor = safe_get_full_optimizer_state(p, there[0])
-        return whole + safe_get_full_fp32_param(p) if there[0] == OFFSET else whole
-
+    optimizer, host = _averaging(engine), _host_of(engine, "averaged_state_dict")
+    if host:  # swapped in the copies alone, the average stays out of the model
+        host.to_model = lambda: None  # type: ignore[method-assign]
+    attached, optimizer._host = optimizer._host, host
     found: dict[str, Tensor] = {}
-    for key, p in engine.module.named_parameters():
-        if (whole := average(p) if p.requires_grad else safe_get_full_fp32_param(p)) is None:
-            whole = p  # frozen, and as it is in the model
-        if shards.rank() == 0:
-            found[key] = whole.float().cpu()
+    try:
+        with optimizer.averaged(name):
+            for key, p in engine.module.named_parameters():
+                weight = host.whole(p) if host else p
+                if shards.rank() == 0:
+                    found[key] = weight.to("cpu", torch.float32, copy=True)
+    finally:
+        optimizer._host = attached
     if shards.rank() == 0:
         found |= {key: x.cpu().clone() for key, x in engine.module.named_buffers()}
     return found
