@@ -66,6 +66,8 @@ class Ranks:
             if failures:
                 self.close()  # others may be waiting for these; the next call starts anew
                 raise AssertionError("\n".join(failures))
+        if last:
+            self.close()  # the next call starts anew
         return [results[rank] for rank in range(self.count)]
 
     def stacks(self):

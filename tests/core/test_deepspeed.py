@@ -1,6 +1,8 @@
 """DeepSpeed: the average reaches the model, files and exports at ZeRO stages 1, 2 and 3."""
 
 import os
+import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -240,7 +242,7 @@ def test_a_checkpoint_holds_the_average_and_resumes_bit_for_bit(stage, kind, ran
 
 
 def partly():
-    """A model of which one group gets no gradient, and some weights are frozen."""
+    """A model of which one group gets no gradient but zeros, and some weights are frozen."""
     model = net()
     model.register_parameter("unused", torch.nn.Parameter(torch.ones(1)))  # 1 for 2 ranks
     for p in (model[0].weight, model[1].bias):
@@ -251,7 +253,7 @@ def partly():
 def in_groups(params):
     options = {"return_kappa": 0.9, "weight_decay": 0.1}
     groups = [
-        {"params": params[:1], "weight_decay": 0.0},
+        {"params": params[:1]},
         {"params": params[1:4]},
         {"params": params[4:], "lr": 0.01, "pullback": 1.0},
     ]
@@ -282,10 +284,16 @@ def partly_stepped(stage):
     )
     plain = partly()
     by_hand = in_groups(list(plain.parameters()))
+    in_the_model = ("update_lp_params", "checkpoint_event_prologue")
+    for method in in_the_model:  # not called, for the model is left alone
+        setattr(engine.optimizer, method, None)
     exports(plain.state_dict())
+    for method in in_the_model:
+        delattr(engine.optimizer, method)
 
     def step_by_hand(t):
         (plain(batch(t)) - batch(t)[:, :1]).square().mean().backward()
+        plain.unused.grad = torch.zeros(1)  # as DeepSpeed has it
         by_hand.step()
         by_hand.zero_grad()
 
@@ -304,6 +312,7 @@ def partly_stepped(stage):
         exports(returned)
     exports(returned)
     assert all(map(torch.equal, held(engine), live))
+    assert not any(p.requires_grad for p in engine.module.parameters())
     if stage < 3:  # where DeepSpeed itself ends with an error
         engine.module.added = torch.nn.Linear(1, 1)
         exports(returned | engine.module.added.state_dict(prefix="added."))
@@ -388,3 +397,32 @@ def test_flat_parameters_of_a_plain_loop_are_served():
     opt.step()
     with opt.averaged():
         pass
+
+
+def hangs_in_an_export(folder):
+    """Rank 1 does not take part; the timeout of DeepSpeed's group is set, which is half an hour."""
+    from paceline.integrations.deepspeed import attach, averaged_state_dict
+
+    engine, opt = started(2)
+    attach(engine)
+    step(engine, 1)
+    before = [
+        x.detach().clone() for x in (*engine.module.parameters(), *opt.param_groups[0]["params"])
+    ]
+    if dist.get_rank() == 1:
+        while not (folder / "over").exists():
+            time.sleep(0.1)
+        return
+    group = engine.optimizer.real_dp_process_group[0]
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
+    with pytest.raises(RuntimeError, match="(?i)timed out"):
+        averaged_state_dict(engine)
+    assert not opt.swapped
+    assert all(
+        map(torch.equal, before, (*engine.module.parameters(), *opt.param_groups[0]["params"]))
+    )
+    (folder / "over").touch()
+
+
+def test_a_rank_that_hangs_in_an_export_ends_it_at_the_timeout(ranks, tmp_path):
+    ranks(hangs_in_an_export, tmp_path, last=True)

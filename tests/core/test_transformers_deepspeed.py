@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ pytest.importorskip("trl")
 
 import trainers
 from safetensors.torch import load_file
+from test_deepspeed import partly_stepped
 from trainers import EPOCH, OPTIMIZERS, by_hand, logged, loss_by_hand, on, small, trained
 
+from paceline import PACE
 from paceline.integrations.transformers import PaceTrainer
 
+LOST = r"(?i)connection (closed|reset)|broken pipe"  # gloo's word for it
 CLOSE = 1e-5  # float32, whose sums two ranks round otherwise
 
 
@@ -41,7 +45,9 @@ def prepare(folder, stage, kind="pace", **given):
     zero["stage3_param_persistence_threshold"] = 8  # biases stay whole, matrices are in parts
     names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     options = {
-        "deepspeed": {"zero_optimization": zero} | dict.fromkeys(names, "auto"),
+        "deepspeed": {"zero_optimization": zero, "bf16": {"enabled": "auto"}}
+        | {"zero_allow_untested_optimizer": True}
+        | dict.fromkeys(names, "auto"),
         "optimizer_cls_and_kwargs": (factory(OPTIMIZERS.get(kind, kind)), {}),
         "per_device_train_batch_size": trainers.BATCH // count,
         "model": small(),
@@ -62,6 +68,13 @@ def held(trainer):
     named = dict(trainer.model.named_parameters())
     with zero.GatheredParameters(list(named.values())):
         return {name: p.detach().clone() for name, p in named.items()}
+
+
+def masters(trainer):
+    """The whole float32 weights that are stepped."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return [safe_get_full_fp32_param(p) for p in trainer.model.parameters()]
 
 
 def stored(folder):
@@ -111,9 +124,9 @@ def test_average_and_live_weights_are_where_they_should_be(stage, kind, ranks, t
     ranks(evaluated_and_saved, stage, kind, tmp_path)
 
 
-def whole_and_resumed(stage, kind, folder):
+def whole_and_resumed(stage, kind, folder, **more):
     """With dropout, shuffled data, warm-up, clipping; from an epoch's middle and its end."""
-    given = {
+    given = more | {
         "max_steps": 7,
         "lr_scheduler_type": "linear",
         "warmup_steps": 2,
@@ -135,7 +148,7 @@ def whole_and_resumed(stage, kind, folder):
             states = [
                 {key: x.clone() if isinstance(x, torch.Tensor) else x for key, x in state.items()}
                 for state in trainer.bare_optimizer.state.values()
-            ]
+            ] + masters(trainer)
         keys = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_live_loss")
         return returned, live, states, {key: logged(trainer, key) for key in keys}
 
@@ -149,30 +162,88 @@ def whole_and_resumed(stage, kind, folder):
         assert again == history
 
 
+BFLOAT16 = {"bf16": True, "optimizer_cls_and_kwargs": (PACE, {"lr": 0.05, "pullback": 0.1})}
+
+
+def in_bfloat16(stage, folder):
+    """The average by its formula from the float32 weights, rounded where the model has it."""
+    saved = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = prepare(folder, stage, **BFLOAT16, **saved, max_steps=4)
+    average, rounded, before = [], {}, []
+
+    def begin(step, **_):
+        if before:  # evaluations and saves
+            assert same(before, [masters(trainer), held(trainer)])
+        average[:] = average or masters(trainer)
+
+    def end(step, **_):
+        before[:] = masters(trainer), held(trainer)
+        for a, x in zip(average, before[0], strict=True):
+            a += (1 + step) ** -0.5 * (x - a)
+        rounded[step] = {key: a.bfloat16() for key, a in zip(before[1], average, strict=True)}
+
+    trainer.add_callback(on("on_step_begin", begin))
+    trainer.add_callback(on("on_step_end", end))
+    trainer.train()
+    for step in (2, 4):
+        file = stored(folder / f"checkpoint-{step}")
+        assert same(file, {name: rounded[step][name] for name in file})  # bfloat16 and all
+        score, live = (logged(trainer, key)[step] for key in ("eval_loss", "eval_live_loss"))
+        assert abs(score - loss_by_hand(rounded[step])) < 0.002 < abs(score - live) / 5
+    assert same(held(trainer), rounded[4])
+    with trainer.live():
+        assert same(before, [masters(trainer), held(trainer)])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_in_bfloat16_the_model_has_the_rounded_average(stage, ranks, tmp_path):
+    ranks(in_bfloat16, stage, tmp_path)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_resumed_a_run_ends_bit_for_bit_as_if_undisturbed(stage, ranks, tmp_path):
-    ranks(whole_and_resumed, stage, "pace", tmp_path)
+    ranks(functools.partial(whole_and_resumed, **BFLOAT16), stage, "pace", tmp_path)
 
 
 def test_one_rank_serves(one, tmp_path):
+    for stage in (1, 2, 3):
+        one(partly_stepped, stage)
     one(evaluated_and_saved, 2, "pace", tmp_path / "evaluated")
     one(whole_and_resumed, 1, "pullback", tmp_path / "one")
     one(whole_and_resumed, 3, "pace", tmp_path / "three")
 
 
-def best(folder):
-    """The highest loss counts as the best, which is not the last."""
-    highest = {"metric_for_best_model": "loss", "greater_is_better": True, "eval_strategy": "steps"}
-    saved = {"save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
-    live, returned = by_hand("pace")
-    trainer = prepare(folder / "model", 2, load_best_model_at_end=True, **highest | saved)
+# The highest loss counts as the best, which is not the last.
+HIGHEST = {"metric_for_best_model": "loss", "greater_is_better": True, "eval_strategy": "steps"}
+
+
+def best_checkpoint(stage, folder):
+    saved = {"save_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 4}
+    _, returned = by_hand("pace")
+    trainer = prepare(folder, stage, load_best_model_at_end=True, **HIGHEST | saved)
     trainer.train()
     step = trainer.state.best_global_step
-    assert step < 6
-    assert far(held(trainer), returned[step]) < CLOSE
-    assert far(stored(folder / "model" / f"checkpoint-{step}"), returned[step]) < CLOSE
+    assert step < 4
+    trainer.save_model(str(folder / "saved"))
+    best = held(trainer)
+    assert far(best, returned[step]) < CLOSE < far(best, returned[4])
+    with trainer.live():  # of the best step there is nothing else
+        assert same(held(trainer), best)
+    assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+    dist.barrier()
+    for name in (f"checkpoint-{step}", "saved"):
+        assert same(stored(folder / name), {name: best[name] for name in stored(folder / name)})
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_best_checkpoint_is_loaded_and_saved(stage, ranks, tmp_path):
+    ranks(best_checkpoint, stage, tmp_path / "model")
+
+
+def best_average(folder):
+    live, returned = by_hand("pace")
     choosing = functools.partial(PaceTrainer, load_best_average_at_end=True)
-    trainer = prepare(folder / "average", 1, cls=choosing, **highest)
+    trainer = prepare(folder, 1, cls=choosing, **HIGHEST)
     trainer.train()
     scores = {"average": loss_by_hand(returned[6]), "live": loss_by_hand(live[6])}
     assert trainer.best_average.scores == pytest.approx(scores, abs=CLOSE)
@@ -183,8 +254,8 @@ def best(folder):
     )
 
 
-def test_the_best_checkpoint_and_the_best_average_are_loaded(ranks, tmp_path):
-    ranks(best, tmp_path)
+def test_the_best_average_is_left_in_the_model(ranks, tmp_path):
+    ranks(best_average, tmp_path)
 
 
 def refused(folder):
@@ -221,3 +292,31 @@ def damaged(folder):
 
 def test_a_damaged_checkpoint_is_refused(one, tmp_path):
     one(damaged, tmp_path)
+
+
+def dies(place, folder):
+    """Rank 1, after checkpoint-2: while it writes its part of the next one, or in a step."""
+    saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer = prepare(folder, 3, **saved)
+
+    def half(state, file, *_, **__):
+        Path(file).write_bytes(b"PK")
+        os._exit(1)
+
+    def begin(step, **_):
+        if step == 3 and dist.get_rank() == 1:
+            if place == "save":
+                torch.save = half
+            else:
+                trainer.bare_optimizer.register_step_pre_hook(lambda *_: os._exit(1))
+
+    trainer.add_callback(on("on_step_begin", begin))
+    with pytest.raises(RuntimeError, match=LOST):
+        trainer.train(resume_from_checkpoint=place == "step")  # from checkpoint-2
+    assert not trainer.bare_optimizer.swapped
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2"]
+
+
+def test_of_a_rank_that_dies_the_last_whole_checkpoint_is_resumed(ranks, tmp_path):
+    for place in ("save", "step"):
+        ranks(dies, place, tmp_path, last=True)
