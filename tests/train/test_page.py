@@ -51,6 +51,8 @@ def test_the_lower_loss_is_marked_and_a_diverged_one_is_named(tmp_path):
     assert marked(write(tmp_path / "same")) == []
     none = "No difference shown: returned less live is 0.5000 nats, without an interval."
     assert marked(write(tmp_path / "not-shown", last=(2.0, 1.5), verdict=none)) == []
+    worse = "The model got worse: 1.6700 nats before training, 90.0000 now; lower the rate."
+    assert marked(write(tmp_path / "worse", last=(222.7, 90.0), verdict=worse)) == []
     lost = write(tmp_path / "lost", last=(math.nan, 2.5))
     assert marked(lost) == ["2.5000"]
     assert lost.count(">diverged<") == 1

@@ -232,7 +232,8 @@ def write_page(
     first, last = evaluations[0], evaluations[-1]
     live, returned = last["eval_live_loss"], last["eval_loss"]
     finite = [loss for loss in (live, returned) if math.isfinite(loss)]
-    is_shown = not average["verdict"].startswith("No difference shown")
+    unmarked = ("No difference shown", "The model got worse")  # neither loss is a good one
+    is_shown = not average["verdict"].startswith(unmarked)
     lower = min(finite) if finite and live != returned and is_shown else None
     label = recipe.parsed.label
     curves, with_difference = _curves(history, looks([label])[label])

@@ -460,11 +460,12 @@ def _finish(
     if main:  # of an earlier end, whose model was deleted
         remove(run / folder.CHOICE)
         remove(run / folder.FORMER)
-    *_, last = (entry for entry in history if "eval_loss" in entry)
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    first, last = evaluations[0], evaluations[-1]
     if main:
         rule = returned_rule(trainer)
         lag = None if rule is None else Lag.at(rule, trainer.state.global_step)
-        average["verdict"] = verdict(last, measured(trainer, recipe), lag)
+        average["verdict"] = verdict(first, last, measured(trainer, recipe), lag)
         write_json(run / folder.SAMPLES, {"greedy": samples(trainer, recipe)})
         meaning = {"weights": folder.WEIGHTS_IN, "metrics": METRICS_MEAN}
         write_json(run / folder.AVERAGE_FACTS, {**average, **meaning})

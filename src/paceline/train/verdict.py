@@ -1,4 +1,4 @@
-"""The verdict at the end of a run: whether the returned model has a lower loss than the live."""
+"""The verdict at the end of a run: whether it got worse, and how returned and live differ."""
 
 import math
 from itertools import count
@@ -13,35 +13,42 @@ from .terminal import tell
 
 SHARE = 5  # an average that lags behind by more than a fifth of a run is too slow for it
 MOST = 10**5  # further steps, among which the number that it needs is looked for
+RISE = 1.1  # without an interval, a loss that is a tenth higher than at the start got worse
 
 
-def measured(trainer: RunTrainer, recipe: Recipe) -> Difference | None:
-    """Loss of the returned model less that of the live weights, nats a token, at the end of a run.
+class Measured(NamedTuple):
+    """What was measured on the held-out sequences at the end of a run, nats a token.
 
-    The interval is over the held-out sequences of this run. Another seed would give another
-    difference. Neither weights nor random numbers change.
+    The intervals are over the sequences of this run. Another seed would give other losses.
+    """
+
+    returned: Difference | None = None  # loss of the returned model; None: not measured
+    gap: Difference | None = None  # returned less live; None also where live is returned
+
+
+def measured(trainer: RunTrainer, recipe: Recipe) -> Measured:
+    """Losses at the end of a run with their intervals. Neither weights nor random numbers change.
+
+    Nothing is measured where the model is in parts (FSDP), where there are too few sequences, or
+    where it fails, which a line says.
 
     Args:
         trainer: after its training.
         recipe: of the run.
-
-    Returns:
-        None where the live weights are returned, where the model is in parts (FSDP), where there
-        are too few sequences, or where it fails, which a line says.
     """
     if recipe.fsdp:
-        return None
+        return Measured()
     try:
         return _measured(trainer, recipe)
     except InputError:  # too few
-        return None
+        return Measured()
     except Exception as error:  # of any model; the run has ended, and is worth more
         why = " ".join(f"{type(error).__name__}: {error}".split())
         tell(f"returned and live are compared without an interval: {why}")
-        return None
+        return Measured()
 
 
-def _measured(trainer: RunTrainer, recipe: Recipe) -> Difference | None:
+def _measured(trainer: RunTrainer, recipe: Recipe) -> Measured:
     model: Any = trainer.model
     names = recipe.eval_data or recipe.data_names
     held_out = sequences(trainer.eval_dataset, trainer.data_collator, recipe, names)
@@ -50,14 +57,16 @@ def _measured(trainer: RunTrainer, recipe: Recipe) -> Difference | None:
     model.eval()
     try:
         with trainer.averaged() as differs:
-            if not differs:
-                return None
             returned = [cost for half in halves for cost in half.costs(model)]
+        counts = [n for half in halves for n in half.counts]
+        alone = difference(returned, [0.0] * len(counts), counts)
+        if not differs:
+            return Measured(alone)
         with trainer.live():
             live = [cost for half in halves for cost in half.costs(model)]
     finally:
         model.train(was_training)
-    return difference(returned, live, [n for half in halves for n in half.counts])
+    return Measured(alone, difference(returned, live, counts))
 
 
 class Lag(NamedTuple):
@@ -98,34 +107,50 @@ def _rounded_up(steps: int) -> int:
     return -(-steps // unit) * unit
 
 
-def verdict(last: dict[str, Any], found: Difference | None, lag: Lag | None) -> str:
-    """What is shown of the returned model beside the live weights, in one line.
+def is_worse(before: float, now: float, found: Difference | None) -> bool:
+    """Whether a loss is really above that at the start: outside its interval, if it has one."""
+    if found is None or math.isnan(found.low):
+        return now > RISE * before
+    return now > before and found.low > before
+
+
+def verdict(first: dict[str, Any], last: dict[str, Any], found: Measured, lag: Lag | None) -> str:
+    """What is shown of the returned model beside the start and the live weights, in one line.
 
     Args:
+        first: the evaluation before the training.
         last: the evaluation at the end.
-        found: returned less live, with its interval, if it is known.
+        found: what is known of both with an interval.
         lag: of the returned average, if there is one.
     """
-    if lag is None and found is None and last["eval_loss"] == last["eval_live_loss"]:
-        return "The live weights are returned: the method keeps no average."
-    losses = {"live weights": last["eval_live_loss"], "returned model": last["eval_loss"]}
+    before, now = first["eval_loss"], last["eval_loss"]
+    start = f"{before:.4f} nats before training"
+    losses = {"live weights": last["eval_live_loss"], "returned model": now}
     lost = " and ".join(name for name, loss in losses.items() if not math.isfinite(loss))
     if lost:
-        return f"The training has diverged: no finite loss of {lost}. Take a lower learning rate."
-    gap = last["eval_loss"] - last["eval_live_loss"] if found is None else found.difference
-    shown = found is not None and found.excludes_0
-    if found is None or math.isnan(found.low):
+        return (
+            f"The training has diverged: no finite loss of {lost} ({start}). Take a lower learning "
+            "rate."
+        )
+    worse = ""
+    if is_worse(before, now, found.returned):
+        worse = f"The model got worse: {start}, {now:.4f} now; lower the rate or train less. "
+    if lag is None and found.gap is None and now == last["eval_live_loss"]:
+        return f"{worse}The live weights are returned: the method keeps no average."
+    gap = now - last["eval_live_loss"] if found.gap is None else found.gap.difference
+    shown = found.gap is not None and found.gap.excludes_0
+    if found.gap is None or math.isnan(found.gap.low):
         said = f"No difference shown: returned less live is {gap:.4f} nats, without an interval."
     elif shown:
-        low, high = sorted(map(abs, found[1:]))
+        low, high = sorted(map(abs, found.gap[1:]))
         than = f"{'lower' if gap < 0 else 'higher'} than live"
         said = f"Returned {abs(gap):.4f} nats {than} (95 % interval {low:.4f} to {high:.4f})."
     else:
         said = (
             f"No difference shown: returned less live is {gap:.4f} nats (95 % interval "
-            f"{found.low:.4f} to {found.high:.4f})."
+            f"{found.gap.low:.4f} to {found.gap.high:.4f})."
         )
     lower = shown and gap < 0
-    if lag is not None and lag.is_too_long and not lower:
+    if lag is not None and lag.is_too_long and not lower and not worse:
         said += f" {lag}."
-    return said
+    return worse + said
