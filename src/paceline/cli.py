@@ -234,7 +234,10 @@ def _parse(name: str, options: Any, arguments: list[str]) -> Any:
             options.refuse(name, _given(f"--{wrong[1]}", arguments))
     near = re.findall(r"Perhaps you meant: (--[\w-]+)", " ".join(hints))
     if wrong := re.match(r"Unrecognized options: --([\w-]+)", message):
-        meant = nearest(wrong[1].replace("-", "_"), options.model_fields, 0.6)
+        name = wrong[1].replace("-", "_")
+        if said := options.elsewhere(name):
+            raise InputError(f"{message}; {said}")
+        meant = nearest(name, options.model_fields, 0.6)
         near = [f"--{meant.replace('_', '-')}"] if meant else near
     raise InputError(message + (f"; did you mean {near[0]}?" if near else ""))
 

@@ -104,7 +104,7 @@ def _size(shape):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "Adam"], "only: unknown optimizer 'Adam'; did you mean 'AdamW fused'?"),
+        (["--only", "Adam"], "only: unknown optimizer 'Adam'; known: AdamW for-loop, "),
         (["--rounds", "2"], "rounds: must be greater than or equal to 3, got 2"),
         (["--out", "."], "out: . cannot be written; name a file"),
         (["--device", "cuda"], "device: torch finds no cuda device here"),

@@ -18,6 +18,7 @@ from paceline.train.methods import (
     Method,
     Setup,
     all_options,
+    goes_into_method,
     method_of_row,
     methods_help,
     parse_method,
@@ -171,3 +172,17 @@ def test_muon_gets_the_hidden_matrices_alone():
             embedding = p is model.transformer.wte.weight or p is model.transformer.wpe.weight
             assert group["use_muon"] == (p.ndim == 2 and not embedding)
             assert isinstance(p, torch.nn.Parameter)
+
+
+def test_an_option_of_methods_that_is_no_key_goes_into_the_method():
+    """The example is one that can be copied."""
+    keys = Recipe.model_fields
+    for option in {*all_options()} - {*keys}:
+        said, example = goes_into_method(option, keys).split(" --method ")
+        assert said == f"{option} goes into the method, as in"
+        recipe = Recipe(config={"model_type": "gpt2"}, tokenizer="bpe", method=example)
+        assert recipe.parsed.get(option) is not None
+    assert goes_into_method("retrun_kappa", keys).startswith("return_kappa goes")
+    assert goes_into_method("state_dtype", keys).startswith("state goes")
+    for name in ("kapa", "twin_gian", "learning_rate", "xyz"):
+        assert goes_into_method(name, keys) is None

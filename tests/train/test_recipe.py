@@ -226,9 +226,12 @@ def test_aliases_are_good_in_measure(folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"model: x\nlearnin_rate: 1\n", "bad.yaml: unknown key 'learnin_rate'; known: attention,"),
+        (b"model: x\nlearing_rate: 1\n", "unknown key 'learing_rate'; did you mean 'lr'"),
+        (b"model: x\ngain: scalar\n", "'gain'; gain goes .*pace:gain=scalar:pullback=1$"),
+        (b"model: x\nreturn_kappa: 0.7\n", "goes .* --method pace:return_kappa=0.7$"),
+        (b"model: x\nxyz: 1\n", r"unknown key 'xyz'; the nearest of \d+: \w+, \w+, \w+$"),
         (b"model: x\nmicrobatch: 1\n", "unknown key 'microbatch'; did you mean 'micro_batch'?"),
-        (b"model: x\nLR: 1\n", "bad.yaml: unknown key 'LR'"),
+        (b"model: x\nLR: 1\n", "bad.yaml: unknown key 'LR'; did you mean 'lr'"),
         (b"model: x\nmicro-batch: 1\n", "did you mean 'micro_batch'?"),
         # what is of the command and not of the recipe
         *(
@@ -350,7 +353,8 @@ def test_a_recipe_that_may_not_be_read(monkeypatch, refused):
         ({"lr": math.nan}, "lr: must be a finite number"),
         ({"lr": math.inf}, "lr: must be a finite number"),
         ({"lr": None}, "lr: "),
-        ({"schedule": "linear"}, "schedule: "),
+        ({"schedule": "linear"}, "schedule: .* known: constant, cosine, power, twin, wsd$"),
+        ({"schedule": "cosin"}, "schedule: unknown schedule 'cosin'; did you mean 'cosine'"),
         ({"pullback": -0.1}, "pullback: must be greater than or equal to 0"),
         ({"kappa": 1.1}, "kappa: must be less than or equal to 1"),
         ({"kappa": -0.1}, "kappa: "),

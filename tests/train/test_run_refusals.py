@@ -43,7 +43,10 @@ TINY = {
     [
         ("traim", "unknown command 'traim'; did you mean 'train'?"),
         ("verfy-resume", "unknown command 'verfy-resume'; did you mean 'verify-resume'?"),
-        ("nonsense", "unknown command 'nonsense'; known: average, bench, "),
+        ("nonsense", "unknown command 'nonsense'; the nearest of \\d+: "),
+        ("train demo-sft --gain 1", "gain goes into the method, as in --method pace:gain=scalar:"),
+        ("train demo-sft --half-life 9", "half_life goes into .* --method ema:half_life=200"),
+        ("train demo-sft --learing-rate 1", "did you mean --lr?"),
         ("train", "model: give one, or give a config with the model_type of a new one"),
         ("data", "model: give one"),
         ("train demo-sft --kapa 0.3", "Unrecognized options: --kapa, 0.3; did you mean --kappa?"),

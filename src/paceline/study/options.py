@@ -15,6 +15,7 @@ from ..train.methods import (
     WSD_DECAY_SHARE,
     Method,
     ScheduleName,
+    goes_into_method,
     methods_help,
     parse_method,
     refuse_untaken,
@@ -145,6 +146,11 @@ class Comparison(Options):
             raise InputError(f"methods: two of {', '.join(self.methods)} are the same run")
         check_warmup(self.warmup, self.steps)
         return self
+
+    @classmethod
+    def elsewhere(cls, name: str) -> str | None:
+        """Of an option of methods that it goes into one of them."""
+        return goes_into_method(name, cls.model_fields, "--methods")
 
     def refuse_unused(self, given: Collection[str]) -> None:
         """Refuse options of methods that no method takes."""

@@ -86,7 +86,7 @@ class Options(BaseModel):
             first = next((x for x in found if x["type"] == "extra_forbidden"), found[0])
             name = str(first["loc"][0]) if first["loc"] else "options"
             if first["type"] == "extra_forbidden":
-                raise InputError(unknown(name, type(self).model_fields)) from error
+                raise InputError(type(self).unknown_key(name)) from error
             if first["type"] == "missing":
                 raise InputError(f"{name}: it is missing; give it") from error
             own = [x for x in found if x["loc"] and x["loc"][0] == name] or [first]
@@ -107,6 +107,18 @@ class Options(BaseModel):
             TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
             raise InputError(f"{name}: {_reason(error.errors())}") from error
+
+    @classmethod
+    def elsewhere(cls, name: str) -> str | None:
+        """Where a name that is no key goes instead, in one clause; None where nobody knows."""
+        return None
+
+    @classmethod
+    def unknown_key(cls, name: str) -> str:
+        """The message for a key that there is not."""
+        if said := cls.elsewhere(name):
+            return f"unknown key {name!r}; {said}"
+        return unknown(name, cls.model_fields)
 
     def refuse_unused(self, given: Collection[str]) -> None:
         """Refuse options that were given and change nothing; by default there are none.
@@ -149,7 +161,11 @@ ALSO_CALLED = {
     **{"model_name_or_path": "model", "output_dir": "out", "lora_r": "lora_rank"},
     **{"grad_clip": "max_grad_norm", "logging_steps": "log_every", "save_steps": "save_every"},
     **{"resume_from_checkpoint": "resume", "random_seed": "seed", "wd": "weight_decay"},
+    **{"averaging": "method", "returns": "return_kappa", "state_dtype": "state"},
 }
+
+
+FEW = 16  # known names of which all are listed
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
@@ -157,12 +173,24 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
     known = sorted(known)
     if (also := ALSO_CALLED.get(name.lower())) in known:
         return also
-    return next(iter(get_close_matches(name, known, n=1, cutoff=cutoff)), None)
+    # Of two or three letters, all names look alike.
+    spelt = {x: y for x, y in ALSO_CALLED.items() if y in known and len(x) > 3}
+    spelt |= {_plain(x): x for x in known}
+    return next((spelt[x] for x in get_close_matches(_plain(name), spelt, 1, cutoff)), None)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 def unknown(name: str, known: Iterable[str], what: str = "key") -> str:
-    """The message for an unknown name, with the nearest known one."""
+    """The message for an unknown name, with the nearest known one, or those that there are."""
     known = sorted(known)
-    near = nearest(name, known)
-    hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+    is_few = len(known) <= FEW
+    if near := nearest(name, known, 0.6 if is_few else 0.5):
+        hint = f"did you mean {near!r}?"
+    elif is_few:
+        hint = f"known: {', '.join(known)}"
+    else:
+        hint = f"the nearest of {len(known)}: {', '.join(get_close_matches(name, known, 3, 0))}"
     return f"unknown {what} {name!r}; {hint}"

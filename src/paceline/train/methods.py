@@ -38,6 +38,7 @@ from . import (
     Options,
     Positive,
     Power,
+    nearest,
     reporting,
     unknown,
 )
@@ -675,6 +676,34 @@ def _split_for_muon(setup: Setup) -> list[dict[str, Any]]:
 def all_options() -> list[str]:
     """Names of the options that any method has."""
     return list(dict.fromkeys(name for kind in METHODS.values() for name in kind.model_fields))
+
+
+# How to write an option that has no default.
+EXAMPLES = {
+    "gain": "pace:gain=scalar:pullback=1",
+    "return_kappa": "pace:return_kappa=0.7",
+    "state": "pace:state=bf16",
+    "half_life": "ema:half_life=200",
+    "eps": "pace:eps=1e-6",
+    "base": "pullback:muon",
+}
+
+
+def goes_into_method(name: str, keys: Collection[str], flag: str = "--method") -> str | None:
+    """How to give an option of methods that is none of a command's keys, in one clause.
+
+    Returns:
+        None where the name is, or looks more like, a key; or looks like no option.
+    """
+    own = {*all_options()} - {*keys}
+    meant = nearest(name, {*own, *keys}, 0.6)
+    if meant is None or meant not in own:
+        return None
+    kind = next(kind for kind in METHODS.values() if meant in kind.model_fields)
+    default = kind.model_fields[meant].default
+    value = f"{default:g}" if isinstance(default, int | float) else "VALUE"
+    example = EXAMPLES.get(meant, f"{kind.name}:{meant}={value}")
+    return f"{meant} goes into the method, as in {flag} {example}"
 
 
 def methods_help() -> str:

@@ -30,7 +30,15 @@ from . import (
     reporting,
     unknown,
 )
-from .methods import METHODS, Method, PulledMethod, ScheduleName, parse_method, refuse_untaken
+from .methods import (
+    METHODS,
+    Method,
+    PulledMethod,
+    ScheduleName,
+    goes_into_method,
+    parse_method,
+    refuse_untaken,
+)
 
 if TYPE_CHECKING:
     from ..averaging import Averaging
@@ -346,6 +354,11 @@ class Recipe(Options):
             )
         return self
 
+    @classmethod
+    def elsewhere(cls, name: str) -> str | None:
+        """Of an option of methods that it goes into the method."""
+        return goes_into_method(name, cls.model_fields)
+
     @property
     def data_names(self) -> tuple[str, ...]:
         """What it trains on, also if that is the default."""
@@ -480,7 +493,7 @@ def read_recipe(name: str) -> dict[str, Any]:
         raise InputError(f"{path} is not a mapping of keys to values")
     for key in values:
         if key not in Recipe.model_fields:
-            raise InputError(f"{path}: {unknown(key, Recipe.model_fields)}")
+            raise InputError(f"{path}: {Recipe.unknown_key(key)}")
     return values
 
 
