@@ -378,6 +378,8 @@ def test_what_cannot_be_evaluated(run, tasks, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tasks / "both.yaml"):
         refused("is neither the folder of a run .* nor that of a model", path, "choice")
+    (tmp_path / "empty" / "recipe.yaml").touch()
+    refused("^model: .*empty is not finished; .*--resume", tmp_path / "empty", "choice")
     weights = run / "model" / "model.safetensors"
     state = {name: x.clone() for name, x in load_file(weights).items()}
     write_sums(run / "model")

@@ -325,6 +325,9 @@ def spoil(place, how):
     elif how == "model":
         (place / "GPT").mkdir()
         save_file({"0.weight": torch.zeros(2)}, place / "GPT" / "model.safetensors")
+    elif how == "run":
+        (place / "RUN").mkdir()
+        (place / "RUN" / "recipe.yaml").touch()
     else:
         rewritten(file, **how)
 
@@ -361,6 +364,7 @@ def spoil(place, how):
             "A --out OUT --model GPT",
             r"tensor '0.bias' of the snapshots, .* is missing in GPT",
         ),
+        ("run", "A --out OUT --model RUN", r"^model: RUN is not finished; .* --resume RUN goes on"),
         (None, "A --model one.safetensors", r"^model: leave it out where the average is written t"),
         (None, "one.safetensors two.safetensors --model A", r"^model: it is for averages at a ste"),
         (None, "A --out one.safetensors", r"^out: one.safetensors exists; name another"),

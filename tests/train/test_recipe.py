@@ -298,7 +298,15 @@ def test_bad_files(content, message, folder, refused):
         ("smollm-135m", "did you mean 'smollm2-135m'?"),
         ("missing.yaml", "unknown recipe 'missing.yaml'; known: demo-pretrain, demo-sft"),
         ("xyz", "known: .*, smollm2-135m, .*or give the path of a YAML file"),
-        (".", "cannot read the recipe .: Is a directory"),
+        (".", ". is a folder and no recipe; give it by --data or --model"),
+        (
+            "run1",
+            "run1 is a folder .* by --model to start .*, by --resume to go on, or run1/recipe",
+        ),
+        ("my.jsonl", "my.jsonl is data; give it by --data$"),
+        ("missing.parquet", "missing.parquet is data; give it by --data$"),
+        ("list.json", "list.json is data; give it by --data$"),
+        ("lines.json", "lines.json is data; give it by --data$"),
         ("/dev/zero", "cannot read the recipe /dev/zero: it has more than 1,000,000 characters"),
         ("file/x", "cannot read the recipe file/x: Not a directory"),
         ("x" * 300, "cannot read the recipe xxx.*: File name too long"),
@@ -307,7 +315,33 @@ def test_bad_files(content, message, folder, refused):
 @pytest.mark.parametrize("command", ["train", "data"])
 def test_no_such_recipe(command, name, message, folder, refused):
     (folder / "file").touch()
+    (folder / "run1").mkdir()
+    (folder / "run1" / "recipe.yaml").touch()
+    (folder / "my.jsonl").write_text(2 * '{"messages": []}\n')
+    (folder / "lines.json").write_text(2 * '{"messages": []}\n')
+    (folder / "list.json").write_text("[{}]")
     assert re.search(message.replace("?", r"\?"), refused(command, name))
+
+
+def test_a_recipe_may_be_json(folder):
+    (folder / "mine.json").write_text('{"lr": 1}')
+    assert read_recipe("mine.json") == {"lr": 1}
+
+
+def test_the_folder_of_a_run_stands_for_its_model(folder):
+    """In the recipe and on the command line; what has a configuration is a model."""
+    (folder / "run1" / "model").mkdir(parents=True)
+    (folder / "run1" / "recipe.yaml").touch()
+    (folder / "run1" / "checkpoints" / "checkpoint-9").mkdir(parents=True)
+    for key in ("model", "tokenizer"):
+        refusal = f"{key}: run1 is not finished; .*--resume run1 .* or take run1/.*checkpoint-9$"
+        with pytest.raises(InputError, match=refusal):
+            Recipe(**LEAST | {key: "run1"})
+    (folder / "run1" / "model" / "paceline.json").touch()
+    for key in ("model", "tokenizer"):
+        assert getattr(Recipe(**LEAST | {key: "run1"}), key) == "run1/model"
+    (folder / "run1" / "config.json").touch()
+    assert Recipe(**LEAST | {"model": "run1"}).model == "run1"
 
 
 def test_a_recipe_that_may_not_be_read(monkeypatch, refused):

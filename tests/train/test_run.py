@@ -213,10 +213,13 @@ def test_goes_on_with_what_may_change(finished, copied):
     ("arguments", "parts"),
     [
         (["--lr", "1e-3"], ["lr: it must stay 0.01 when a run is resumed", "micro_batch"]),
-        (["--steps", "24"], ["steps: it must stay 12 when a run is resumed"]),
+        *(
+            (longer, ["resume: a run that is resumed keeps its length; a new run with --model"])
+            for longer in (["--steps", "24"], ["--epochs", "3"], ["--steps=None", "--epochs=3"])
+        ),
         (["--out", "elsewhere"], ["resume: a run continues in its own folder"]),
     ],
-    ids=["lr", "steps", "out"],
+    ids=["lr", "steps", "both", "epochs", "out"],
 )
 def test_does_not_go_on_with_what_may_not(copied, arguments, parts, capsys):
     unfinished(copied)

@@ -107,6 +107,8 @@ def _models(given: str) -> dict[str, str]:
     if "returned" in run:
         return run
     if is_here(given) and not _is_model(path):
+        if folder.is_begun(path):
+            raise folder.unfinished(path, "model")
         raise InputError(
             f"{given} is neither the folder of a run (with model/ and live/) nor that of a model "
             "(with config.json)"

@@ -268,6 +268,30 @@ def is_finished(run: Path) -> bool:
     return (run / MODEL / AVERAGE_FACTS).is_file()
 
 
+def unfinished(run: Path, option: str) -> InputError:
+    """What to say of a run without its returned model; `option` named the folder."""
+    newest = last_checkpoint(run)
+    there = f"; or take {newest}" if newest else ""
+    return InputError(
+        f"{option}: {run} is not finished; paceline train --resume {run} goes on with it{there}"
+    )
+
+
+def model_of_run(name: str, option: str) -> str:
+    """The folder of the returned model, where a name is that of a run's folder; else the name.
+
+    Raises:
+        InputError: the run is not finished.
+    """
+    run = Path(name)
+    with suppress(OSError):  # of a name too long for a file
+        if is_begun(run) and not (run / "config.json").is_file():
+            if not is_finished(run):
+                raise unfinished(run, option)
+            return str(run / MODEL)
+    return name
+
+
 def recipe_of(run: Path, *, option: str = "resume") -> dict[str, Any]:
     """The keys and values of a run's own recipe; `option` named the folder.
 

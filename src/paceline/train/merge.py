@@ -62,7 +62,8 @@ def merge(options: Merge, console: Console) -> None:
     with reporting_disk(options.out):
         if files := snapshot_files(options.checkpoints):
             _check_out(options.out)
-            rebuild(read_snapshots(files), rule, options.out, options.model, options.dtype, console)
+            model = options.model and Path(folder.model_of_run(str(options.model), "model"))
+            rebuild(read_snapshots(files), rule, options.out, model, options.dtype, console)
             console.print(Text(f"Rebuilt: {options.out}"), soft_wrap=True)
             return
         if options.model is not None:

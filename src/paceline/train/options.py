@@ -2,19 +2,28 @@
 
 import argparse
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tyro
-from pydantic import Field
+from pydantic import Field, model_validator
 from tyro.conf import Positional, arg
 
-from . import NonNegative, Options, Positive, folder
+from . import InputError, NonNegative, Options, Positive, folder
 from .recipe import Names, RecipeCommand
 
 Processes = Annotated[int, Field(ge=1, le=1024)]
 INGREDIENTS = arg(metavar="RUN…", help_behavior_hint="(required)")
 CHECKPOINTS = arg(metavar="CHECKPOINT…", help_behavior_hint="(required)")
 BATCH = 8  # sequences that `paceline eval` computes at a time
+LENGTHS = ("steps", "epochs", "tokens")
+
+
+def keeps_length(run: Path) -> InputError:
+    """What to say where another length is given for a run that is resumed."""
+    return InputError(
+        f"resume: a run that is resumed keeps its length; a new run with --model {run} trains the "
+        "finished model longer"
+    )
 
 
 class Train(RecipeCommand):
@@ -35,6 +44,14 @@ class Train(RecipeCommand):
     """Find the learning rate first, by a short run over rising rates. Made for a pull of gain 1: --method pace:gain=scalar:pullback=1."""
     print_recipe: Annotated[bool, tyro.conf.arg(name="print")] = False
     """Print the complete recipe and stop."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keeps_length(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Refuse another length of a resumed run before the lengths contradict each other."""
+        if sum(values.get(name) is not None for name in LENGTHS) > 1 and values.get("resume"):
+            raise keeps_length(values["resume"])
+        return values
 
     @classmethod
     def starting(cls, arguments: list[str]) -> Self | None:

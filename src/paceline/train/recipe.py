@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import tyro
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from .. import defaults
 from . import (
@@ -26,6 +26,7 @@ from . import (
     Options,
     Positive,
     Power,
+    folder,
     read_small,
     reporting,
     unknown,
@@ -143,6 +144,13 @@ Text = BeforeValidator(lambda value: str(value) if type(value) is int else value
 Split = BeforeValidator(lambda value: tuple(value.split(",")) if isinstance(value, str) else value)
 
 
+def _of_run(name: str | None, info: ValidationInfo) -> str | None:
+    """A model or tokenizer, that of a run where its folder is named."""
+    return name and folder.model_of_run(name, str(info.field_name))
+
+
+OfRun = AfterValidator(_of_run)
+DATA_FILES = (".jsonl", ".parquet", ".csv", ".txt")  # never recipes; a recipe may be JSON
 TIMES_TO_CHOOSE = 12  # that averages are kept where --choose asks for some
 
 
@@ -173,13 +181,13 @@ class Recipe(Options):
     task: Annotated[Literal["sft", "pretrain"], DATA] = "sft"
     """sft: conversations, with the loss on the assistant's turns; pretrain: text, with the loss on all of it."""
 
-    model: Annotated[str | None, DATA] = None
-    """Model to start from: a folder, or a name on the Hub."""
+    model: Annotated[str | None, OfRun, DATA] = None
+    """Model to start from: a folder of a model or of a run, or a name on the Hub."""
     config: Annotated[dict[str, Any], Mapping] | None = None
     """Configuration of a new model, with its model_type; or changes to the configuration of --model."""
     from_scratch: bool = False
     """Start from random weights, with the configuration of --model."""
-    tokenizer: Annotated[str | None, DATA] = None
+    tokenizer: Annotated[str | None, OfRun, DATA] = None
     """Folder or name on the Hub; or bpe, which is trained on the data. Default: the model's."""
     vocabulary: Annotated[int, Field(ge=260, le=2**20), DATA] = 4096
     """Entries of --tokenizer bpe, from 260 to 2^20."""
@@ -469,8 +477,8 @@ def _check_config(config: dict[str, Any]) -> None:
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with the package: name -> file."""
-    folder = Path(str(files("paceline") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    place = Path(str(files("paceline") / "recipes"))
+    return {path.stem: path for path in sorted(place.glob("*.yaml"))}
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -480,17 +488,30 @@ def read_recipe(name: str) -> dict[str, Any]:
         InputError: it cannot be found or read, or is not a YAML mapping of a recipe's keys.
     """
     path = shipped().get(name, Path(name))
+    kind = path.suffix.lower()
+    is_data = f"{name} is data; give it by --data"
+    if kind in DATA_FILES:
+        raise InputError(is_data)
     try:
         values = parse_yaml(read_small(path))
     except FileNotFoundError as error:
         hint = unknown(name, shipped(), "recipe")
         raise InputError(f"{hint} (or give the path of a YAML file)") from error
+    except IsADirectoryError as error:
+        how = "by --data or --model"
+        if folder.is_begun(path):
+            how = f"by --model to start from its model, by --resume to go on, or {path}/{folder.RECIPE}"
+        raise InputError(f"{name} is a folder and no recipe; give it {how}") from error
     except OSError as error:
         raise InputError(f"cannot read the recipe {name}: {error.strerror}") from error
     except ValueError as error:  # not UTF-8 among them
+        if kind == ".json":
+            raise InputError(is_data) from error
         raise InputError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise InputError(f"{path} is not a mapping of keys to values")
+        raise InputError(
+            is_data if kind == ".json" else f"{path} is not a mapping of keys to values"
+        )
     for key in values:
         if key not in Recipe.model_fields:
             raise InputError(f"{path}: {Recipe.unknown_key(key)}")

@@ -40,7 +40,7 @@ from .choose import choose, is_chosen, rule_facts
 from .find_lr import with_found_rate
 from .held_out import held_out_of, sequences
 from .manifest import environment, model_card, write_json
-from .options import Show, Train
+from .options import LENGTHS, Show, Train, keeps_length
 from .page import write_page
 from .recipe import RESUMABLE_CHANGES, Recipe, RecipeCommand, read_recipe
 from .talk import samples
@@ -232,7 +232,10 @@ def _run_folder(options: Train) -> Path:
             "resume: a run continues in its own folder by its own recipe; leave out --out and "
             "the recipe"
         )
-    _require_same(options, folder.recipe_of(options.resume), RESUMABLE_CHANGES)
+    before = folder.recipe_of(options.resume)
+    if any(getattr(options, name) != before.get(name) for name in LENGTHS):
+        raise keeps_length(options.resume)
+    _require_same(options, before, RESUMABLE_CHANGES)
     return options.resume
 
 

@@ -158,9 +158,7 @@ def _models(options: Chat) -> dict[str, Path]:
             raise InputError(f"live: {run} is no run, and has one model; leave out --live")
         return {"model": run}
     if not folder.is_finished(run):
-        raise InputError(
-            f"run: {run} is not finished; paceline train --resume {run} goes on with it"
-        )
+        raise folder.unfinished(run, "run")
     names = ("returned", "live") if options.live else ("returned",)
     return {name: run / COMPARED[name] for name in names}
 
