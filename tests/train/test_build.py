@@ -211,28 +211,33 @@ def test_an_average_for_another_batch(values, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("method", "is_said"),
+    ("method", "options", "is_said"),
     [
-        ("pace", True),
-        ("pullback:sgd:gain=scalar:pullback=1", True),
-        ("pace:pullback=1", False),
-        ("pace:gain=scalar:pullback=0.5", False),
-        ("pace:pullback=auto", False),
-        ("ema", False),
+        ("pace", {}, True),
+        ("pullback:sgd:gain=scalar:pullback=1", {}, True),
+        ("pace", {"lr": 1e-3}, False),  # the recipe gives it
+        ("pace", {"--lr": "4e-3"}, False),
+        ("pace:lr=4e-3", {}, False),
+        ("pace:pullback=1", {}, False),
+        ("pace:gain=scalar:pullback=0.5", {}, False),
+        ("pace:pullback=auto", {}, False),
+        ("ema", {}, False),
     ],
 )
 def test_the_rate_that_a_saturated_pull_wants(
-    method, is_said, values, tmp_path, capsys, monkeypatch
+    method, options, is_said, values, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(run_module, "_fit", lambda *_: None)
-    values = {k: x for k, x in values.items() if k not in ("pullback", "kappa")}
-    recipe = str(write_recipe(tmp_path / "recipe.yaml", values | {"method": method, "lr": 0.25}))
-    main(["train", recipe, "--out", str(tmp_path / "run")])
+    values = {k: x for k, x in values.items() if k not in ("pullback", "kappa", "lr")}
+    given = [x for pair in options.items() for x in pair if "--lr" in options]
+    values |= {"method": method} | (options if not given else {})
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", values))
+    main(["train", recipe, "--out", str(tmp_path / "run"), *given])
     said = [
         x for x in capsys.readouterr().out.splitlines() if x.startswith("lr: a gain of 1 wants")
     ]
     assert len(said) == is_said
-    assert all("The rate is 0.25." in x for x in said)
+    assert all("The rate is 0.001." in x for x in said)
 
 
 def test_losses_of_text_are_means_over_predicted_tokens(values, tmp_path):

@@ -57,12 +57,13 @@ def test_what_fits_is_taken_aloud(values, tmp_path, capfd):
     assert trainer.args.per_device_train_batch_size == 8
     assert trainer.args.max_length == 64
     assert capfd.readouterr().err == (
-        "paceline: data: kept 65 of 65 conversations to train on, context 64: 3 longer than the "
-        "context, and cut off there\n"
-        "paceline: data: kept 64 of 65 sequences to train on: 1 do not fill a batch of 8\n"
         "paceline: batch: 100 sequences a step are more than the 65 in the data, so --batch 8 and "
         "--micro-batch 8 is taken\n"
         "paceline: context: 2000 tokens are more than the model's 64, so --context 64 is taken\n"
+        "paceline: data: kept 65 of 65 conversations to train on, context 64: 3 longer than the "
+        "context, and cut off there\n"
+        "paceline: data: 7 of 72 rows are held out to evaluate on\n"
+        "paceline: data: kept 64 of 65 sequences to train on: 1 does not fill a batch of 8\n"
     )
     recipe, trainer = build_fitting(Recipe(**{**values, "context": 3}), tmp_path, only_data=True)
     assert recipe.context > 3

@@ -545,7 +545,7 @@ def spoil(run, how):
             r"^run: .* has no snapshots of averages, and it has no checkpoints; tr",
         ),
         ("the former", "", r"^run: .*model was chosen, and .*before-choice is gone; delete model/"),
-        ("one example", "--data {run}/one.jsonl", r"^data: .* has 1 sequences to score on, and at"),
+        ("one example", "--data {run}/one.jsonl", r"^data: .* has 1 sequence to score on, and at"),
         (None, "--examples 3", r"^data: .* has 3 sequences to score on, and at least 4 are needed"),
         (None, "--rules ema:kappa=2", r"^rules: .*kappa of ema must be in \[0, 1\], got 2"),
         (None, "--rules mean", r"^rules: unknown average 'mean'"),

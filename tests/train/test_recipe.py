@@ -554,6 +554,9 @@ def test_a_batch_that_was_made_to_fit_is_the_one_that_counts(folder):
     said = note_on_batch(given, fitted, 2000)
     assert said.startswith("batch: 4 sequences in place of the recipe's 128.")
     assert "each now 0.0312 times the data" in said
+    (folder / "mine.yaml").write_text(yaml.safe_dump(LEAST))  # nobody gives one
+    given = _parse("train", Train, ["mine.yaml"])
+    assert note_on_batch(given, Recipe(**{**given.plain.model_dump(), "batch": 4}), 2000) is None
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,7 @@ def test_data_shows_what_is_learned_and_writes_nothing(folder, capfd):
     before = contents(folder)
     assert main(["data", "small.yaml", "--show", "2"]) == 0
     out, error = capfd.readouterr()
-    assert error == ""
+    assert error == "paceline: data: 4 of 40 rows are held out to evaluate on\n"
     assert re.findall(r"example (\d): (\d+) tokens, (\d+) of them learned", out)
     assert len(re.findall(r"^example|─ example", out, re.MULTILINE)) == 2
     learned = re.findall("⟦.*?⟧", out, re.DOTALL)
@@ -325,7 +325,7 @@ def test_data_shows_few_rows_whatever_batch_and_context(folder, capfd):
     out, error = capfd.readouterr()
     assert len(re.findall(r"⟦Yes, number \d+\.<\|im_end\|>⟧", out)) == 2
     assert "36 sequences to train on, 4 to evaluate on; 9 steps of 4" in out
-    assert re.search(r"so --context \d\d is taken\n.*so --batch 4 is taken\n$", error)
+    assert re.search(r"so --context \d\d is taken\n.*so --batch 4 is taken\n.* data: 4 of", error)
 
 
 def test_options_that_some_method_takes_are_not_refused(folder):

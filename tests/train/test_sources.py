@@ -174,7 +174,7 @@ def test_all_turns_of_a_conversation_are_kept():
     tools = [*talk(0)[:1], assistant("calling"), {"role": "tool", "content": "42"}, *talk(1)[1:]]
     write_lines("x.jsonl", [{"messages": long}, {"messages": tools}])
     data = load("x.jsonl")
-    rows = [messages_of(row) for part in data for row in part]
+    rows = [messages_of(row) for part in data[:2] for row in part]
     assert sorted(rows, key=len) == [tools, long]
 
 
@@ -225,7 +225,7 @@ def test_other_code_reads_again(monkeypatch):
 
 def test_the_held_out_part_is_the_same_for_every_seed_and_disjoint():
     write_lines("x.jsonl", [{"messages": talk(n)} for n in range(100)])
-    parts = [tuple(map(numbers, load("x.jsonl", seed=seed))) for seed in range(3)]
+    parts = [tuple(map(numbers, load("x.jsonl", seed=seed)[:2])) for seed in range(3)]
     assert parts[0] == parts[1] == parts[2]
     train, evaluation = map(set, parts[0])
     assert (len(train), len(evaluation)) == (90, 10)
@@ -336,7 +336,7 @@ def message(row, **message):
             lambda p: write_lines(p, [{"prompt": "x", "chosen": "y"}]),
             "x.jsonl has no usable .* none of the columns .*, only prompt, chosen",
         ),
-        (lambda p: write_lines(p, MESSAGES[:1]), "x.jsonl has 1 usable examples"),
+        (lambda p: write_lines(p, MESSAGES[:1]), "x.jsonl has 1 usable example, and"),
         (
             lambda p: write_lines(p, [{"messages": []}] * 9),
             "x.jsonl has no usable examples: 9 left out because",

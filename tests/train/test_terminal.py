@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from rich.console import Console
 
-from paceline.train.terminal import progress_bars, show_losses, tell, told_once
+from paceline.train.terminal import progress_bars, show_losses
 
 LOSSES = {"eval_live_loss": 12.3456, "eval_loss": 12.2222}
 
@@ -36,12 +36,3 @@ def test_numbers_are_whole_at_80_columns(name):
     assert re.fullmatch(re.escape(shown).replace("…", ".*"), name)
     assert len(shown) >= (16 if len(name) > 16 else 5)
     assert said.count("live") == said.count("40%")  # a name takes one line
-
-
-def test_lines_are_told_once_where_they_would_be_told_again(capfd):
-    with told_once():
-        tell("a")
-        tell("b")
-        tell("a")
-    tell("a")
-    assert capfd.readouterr().err == "paceline: a\npaceline: b\npaceline: a\n"

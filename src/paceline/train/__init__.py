@@ -151,6 +151,11 @@ def _is_text(value: Any) -> bool:
     return all(map(_is_text, value)) if isinstance(value, list | tuple) else True
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 row, 2 rows."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 # What other trainers and the paper call our keys.
 ALSO_CALLED = {
     **{"c": "pullback", "η": "lr", "learning_rate": "lr", "peak_lr": "lr", "optimizer": "method"},

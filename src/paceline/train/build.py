@@ -29,7 +29,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from ..averaging import PowerEMA
 from ..options import parse_returns, returns_text
 from ..state import averages_of
-from . import InputError, folder, read_small, reporting, sources, unknown
+from . import InputError, counted, folder, read_small, reporting, sources, unknown
 from .chat import conversation_encoder, use_chatml
 from .data import make_tokenizer
 from .folder import AVERAGES
@@ -44,7 +44,7 @@ from .model import (
     one_line,
 )
 from .recipe import Recipe
-from .terminal import tell, told_once
+from .terminal import tell, told_to
 from .trainer import OneMethodTrainer
 
 FEWEST_STEPS = 8  # of an epoch, where the batch is made to fit
@@ -209,6 +209,7 @@ class Prepared(NamedTuple):
     train: Any
     evaluation: Any
     tokenizer: Any
+    split: str = ""  # what is said of rows that were held out
 
 
 def build_trainer(
@@ -239,6 +240,7 @@ def build_trainer(
         raise InputError("elastic: it needs several processes; start them by torchrun")
     conversations = recipe.task == "sft"
     skipped = {"skip_prepare_dataset": True} if prepared else {}
+    is_new = prepared is None
     refused: InputError | None = None
     with state.main_process_first():  # the others then read the cache
         try:
@@ -327,6 +329,8 @@ def build_trainer(
         )
     kept = min(recipe.eval_examples, len(evaluation))  # a document is many sequences
     trainer.eval_dataset = evaluation.select([i * len(evaluation) // kept for i in range(kept)])
+    if prepared.split and is_new:  # where nothing has been refused
+        tell(f"data: {prepared.split}")
     steps = recipe.steps
     if recipe.tokens is not None and (recipe.streaming or not conversations):
         steps = math.ceil(recipe.tokens / (recipe.batch * recipe.context))
@@ -337,8 +341,8 @@ def build_trainer(
         # same few sequences.
         if rest := count % recipe.batch:
             tell(
-                f"data: kept {count - rest} of {count} sequences to train on: {rest} do not fill a "
-                f"batch of {recipe.batch}"
+                f"data: kept {count - rest} of {counted(count, 'sequence')} to train on: {rest} "
+                f"{'does' if rest == 1 else 'do'} not fill a batch of {recipe.batch}"
             )
         trainer.train_dataset = trainer.train_dataset.select(range(count - count % recipe.batch))
         steps = steps or _steps_of_data(recipe, trainer.train_dataset)
@@ -380,21 +384,27 @@ def build_fitting(recipe: Recipe, *args: Any, **options: Any) -> tuple[Recipe, A
     """
     taken: list[dict[str, Any]] = []
     said: list[str] = []
-    with told_once():  # what is said of the data
-        while True:
-            try:
-                trainer = build_trainer(recipe, *args, **options)
-                break
-            except DoesNotFit as error:
-                what, instead = error.what, error.instead
-                if instead in taken:  # data and model leave no context
-                    raise
-            taken.append(instead)
-            recipe = Recipe(**{**recipe.model_dump(), **instead})
-            flags = [f"--{key.replace('_', '-')} {x}" for key, x in instead.items() if x]
-            said.append(f"{what}, so {' and '.join(flags)} is taken")
-    for line in said:
-        tell(line)
+    of_data: list[str] = []  # said again for each batch that is tried
+    try:
+        with told_to(of_data.append):
+            while True:
+                try:
+                    trainer = build_trainer(recipe, *args, **options)
+                    break
+                except DoesNotFit as error:
+                    what, instead = error.what, error.instead
+                    if instead in taken:  # data and model leave no context
+                        raise
+                taken.append(instead)
+                recipe = Recipe(**{**recipe.model_dump(), **instead})
+                flags = [f"--{key.replace('_', '-')} {x}" for key, x in instead.items() if x]
+                said.append(f"{what}, so {' and '.join(flags)} is taken")
+    except BaseException:
+        said = []  # it is not
+        raise
+    finally:
+        for line in dict.fromkeys([*said, *of_data]):
+            tell(line)
     return recipe, trainer
 
 
@@ -406,7 +416,9 @@ def _check_batch(recipe: Recipe, data: Any, processes: int) -> None:
     """
     if not isinstance(data, Dataset) or (count := len(data)) >= recipe.batch:
         return
-    what = f"batch: {recipe.batch} sequences a step are more than the {count} in the data"
+    what = (
+        f"batch: {counted(recipe.batch, 'sequence')} a step are more than the {count} in the data"
+    )
     advice = "give a smaller --batch or more --data"
     if count < processes:
         raise InputError(f"{what}, and than the {processes} processes; give more --data")
@@ -430,7 +442,7 @@ def _prepare(recipe: Recipe) -> Prepared:
     data = sources.load_sources(recipe)
     tokenizer = _tokenizer(recipe, data.train)
     if recipe.task == "pretrain":
-        return Prepared(*data, tokenizer)
+        return Prepared(data.train, data.evaluation, tokenizer, data.split)
     encode = conversation_encoder(tokenizer, recipe.date)
     parts = []
     for part, what, names in (
@@ -446,7 +458,7 @@ def _prepare(recipe: Recipe) -> Prepared:
         rows = sources.usable(rows, name) if recipe.skip_bad_rows else rows
         parts.append(_within(rows, recipe.context, what, name))
     train, evaluation = parts
-    return Prepared(train, evaluation, tokenizer)
+    return Prepared(train, evaluation, tokenizer, data.split)
 
 
 def _encoded(row: dict[str, str], *, encode: Any, skip_bad: bool) -> dict[str, Any]:
@@ -547,8 +559,8 @@ def _split_batch(recipe: Recipe, processes: int) -> tuple[int, int]:
     micro = recipe.micro_batch or recipe.batch // processes
     if micro == 0 or recipe.batch % (micro * processes):
         raise InputError(
-            f"batch: {recipe.batch} sequences a step cannot be split into micro-batches of "
-            f"{max(micro, 1)} on {processes} processes; change --batch or --micro-batch"
+            f"batch: {counted(recipe.batch, 'sequence')} a step cannot be split into micro-batches "
+            f"of {max(micro, 1)} on {processes} processes; change --batch or --micro-batch"
         )
     return micro, recipe.batch // (micro * processes)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import InputError, folder
+from . import InputError, counted, folder
 from .build import DoesNotFit, build_trainer, digest_of, evaluated_together, processes
 from .evaluate import day_of, load_tasks, of_examples, scores_of, silenced
 from .intervals import interval
@@ -138,7 +138,7 @@ def sequences(
     rows = list(data)
     counts = [int((collate([row])["labels"][..., 1:] != -100).sum()) for row in rows]
     found = [(row, count) for row, count in zip(rows, counts, strict=True) if count]
-    _require(len(found), "data", ", ".join(names), "sequences")
+    _require(len(found), "data", ", ".join(names), "sequence")
     # A packed row is not put together with others, so that it has a loss of its own.
     size = 1 if recipe.packing else evaluated_together(recipe, 1)
     halves = []
@@ -152,8 +152,8 @@ def sequences(
 def _require(number: int, option: str, name: str, kind: str) -> None:
     if number < LEAST:
         raise InputError(
-            f"{option}: {name} has {number} {kind} to score on, and at least {LEAST} are needed, "
-            "half of them to choose by and half to report on"
+            f"{option}: {name} has {counted(number, kind)} to score on, and at least {LEAST} are "
+            "needed, half of them to choose by and half to report on"
         )
 
 
@@ -210,7 +210,7 @@ def task_of(
         got = "name one by --metric" if metric is None else f"got {metric!r}"
         raise InputError(f"metric: {name} has {', '.join(better) or 'none'}; {got}")
     number = min(len(task.eval_docs), most or len(task.eval_docs))
-    _require(number, "task", name, "examples")
+    _require(number, "task", name, "example")
     asked, tokenizer, day = metric, str(model), day_of(model)
 
     def half(examples: range) -> Half:

@@ -32,7 +32,7 @@ from ..elastic import Elastic
 from ..files import remove, whole
 from ..state import averages_of
 from ..sums import CARD, write_sums
-from . import InputError, folder, reporting
+from . import InputError, counted, folder, reporting
 from .build import RunTrainer, build_fitting, digest_of, processes
 from .callbacks import EvalAndSaveAtEnd, JsonlMetrics, ProgressBar, Stop
 from .chat import show_example
@@ -121,7 +121,7 @@ def train(
                 facts = _start(trainer, recipe, run, checkpoint, console)
                 if note := note_on_batch(options, recipe, trainer.args.max_steps):
                     say(console, note)
-                if recipe.parsed.is_saturated and not options.find_lr and not options.resume:
+                if recipe.parsed.is_saturated and has_default_rate(options):
                     say(console, RATE_OF_SATURATED.format(recipe.parsed.lr))
             except BaseException:
                 if is_new:  # the Trainer makes it before everything has been checked
@@ -206,8 +206,8 @@ def show_command(options: Show, console: Console) -> None:
         console.rule()
         say(
             console,
-            f"{len(data)} sequences to train on, {len(trainer.eval_dataset)} to evaluate on; "
-            f"{trainer.args.max_steps} steps of {recipe.batch}",
+            f"{counted(len(data), 'sequence')} to train on, {len(trainer.eval_dataset)} to evaluate on; "
+            f"{counted(trainer.args.max_steps, 'step')} of {recipe.batch}",
         )
 
 
@@ -320,14 +320,21 @@ def _start(
         write_json(run / folder.MANIFEST, facts)
         say(
             console,
-            f"{recipe.parsed.label}, lr {recipe.lr:g}: {trainer.args.max_steps} steps of "
-            f"{recipe.batch} sequences, {parameters / 1e6:.3g}M parameters, in {run}",
+            f"{recipe.parsed.label}, lr {recipe.lr:g}: "
+            f"{counted(trainer.args.max_steps, 'step')} of {counted(recipe.batch, 'sequence')}, {parameters / 1e6:.3g}M parameters, in {run}",
         )
         for path in folder.set_aside_newer(checkpoint) if checkpoint else ():
             say(console, f"Set aside: {path}")
     if checkpoint:
         say(console, f"Resuming from {checkpoint.name}.")
     return facts
+
+
+def has_default_rate(options: Train) -> bool:
+    """Whether a new run's rate is given by nobody: neither options, nor its recipe, nor a search."""
+    if options.resume or options.find_lr or options.parsed.lr != Recipe.model_fields["lr"].default:
+        return False
+    return options.recipe is None or "lr" not in read_recipe(options.recipe)
 
 
 def note_on_batch(options: RecipeCommand, recipe: Recipe, steps: int) -> str | None:
@@ -348,12 +355,14 @@ def note_on_batch(options: RecipeCommand, recipe: Recipe, steps: int) -> str | N
         )
     if options.recipe is None or options.average_batch is not None:
         return None
-    written = read_recipe(options.recipe).get("batch", Recipe.model_fields["batch"].default)
-    if written == recipe.batch:
-        return None
+    default = Recipe.model_fields["batch"].default
+    file = read_recipe(options.recipe)
+    written = file.get("batch", default)
+    if written == recipe.batch or ("batch" not in file and options.batch == default):
+        return None  # in the second case nobody gave one, and one was made to fit
     now = recipe.rules(steps)
     told = (
-        f"batch: {recipe.batch} sequences in place of the recipe's {written}. The average stays "
+        f"batch: {counted(recipe.batch, 'sequence')} in place of the recipe's {written}. The average stays "
         f"{_short(now[-1]) if now else recipe.parsed.label} in steps, each now "
         f"{recipe.batch / written:.3g} times the data"
     )
@@ -546,7 +555,7 @@ def _card(
         "rule of the average": average["rule"],
         "updates of the average": average.get("updates"),
         "data": ", ".join(data),
-        "steps": f"{average['steps']} of {recipe.batch} sequences, each up to {recipe.context} tokens",
+        "steps": f"{average['steps']} of {counted(recipe.batch, 'sequence')}, each up to {recipe.context} tokens",
         "evaluation loss, returned": f"{last['eval_loss']:.4f} nats a token",
         "evaluation loss, live": f"{last['eval_live_loss']:.4f} nats a token",
         "seed": recipe.seed,

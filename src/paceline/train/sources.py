@@ -18,7 +18,7 @@ import huggingface_hub
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
 
-from . import InputError, read_small
+from . import InputError, counted, read_small
 from .conversation import conversation_of, text_of
 from .data import (
     content_key,
@@ -65,6 +65,7 @@ class Sources(NamedTuple):
 
     train: Data
     evaluation: Dataset
+    split: str = ""  # how many rows are held out of the others, to be said
 
 
 def load_sources(recipe: Recipe) -> Sources:
@@ -78,6 +79,7 @@ def load_sources(recipe: Recipe) -> Sources:
         InputError: data are missing, empty or of another kind.
     """
     names, most, split = recipe.data_names, recipe.eval_examples, recipe.eval_split
+    said = ""
     data = _read_all(names, recipe, recipe.split, recipe.streaming)
     held_out: Data | None = None
     if recipe.eval_data is not None:
@@ -91,8 +93,8 @@ def load_sources(recipe: Recipe) -> Sources:
             held_out = Dataset.from_list(list(data.take(most)))
             if len(held_out) < most:
                 raise InputError(
-                    f"data: {', '.join(names)} has {len(held_out)} usable examples, and a stream "
-                    f"holds out the first {most}; give fewer --eval-examples"
+                    f"data: {', '.join(names)} has {counted(len(held_out), 'usable example')}, and "
+                    f"a stream holds out the first {most}; give fewer --eval-examples"
                 )
             data = data.skip(most)
         data = data.shuffle(seed=recipe.seed, buffer_size=SHUFFLED_AT_A_TIME)
@@ -102,11 +104,13 @@ def load_sources(recipe: Recipe) -> Sources:
             data, held_out = (Dataset.from_dict({"text": x}) for x in without_ends(data["text"]))
         elif len(data) < 2:
             raise InputError(
-                f"data: {', '.join(names)} has {len(data)} usable examples, and at least 2 are "
-                "needed"
+                f"data: {', '.join(names)} has {counted(len(data), 'usable example')}, and at "
+                "least 2 are needed"
             )
         else:
             parts = data.train_test_split(min(most, max(1, len(data) // 10)), seed=0)
+            n = len(parts["test"])
+            said = f"{n} of {len(data)} rows {'is' if n == 1 else 'are'} held out to evaluate on"
             data, held_out = parts["train"], parts["test"]
     if isinstance(data, Dataset) and recipe.examples is not None:
         data = data.select(range(min(recipe.examples, len(data))))
@@ -117,7 +121,7 @@ def load_sources(recipe: Recipe) -> Sources:
     for what, (given, part) in parts_of.items():
         if isinstance(part, Dataset) and not len(part):
             raise InputError(f"data: {', '.join(given)} has no usable examples to {what} on")
-    return Sources(data, evaluation)
+    return Sources(data, evaluation, said)
 
 
 def _read_all(names: Iterable[str], recipe: Recipe, split: str, streaming: bool) -> Data:

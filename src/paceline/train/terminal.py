@@ -47,20 +47,6 @@ _hear: Callable[[str], object] = _to_stderr  # what `tell` passes lines to
 
 
 @contextmanager
-def told_once() -> Iterator[None]:
-    """For the time of the context, `tell` prints equal lines once."""
-    said: set[str] = set()
-
-    def once(text: str, hear: Callable[[str], object] = _hear) -> None:
-        if text not in said:
-            said.add(text)
-            hear(text)
-
-    with told_to(once):
-        yield
-
-
-@contextmanager
 def told_to(hear: Callable[[str], object]) -> Iterator[None]:
     """For the time of the context, `tell` passes its lines to a function."""
     global _hear
