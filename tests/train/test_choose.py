@@ -204,22 +204,39 @@ def test_a_flat_curve_keeps_the_default(done, made, run, tmp_path, capsys, monke
     """An interval with 0 in it says nothing; and a default that was replaced comes back."""
     monkeypatch.setattr("paceline.train.held_out.interval", lambda _: (-1.0, 1.0))
     before = tree(run / "model")
-    assert main(["choose", str(run), "--examples", "4"]) == 0
+    assert main(["choose", str(run)]) == 0
     choice = read(run / "choice.json")
     assert choice["flat"]
     assert choice["chosen"] == choice["default"] == "ema:kappa=0.95"
     best = next(x for x in choice["averages"] if x["average"] == choice["best"])
     assert best["low"] < 0 < best["high"]
+    assert choice["said"].endswith("(loss, nats a token), which may be chance.")
     assert "The curve is flat: " in capsys.readouterr().out
     assert tree(run / "model") == before
     assert not (run / "model-before-choice").exists()
 
     again = shutil.copytree(made, tmp_path / "again")
-    assert main(["choose", str(again), "--examples", "4"]) == 0
+    assert main(["choose", str(again)]) == 0
     assert same(weights(again / "model"), weights(done[0] / "model"))
     assert "choice" not in read(again / "model" / "paceline.json")
     assert not (again / "model-before-choice").exists()
     assert read(again / "paceline.json") == read(done[0] / "paceline.json")
+
+
+def test_of_few_examples_the_best_is_chance_and_the_default_stays(done, made, tmp_path, capsys):
+    again = shutil.copytree(made, tmp_path / "again")
+    assert main(["choose", str(again), "--examples", "59"]) == 0
+    choice = read(again / "choice.json")
+    assert choice["chosen"] == choice["default"] == "ema:kappa=0.95"
+    best = next(x for x in choice["averages"] if x["average"] == choice["best"])
+    assert best["high"] < 0  # it would be chosen
+    assert choice["said"] in capsys.readouterr().out
+    assert choice["said"].startswith(
+        "Too few to choose by: 29 and 30 examples in the halves, and 30 are needed in each. The "
+        f"best may be chance: {best['average']}, {best['difference']:+.4f} ["
+    )
+    assert choice["said"].endswith("Give more by --examples or --data.")
+    assert same(weights(again / "model"), weights(done[0] / "model"))
 
 
 def test_other_rules_and_other_data(run, more, tmp_path, capsys):

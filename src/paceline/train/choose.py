@@ -52,6 +52,7 @@ from .weighted import Checkpoint, load_tensor, put_sums, read_headers, write
 KAPPAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of the power EMAs that are tried
 LIVE, DEFAULT, KEPT, REBUILT = "live", "default", "kept", "rebuilt"
 WEIGHTS = "what paceline choose found best after the training, on held-out data"
+FEWEST = 30  # examples in a half: of fewer, the best score is chance, and the default stays
 WIDTH = 40  # of the curve in the terminal
 
 
@@ -355,13 +356,15 @@ def _result(
         rows.append({"average": x.name, "kind": x.kind, "kappa": _kappa(x)})
         rows[-1] |= {"expected_error": x.error, "score": held_out.score(found, held_out.choosing)}
         rows[-1] |= gaps[x].times(sign)._asdict()
-    flat = best is default or not gaps[best].excludes_0
+    few = min(len(counts), len(held_out.reporting.counts)) < FEWEST
+    flat = few or best is default or not gaps[best].excludes_0
     chosen = default if flat else best
     return {
         "chosen": chosen.name,
         "best": best.name,
         "default": default.name,
         "flat": flat,
+        "few": few,
         "measure": held_out.measure,
         "higher_is_better": held_out.higher_is_better,
         "averages": rows,
@@ -380,10 +383,17 @@ def _reported(
     gap = difference(costs[best], costs[default], counts).times(sign)
     other = (
         f"On the other half, {len(counts)} examples, its difference from the default is {gap} "
-        f"({measure})."
+        f"({measure}){'' if gap.excludes_0 else ', which may be chance'}."
     )
     by = next(Difference.of(x) for x in result["averages"] if x["average"] == best.name)
-    if best is default:
+    if result["few"]:
+        said = (
+            f"Too few to choose by: {len(held_out.choosing.counts)} and {len(counts)} examples in "
+            f"the halves, and {FEWEST} are needed in each. The best may be chance: {best.name}, "
+            f"{by} from the default. The default stays: {default.name}. Give more by --examples or "
+            "--data."
+        )
+    elif best is default:
         said = f"The default is the best and stays: {default.name}."
     elif result["flat"]:
         said = (

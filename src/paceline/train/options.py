@@ -153,7 +153,7 @@ class Choose(Scoring):
     interval (Student's t, paired by example).
 
     Where the interval of their difference on the first half contains 0 the curve is flat, and the
-    default stays.
+    default stays. So it does with fewer than 30 examples in a half.
 
     choice.json, choice.svg and choice.png have the scores. A choice can be made again.
     """
