@@ -147,7 +147,7 @@ class PACE(AveragedOptimizer):
             guarded coordinates, and go with neither state_dtype nor capturable. Default: κ = 0.5
             where a strength is given, κ = 0.7 where it is 0. Else κ = 0.3, and a second average is
             returned: κ = 0.7, or κ = 0.6 with pullback="auto". Groups that leave averages open
-            have those of the first of them that pulls.
+            share those of the pull given here, else of the first of them that pulls.
         return_kappa: κ in [0, 1] of a second average, to be returned; nothing pulls toward it.
             Short for returns=PowerEMA(return_kappa).
         returns: averages to be returned, which nothing pulls toward: one, or a mapping of names of

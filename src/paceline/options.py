@@ -106,7 +106,8 @@ def fill_in(options: Group, *, pull: bool = True) -> None:
 def averages_left_open(groups: Iterable[Group], given: Group, *, pace: bool = False) -> Group:
     """`averaging` and `returns` of all groups that leave both open, so that they return one model.
 
-    They are those of the first such group that pulls, or of the first.
+    They follow from the pull that all are given; else from that of the first such group that pulls,
+    or of the first.
 
     Args:
         groups: as given, each with options of its own.
@@ -124,9 +125,11 @@ def averages_left_open(groups: Iterable[Group], given: Group, *, pace: bool = Fa
         for group in groups
         if all(group.get(name) is None for name in said)
     ]
-    pulls.sort(key=lambda x: x["pullback"] == 0)
     if not pulls:
         return {}
+    if given["pullback"] is not None:
+        pulls.insert(0, {name: given[name] for name in PULL})
+    pulls.sort(key=lambda x: x["pullback"] == 0)
     options = pulls[0] | dict.fromkeys(AVERAGES) | {"nonfinite": given["nonfinite"]}
     check_average_and_pull(options, pace=pace)
     return {name: options[name] for name in AVERAGES}

@@ -174,6 +174,8 @@ def test_a_checkpoint_without_optimizer_state_is_refused(missing, kind, before, 
         ValueError, match=r"checkpoint-2 has no optimizer state, which holds the live weights"
     ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink(missing_ok=True)
+    write_sums(tmp_path / "checkpoint-2")
     plain = prepare(tmp_path, "adamw", **options | {"max_steps": 3})  # it has no others
     plain.train(resume_from_checkpoint=True)
     assert plain.state.global_step == 3
