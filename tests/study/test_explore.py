@@ -196,7 +196,7 @@ def edit_row(**values):
         (break_line, "metrics.jsonl, line 2 is not a JSON object .*mend or delete"),
         (lambda f: (f / "metrics.jsonl").write_bytes(b"\xff\n"), "metrics.jsonl, line 1 is not"),
         (lambda f: (f / "metrics.jsonl").write_text("[]\n"), "line 1 is not a JSON object"),
-        (edit_row(live_loss="gone"), "line 1: live_loss: Field required; .*not an evaluation"),
+        (edit_row(live_loss="gone"), "line 1: live_loss: it is missing; .*not an evaluation"),
         (edit_row(lr="fast"), "line 1: lr: must be a valid number"),
         (lambda f: (f / "metrics.jsonl").write_text(""), "there is no evaluation in .*cmp"),
     ],

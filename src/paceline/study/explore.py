@@ -21,7 +21,7 @@ from rich.table import Table as Printed
 from rich.text import Text
 
 from ..defaults import AUTO
-from ..train import InputError
+from ..train import InputError, reason
 from ..train import folder as folders
 from ..train.folder import METRICS, JsonLines
 from ..train.methods import all_options
@@ -157,10 +157,10 @@ def read(folder: Path) -> Source:
             options = {axis: numbers.get(axis) for axis in AXES}
             rows.append(Point(**{**values, "options": options}))
         except ValidationError as error:
-            first = error.errors()[0]
+            errors = error.errors()
             raise InputError(
-                f"{folder / METRICS}, line {number}: {first['loc'][0]}: {first['msg']}; it is "
-                f"not an evaluation that paceline wrote, leave out {folder}"
+                f"{folder / METRICS}, line {number}: {errors[0]['loc'][0]}: {reason(errors[:1])}; "
+                f"it is not an evaluation that paceline wrote, leave out {folder}"
             ) from error
     failed = _grouped(_object(manifest.get("failed")).items(), lambda item: item[1])
     notes = [f"{', '.join(run for run, _ in all_)} failed: {why}" for why, all_ in failed.items()]

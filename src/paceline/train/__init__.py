@@ -90,7 +90,7 @@ class Options(BaseModel):
             if first["type"] == "missing":
                 raise InputError(f"{name}: it is missing; give it") from error
             own = [x for x in found if x["loc"] and x["loc"][0] == name] or [first]
-            raise InputError(f"{name}: {_reason(own)}") from error
+            raise InputError(f"{name}: {reason(own)}") from error
 
     @classmethod
     def refuse(cls, name: str, words: Sequence[str]) -> None:
@@ -106,7 +106,7 @@ class Options(BaseModel):
         try:
             TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
-            raise InputError(f"{name}: {_reason(error.errors())}") from error
+            raise InputError(f"{name}: {reason(error.errors())}") from error
 
     @classmethod
     def elsewhere(cls, name: str) -> str | None:
@@ -131,8 +131,10 @@ class Options(BaseModel):
         """
 
 
-def _reason(errors: Sequence[Mapping[str, Any]]) -> str:
+def reason(errors: Sequence[Mapping[str, Any]]) -> str:
     """Why a field's value is refused: one reason for each type that the value may have."""
+    if errors[0]["type"] == "missing":
+        return "it is missing"
     first = errors[0]["input"]
     said = [x["msg"].partition(", unable to parse")[0] for x in errors if x["input"] is first]
     allowed = dict.fromkeys(x.removeprefix("Input should be ") for x in said)
