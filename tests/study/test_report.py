@@ -66,6 +66,8 @@ def test_verdict_says_who_won_by_how_much_over_how_many_seeds():
     assert "against the ε that its pull amounts to, the loss of pace is 0.050 nats" in found[1]
     assert "than ema eps=0.02" in found[1]
     assert "the mean gain of pace at the end is 0.85" in found[2]
+    whole = [x | {"gain": "scalar", "pullback": 1.0} for x in pace]
+    assert "mean gain" not in " ".join(verdict_of(*whole, *ema))
     one = verdict_of(pace[0], ema[0])
     assert one[0] == (
         "At learning rate 0.01 pace has the lowest loss: 2.000, 0.200 nats lower than ema "

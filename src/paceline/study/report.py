@@ -269,7 +269,7 @@ def _about_the_pull(
         at = f"At learning rate {lr:g}, against {against}"
         sentences.append(f"{at}, the loss of {label} is {loss}.")
     ends = [row for row in cell.rows.values() if row.get("gain_mean") is not None]
-    if sentences and ends:
+    if sentences and ends and not pace.is_saturated:  # whose gain is 1
         gain, clipped = (fmean(row[name] for row in ends) for name in ("gain_mean", "clipped"))
         hardly = " It hardly pulls then." if gain < 0.005 else ""
         sentences.append(
