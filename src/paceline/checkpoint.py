@@ -167,8 +167,11 @@ def _read(path: Path, name: str) -> Any:
     with path.open("rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
-                if any(part.compress_type for part in archive.infolist()):
-                    raise zipfile.BadZipFile  # torch writes none, and they could be of any length
+                for part in archive.infolist():
+                    # Torch writes no other. It reads as much as the size says, of which there is no
+                    # check sum.
+                    if part.compress_type or part.file_size != part.compress_size:
+                        raise zipfile.BadZipFile(f"{part.filename} has another size")
                 damaged = archive.testzip()
             file.seek(0)
             run = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
