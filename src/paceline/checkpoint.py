@@ -168,10 +168,11 @@ def _read(path: Path, name: str) -> Any:
         try:
             with zipfile.ZipFile(file) as archive:
                 for part in archive.infolist():
-                    # Torch writes no other. It reads as much as the size says, of which there is no
-                    # check sum.
-                    if part.compress_type or part.file_size != part.compress_size:
-                        raise zipfile.BadZipFile(f"{part.filename} has another size")
+                    # Torch writes no other. There is no check sum of this, and torch goes by it: it
+                    # reads as much as the size says, and nothing if the part is a folder.
+                    is_stored = not part.compress_type and part.file_size == part.compress_size
+                    if not is_stored or part.external_attr:
+                        raise zipfile.BadZipFile(f"{part.filename} is not as torch writes it")
                 damaged = archive.testzip()
             file.seek(0)
             run = None if damaged else torch.load(file, map_location="cpu", weights_only=True)

@@ -277,15 +277,16 @@ def test_a_full_disk_is_an_oserror_that_says_so(tmp_path):
 # ---- what is in the file -----------------------------------------------------------------------
 
 
-def test_a_size_that_is_not_of_the_data_is_found(tmp_path):
-    """It is in the file's directory, of which there is no check sum; torch goes by it."""
+@pytest.mark.parametrize(("place", "bit"), [(24, 0x08), (38, 0x10)], ids=["size", "folder"])
+def test_a_bit_in_the_directory_of_the_file_is_found(place, bit, tmp_path):
+    """There is no check sum of it, and torch goes by it: it would read what nobody wrote."""
     model, opt, path = one_step(tmp_path)
     before = path.read_bytes()
     entries = [x.start() for x in re.finditer(rb"PK\x01\x02", before)]
     assert len(entries) > 10
     for entry in entries:
-        at = entry + 24  # of its uncompressed size
-        path.write_bytes(before[:at] + bytes([before[at] ^ 8]) + before[at + 1 :])
+        at = entry + place
+        path.write_bytes(before[:at] + bytes([before[at] ^ bit]) + before[at + 1 :])
         with pytest.raises(ValueError, match="it is damaged"):
             load_checkpoint(path, model, opt)
     path.write_bytes(before)
