@@ -1,7 +1,6 @@
 """What is not given is the same everywhere: in PACE, in recipes and in the commands."""
 
 import inspect
-from importlib import import_module
 
 import pytest
 import torch
@@ -76,21 +75,6 @@ def test_the_rate_and_the_rest():
     assert expected.items() <= made().items()
     parameters = inspect.signature(PACE).parameters
     assert {name: parameters[name].default for name in expected} == expected
-
-
-def test_jax():
-    jax, module = pytest.importorskip("jax"), import_module("paceline.integrations.optax")
-    params = {"w": jax.numpy.ones(3)}
-    grads = {"w": jax.numpy.asarray([1.0, -2.0, 0.5])}
-    ends = []
-    for said in ({}, PULL, PAPERS):
-        optimizer = module.pace(0.1, **said)
-        state, own = optimizer.init(params), params
-        for _ in range(3):
-            updates, state = optimizer.update(grads, state, own)
-            own = jax.tree.map(jax.numpy.add, own, updates)
-        ends.append((own["w"].tolist(), module.pace_params(state, own)["w"].tolist()))
-    assert ends[0] == ends[1] != ends[2]
 
 
 def test_recipes_and_commands():

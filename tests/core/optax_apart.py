@@ -333,3 +333,17 @@ def test_the_example_runs(capsys):
     runpy.run_path(str(Path(__file__).parents[2] / "examples" / "jax_loop.py"))
     live, returned = map(float, re.findall(r"0\.\d+", capsys.readouterr().out))
     assert returned < live / 3
+
+
+def test_the_defaults_are_those_of_the_class():
+    params, ends = {"w": jnp.ones(3)}, []
+    grads = {"w": jnp.asarray([1.0, -2.0, 0.5])}
+    whole = {"pullback": 1.0, "gain": "scalar", "kappa": 0.3, "return_kappa": 0.7}
+    for said in ({}, whole, {"pullback": 3.0, "gain": "adam", "kappa": 0.5}):
+        optimizer = pace(0.1, **said)
+        state, own = optimizer.init(params), params
+        for _ in range(3):
+            updates, state = optimizer.update(grads, state, own)
+            own = optax.apply_updates(own, updates)
+        ends.append((own["w"].tolist(), pace_params(state, own)["w"].tolist()))
+    assert ends[0] == ends[1] != ends[2]

@@ -50,7 +50,9 @@ def soup_command(options: Soup, console: Console) -> None:
     device = find_device(options.device)
     quiet()
     with reporting_disk(options.out):
-        paths = [_model_of(path) for path in options.ingredients]
+        paths = [
+            Path(folder.model_of_run(str(path), "ingredients")) for path in options.ingredients
+        ]
         checkpoints = [read_headers(path) for path in paths]
         for path, checkpoint in zip(paths, checkpoints, strict=True):
             if checkpoint.kind == "a file":
@@ -68,17 +70,6 @@ def soup_command(options: Soup, console: Console) -> None:
             say(console, OF_FACTORS)
         _write(options.out, checkpoints, found, facts, console)
     say(console, f"{facts['said']}\nThe model: {options.out}")
-
-
-def _model_of(path: Path) -> Path:
-    """The folder of a model: of a run the one that it returns."""
-    if not folder.is_begun(path):
-        return path
-    if not folder.is_finished(path):
-        raise InputError(
-            f"ingredients: {path} is not finished; paceline train --resume {path} goes on with it"
-        )
-    return path / folder.MODEL
 
 
 def _recipe(options: Soup, model: Path) -> Recipe:
