@@ -2,9 +2,11 @@
 
 import math
 import warnings
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -636,6 +638,25 @@ class Around(AveragedOptimizer):
 
     base: Optimizer
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._calls_base = False
+        ours = weakref.ref(self)
+        for register, called in (
+            (self.base.register_step_pre_hook, "step"),
+            (self.base.register_load_state_dict_pre_hook, "load_state_dict"),
+        ):
+            register(partial(_refuse_past, ours, called))
+
+    @contextmanager
+    def _calling_base(self) -> Iterator[None]:
+        """In it the base's own methods may be called."""
+        before, self._calls_base = self._calls_base, True
+        try:
+            yield
+        finally:
+            self._calls_base = before
+
     # The same objects as the base's, whoever assigns new ones.
 
     @property
@@ -662,6 +683,10 @@ class Around(AveragedOptimizer):
 
     def _base_step(self, *arguments: Any, **options: Any) -> Any:
         """The base's step with its own hooks; those on all optimizers run around ours."""
+        with self._calling_base():
+            return self._call_base_step(*arguments, **options)
+
+    def _call_base_step(self, *arguments: Any, **options: Any) -> Any:
         base: Any = self.base
         step: Any = type(base).step
         torchs = getattr(step, "__code__", None) is HOOKED
@@ -676,6 +701,23 @@ class Around(AveragedOptimizer):
         for hook in list(base._optimizer_step_post_hooks.values()):
             hook(base, given, options)
         return loss
+
+
+def _refuse_past(
+    around: "weakref.ref[Around]", called: str, base: Optimizer, *_arguments: Any
+) -> None:
+    """A hook of a base.
+
+    Raises:
+        RuntimeError: it is called by others than the optimizer around it, where there is one still.
+    """
+    ours = around()
+    if ours is not None and ours.base is base and not ours._calls_base:
+        name = type(ours).__name__
+        raise RuntimeError(
+            f"{type(base).__name__}.{called}() goes past the {name} around it, which keeps its "
+            f"averages: call the {name}'s; nothing was changed"
+        )
 
 
 def _score(score: Callable[[], Any], name: str, device: torch.device) -> float:

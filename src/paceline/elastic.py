@@ -444,7 +444,8 @@ class Elastic(Around):
             # The last of the base's hooks, which sees what those of the user made of it.
             hook = self.base.register_load_state_dict_pre_hook(check)
             try:
-                self.base.load_state_dict(saved)
+                with self._calling_base():
+                    self.base.load_state_dict(saved)
             finally:
                 hook.remove()
             steps = int(self.param_groups[0][ELASTIC_STEPS]) if begun else _steps_of(self.base)

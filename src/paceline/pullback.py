@@ -80,7 +80,7 @@ class Pullback(Around):
 
     It is an optimizer itself, on the base's own `state` and `param_groups` (the same objects), so
     that schedulers, scalers and checkpoints see one flat optimizer; swap and export are as in PACE.
-    Step, save and load this one, not the base.
+    Step, save and load this one: the base refuses to step or load past it.
 
     It adds to each parameter's state what `paceline.state` says: a count of steps, the averages,
     and a second moment of its own where the base keeps none. A pull holds a copy of the weights
@@ -460,7 +460,8 @@ class Pullback(Around):
             )
             # A copy, for torch's optimizers would share the tensors with where they come from.
             theirs = {k: _copied(x) for k, x in saved["state"].items() if not _is_unstepped(x)}
-            self.base.load_state_dict(saved | {"state": theirs})
+            with self._calling_base():
+                self.base.load_state_dict(saved | {"state": theirs})
             for group, mine in zip(saved["param_groups"], self.param_groups, strict=True):
                 averages = averages_of(mine)
                 keys = PULLBACK_KEYS | averages.extra_keys

@@ -185,6 +185,30 @@ def stepped_before(exchange):
     return found
 
 
+def past():
+    """What is said of steps and loads that go past an Elastic, through one that had stepped."""
+    p = Parameter(torch.ones(3))
+    base = PACE([p], pullback=0.1)
+    p.grad = torch.ones(3)
+    base.step()
+    opt = Elastic(base, every=4)
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    said = []
+    for call in (base.step, lambda: base.load_state_dict(opt.state_dict())):
+        try:
+            call()
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
+
+
+def test_the_base_does_not_step_or_load_past_it(ranks):
+    for said in ranks(past):
+        assert len(said) == 2
+        assert said[0].startswith("PACE.step() goes past the Elastic around it")
+
+
 def test_the_center_of_an_optimizer_that_stepped_before_stands_still(ranks):
     for found in ranks(stepped_before, "easgd"):
         assert found == [True, True]

@@ -1,6 +1,7 @@
 """Pullback with gradients that are not finite, and with bad input."""
 
 import copy
+import gc
 import math
 
 import pytest
@@ -296,3 +297,37 @@ def test_a_base_that_raises_leaves_what_is_ours():
     with pytest.raises(MemoryError):
         go(params, opt, 1)
     assert same(held(params, opt), before)
+
+
+# Hooks of a base whose step is wrapped by a scheduler run another way.
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_base_does_not_step_or_load_past_it(copied, scheduled):
+    params = params_of((4, 3))
+    opt = Pullback(sgd(params, momentum=0.9))
+    if copied:
+        opt = copy.deepcopy(opt)
+        params = opt.param_groups[0]["params"]
+    if scheduled:
+        optim.lr_scheduler.ConstantLR(opt.base)
+    go(params, opt, 2)
+    opt.load_state_dict(opt.state_dict())
+    saved, before = opt.state_dict(), held(params, opt)
+    for called, call in (
+        ("step", opt.base.step),
+        ("load_state_dict", lambda: opt.base.load_state_dict(saved)),
+    ):
+        said = rf"SGD\.{called}\(\) goes past the Pullback around it, .*: call the Pullback's"
+        with pytest.raises(RuntimeError, match=said):
+            call()
+        assert same(held(params, opt), before)
+    go(params, opt, 1)
+    assert opt.state[params[0]]["average_step"] == 3
+
+
+def test_a_base_that_is_kept_alone_steps():
+    params = params_of((4, 3))
+    base = sgd(params)
+    go(params, Pullback(base), 1)
+    gc.collect()
+    go(params, base, 1)
