@@ -1,6 +1,11 @@
 """Fixtures of several files of this room. What is optional is imported where it is needed."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +123,25 @@ def finished(recorded):
 def copied(finished, tmp_path):
     """A copy of it, to be spoilt."""
     return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def forked(surroundings):
+    """Runs a command as `python -m` does, in forks of a process that has imported all.
+
+    `forked(command, processes, out, errors)` is its exit status; it writes to the files.
+    """
+    script, pipe = Path(__file__).parents[1] / "forking.py", subprocess.PIPE
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
+
+        def run(command, processes, out, errors):
+            given = {"command": [str(word) for word in command], "processes": processes}
+            files = {"folder": str(Path.cwd()), "out": str(out), "errors": str(errors)}
+            server.stdin.write(f"{json.dumps(given | files)}\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
+
+        yield run
+        server.stdin.close()

@@ -39,25 +39,34 @@ def evaluated(run):
     return [row for row in timeless(lines(run)) if "eval_loss" in row]
 
 
-def launch(*arguments, processes=1, module="paceline", succeeds=True):
-    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    where = [module] if module.endswith(".py") else ["-m", module]
-    command = [sys.executable, "-m", *(several if processes > 1 else []), *where, *arguments]
-    if processes == 1:
-        command.remove("-m")
+def by_torchrun(*arguments, processes):
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m"]
     done = subprocess.run(
-        [str(word) for word in command],
+        [sys.executable, "-m", *map(str, command), "paceline", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (done.returncode == 0) == succeeds, done.stdout + done.stderr
-    return done.stdout if succeeds else done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def launch(forked, tmp_path):
+    """Run a command in several processes; what it says, or which errors."""
+
+    def run(*arguments, processes, module="paceline", succeeds=True):
+        out, errors = (tmp_path / f"{x}-{len(list(tmp_path.iterdir()))}" for x in ("out", "errors"))
+        status = forked([module, *arguments], processes, out, errors)
+        assert (status == 0) == succeeds, out.read_text() + errors.read_text()
+        return (out if succeeds else errors).read_text()
+
+    return run
 
 
 @pytest.mark.slow
-def test_sharded_over_two_processes(values, finished, tmp_path):
+def test_sharded_over_two_processes(values, finished, launch, tmp_path):
     recipe, run = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "run"
     script = str(Path(__file__).parents[1] / "fsdp_on_cpu.py")
     arguments = ("--out", run, "--fsdp", "--snapshots", 2)
@@ -89,9 +98,9 @@ def test_sharded_over_two_processes(values, finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_meet_and_resume(values, finished, tmp_path, capsys):
+def test_two_workers_meet_and_resume(values, finished, launch, tmp_path, capsys):
     recipe, run = write_recipe(tmp_path / "recipe.yaml", values, elastic=5), tmp_path / "run"
-    said = launch("train", recipe, "--out", run, processes=2)
+    said = by_torchrun("train", recipe, "--out", run, processes=2)
     assert said.count("The model: ") == 1
     assert order(run) == order(finished)  # the same data
     assert apart(weights(run / "model"), weights(run / "live")) > 1e-4
@@ -112,10 +121,10 @@ def test_two_workers_meet_and_resume(values, finished, tmp_path, capsys):
     for name in ("live", "model"):
         assert same(weights(again / name), weights(run / name))
     assert evaluated(again) == evaluated(run)
-    goes_on_with_others(others, run, capsys)
+    goes_on_with_others(launch, others, run, capsys)
 
 
-def goes_on_with_others(run, before, capsys):
+def goes_on_with_others(launch, run, before, capsys):
     """With four workers, two from each file; not with one worker, nor without a file."""
     unfinished(run)
     with pytest.MonkeyPatch.context() as patch:

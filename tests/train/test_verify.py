@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,32 +22,19 @@ from paceline.train.verify import compare_runs
 pytestmark = pytest.mark.usefixtures("surroundings")
 
 
-@pytest.fixture(scope="module")
-def forked(surroundings):
-    """Runs of one process are forks of one that has imported all; those of several are real."""
-    start, pipe = subprocess.run, subprocess.PIPE
-    script = Path(__file__).parents[1] / "forking.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+@pytest.fixture
+def forks(forked, monkeypatch):
+    """Each run is a fork of a process that has imported all."""
 
-    with (
-        subprocess.Popen(
-            [sys.executable, script], stdin=pipe, stdout=pipe, text=True, env=environment
-        ) as server,
-        pytest.MonkeyPatch.context() as patch,
-    ):
+    def run(command, stdout, **options):
+        python, *launcher, module, moment, place = command
+        assert (python, launcher[-1], module) == (sys.executable, "-m", verify.__name__)
+        several = launcher[:-1]  # -m torch.distributed.run --standalone --nproc-per-node N
+        processes = int(several[-1]) if several else 1
+        status = forked([module, moment, place], processes, stdout.name, stdout.name)
+        return SimpleNamespace(returncode=status)
 
-        def run(command, stdout, **options):
-            python, _, module, *given = command
-            if module != verify.__name__:
-                return start(command, stdout=stdout, **options, env=environment)
-            assert python == sys.executable
-            server.stdin.write(f"{json.dumps([given, stdout.name])}\n")
-            server.stdin.flush()
-            return SimpleNamespace(returncode=int(server.stdout.readline()))
-
-        patch.setattr(verify, "subprocess", SimpleNamespace(run=run))
-        yield
-        server.stdin.close()
+    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run))
 
 
 def flip(path, last=False):
@@ -139,7 +123,7 @@ def test_the_comparison_tells_what_is_missing_or_of_another_kind(finished, copie
 
 
 @pytest.mark.slow
-def test_verify_resume_kills_and_certifies(values, forked, tmp_path, capsys):
+def test_verify_resume_kills_and_certifies(values, forks, tmp_path, capsys):
     recipe, out = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "out"
     assert main(["verify-resume", str(recipe), "--kills", "3", "--out", str(out)]) == 0
     assert capsys.readouterr().out.count("bit for bit equal") == 5
@@ -157,7 +141,7 @@ def test_verify_resume_kills_and_certifies(values, forked, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_verify_resume_at_another_number_of_processes(values, forked, tmp_path, capsys):
+def test_verify_resume_at_another_number_of_processes(values, forks, tmp_path, capsys):
     recipe = write_recipe(tmp_path / "recipe.yaml", values, context=2000)
     out = tmp_path / "out"
     options = ["--kills", "1", "--resume-processes", "2", "--out", str(out)]
