@@ -352,7 +352,9 @@ TASKS = {
     ),
     "smollm2": Task((3e-4, 1e-3), (60,), smollm2),
 }
-WHOLE = {"smollm2-whole": Task((1e-4, 3e-4, 1e-3, 2e-3, 5e-3), (60,), smollm2_whole, seeds=3)}
+WHOLE = {
+    "smollm2-whole": Task((1e-4, 1.78e-4, 3e-4, 1e-3, 2e-3, 5e-3), (60,), smollm2_whole, seeds=3)
+}
 
 
 # ---- texts and models of the blind trial --------------------------------------------------------
