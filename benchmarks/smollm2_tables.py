@@ -43,6 +43,17 @@ def at_each_rate(chosen: dict[str, pd.DataFrame]) -> Listing:
     return Listing("Loss at each learning rate", ["", *(f"{lr:g}" for lr in rates)], rows)
 
 
+def at_the_same_rate(chosen: dict[str, pd.DataFrame]) -> Listing:
+    """PACE less the EMA at each rate."""
+    found = {one: difference(chosen[one], chosen["EMA"]) for one in OURS}
+    rows = [
+        [f"{one} − EMA at {lr:g}", *values.tolist()]
+        for one, x in found.items()
+        for lr, values in zip(x.index.get_level_values("lr"), x.to_numpy(), strict=True)
+    ]
+    return Listing.of_differences("PACE less the EMA, at each rate", [""], rows)
+
+
 def at_the_best(losses: pd.DataFrame) -> Iterator[Listing]:
     """Each family at its best rate and average, and PACE less the others."""
     tried = {name: family.of(losses) for name, family in FAMILIES.items()}
@@ -65,8 +76,10 @@ def at_the_best(losses: pd.DataFrame) -> Iterator[Listing]:
 
 
 def tables(losses: pd.DataFrame) -> Iterator[Listing]:
-    yield at_each_rate({name: best_settings(x.of(losses)) for name, x in FAMILIES.items()})
+    chosen = {name: best_settings(x.of(losses)) for name, x in FAMILIES.items()}
+    yield at_each_rate(chosen)
     yield from at_the_best(losses)
+    yield at_the_same_rate(chosen)
 
 
 def picture(losses: pd.DataFrame, path: Path) -> list[str]:

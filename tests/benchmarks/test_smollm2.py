@@ -24,7 +24,7 @@ def test_tables_are_those_of_plain_loops(tmp_path):
     lines = (json.dumps([*cell, pairs]) for cell, pairs in done.items())
     (tmp_path / "runs.jsonl").write_text("\n".join(lines))
     losses = smollm2.write(tmp_path, smollm2.tables)
-    at_each, at_best, less = smollm2.tables(losses)
+    at_each, at_best, less, same_rate = smollm2.tables(losses)
 
     def of(method, name, lr):
         cells = (regret.Cell("smollm2-whole", 60, lr, method, seed) for seed in SEEDS)
@@ -44,5 +44,10 @@ def test_tables_are_those_of_plain_loops(tmp_path):
     for one, other in itertools.product(smollm2.OURS, smollm2.RIVALS):
         found = differences[f"{one} − {other}"]
         assert found == pytest.approx(best[one][1] - best[other][1])
+    assert len(same_rate.rows) == len(smollm2.OURS) * len(RATES)
+    named = {f"{lr:g}": i for i, lr in enumerate(RATES)}
+    for name, found, *_ in same_rate.rows:
+        one, lr = name.split(" − EMA at ")
+        assert found == pytest.approx(rows[one][named[lr]] - rows["EMA"][named[lr]])
     assert smollm2.picture(losses, tmp_path / "rates")
     assert (tmp_path / "rates.svg").is_file()
