@@ -403,7 +403,7 @@ def test_all_trainings_of_a_seed_come_before_those_of_the_next(regret):
             ("finetune", method, seed): 10 for method in ("adamw", "adamw:cosine") for seed in SEEDS
         },
         **{
-            ("smollm2-whole", method, seed): 5
+            ("smollm2-whole", method, seed): 6
             for method in ("adamw", "adamw:cosine")
             for seed in range(3)
         },
