@@ -651,11 +651,11 @@ class Around(AveragedOptimizer):
     @contextmanager
     def _calling_base(self) -> Iterator[None]:
         """In it the base's own methods may be called."""
-        before, self._calls_base = self._calls_base, True
+        self._calls_base = True
         try:
             yield
         finally:
-            self._calls_base = before
+            self._calls_base = False
 
     # The same objects as the base's, whoever assigns new ones.
 
@@ -683,24 +683,21 @@ class Around(AveragedOptimizer):
 
     def _base_step(self, *arguments: Any, **options: Any) -> Any:
         """The base's step with its own hooks; those on all optimizers run around ours."""
-        with self._calling_base():
-            return self._call_base_step(*arguments, **options)
-
-    def _call_base_step(self, *arguments: Any, **options: Any) -> Any:
         base: Any = self.base
         step: Any = type(base).step
         torchs = getattr(step, "__code__", None) is HOOKED
-        if not torchs or "step" in vars(base):  # another has wrapped it
-            return base.step(*arguments, **options)
-        step = step.__wrapped__  # without torch's hooks
-        given: tuple[Any, ...] = (base, *arguments)
-        for hook in list(base._optimizer_step_pre_hooks.values()):
-            changed = hook(base, given, options)
-            given, options = (given, options) if changed is None else changed
-        loss = step(*given, **options)
-        for hook in list(base._optimizer_step_post_hooks.values()):
-            hook(base, given, options)
-        return loss
+        with self._calling_base():
+            if not torchs or "step" in vars(base):  # another has wrapped it
+                return base.step(*arguments, **options)
+            step = step.__wrapped__  # without torch's hooks
+            given: tuple[Any, ...] = (base, *arguments)
+            for hook in list(base._optimizer_step_pre_hooks.values()):
+                changed = hook(base, given, options)
+                given, options = (given, options) if changed is None else changed
+            loss = step(*given, **options)
+            for hook in list(base._optimizer_step_post_hooks.values()):
+                hook(base, given, options)
+            return loss
 
 
 def _refuse_past(
@@ -712,11 +709,11 @@ def _refuse_past(
         RuntimeError: it is called by others than the optimizer around it, where there is one still.
     """
     ours = around()
-    if ours is not None and ours.base is base and not ours._calls_base:
+    if ours is not None and not ours._calls_base:
         name = type(ours).__name__
         raise RuntimeError(
-            f"{type(base).__name__}.{called}() goes past the {name} around it, which keeps its "
-            f"averages: call the {name}'s; nothing was changed"
+            f"{type(base).__name__}.{called}() goes past the {name} around it, whose averages "
+            f"would not follow: call {name}.{called}(); nothing was changed"
         )
 
 

@@ -1,5 +1,6 @@
 """`paceline train` in two processes: one model, or two workers."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -55,9 +56,11 @@ def by_torchrun(*arguments, processes):
 @pytest.fixture
 def launch(forked, tmp_path):
     """Run a command in several processes; what it says, or which errors."""
+    numbers = itertools.count()
 
     def run(*arguments, processes, module="paceline", succeeds=True):
-        out, errors = (tmp_path / f"{x}-{len(list(tmp_path.iterdir()))}" for x in ("out", "errors"))
+        number = next(numbers)
+        out, errors = (tmp_path / f"{name}-{number}" for name in ("out", "errors"))
         status = forked([module, *arguments], processes, out, errors)
         assert (status == 0) == succeeds, out.read_text() + errors.read_text()
         return (out if succeeds else errors).read_text()
