@@ -144,13 +144,6 @@ class AveragedOptimizer(Optimizer):
             if places or FROZEN in group:
                 group[FROZEN] = ",".join(places)
 
-    def _refuse_layouts(self, group: int, error: type[Exception]) -> None:
-        """Raises: `error`: FSDP1 holds a parameter of this group, or ranks are yet to add it up."""
-        for i, p in enumerate(self.param_groups[group]["params"]):
-            if reason := shards.reason_against(p):
-                where = describe(self.param_groups, group, i)
-                raise error(f"{reason}, got {where}; nothing was changed")
-
     def _refuse_copies(self, model: torch.nn.Module) -> None:
         """Raises: ValueError: this steps DeepSpeed's copies of the model's weights."""
         partitioned = any(map(shards.is_partitioned, model.parameters()))
@@ -637,6 +630,7 @@ class Around(AveragedOptimizer):
     """One that steps another optimizer, on that one's own `state` and `param_groups`."""
 
     base: Optimizer
+    _own_option: str  # which each of its groups has
 
     def _forget(self) -> None:
         super()._forget()
@@ -670,8 +664,19 @@ class Around(AveragedOptimizer):
 
     @property
     def param_groups(self) -> Any:
-        """The base's groups, with our options in them."""
-        return self.base.param_groups
+        """The base's groups, with our options in them.
+
+        Raises:
+            RuntimeError: a group was added to the base past this optimizer.
+        """
+        for index, group in enumerate(groups := self.base.param_groups):
+            if self._own_option not in group:
+                base, name = type(self.base).__name__, type(self).__name__
+                raise RuntimeError(
+                    f"{base}.add_param_group() went past the {name} around it with group {index}: "
+                    f"take that group out of base.param_groups, and call {name}.add_param_group()"
+                )
+        return groups
 
     @param_groups.setter
     def param_groups(self, value: Any) -> None:
@@ -698,6 +703,14 @@ class Around(AveragedOptimizer):
             for hook in list(base._optimizer_step_post_hooks.values()):
                 hook(base, given, options)
             return loss
+
+
+def refuse_layouts(groups: list[Group], index: int, error: type[Exception]) -> None:
+    """Raises: `error`: FSDP1 holds a parameter of this group, or ranks are yet to add it up."""
+    for i, p in enumerate(groups[index]["params"]):
+        if reason := shards.reason_against(p):
+            where = describe(groups, index, i)
+            raise error(f"{reason}, got {where}; nothing was changed")
 
 
 def _refuse_past(

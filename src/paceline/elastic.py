@@ -125,6 +125,7 @@ class Elastic(Around):
     """
 
     base: AveragedOptimizer
+    _own_option = "exchange"
     _step_supports_amp_scaling = True  # a GradScaler then calls `step` also where it skips
 
     def __init__(
@@ -196,14 +197,13 @@ class Elastic(Around):
         Raises:
             ValueError: as the base, or its averages cannot be exchanged. Nothing has changed then.
         """
-        first = self.param_groups[0]
         self.base.add_param_group(param_group)
-        group = self.param_groups[-1]
+        first, *_, group = groups = self.base.param_groups
         group |= {name: first[name] for name in (*OPTIONS, ELASTIC_STEPS)}
         try:
             _checked_groups([group], self._workers)
         except ValueError:
-            self.param_groups.pop()
+            groups.pop()
             raise
         self._is_compared = False
 

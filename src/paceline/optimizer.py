@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import auto, kernels, memory, rounding, shards
 from .averaging import Averaging
-from .base import AveragedOptimizer, describe, summarize
+from .base import AveragedOptimizer, describe, refuse_layouts, summarize
 from .defaults import AUTO, BETAS, LR, WEIGHT_DECAY
 from .loading import StateCheck, check_count, check_is_dict, check_tensor, validated_checkpoint
 from .options import (
@@ -271,7 +271,7 @@ class PACE(AveragedOptimizer):
 
     def _check_params(self, group: int) -> None:
         """Raises: ValueError: a parameter is given twice, or does not go with an option."""
-        self._refuse_layouts(group, ValueError)
+        refuse_layouts(self.param_groups, group, ValueError)
         options = self.param_groups[group]
         if len(set(options["params"])) < len(options["params"]):
             raise ValueError(f"params must be given once each, got one twice in group {group}")
@@ -346,7 +346,7 @@ class PACE(AveragedOptimizer):
         held = self._plans_that_hold()
         for index, (group, plan) in enumerate(zip(self.param_groups, held, strict=True)):
             if plan is None:
-                self._refuse_layouts(index, RuntimeError)
+                refuse_layouts(self.param_groups, index, RuntimeError)
                 stepped = [x for x in enumerate(group["params"]) if x[1].grad is not None]
                 self._check_dtypes(index, stepped, RuntimeError)
                 self._check_gradients(index)

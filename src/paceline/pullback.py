@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from . import kernels, memory, shards
 from .averaging import Averaging
-from .base import Around, describe, summarize
+from .base import Around, describe, refuse_layouts, summarize
 from .loading import StateCheck, check_count, check_tensor, load_hooks, validated_checkpoint
 from .options import (
     SHORT,
@@ -80,7 +80,7 @@ class Pullback(Around):
 
     It is an optimizer itself, on the base's own `state` and `param_groups` (the same objects), so
     that schedulers, scalers and checkpoints see one flat optimizer; swap and export are as in PACE.
-    Step, save and load this one: the base refuses to step or load past it.
+    Step, save, load and extend this one: the base refuses to step or load past it.
 
     It adds to each parameter's state what `paceline.state` says: a count of steps, the averages,
     and a second moment of its own where the base keeps none. A pull holds a copy of the weights
@@ -123,6 +123,8 @@ class Pullback(Around):
     Source: Au & Block, Training for the Model You Return, arXiv:2606.25086 (2026), for the pull;
     each average names its own.
     """
+
+    _own_option = "averaging"
 
     def __init__(
         self,
@@ -177,7 +179,7 @@ class Pullback(Around):
         theirs = {name: said.pop(name) for name in SHORT if name in self.base.defaults}
         expand_short(said)
         complete = self._ours | said | theirs
-        self._refuse_layouts(index, ValueError)
+        refuse_layouts(groups, index, ValueError)
         _check_options(complete)
         for i, p in enumerate(complete["params"]):
             if p.requires_grad and p.dtype not in WIDE:
@@ -281,7 +283,7 @@ class Pullback(Around):
             self._check_gradients(index)
             ours = [group[name] for name in self._ours]
             if ours != self._checked.get(index):
-                self._refuse_layouts(index, RuntimeError)
+                refuse_layouts(self.param_groups, index, RuntimeError)
                 checked = dict(group)
                 _check_options(checked)
                 group |= checked

@@ -186,7 +186,7 @@ def stepped_before(exchange):
 
 
 def past():
-    """What is said of steps and loads that go past an Elastic, through one that had stepped."""
+    """What is said of steps, loads and groups that go past an Elastic around a stepped PACE."""
     p = Parameter(torch.ones(3))
     base = PACE([p], pullback=0.1)
     p.grad = torch.ones(3)
@@ -195,7 +195,12 @@ def past():
     opt.step()
     opt.load_state_dict(opt.state_dict())
     said = []
-    for call in (base.step, lambda: base.load_state_dict(opt.state_dict())):
+    group = {"params": [Parameter(torch.ones(2))]}
+    for call in (
+        base.step,
+        lambda: base.load_state_dict(opt.state_dict()),
+        lambda: (base.add_param_group(group), opt.step()),
+    ):
         try:
             call()
         except RuntimeError as error:
@@ -203,10 +208,11 @@ def past():
     return said
 
 
-def test_the_base_does_not_step_or_load_past_it(ranks):
+def test_the_base_does_not_step_load_or_grow_past_it(ranks):
     for said in ranks(past):
-        assert len(said) == 2
+        assert len(said) == 3
         assert said[0].startswith("PACE.step() goes past the Elastic around it")
+        assert said[2].startswith("PACE.add_param_group() went past the Elastic around it")
 
 
 def test_the_center_of_an_optimizer_that_stepped_before_stands_still(ranks):

@@ -325,6 +325,25 @@ def test_the_base_does_not_step_or_load_past_it(copied, scheduled):
     assert opt.state[params[0]]["average_step"] == 3
 
 
+def test_a_group_that_is_added_past_it_is_named_until_it_is_taken_out():
+    params, more = params_of((4, 3)), params_of((2, 2))
+    opt = Pullback(sgd(params, momentum=0.9), pullback=0.1, gain="scalar")
+    go(params, opt, 1)
+    opt.base.add_param_group({"params": more})
+    said = (
+        r"SGD\.add_param_group\(\) went past the Pullback .* group 1: .* Pullback\.add_param_group"
+    )
+    before = params[0].clone()
+    for call in (opt.step, opt.state_dict, opt.eval):
+        with pytest.raises(RuntimeError, match=said):
+            call()
+    assert torch.equal(params[0], before)
+    opt.base.param_groups.pop()
+    opt.add_param_group({"params": more})
+    go([*params, *more], opt, 1)
+    assert [opt.state[p]["average_step"].item() for p in (*params, *more)] == [2, 1]
+
+
 def test_a_base_that_is_kept_alone_steps():
     params = params_of((4, 3))
     base = sgd(params)
