@@ -79,7 +79,7 @@ TRIAL, BLIND_TRIAL, WHOLE_TRIAL = (
     (WHOLE, WHOLE_METHODS),
 )
 ALL_TASKS = TASKS | BLIND | WHOLE
-LOWEST, HIGHEST = 1e-5, 1.0  # rates; grids are not widened beyond
+LOWEST, HIGHEST = 1e-5, 10.0  # rates; grids are not widened beyond
 
 
 class Cell(NamedTuple):

@@ -335,14 +335,21 @@ def in_families(rivals: pd.DataFrame) -> dict[str, pd.DataFrame]:
     }
 
 
+def at_common_rates(losses: pd.DataFrame) -> pd.DataFrame:
+    """The rows at the rates of a task's own grid, at which all methods were trained."""
+    rates = {(name, float(f"{lr:.3g}")) for name, task in ALL_TASKS.items() for lr in task.rates}
+    common = [cell in rates for cell in zip(losses.task, losses.lr, strict=True)]
+    return losses[common]
+
+
 def tables(losses: pd.DataFrame) -> Iterator[Listing]:
+    common = at_common_rates(losses)
+    tuned = best_settings(rivals_of(common))
+    yield from regrets(common, in_families(rivals_of(common)), tuned)
     rivals = rivals_of(losses)
-    families = in_families(rivals)
-    tuned = best_settings(rivals)
-    yield from regrets(losses, families, tuned)
-    yield from rate_tuned(losses, rivals, families)
+    yield from rate_tuned(losses, rivals, in_families(rivals))
     yield from differences(losses)
-    yield at_each_rate(losses, tuned)
+    yield at_each_rate(common, tuned)
 
 
 def write(out: Path, tables: Callable[[pd.DataFrame], Iterator[Listing]]) -> pd.DataFrame:
