@@ -336,10 +336,10 @@ def in_families(rivals: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def at_common_rates(losses: pd.DataFrame) -> pd.DataFrame:
-    """The rows at the rates of a task's own grid, at which all methods were trained."""
+    """The rows at the rates of each task's own grid, which all methods have."""
     rates = {(name, float(f"{lr:.3g}")) for name, task in ALL_TASKS.items() for lr in task.rates}
-    common = [cell in rates for cell in zip(losses.task, losses.lr, strict=True)]
-    return losses[common]
+    is_common = [cell in rates for cell in zip(losses.task, losses.lr, strict=True)]
+    return losses[is_common]
 
 
 def tables(losses: pd.DataFrame) -> Iterator[Listing]:

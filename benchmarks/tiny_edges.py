@@ -99,7 +99,7 @@ def slower(methods: Iterable[Method]) -> list[Method]:
 
 
 def families() -> Iterator[Family]:
-    """The methods of which figure 1 has a choice at an edge."""
+    """The methods of which figure 1 has a choice at an edge on some model, on each model."""
     for task in SCALE.models:
         for name, methods in settings(task).items():
             yield Family(task, name, methods)
@@ -222,7 +222,8 @@ def tables(losses: Losses) -> Iterator[Listing]:
         if beyond:
             pair = [losses.by_seed(task, x, "returned_loss") for x in (best, choice)]
             own, others = ({s: x for s, x in side.items() if s != SEED} for side in pair)
-            replaced.append([f"{name}: {beyond}", len(own), *paired(own, others)])
+            seeds = len(own.keys() & others.keys())
+            replaced.append([f"{name}: {beyond}", seeds, *paired(own, others)])
     title = "Loss on the half to choose by, seed 0, figure 1's choice and the best of wider grids"
     yield Listing(title, ["method", "choice", "loss", "lower beyond", "lowest", EDGE], rows)
     if replaced:
@@ -254,7 +255,9 @@ def main() -> None:
             work_off(ledger, None, Console(), runs)
             ledger.look()
             finished = ledger.outcomes.finished
-            keys = {cell.key for cell in ledger.wanted} & finished.keys()
+            keys = [cell.key for cell in ledger.wanted if cell.key in finished]
+            if len(keys) < len(ledger.wanted):
+                raise SystemExit(f"{len(ledger.wanted) - len(keys)} trainings have not finished")
             table = table_of(Outcomes({key: finished[key] for key in keys}, {}))
         with whole(losses) as written:
             table.to_csv(written, index=False, lineterminator="\n", float_format="%.6g")

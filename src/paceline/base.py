@@ -477,9 +477,9 @@ class AveragedOptimizer(Optimizer):
 
     # ---- faults, and what a step did ----------------------------------------------------------
 
-    def _check_gradients(self, group: int) -> None:
+    def _check_gradients(self, groups: list[Group], index: int) -> None:
         """Raises: RuntimeError: a gradient in this group is sparse, or not of real floats."""
-        for i, p in enumerate(self.param_groups[group]["params"]):
+        for i, p in enumerate(groups[index]["params"]):
             grad = p.grad
             if grad is None or (grad.layout is torch.strided and grad.dtype in WIDE):
                 continue
@@ -487,7 +487,7 @@ class AveragedOptimizer(Optimizer):
             kind = "complex" if grad.is_complex() else kind
             raise RuntimeError(
                 f"{type(self).__name__} does not support {kind} gradients, got one in "
-                f"{describe(self.param_groups, group, i)}; nothing was changed"
+                f"{describe(groups, index, i)}; nothing was changed"
             )
 
     def _skips_step(self) -> bool | Tensor:
@@ -630,7 +630,7 @@ class Around(AveragedOptimizer):
     """One that steps another optimizer, on that one's own `state` and `param_groups`."""
 
     base: Optimizer
-    _own_option: str  # which each of its groups has
+    _own_option: str  # one that it adds to each group
 
     def _forget(self) -> None:
         super()._forget()
@@ -674,7 +674,8 @@ class Around(AveragedOptimizer):
                 base, name = type(self.base).__name__, type(self).__name__
                 raise RuntimeError(
                     f"{base}.add_param_group() went past the {name} around it with group {index}: "
-                    f"take that group out of base.param_groups, and call {name}.add_param_group()"
+                    f"take that group out of the {base}'s param_groups, and add it with "
+                    "add_param_group() of the optimizer that you step"
                 )
         return groups
 

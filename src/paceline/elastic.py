@@ -197,8 +197,9 @@ class Elastic(Around):
         Raises:
             ValueError: as the base, or its averages cannot be exchanged. Nothing has changed then.
         """
+        first = self.param_groups[0]
         self.base.add_param_group(param_group)
-        first, *_, group = groups = self.base.param_groups
+        group = (groups := self.base.param_groups)[-1]
         group |= {name: first[name] for name in (*OPTIONS, ELASTIC_STEPS)}
         try:
             _checked_groups([group], self._workers)

@@ -349,7 +349,7 @@ class PACE(AveragedOptimizer):
                 refuse_layouts(self.param_groups, index, RuntimeError)
                 stepped = [x for x in enumerate(group["params"]) if x[1].grad is not None]
                 self._check_dtypes(index, stepped, RuntimeError)
-                self._check_gradients(index)
+                self._check_gradients(self.param_groups, index)
         self._compare_ranks()
         skip = self._skips_step()
         self._drop_provisional_state()

@@ -80,7 +80,7 @@ class Pullback(Around):
 
     It is an optimizer itself, on the base's own `state` and `param_groups` (the same objects), so
     that schedulers, scalers and checkpoints see one flat optimizer; swap and export are as in PACE.
-    Step, save, load and extend this one: the base refuses to step or load past it.
+    Step, save, load and add groups to this one: the base refuses to step or load past it.
 
     It adds to each parameter's state what `paceline.state` says: a count of steps, the averages,
     and a second moment of its own where the base keeps none. A pull holds a copy of the weights
@@ -194,9 +194,12 @@ class Pullback(Around):
 
         Raises:
             ValueError: an option is out of range, or a parameter is flattened by FSDP1, is a
-                DTensor of Partial placement, or is not floating-point. The group has not been
-                added then.
+                DTensor of Partial placement, or is not floating-point.
+            RuntimeError: an earlier group was added to the base past this optimizer.
+
+            The group has not been added then.
         """
+        swapped = self.swapped
         self.base.add_param_group(param_group)
         groups = self.base.param_groups
         try:
@@ -205,7 +208,7 @@ class Pullback(Around):
             groups.pop()
             raise
         live: list[Swapped | None] = [None] * len(groups[-1]["params"])
-        groups[-1][SWAPPED] = write_record(live) if self.swapped else ""
+        groups[-1][SWAPPED] = write_record(live) if swapped else ""
 
     # ---- stepping -----------------------------------------------------------------------------
 
@@ -279,11 +282,12 @@ class Pullback(Around):
         Raises:
             _Skipped: the step is to be skipped.
         """
-        for index, group in enumerate(self.param_groups):
-            self._check_gradients(index)
+        groups = self.param_groups
+        for index, group in enumerate(groups):
+            self._check_gradients(groups, index)
             ours = [group[name] for name in self._ours]
             if ours != self._checked.get(index):
-                refuse_layouts(self.param_groups, index, RuntimeError)
+                refuse_layouts(groups, index, RuntimeError)
                 checked = dict(group)
                 _check_options(checked)
                 group |= checked

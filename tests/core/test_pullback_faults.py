@@ -330,14 +330,13 @@ def test_a_group_that_is_added_past_it_is_named_until_it_is_taken_out():
     opt = Pullback(sgd(params, momentum=0.9), pullback=0.1, gain="scalar")
     go(params, opt, 1)
     opt.base.add_param_group({"params": more})
-    said = (
-        r"SGD\.add_param_group\(\) went past the Pullback .* group 1: .* Pullback\.add_param_group"
-    )
-    before = params[0].clone()
-    for call in (opt.step, opt.state_dict, opt.eval):
+    said = r"SGD\.add_param_group\(\) went past the Pullback .* group 1: .* the SGD's param_groups"
+    before, third = params[0].clone(), {"params": params_of((3,))}
+    for call in (opt.step, opt.state_dict, opt.eval, lambda: opt.add_param_group(third)):
         with pytest.raises(RuntimeError, match=said):
             call()
     assert torch.equal(params[0], before)
+    assert len(opt.base.param_groups) == 2
     opt.base.param_groups.pop()
     opt.add_param_group({"params": more})
     go([*params, *more], opt, 1)
